@@ -37,7 +37,7 @@ def kl_div(
         mask: bool [N], True = the row counts. None counts all.
         reduction: "mean" over counted rows, "sum", or "none" (0 in rows that do not count).
         recompute: False computes the gradient together with the loss, in one pass over the logits, and keeps
-            it [N, V] for backward. True keeps two numbers a row and computes the gradient in backward: the
+            it [N, V] for backward. True keeps four numbers a row and computes the gradient in backward: the
             logits are read again, and they, not the gradient, stay in memory meanwhile. A float16 student
             always does: its gradient would underflow before a loss scale could lift it.
 
@@ -62,7 +62,7 @@ def kl_div(
     if not (torch.is_grad_enabled() and student.requires_grad):
         rows, _ = _forward(student, teacher, mask, temperature, reduction == "mean", "none")
         return _reduce(rows, mask, reduction)
-    keep = "lse" if recompute or student.dtype == torch.float16 else "gradient"
+    keep = "stats" if recompute or student.dtype == torch.float16 else "gradient"
     return _KLDiv.apply(student, teacher, mask, temperature, reduction, keep)
 
 
@@ -125,10 +125,10 @@ class _KLDiv(torch.autograd.Function):
             else:
                 dstudent = gradient * dloss.to(gradient.dtype)
         else:
-            student, teacher, mask, lse = ctx.saved_tensors
+            student, teacher, mask, stats = ctx.saved_tensors
             if ctx.reduction == "mean":
                 dloss = dloss / _count(student, mask)
-            dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), lse, ctx.temperature)
+            dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats, ctx.temperature)
         return dstudent, None, None, None, None, None
 
 
@@ -142,10 +142,14 @@ def _accumulate(student: torch.Tensor) -> torch.dtype:
 
 
 def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
-    """What backward needs: the gradient [N, V], the two log-sum-exps [N, 2] (student, teacher), or nothing."""
+    """What backward needs: the gradient [N, V], the softmax statistics [N, 4], or nothing.
+
+    Statistics of a row are (m_s, Z_s, m_t, Z_t) with m = max x, Z = Σ exp((x − m)/τ): p = exp((x − m)/τ)/Z loses
+    nothing to the rounding of a log-sum-exp.
+    """
     if keep == "gradient":
         return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    return student.new_empty((student.shape[0], 2 if keep == "lse" else 0), dtype=_accumulate(student))
+    return student.new_empty((student.shape[0], 4 if keep == "stats" else 0), dtype=_accumulate(student))
 
 
 def _forward_fake(
@@ -172,14 +176,14 @@ def _backward_fake(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     return _kept_like(student, "gradient")
 
 
 @operator(
-    "kl_div_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor drows, Tensor lse, float temperature)"
+    "kl_div_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor drows, Tensor stats, float temperature)"
     " -> Tensor",
     _backward_fake,
 )
@@ -188,13 +192,13 @@ def _backward(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Gradient [N, V] from the saved log-sum-exps and the upstream gradient of each row [N]."""
+    """Gradient [N, V] from the saved statistics and the upstream gradient of each row [N]."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
     drows = drows.to(_accumulate(student)).contiguous()
-    return _BACKWARD[name](_rows(student), _rows(teacher), mask, drows, lse, temperature)
+    return _BACKWARD[name](_rows(student), _rows(teacher), mask, drows, stats, temperature)
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
@@ -209,15 +213,20 @@ def _forward_torch(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _accumulate(student)
-    s, t = student.to(dtype) / temperature, teacher.to(dtype) / temperature
-    rows = kl_div_reference(s, t, 1.0, mask, "none") * temperature**2
-    lse = torch.stack([s.logsumexp(dim=-1), t.logsumexp(dim=-1)], dim=-1)  # [N, 2]
-    if keep == "lse":
-        return rows, lse
+    s, t = student.to(dtype), teacher.to(dtype)
+    rows = kl_div_reference(s, t, temperature, mask, "none")
     if keep == "none":
         return rows, _kept_like(student, keep)
+    stats = torch.cat([_statistics(s, temperature), _statistics(t, temperature)], dim=1)  # [N, 4]
+    if keep == "stats":
+        return rows, stats
     drows = torch.ones_like(rows) / (_count(rows, mask) if mean else 1)
-    return rows, _backward_torch(student, teacher, mask, drows, lse, temperature)
+    return rows, _backward_torch(student, teacher, mask, drows, stats, temperature)
+
+
+def _statistics(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    m = x.amax(dim=1, keepdim=True)
+    return torch.cat([m, torch.exp((x - m) / temperature).sum(dim=1, keepdim=True)], dim=1)  # [N, 2]
 
 
 def _backward_torch(
@@ -225,12 +234,13 @@ def _backward_torch(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     dtype = _accumulate(student)
-    p_s = torch.exp(student.to(dtype) / temperature - lse[:, :1])
-    p_t = torch.exp(teacher.to(dtype) / temperature - lse[:, 1:])
+    m_s, z_s, m_t, z_t = stats.split(1, dim=1)  # [N, 1] each
+    p_s = torch.exp((student.to(dtype) - m_s) / temperature) / z_s
+    p_t = torch.exp((teacher.to(dtype) - m_t) / temperature) / z_t
     dstudent = (p_s - p_t) * (temperature * drows)[:, None]
     if mask is not None:
         dstudent = torch.where(mask[:, None], dstudent, 0.0)
@@ -264,7 +274,7 @@ def _forward_cpu(
         temperature,
         mean,
         rows.data_ptr(),
-        kept.data_ptr() if keep == "lse" else 0,
+        kept.data_ptr() if keep == "stats" else 0,
         kept.data_ptr() if keep == "gradient" else 0,
         torch.get_num_threads(),
     )
@@ -276,7 +286,7 @@ def _backward_cpu(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     mask = None if mask is None else mask.contiguous()
@@ -285,7 +295,7 @@ def _backward_cpu(
         *_logits_arguments(student, teacher, mask),
         temperature,
         drows.data_ptr(),
-        lse.data_ptr(),
+        stats.data_ptr(),
         dstudent.data_ptr(),
         torch.get_num_threads(),
     )
@@ -307,9 +317,9 @@ def _forward_triton(
     from distilbert_fast.kernels import kl_div as kernels
 
     rows, kept = _forward_fake(student, teacher, mask, temperature, mean, keep)
-    lse = kept if keep == "lse" else None
+    stats = kept if keep == "stats" else None
     gradient = kept if keep == "gradient" else None
-    kernels.kl_div_fwd(student, teacher, mask, _scale(rows, mask, mean), temperature, rows, lse, gradient)
+    kernels.kl_div_fwd(student, teacher, mask, _scale(rows, mask, mean), temperature, rows, stats, gradient)
     return rows, kept
 
 
@@ -318,13 +328,13 @@ def _backward_triton(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     from distilbert_fast.kernels import kl_div as kernels
 
     dstudent = _kept_like(student, "gradient")
-    kernels.kl_div_bwd(student, teacher, mask, drows, lse, temperature, dstudent)
+    kernels.kl_div_bwd(student, teacher, mask, drows, stats, temperature, dstudent)
     return dstudent
 
 
@@ -343,7 +353,7 @@ def _forward_cuda(
         temperature,
         scale.data_ptr(),
         rows.data_ptr(),
-        kept.data_ptr() if keep == "lse" else 0,
+        kept.data_ptr() if keep == "stats" else 0,
         kept.data_ptr() if keep == "gradient" else 0,
         *_device_arguments(student.device),
     )
@@ -355,7 +365,7 @@ def _backward_cuda(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     drows: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     mask = None if mask is None else mask.contiguous()
@@ -364,7 +374,7 @@ def _backward_cuda(
         *_logits_arguments(student, teacher, mask),
         temperature,
         drows.data_ptr(),
-        lse.data_ptr(),
+        stats.data_ptr(),
         dstudent.data_ptr(),
         *_device_arguments(student.device),
     )

@@ -1,0 +1,67 @@
+// distilbert_fast._cpu: every native CPU entry. Tensors come as addresses, sizes and strides in elements, so the module
+// needs no torch to build and serves every torch version. Address 0 stands for "none".
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/kl_div.h"
+
+namespace py = pybind11;
+using namespace distilbert_fast;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int64_t teacher_stride, int student_dtype,
+                   int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature) {
+  return {at<const void>(student),
+          at<const void>(teacher),
+          student_stride,
+          teacher_stride,
+          static_cast<DType>(student_dtype),
+          static_cast<DType>(teacher_dtype),
+          at<const bool>(mask),
+          rows,
+          columns,
+          temperature};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of distilbert_fast";
+
+  m.def("isa", &isa, "The instruction set tier in use");
+  m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");
+  m.def("available_isas", &available_isas, "Tiers that can run here, highest first");
+  m.def("missing_isas", &missing_isas, "Tier -> what this machine lacks for it");
+
+  m.def(
+      "kl_div_forward",
+      [](Address student, Address teacher, int64_t student_stride, int64_t teacher_stride, int student_dtype,
+         int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature, bool mean, Address loss,
+         Address stats, Address gradient, int threads) {
+        const KlDivLogits x = logits(student, teacher, student_stride, teacher_stride, student_dtype, teacher_dtype,
+                                     mask, rows, columns, temperature);
+        py::gil_scoped_release release;
+        kl_div_forward({x, 1.0, at<float>(loss), at<float>(stats), at<void>(gradient), false}, mean, threads);
+      },
+      "Losses of rows, and their softmax statistics or the gradient (divided by the counted rows if mean)");
+  m.def(
+      "kl_div_backward",
+      [](Address student, Address teacher, int64_t student_stride, int64_t teacher_stride, int student_dtype,
+         int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature, Address dloss, Address stats,
+         Address gradient, int threads) {
+        const KlDivLogits x = logits(student, teacher, student_stride, teacher_stride, student_dtype, teacher_dtype,
+                                     mask, rows, columns, temperature);
+        py::gil_scoped_release release;
+        kl_div_backward({x, at<const float>(dloss), at<const float>(stats), at<void>(gradient), false}, threads);
+      },
+      "Gradient from saved softmax statistics and the upstream gradient of each row");
+}

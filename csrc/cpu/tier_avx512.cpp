@@ -1,0 +1,11 @@
+#include "vec_avx512.h"
+
+#include "vec_math.h"
+
+#include "kl_div_rows.h"
+
+namespace distilbert_fast {
+
+const Kernels kernels_avx512 = {kl_div_forward, kl_div_backward};
+
+}  // namespace distilbert_fast

@@ -1,0 +1,11 @@
+#include "vec_scalar.h"
+
+#include "vec_math.h"
+
+#include "kl_div_rows.h"
+
+namespace distilbert_fast {
+
+const Kernels kernels_scalar = {kl_div_forward, kl_div_backward};
+
+}  // namespace distilbert_fast

@@ -1,0 +1,92 @@
+// Vec: 8 floats in a ymm register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace distilbert_fast {
+namespace {
+
+struct Vec {
+  static constexpr int64_t lanes = 8;
+  __m256 v;
+};
+
+inline __m256i first(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }   // ab + c
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c − ab
+inline Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+
+inline float largest(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+inline float sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+inline Vec widen(__m128i bits) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+
+// Round half to even; a NaN stays one.
+inline __m128i narrow(Vec x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  return _mm256_castsi256_si128(packed);
+}
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bfloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load_first(const float* p, int64_t n, float fill) {
+  const __m256i mask = first(n);
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+}
+inline Vec load_first(const bfloat16* p, int64_t n, float fill) {
+  alignas(16) uint16_t bits[Vec::lanes] = {};
+  for (int64_t i = 0; i < n; ++i) bits[i] = p[i].bits;
+  const Vec x = widen(_mm_load_si128(reinterpret_cast<const __m128i*>(bits)));
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), x.v, _mm256_castsi256_ps(first(n)))};
+}
+
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+inline void store(bfloat16* p, Vec x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
+inline void store_first(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first(n), x.v); }
+inline void store_first(bfloat16* p, Vec x, int64_t n) {
+  alignas(16) uint16_t bits[Vec::lanes];
+  _mm_store_si128(reinterpret_cast<__m128i*>(bits), narrow(x));
+  for (int64_t i = 0; i < n; ++i) p[i].bits = bits[i];
+}
+
+// Around the caches; p is aligned to a whole vector.
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x.v); }
+inline void stream(bfloat16* p, Vec x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
+inline void finish_streams() { _mm_sfence(); }
+
+inline Vec round_to_int(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+// x · 2^n for whole n ≤ 127; 0 where 2^n is subnormal. A NaN stays one.
+inline Vec times_power_of_two(Vec x, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  return {_mm256_andnot_ps(tiny, _mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent)))};
+}
+
+}  // namespace
+}  // namespace distilbert_fast

@@ -1,0 +1,22 @@
+// Functions of a Vec that every tier computes alike. Included after vec_<isa>.h.
+#pragma once
+
+namespace distilbert_fast {
+namespace {
+
+// 2^x for x ≤ 0: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).
+inline Vec exp2(Vec x) {
+  const Vec n = round_to_int(x);
+  const Vec f = sub(x, n);
+  Vec p = broadcast(0x1.41d334p-13f);
+  p = fma(p, f, broadcast(0x1.5f456ap-10f));
+  p = fma(p, f, broadcast(0x1.3b2dbcp-7f));
+  p = fma(p, f, broadcast(0x1.c6aed4p-5f));
+  p = fma(p, f, broadcast(0x1.ebfbdap-3f));
+  p = fma(p, f, broadcast(0x1.62e430p-1f));
+  p = fma(p, f, broadcast(1.0f));
+  return times_power_of_two(p, n);
+}
+
+}  // namespace
+}  // namespace distilbert_fast
