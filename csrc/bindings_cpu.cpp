@@ -56,8 +56,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "kl_div_backward",
       [](Address student, Address teacher, int64_t student_stride, int64_t teacher_stride, int student_dtype,
-         int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature, Address dloss, Address stats,
-         Address gradient, int threads) {
+         int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature, Address dloss,
+         Address stats, Address gradient, int threads) {
         const KlDivLogits x = logits(student, teacher, student_stride, teacher_stride, student_dtype, teacher_dtype,
                                      mask, rows, columns, temperature);
         py::gil_scoped_release release;

@@ -22,7 +22,9 @@ struct Tier {
 
 std::vector<Tier> find_tiers() {
   const std::string reason = "this is not an x86-64 build";
-  return {{"amx", nullptr, reason}, {"avx512_vnni", nullptr, reason}, {"avx2", nullptr, reason},
+  return {{"amx", nullptr, reason},
+          {"avx512_vnni", nullptr, reason},
+          {"avx2", nullptr, reason},
           {"scalar", &kernels_scalar, ""}};
 }
 
@@ -74,10 +76,8 @@ std::vector<Tier> find_tiers() {
   const auto bit = [](unsigned bits, int i) { return (bits >> i & 1) != 0; };
   const auto saves = [states](uint64_t wanted) { return (states & wanted) == wanted; };
 
-  std::string avx2 = lacking({{bit(one.ecx, 28), "avx"},
-                              {bit(one.ecx, 12), "fma"},
-                              {bit(one.ecx, 29), "f16c"},
-                              {bit(seven.ebx, 5), "avx2"}});
+  std::string avx2 = lacking(
+      {{bit(one.ecx, 28), "avx"}, {bit(one.ecx, 12), "fma"}, {bit(one.ecx, 29), "f16c"}, {bit(seven.ebx, 5), "avx2"}});
   if (avx2.empty() && !saves(0x6)) avx2 = "the operating system does not save AVX registers";
 
   std::string avx512 = avx2;
@@ -92,7 +92,8 @@ std::vector<Tier> find_tiers() {
 
   std::string amx = avx512;
   if (amx.empty()) {
-    amx = lacking({{bit(seven.edx, 24), "amx_tile"}, {bit(seven.edx, 25), "amx_int8"}, {bit(seven.edx, 22), "amx_bf16"}});
+    amx =
+        lacking({{bit(seven.edx, 24), "amx_tile"}, {bit(seven.edx, 25), "amx_int8"}, {bit(seven.edx, 22), "amx_bf16"}});
   }
   if (amx.empty() && !(saves(0x600e6) && tiles_permitted())) amx = "the operating system does not grant AMX tiles";
 

@@ -19,15 +19,13 @@ inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }   // ab + c
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // ab + c
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c − ab
 inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
-inline Vec widen(__m256i bits) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
-}
+inline Vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
 
 // Round half to even; a NaN stays one.
 inline __m256i narrow(Vec x) {
@@ -58,9 +56,7 @@ inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
 inline void stream(bfloat16* p, Vec x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
 inline void finish_streams() { _mm_sfence(); }
 
-inline Vec round_to_int(Vec x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Vec round_to_int(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // x · 2^n for whole n.
 inline Vec times_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
