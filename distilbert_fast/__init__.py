@@ -7,7 +7,6 @@ Every public name is listed here with the module that defines it and loads when 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import Any
 
 _HOME = {
@@ -49,7 +48,9 @@ __all__ = sorted(_HOME)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("distilbert-fast")
+        from importlib.metadata import version
+
+        return version("distilbert-fast")
     if name not in _HOME:
         raise AttributeError(f"module 'distilbert_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"distilbert_fast.{_HOME[name]}"), name)

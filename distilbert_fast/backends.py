@@ -166,7 +166,7 @@ def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str |
         return state.reason
     if not _runs_on(name, device):
         return f"it does not take {device} tensors"
-    alien = [dtype for dtype in dtypes if dtype not in KERNELS[op][name]]
+    alien = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in KERNELS[op][name]]
     if alien:
         return f"its {op} takes {', '.join(KERNELS[op][name])}, not {', '.join(alien)}"
     return None
