@@ -59,7 +59,7 @@ def test_entries_refuse_before_touching_memory(changed, message):
 
 
 def test_backward_refuses_missing_outputs():
-    call = arguments()[:10] + [0, 0, 0, 1]
+    call = [*arguments()[:10], 0, 0, 0, 1]
     with pytest.raises(ValueError) as error:
         _cpu.kl_div_backward(*call)
     assert str(error.value) == "kl_div: dloss, stats and gradient must point to memory, got null"
