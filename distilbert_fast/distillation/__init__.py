@@ -1,0 +1,1 @@
+"""Student from teacher, losses, and a Trainer that distils and survives being killed."""
