@@ -1,0 +1,420 @@
+"""attention: multi-head attention over sequences of any length, with a mask per head and its gradient.
+
+    p = softmax(scale · q kᵀ)     o = m_h · drop(p) v      per sequence and head h; no head mask: m_h = 1
+
+With g = d loss / d o and dp = drop(g vᵀ), r = rowsum(p ∘ dp) = rowsum(g ∘ o_unmasked):
+
+    dv = m_h · drop(p)ᵀ g                                                              dm_h = Σ r
+    ds = p ∘ (dp − r)         dq = m_h · scale · ds k         dk = m_h · scale · dsᵀ q
+
+Vaswani et al.: Attention Is All You Need, arXiv:1706.03762. The mask and its gradient, the importance of a
+head: Michel, Levy, Neubig: Are Sixteen Heads Really Better than One?, arXiv:1905.10650.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check
+from distilbert_fast.ops._autocast import as_written, autocast
+from distilbert_fast.ops._operator import operator
+
+OP = "attention"
+PADDED = "padded_attention"
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    head_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """m_h · softmax(q kᵀ · scale) · v within each of the sequences that lie one after another in N tokens.
+
+    Args:
+        q, k, v: [N, H, D], one dtype: float32, bfloat16, float16 or float64. Any strides, so the three may be
+            views of one projection [N, 3, H, D]; a copy is made if the last stride is not 1.
+        cu_seqlens: int32 [B + 1] on the same device; sequence b holds tokens cu_seqlens[b] to
+            cu_seqlens[b + 1] - 1. Starts at 0, never decreases (a sequence may be empty), ends at N. The
+            values are checked wherever the host reads them: always for CPU tensors.
+        head_mask: m, float [H] or [B, H]; differentiable. None = 1. A head with m_h = 0 gives exact zeros
+            and, on the CPU, costs nothing unless the gradient of its mask is asked for.
+        dropout_p: chance in [0, 1) that a probability is dropped, drawn from torch's generator; the others
+            are divided by 1 - dropout_p. There is no training flag: pass 0 to infer.
+        scale: finite and above 0; None = 1 / sqrt(D).
+
+    Returns:
+        [N, H, D], contiguous, in the dtype of q. The softmax is float32 for every dtype but float64. Under
+        torch.autocast the arguments are cast as for a matrix product.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
+    """
+    _check.tensor(OP, "cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
+    if cu_seqlens.shape[0] == 0:
+        _check.refuse(OP, "cu_seqlens", "of shape [B + 1], B ≥ 0", list(cu_seqlens.shape))
+    batch = cu_seqlens.shape[0] - 1
+    return _attention(OP, ("N", "H", "D"), batch, q, k, v, cu_seqlens, None, head_mask, dropout_p, scale)
+
+
+def padded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``attention`` over B sequences padded to T tokens.
+
+    Args:
+        q, k, v: [B, T, H, D], otherwise as for ``attention``.
+        attention_mask: bool [B, T] on the same device, True = a token, False = padding, wherever it stands.
+            What padding holds, even NaN, reaches nothing. None = no padding.
+        head_mask, dropout_p, scale: as for ``attention``.
+
+    Returns:
+        [B, T, H, D], contiguous, in the dtype of q; 0 at padding.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
+    """
+    _check.tensor(PADDED, "q", q, ("B", "T", "H", "D"))
+    if attention_mask is not None:
+        _check.tensor(PADDED, "attention_mask", attention_mask, tuple(q.shape[:2]), (torch.bool,), q.device)
+    batch = q.shape[0]
+    return _attention(
+        PADDED, ("B", "T", "H", "D"), batch, q, k, v, None, attention_mask, head_mask, dropout_p, scale
+    )
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    head_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The definition of ``attention`` without dropout in differentiable torch, computed in the dtype of q."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    outputs = [q[:0]]
+    for b, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        p = torch.softmax(torch.einsum("ihd,jhd->hij", q[begin:end], k[begin:end]) * scale, dim=-1)
+        o = torch.einsum("hij,jhd->ihd", p, v[begin:end])
+        if head_mask is not None:
+            o = o * (head_mask if head_mask.dim() == 1 else head_mask[b])[:, None]
+        outputs.append(o)
+    return torch.cat(outputs)
+
+
+def _attention(
+    op: str,
+    shape: tuple[str, ...],
+    batch: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    head_mask: torch.Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Both forms: [N, H, D] with cu_seqlens, or [B, T, H, D] with or without an attention mask."""
+    _check.tensor(op, "q", q, shape)
+    q, k, v = autocast(q.device, q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        _check.tensor(op, name, x, tuple(q.shape), (q.dtype,), q.device)
+    if cu_seqlens is not None and cu_seqlens.device != q.device:
+        _check.refuse(op, "cu_seqlens", f"on {q.device}", cu_seqlens.device)
+    heads, size = q.shape[-2:]
+    if size == 0:
+        _check.refuse(op, "q", "of head size D ≥ 1", list(q.shape))
+    if head_mask is not None:
+        per_sequence = isinstance(head_mask, torch.Tensor) and head_mask.dim() == 2
+        _check.tensor(
+            op, "head_mask", head_mask, (batch, heads) if per_sequence else (heads,), device=q.device
+        )
+        head_mask = head_mask.to(_accumulate(q)).expand(batch, heads)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        _check.refuse(op, "dropout_p", "a number", type(dropout_p).__name__, TypeError)
+    if not 0 <= dropout_p < 1:
+        _check.refuse(op, "dropout_p", "at least 0 and below 1", dropout_p)
+    if scale is None:
+        scale = 1 / math.sqrt(size)
+    _check.positive(op, "scale", scale)
+    # The seed stays on the device: the kernels read it there, and a captured graph draws a new one each time.
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    differentiable = [x for x in (q, k, v, head_mask) if x is not None and x.requires_grad]
+    if not (torch.is_grad_enabled() and differentiable):
+        return _forward(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, False)
+    return _Attention.apply(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        head_mask: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        dropout_p: float,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.dropout_p, ctx.scale = dropout_p, scale
+        ctx.dm = head_mask is not None and ctx.needs_input_grad[5]
+        ctx.save_for_backward(q, k, v, cu_seqlens, attention_mask, head_mask, seed)
+        return _forward(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dq, dk, dv, dm = _backward(do, *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.dm)
+        return dq, dk, dv, None, None, dm if ctx.dm else None, None, None, None
+
+
+class _Call(NamedTuple):
+    """All arguments but q, k, v: [N, H, D] with cu_seqlens, [B, T, H, D] without."""
+
+    cu_seqlens: torch.Tensor | None  # int32 [B + 1]
+    attention_mask: torch.Tensor | None  # bool [B, T]
+    head_mask: torch.Tensor | None  # [B, H] in the dtype of the arithmetic
+    seed: torch.Tensor | None  # int64 [1] if there is dropout
+    dropout_p: float
+    scale: float
+    dm: bool  # the gradient of the head mask is wanted, even where the mask is 0
+
+
+_CALL = (
+    "Tensor? cu_seqlens, Tensor? attention_mask, Tensor? head_mask, Tensor? seed,"
+    " float dropout_p, float scale, bool dm"
+)
+
+
+def _accumulate(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+@operator(f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> Tensor", _forward_fake)
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
+    """The output, contiguous."""
+    kernel = _FORWARD[backends.select(OP, q.device, q.dtype)]
+    with as_written(q.device):
+        return kernel(_rows(q), _rows(k), _rows(v), _Call(*call))
+
+
+def _backward_fake(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
+) -> tuple[torch.Tensor, ...]:
+    head_mask, wanted = _Call(*call).head_mask, _Call(*call).dm
+    dm = q.new_empty((0, 0) if head_mask is None or not wanted else head_mask.shape, dtype=_accumulate(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dm
+
+
+@operator(
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {_CALL})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0]."""
+    kernel = _BACKWARD[backends.select(OP, q.device, q.dtype)]
+    with as_written(q.device):
+        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), _Call(*call))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Tokens and heads may lie anywhere; inside a head the kernels want neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# torch -----------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """Some heads of b neighbouring sequences of one length t."""
+
+    sequences: slice  # of B
+    tokens: slice  # of N, or of T in the padded form
+    length: int
+    heads: slice | torch.Tensor
+    keys: torch.Tensor | None  # bool [b, t], False = padding between tokens
+
+    def at(self, x: torch.Tensor) -> torch.Tensor:
+        """Their part of [N, H, D] or [B, T, H, D], all heads: a view [b, t, H, D]."""
+        if x.dim() == 3:
+            return x[self.tokens].unflatten(0, (-1, self.length))
+        return x[self.sequences, self.tokens]
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        part = self.at(x)[:, :, self.heads]
+        if self.keys is not None:
+            part = part.masked_fill(~self.keys[:, :, None, None], 0)
+        return part.transpose(1, 2)  # [b, h, t, D]
+
+    def write(self, x: torch.Tensor, value: torch.Tensor, m: torch.Tensor | None) -> None:
+        """Store m · value [b, h, t, D], 0 at padding and wherever m is 0."""
+        if m is not None:
+            value = torch.where(m == 0, 0, m * value)
+        if self.keys is not None:
+            value = value.masked_fill(~self.keys[:, None, :, None], 0)
+        self.at(x)[:, :, self.heads] = value.transpose(1, 2).to(x.dtype)
+
+    def mask(self, head_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Their part of [B, H]: [b, h, 1, 1]."""
+        return None if head_mask is None else head_mask[self.sequences][:, self.heads, None, None]
+
+    def attended(self) -> torch.Tensor | None:
+        """Keys that count [b, 1, 1, t]; all where a sequence has none: softmax wants one, nobody reads it."""
+        if self.keys is None:
+            return None
+        return (self.keys | ~self.keys.any(dim=-1, keepdim=True))[:, None, None, :]
+
+
+def _offsets(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        _check.refuse(OP, "cu_seqlens", "0 at the start", offsets[0])
+    for b, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if end < begin:
+            _check.refuse(OP, "cu_seqlens", "non-decreasing", f"{end} after {begin} at {b + 1}")
+    if offsets[-1] != tokens:
+        _check.refuse(OP, "cu_seqlens", f"N = {tokens} at the end", offsets[-1])
+    return offsets
+
+
+def _runs(q: torch.Tensor, call: _Call) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+    """Sequences, tokens and keys of neighbours of the same length and, if padded, the same place."""
+    mask = call.attention_mask
+    b = 0
+    if call.cu_seqlens is not None:
+        offsets = _offsets(call.cu_seqlens, q.shape[0])
+        for _, run in itertools.groupby(end - begin for begin, end in itertools.pairwise(offsets)):
+            begin, b = b, b + len(list(run))
+            yield slice(begin, b), slice(offsets[begin], offsets[b]), None
+    elif mask is None or q.device.type != "cpu":  # a GPU computes padding sooner than it tells where it is
+        yield slice(0, q.shape[0]), slice(0, q.shape[1]), mask
+    elif mask.numel() > 0:
+        bits = mask.to(torch.uint8)
+        first, last = bits.argmax(dim=1), mask.shape[1] - bits.flip(1).argmax(dim=1)
+        count = mask.sum(dim=1)
+        last = torch.where(count > 0, last, first)
+        places = zip(first.tolist(), last.tolist(), (count < last - first).tolist(), strict=True)
+        for (start, end, holes), same in itertools.groupby(places):
+            begin, b = b, b + len(list(same))
+            yield slice(begin, b), slice(start, end), mask[begin:b, start:end] if holes else None
+
+
+def _tiles(q: torch.Tensor, call: _Call, scores: int | None) -> Iterator[_Tile]:
+    """What has to be computed, in tiles of about that many scores; None = as large as they come."""
+    for sequences, tokens, keys in _runs(q, call):
+        count = sequences.stop - sequences.start
+        length = tokens.stop - tokens.start
+        if q.dim() == 3 and count > 0:
+            length //= count
+        live = None
+        if call.head_mask is not None and not call.dm and q.device.type == "cpu":
+            live = (call.head_mask[sequences] != 0).any(dim=0).nonzero().flatten()
+        heads = q.shape[-2] if live is None else len(live)
+        if count * length * heads == 0:
+            continue
+        pairs = count * heads if scores is None else max(1, scores // length**2)
+        rows, columns = max(1, min(count, pairs // heads)), min(heads, pairs)
+        for b, h in itertools.product(range(0, count, rows), range(0, heads, columns)):
+            some = slice(sequences.start + b, min(sequences.start + b + rows, sequences.stop))
+            place = tokens
+            if q.dim() == 3:
+                place = slice(tokens.start + b * length, min(tokens.start + (b + rows) * length, tokens.stop))
+            head = slice(h, min(h + columns, heads))
+            part = None if keys is None else keys[b : b + rows]
+            yield _Tile(some, place, length, head if live is None else live[head], part)
+
+
+def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
+    o = q.new_zeros(q.shape)
+    drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
+    # Backward has to find again what is dropped here, tile by tile, so dropout wants its tiles.
+    for tile in _tiles(q, call, None if drop is None else _scores(q)):
+        q_t, k_t, v_t = tile.read(q), tile.read(k), tile.read(v)
+        if drop is None:
+            o_t = F.scaled_dot_product_attention(q_t, k_t, v_t, attn_mask=tile.attended(), scale=call.scale)
+        else:
+            q_t, k_t, v_t = (x.to(_accumulate(q)) for x in (q_t, k_t, v_t))
+            p = _probabilities(q_t, k_t, tile, call.scale)
+            o_t = (p * drop(p)) @ v_t
+        tile.write(o, o_t, tile.mask(call.head_mask))
+    return o
+
+
+def _backward_torch(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
+) -> tuple[torch.Tensor, ...]:
+    dq, dk, dv, dm = (x.zero_() for x in _backward_fake(do, q, k, v, *call))
+    drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
+    for tile in _tiles(q, call, _scores(q)):
+        q_t, k_t, v_t, g = (tile.read(x).to(_accumulate(q)) for x in (q, k, v, do))  # [b, h, t, D]
+        p = _probabilities(q_t, k_t, tile, call.scale)
+        dp = g @ v_t.mT  # [b, h, t, t]
+        dropped = p
+        if drop is not None:
+            z = drop(p)
+            dropped = p * z
+            dp *= z
+        r = (p * dp).sum(dim=-1, keepdim=True)  # [b, h, t, 1]
+        m = tile.mask(call.head_mask)
+        tile.write(dv, dropped.mT @ g, m)
+        ds = dp.sub_(r).mul_(p)
+        tile.write(dq, ds @ (k_t * call.scale), m)
+        tile.write(dk, ds.mT @ (q_t * call.scale), m)
+        if call.dm:
+            dm[tile.sequences, tile.heads] = r.sum(dim=(2, 3))
+    return dq, dk, dv, dm
+
+
+def _scores(q: torch.Tensor) -> int:
+    """Scores written out at a time: they stay in the cache of a CPU core, and cost a GPU few launches."""
+    return 2**18 if q.device.type == "cpu" else 2**26
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: _Tile, scale: float) -> torch.Tensor:
+    scores = (q * scale) @ k.mT  # [b, h, t, t]
+    keys = tile.attended()
+    return torch.softmax(scores if keys is None else scores.masked_fill_(~keys, -math.inf), dim=-1)
+
+
+class _Dropout:
+    """What to multiply probabilities by, 0 or 1 / (1 - p): the same series for the same seed."""
+
+    def __init__(self, seed: torch.Tensor, p: float) -> None:
+        self.p = p
+        self.generator = torch.Generator(seed.device).manual_seed(int(seed))
+
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like).bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p)
+
+
+_FORWARD = {"torch": _forward_torch}
+_BACKWARD = {"torch": _backward_torch}
