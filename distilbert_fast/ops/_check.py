@@ -45,7 +45,7 @@ def positive(op: str, argument: str, value: float) -> None:
     """Check for a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(op, argument, "a number", type(value).__name__, TypeError)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # math.isfinite would not trace on a symbolic float
         refuse(op, argument, "finite and above 0", value)
 
 
