@@ -1,0 +1,230 @@
+"""Differentiable building blocks of a transformer encoder, made from ops.
+
+A padded batch [B, T] holds N real tokens. ``unpad`` keeps their rows [N, ...], sequence after sequence, every
+layer works on those, and ``pad`` puts them back: padding is never computed.
+
+Shapes: B batch, T sequence, N tokens, C hidden, H heads, D head size; M rows, which are N or B·T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from distilbert_fast.ops import _check
+from distilbert_fast.ops.attention import attention
+from distilbert_fast.ops.int8_linear import int8_linear
+from distilbert_fast.ops.layer_norm import layer_norm
+from distilbert_fast.ops.quantize import quantize
+
+
+def unpad(x: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keep the rows of real tokens.
+
+    Args:
+        x: [B, T, ...] of any dtype.
+        attention_mask: [B, T]; a position is a token where it is not 0, wherever in its row that is.
+
+    Returns:
+        x of the tokens [N, ...]; cu_seqlens int32 [B+1], where each sequence starts in it; indices int64 [N],
+        the place of each token in the flattened [B·T]. Where every position is a token, x is a view.
+
+    Raises:
+        TypeError, ValueError: a mask that is no tensor, or not of the shape [B, T] of x.
+    """
+    real = token_mask("unpad", attention_mask, x.shape[0], x.shape[1])
+    cu_seqlens = F.pad(real.sum(dim=1).cumsum(dim=0), (1, 0)).to(torch.int32)  # [B + 1]
+    indices = real.flatten().nonzero().flatten()  # [N]
+    rows = x.flatten(0, 1)  # [B·T, ...]
+    return (rows if indices.shape[0] == rows.shape[0] else rows.index_select(0, indices)), cu_seqlens, indices
+
+
+def pad(x: torch.Tensor, indices: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Undo ``unpad``: x [N, ...] and its indices [N] become [batch, length, ...], with 0 where no token was."""
+    if x.shape[0] != indices.shape[0]:
+        _check.refuse("pad", "x", f"of {indices.shape[0]} rows, one for each index", list(x.shape))
+    if x.shape[0] != batch * length:
+        x = x.new_zeros(batch * length, *x.shape[1:]).index_copy(0, indices, x)
+    return x.unflatten(0, (batch, length))
+
+
+def token_mask(caller: str, attention_mask: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """``attention_mask`` as bool [B, T], True = token. Refuses any other shape, so also 4-D (causal) masks."""
+    if not isinstance(attention_mask, torch.Tensor):
+        _check.refuse(caller, "attention_mask", "a tensor", type(attention_mask).__name__, TypeError)
+    if attention_mask.shape != (batch, length):
+        _check.refuse(caller, "attention_mask", f"of shape [{batch}, {length}]", list(attention_mask.shape))
+    return attention_mask != 0
+
+
+class Tokens(NamedTuple):
+    """How rows x [M, ...] form B sequences of up to T tokens.
+
+    packed: M = N, ``cu_seqlens`` int32 [B+1] and ``indices`` [N] as from ``unpad``.
+    padded: M = B·T, ``cu_seqlens`` is None; ``mask`` bool [B, T] says which rows other rows may attend to
+    (None = all). Rows at padded positions are computed like any other. Shapes then depend on no data, which is
+    what torch.compile needs.
+    """
+
+    batch: int
+    length: int
+    cu_seqlens: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def packed(cls, mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> Tokens:
+        if mask is None:
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+            return cls(batch, length, cu_seqlens=starts)
+        _, cu_seqlens, indices = unpad(mask, mask)
+        return cls(batch, length, cu_seqlens=cu_seqlens, indices=indices)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, ...] -> [M, ...]."""
+        rows = x.flatten(0, 1)
+        if self.indices is None or self.indices.shape[0] == rows.shape[0]:
+            return rows
+        return rows.index_select(0, self.indices)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, ...] -> [B, T, ...]; 0 at positions that have no row."""
+        if self.indices is None:
+            return x.unflatten(0, (self.batch, self.length))
+        return pad(x, self.indices, self.batch, self.length)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tokens: Tokens,
+    head_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    probabilities: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Self-attention of each sequence, m_h · softmax(q kᵀ / √D) · v.
+
+    Args:
+        q, k, v: [M, H, D], laid out as ``tokens`` says.
+        head_mask: m, [H] or [B, H]; gets a gradient.
+        dropout_p: chance for a probability to be dropped; 0 outside training.
+        probabilities: also return them, m_h · dropout(softmax), [B, H, T, T]. Needs the padded layout.
+
+    Returns:
+        [M, H, D], and the probabilities or None.
+    """
+    if tokens.cu_seqlens is not None:
+        return attention(q, k, v, tokens.cu_seqlens, head_mask, dropout_p), None
+    q, k, v = (x.unflatten(0, (tokens.batch, tokens.length)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    allowed = None
+    if tokens.mask is not None:
+        # A sequence without tokens attends to everything: any number will do there, but NaN would not.
+        allowed = (tokens.mask | ~tokens.mask.any(dim=1, keepdim=True))[:, None, None, :]  # [B, 1, 1, T]
+    m = None if head_mask is None else head_mask.to(q.dtype).view(-1, q.shape[1], 1, 1)  # [1 or B, H, 1, 1]
+    if not probabilities:
+        context = F.scaled_dot_product_attention(q, k, v, allowed, dropout_p)
+        return (context if m is None else context * m).transpose(1, 2).flatten(0, 1), None
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, T, T]
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
+    weights = weights if m is None else weights * m
+    return (weights @ v).transpose(1, 2).flatten(0, 1), weights
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm(x + residual) over the last dimension, by the ``layer_norm`` op; parameters as in torch."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        rows = None if residual is None else residual.reshape(-1, x.shape[-1])
+        return layer_norm(x.reshape(-1, x.shape[-1]), self.weight, self.bias, rows, self.eps).view(x.shape)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 weights, one scale a row: y = x Wᵀ + b with W[f] = weight_scale[f] · weight[0, f].
+
+    x [..., C] of any float dtype is quantized for each row on its own as it comes; y [..., F] has its dtype.
+
+    Parameters and buffers:
+        weight: codes int8 [1, F, C]. The leading 1 makes loaders that take them for weights of an nn.Linear fail
+            on the shape instead of computing with codes.
+        weight_scale: [F]. It stays float32 whatever the rest of the model is cast to.
+        bias: [F] or None.
+
+    The gradient for x is that of the dequantized layer, roundings taken as identity (straight-through: Bengio,
+    Léonard, Courville, arXiv:1308.3432). Bias gets one too; weight and weight_scale are fixed.
+    """
+
+    weight_scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        codes = torch.empty(1, out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+        """Quantize the weights of ``linear``; its bias is shared."""
+        made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        codes, scale = quantize(linear.weight)  # [F, C], [F]
+        made.weight = nn.Parameter(codes[None], requires_grad=False)
+        made.weight_scale, made.bias = scale, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            y = _StraightThrough.apply(rows, self.weight[0], self.weight_scale, self.bias)
+        else:
+            y = _int8_linear(rows, self.weight[0], self.weight_scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Int8Linear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    x_q, x_scale = quantize(x)
+    return int8_linear(x_q, x_scale, weight, scale, bias, out_dtype=x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        return _int8_linear(x, weight, scale, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        dx = (dy * scale.to(dy.dtype)) @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dy.sum(dim=0) if ctx.needs_input_grad[3] else None

@@ -1,0 +1,104 @@
+"""Masking and pruning of attention heads in DistilBERT.
+
+Michel, Levy, Neubig: Are Sixteen Heads Really Better than One?, arXiv:1905.10650.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distilbert_fast.ops import _check
+
+_NAME = "DistilBertModel"
+
+
+def head_masks(
+    head_mask: torch.Tensor | None, heads: int, kept: Sequence[Sequence[int]], batch: int, device: torch.device
+) -> list[torch.Tensor | None]:
+    """The mask of each layer, for the heads that are left in it.
+
+    Args:
+        head_mask: [H], [L, H] or [L, 1 or B, H, 1, 1] over the heads of the unpruned model, any real dtype.
+        heads: H.
+        kept: for each layer the numbers of its heads.
+
+    Returns:
+        For each layer None, [H_l] or [B, H_l]; differentiable in head_mask.
+    """
+    layers = len(kept)
+    if head_mask is None:
+        return [None] * layers
+    if not isinstance(head_mask, torch.Tensor):
+        _check.refuse(_NAME, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
+    shape = tuple(head_mask.shape)
+    mask = head_mask.to(device)
+    if not mask.is_floating_point():
+        mask = mask.float()
+    if shape == (heads,):
+        rows = [mask] * layers
+    elif shape == (layers, heads):
+        rows = list(mask.unbind())
+    elif shape in ((layers, 1, heads, 1, 1), (layers, batch, heads, 1, 1)):
+        rows = [row[0] if shape[1] == 1 else row for row in mask.flatten(2).unbind()]
+    else:
+        expected = f"of shape [{heads}], [{layers}, {heads}] or [{layers}, 1 or {batch}, {heads}, 1, 1]"
+        _check.refuse(_NAME, "head_mask", expected, list(shape))
+    return [
+        row if len(left) == heads else row.index_select(-1, torch.tensor(left, dtype=torch.int64, device=device))
+        for row, left in zip(rows, kept, strict=True)
+    ]
+
+
+def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
+    """Remove heads from a ``distilbert_fast.DistilBertModel``, see its ``prune_heads``."""
+    config, layers = model.config, model.transformer.layer
+    plan = []
+    for layer, heads in heads_to_prune.items():
+        if layer not in range(len(layers)):
+            _check.refuse(_NAME, "heads_to_prune", f"of layers in 0…{len(layers) - 1}", layer)
+        for head in heads:
+            if head not in range(config.n_heads):
+                _check.refuse(_NAME, "heads_to_prune", f"of heads in 0…{config.n_heads - 1}", head)
+        attention = layers[layer].attention
+        for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
+            if type(getattr(attention, name)) is not nn.Linear:
+                given = type(getattr(attention, name)).__name__
+                _check.refuse(_NAME, f"{name} of layer {layer}", "nn.Linear to be pruned", given, TypeError)
+        plan.append((attention, [head for head in attention.heads if head not in set(heads)]))
+
+    for attention, left in plan:
+        if len(left) < len(attention.heads):
+            _keep_heads(attention, left)
+    config.pruned_heads = {
+        layer: [head for head in range(config.n_heads) if head not in block.attention.heads]
+        for layer, block in enumerate(layers)
+        if len(block.attention.heads) < config.n_heads
+    }
+
+
+def _keep_heads(attention: Any, left: list[int]) -> None:
+    size = attention.attention_head_size
+    place = [attention.heads.index(head) for head in left]
+    features = torch.arange(len(attention.heads) * size).view(-1, size)[place].flatten()  # rows of q, k and v
+    for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
+        _shrink(linear, features, dim=0)
+    _shrink(attention.out_lin, features, dim=1)
+    attention.heads = tuple(left)
+    attention.n_heads, attention.dim = len(left), len(left) * size
+
+
+def _shrink(linear: nn.Linear, features: torch.Tensor, dim: int) -> None:
+    """Leave of a linear layer what makes (dim 0) or reads (dim 1) the given features, in new parameters."""
+    features = features.to(linear.weight.device)
+
+    def part(parameter: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(parameter.detach().index_select(dim, features), parameter.requires_grad)
+
+    linear.weight = part(linear.weight)
+    if dim == 0:
+        linear.bias = part(linear.bias)
+    linear.out_features, linear.in_features = linear.weight.shape
