@@ -17,6 +17,9 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64 * Vec::lanes;  // columns: a lane adds 64 terms in float before double takes over
 constexpr float kLowest = -3.402823466e38f;
+constexpr float kNone = -__builtin_inff();
+constexpr float kNoFloor[16] = {kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone,
+                                kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone};
 
 // What a row is reduced to: for both sides the maximum and Z.
 struct RowSums {
@@ -69,8 +72,8 @@ void add_block(RowSums& row, const S* s, const T* t, int64_t n, float k) {
     add_columns(mul(sub(load(s + i), m_s), vk), mul(sub(load(t + i), m_t), vk));
   }
   if (whole < n) {
-    // Lanes beyond the row get u = −1000: nothing is added. (maximum keeps a NaN that stands on its right.)
-    const Vec floor = broadcast(-1000);
+    // Lanes beyond the row, and only those, get u = −1000: nothing is added. (maximum keeps a NaN on its right.)
+    const Vec floor = load_first(kNoFloor, n - whole, -1000);
     const Vec u_s = mul(sub(load_first(s + whole, n - whole, kLowest), m_s), vk);
     const Vec u_t = mul(sub(load_first(t + whole, n - whole, kLowest), m_t), vk);
     add_columns(maximum(floor, u_s), maximum(floor, u_t));

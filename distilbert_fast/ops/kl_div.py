@@ -134,7 +134,8 @@ class _KLDiv(torch.autograd.Function):
 
 def _is_one(dloss: torch.Tensor) -> bool:
     """True only where the value can be read for free: a real CPU scalar."""
-    return not torch.compiler.is_compiling() and dloss.device.type == "cpu" and bool(dloss == 1)
+    real = type(dloss) is torch.Tensor and dloss.device.type == "cpu"
+    return real and not torch.compiler.is_compiling() and bool(dloss == 1)
 
 
 def _accumulate(student: torch.Tensor) -> torch.dtype:
