@@ -1,0 +1,184 @@
+"""cosine_loss: 1 − cos between hidden states, the loss that aligns the directions of student and teacher.
+
+    loss_n = 1 − c_n,    c = s·t a b,    a = 1/√(s·s + ε),  b = 1/√(t·t + ε)          d loss_n / d s = a (a c s − b t)
+
+ε = 1e-12 is that of torch.nn.CosineEmbeddingLoss, whose target 1 this is. L_cos of Sanh et al.: DistilBERT, a
+distilled version of BERT, arXiv:1910.01108.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check
+from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops.kl_div import _count, _reduce
+
+OP = "cosine_loss"
+EPSILON = 1e-12
+
+
+def cosine_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """1 − cos(student, teacher) over rows of hidden states.
+
+    Args:
+        student: hidden states [N, C], float32, bfloat16, float16 or float64, any strides. The loss is
+            differentiable in these.
+        teacher: hidden states [N, C], same device, any of those dtypes. Never gets a gradient.
+        mask: bool [N], True = the row counts. None counts all.
+        reduction: "mean" over counted rows, "sum", or "none" (0 in rows that do not count).
+
+    Returns:
+        Scalar, or [N] for "none"; float32 (float64 if the student is). All rows masked out: loss 0, gradient 0.
+        A zero row on either side has loss 1 and, as in torch, the finite gradient −t/√(ε(t·t + ε)) at s = 0.
+        A row that is not finite has a non-finite loss and leaves the others exact.
+
+    Arithmetic is float32 for every dtype but float64.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
+    """
+    _check.tensor(OP, "student", student, ("N", "C"))
+    _check.tensor(OP, "teacher", teacher, tuple(student.shape), device=student.device)
+    _check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
+    if mask is not None:
+        _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
+    teacher = teacher.detach()
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        rows, _ = _forward(student, teacher, mask)
+        return _reduce(rows, mask, reduction)
+    return _CosineLoss.apply(student, teacher, mask, reduction)
+
+
+def cosine_loss_reference(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The definition of ``cosine_loss`` in differentiable torch, computed in the dtype of the hidden states."""
+    a = (student.square().sum(dim=1) + EPSILON).rsqrt()
+    b = (teacher.square().sum(dim=1) + EPSILON).rsqrt()
+    rows = 1 - (student * teacher).sum(dim=1) * a * b
+    if mask is not None:
+        rows = torch.where(mask, rows, 0.0)
+    return _reduce(rows, mask, reduction)
+
+
+class _CosineLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, reduction: str
+    ) -> torch.Tensor:
+        rows, stats = _forward(student, teacher, mask)
+        ctx.reduction = reduction
+        ctx.save_for_backward(student, teacher, mask, stats)
+        return _reduce(rows, mask, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, mask, stats = ctx.saved_tensors
+        if ctx.reduction == "mean":
+            dloss = dloss / _count(student, mask)
+        dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats)
+        return dstudent, None, None, None
+
+
+def _accumulate(student: torch.Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, dtype = student.shape[0], _accumulate(student)
+    return student.new_empty(n, dtype=dtype), student.new_empty((n, 3), dtype=dtype)
+
+
+@operator(
+    "cosine_loss_forward(Tensor student, Tensor teacher, Tensor? mask) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row losses [N], and (c, a, b) of each row [N, 3] for backward."""
+    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
+    return _FORWARD[name](_rows(student), _rows(teacher), mask)
+
+
+def _backward_fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    drows: torch.Tensor,
+    stats: torch.Tensor,
+) -> torch.Tensor:
+    return student.new_empty(student.shape)
+
+
+@operator(
+    "cosine_loss_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor drows, Tensor stats) -> Tensor",
+    _backward_fake,
+)
+def _backward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    drows: torch.Tensor,
+    stats: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient [N, C] from the upstream gradient of each row [N]."""
+    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
+    drows = drows.to(_accumulate(student)).contiguous()
+    return _BACKWARD[name](_rows(student), _rows(teacher), mask, drows, stats)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows may lie anywhere; inside a row the kernels want neighbours."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+# torch ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_torch(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s, t = student.to(_accumulate(student)), teacher.to(_accumulate(student))
+    a = (s.square().sum(dim=1) + EPSILON).rsqrt()
+    b = (t.square().sum(dim=1) + EPSILON).rsqrt()
+    c = (s * t).sum(dim=1) * a * b
+    rows = 1 - c
+    if mask is not None:
+        rows = torch.where(mask, rows, 0.0)
+    return rows, torch.stack([c, a, b], dim=1)
+
+
+def _backward_torch(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    drows: torch.Tensor,
+    stats: torch.Tensor,
+) -> torch.Tensor:
+    c, a, b = stats.unbind(dim=1)  # [N] each
+    scale = a * drows
+    dstudent = student * (scale * a * c)[:, None] - teacher * (scale * b)[:, None]
+    if mask is not None:
+        dstudent = torch.where(mask[:, None], dstudent, 0.0)
+    return dstudent.to(student.dtype)
+
+
+_FORWARD = {"torch": _forward_torch}
+_BACKWARD = {"torch": _backward_torch}
