@@ -1,0 +1,58 @@
+"""What a classifier predicts, how often it is right, and how closely it follows its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.inference_mode()
+def predictions(
+    model: nn.Module, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32, max_length: int = 128
+) -> Tensor:
+    """The logits of a sequence classifier, fp32 [len(sentences), labels] on the CPU, in the order given.
+
+    Sentences of like length share a batch, so little of the work is padding. The model is left in eval mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    encoded = tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(sentences)), key=lambda i: len(encoded[i]))
+    logits: list[Tensor] = [torch.empty(0)] * len(sentences)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer(
+            [sentences[i] for i in rows], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+        )
+        for i, row in zip(rows, model(**batch.to(device)).logits.float().cpu(), strict=True):
+            logits[i] = row
+    return torch.stack(logits)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows of `logits` [N, labels] whose largest entry is at `labels` [N]."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro"))
+
+
+def macro_f1(logits: Tensor, labels: Tensor) -> float:
+    """F1 of each class, averaged with equal weight over the classes that occur in the labels or predictions."""
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    return float(multiclass_f1_score(logits, labels, num_classes=logits.shape[1], average="macro"))
+
+
+def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
+    """The share of rows where student and teacher [N, labels] choose the same class, right or wrong."""
+    return accuracy(logits, teacher_logits.argmax(dim=1))
+
+
+def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
+    """Mean over rows of KL(teacher ‖ student) in nats, at temperature 1."""
+    from distilbert_fast.ops.kl_div import kl_div
+
+    return float(kl_div(logits, teacher_logits))

@@ -1,0 +1,199 @@
+"""The report of a demo: report.json (everything), report.md (to read) and report.png (to see).
+
+All three come from one dict, whose layout is that of report.json:
+`command`, `settings`, `task`, `stages` (what each made and how long it took), `date`, `machine`, `environment` (that of
+`distilbert-fast env`), `inputs` (what was timed) and `models`: name -> row of numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+LIBRARIES = ("transformers", "distilbert_fast")
+
+
+def rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """The table of the report as text: a title and one cell for each model; the first row holds the models' names."""
+    models: Mapping[str, Row] = content["models"]
+    shown: dict[str, list[str]] = {
+        title: [form(row) for row in models.values()]
+        for title, form in (
+            ("architecture", _architecture),
+            ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
+            ("macro-F1", lambda row: f"{row['macro_f1']:.1%}"),
+            ("agreement with the teacher", lambda row: f"{row['agreement']:.1%}"),
+            ("KL from the teacher, nats", lambda row: f"{row['kl_from_teacher']:.3f}"),
+            ("parameters", lambda row: f"{row['parameters'] / 1e6:.1f} M"),
+            ("weight file", lambda row: f"{row['file_bytes'] / 1e6:.1f} MB"),
+        )
+    }
+    for title, key, unit in (("latency, batch 1", "latency_ms", "ms"), ("throughput, batch 32", "throughput", "/s")):
+        for library in LIBRARIES:
+            shown[f"{title}, {library}"] = [_timing(row[key][library], unit) for row in models.values()]
+    return [["", *models], *([title, *cells] for title, cells in shown.items())]
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """The table of the report for a terminal."""
+    from rich.table import Table
+
+    head, *body = rows(content)
+    result = Table(title=f"{content['task']['name']}: {content['task']['eval_sentences']} sentences to evaluate")
+    result.add_column(head[0])
+    for name in head[1:]:
+        result.add_column(name, justify="right")
+    for row in body:
+        result.add_row(*row)
+    return result
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The text of report.md."""
+    task, machine, inputs, environment = (content[key] for key in ("task", "machine", "inputs", "environment"))
+    head, *body = rows(content)
+    versions = {name: version for name, version in environment["versions"].items() if version}
+    lines = [
+        f"# Distilled and quantized on {task['name']}",
+        "",
+        f"Made by `{content['command']}` on {content['date']}.",
+        "",
+        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, {machine['system']}; "
+        f"{inputs['threads']} threads, device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
+        f"- **Versions:** Python {environment['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"- **Task:** {task['train_sentences']} sentences to train on, {task['eval_sentences']} to evaluate "
+        f"({task['eval_sentences_in_train']} of them also in the training split), {len(task['labels'])} classes: "
+        f"{', '.join(task['labels'])}. Always saying the commonest class gives {task['majority_share']:.1%}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---:|" * (len(head) - 1),
+        *("| " + " | ".join(row) + " |" for row in body),
+        "",
+        f"![accuracy, size and speed]({PLOT})",
+        "",
+        f"Timings: median over turns, with the range of the turns in brackets; all models take turns on the same "
+        f"evaluation sentences of {inputs['mean_tokens']:.0f} tokens on average: {inputs['latency_sentences']} of them "
+        f"at batch 1, {inputs['throughput_sentences']} at batch 32. *transformers* is the model as `from_pretrained` "
+        "gives it; *distilbert_fast* is the same model after `distilbert_fast.optimize`.",
+        "",
+        "## Stages",
+        "",
+        *(_stage(name, stage) for name, stage in content["stages"].items()),
+        "",
+        "`optimize` chose the same class as the model it was given for "
+        + ", ".join(f"{row['optimized_agreement']:.1%} ({name})" for name, row in content["models"].items())
+        + " of the evaluation sentences.",
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in content["settings"].items()),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import distilbert_fast",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'model = AutoModelForSequenceClassification.from_pretrained("student")  # or "teacher", "student-int8"',
+        'tokenizer = AutoTokenizer.from_pretrained("student")',
+        "model = distilbert_fast.optimize(model)",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PLOT = "report.png"
+
+
+def files(content: Mapping[str, Any]) -> dict[str, bytes]:
+    """The report's files by name."""
+    return {
+        PLOT: plot(content),
+        "report.json": json.dumps(content, indent=2).encode() + b"\n",
+        "report.md": markdown(content).encode(),
+    }
+
+
+def plot(content: Mapping[str, Any]) -> bytes:
+    """A PNG: accuracy with agreement, size, latency and throughput of each model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models: Mapping[str, Row] = content["models"]
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    (quality, size), (latency, throughput) = figure.subplots(2, 2)
+    names = list(models)
+
+    def bars(axes: Any, series: Mapping[str, list[float]], title: str, form: str, ranges: Any = None) -> None:
+        width = 0.8 / len(series)
+        for i, (label, values) in enumerate(series.items()):
+            places = [x + (i - (len(series) - 1) / 2) * width for x in range(len(names))]
+            drawn = axes.bar(places, values, width * 0.94, label=label, yerr=ranges and ranges[label], capsize=3)
+            axes.bar_label(drawn, fmt=form, padding=3, fontsize=8)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_title(title)
+        axes.margins(y=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="lower right" if axes is quality else "best")
+
+    def timings(axes: Any, key: str, title: str) -> None:
+        series = {library: [row[key][library]["median"] for row in models.values()] for library in LIBRARIES}
+        ranges = {
+            library: [
+                [row[key][library]["median"] - row[key][library]["low"] for row in models.values()],
+                [row[key][library]["high"] - row[key][library]["median"] for row in models.values()],
+            ]
+            for library in LIBRARIES
+        }
+        bars(axes, series, title, "%.3g", ranges)
+
+    percent = {
+        "accuracy": [100 * row["accuracy"] for row in models.values()],
+        "agreement with the teacher": [100 * row["agreement"] for row in models.values()],
+    }
+    bars(quality, percent, "accuracy and agreement, %", "%.1f")
+    bars(size, {"": [row["file_bytes"] / 1e6 for row in models.values()]}, "weight file, MB", "%.1f")
+    timings(latency, "latency_ms", "latency at batch 1, ms")
+    timings(throughput, "throughput", "throughput at batch 32, sentences/s")
+    machine = content["machine"]
+    figure.suptitle(
+        f"{content['task']['name']} on {machine['cpu']}, {content['inputs']['threads']} threads", fontsize=11
+    )
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, format="png")
+    return png.getvalue()
+
+
+def _architecture(row: Row) -> str:
+    return f"{row['architecture'].removesuffix('ForSequenceClassification')}, {row['layers']} layers"
+
+
+def _timing(measured: Mapping[str, float], unit: str) -> str:
+    median, low, high = (_three_digits(measured[key]) for key in ("median", "low", "high"))
+    return f"{median} {unit} ({low} to {high})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _stage(name: str, stage: Mapping[str, Any]) -> str:
+    proof = stage["read_back"]
+    trained = f", {stage['steps']} steps" if "steps" in stage else ""
+    resumed = " since it was continued" if stage.get("resumed") else ""
+    layers = f", layers {', '.join(map(str, stage['layers']))} of the teacher" if "layers" in stage else ""
+    made = f"{stage['seconds']:.0f} s{resumed}{trained}{layers}"
+    return (
+        f"- **{name}**: {made}. Read back from disk it chose the same class "
+        f"for {proof['same_class']} of {proof['sentences']} sentences; largest difference of a logit "
+        f"{proof['largest_difference']:.2g}."
+    )

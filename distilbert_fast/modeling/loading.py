@@ -1,0 +1,173 @@
+"""Read a sequence classifier from a checkpoint, and say plainly why a checkpoint cannot be used.
+
+Only safetensors files are read: a pickle can run any code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FAMILIES = {"bert": "BERT", "roberta": "RoBERTa", "distilbert": "DistilBERT"}  # config.model_type: what we call it
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+_HEAD = ("classifier.", "pre_classifier.", "bert.pooler.")  # what fine-tuning may start at random
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, what was expected and what was found."""
+
+
+def locate(source: str | Path) -> Path:
+    """The local directory of a checkpoint: a directory as it is, a hub id downloaded.
+
+    Raises CheckpointError when it is neither, or holds no model of `FAMILIES` in whole safetensors files.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source))
+    config = directory / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"checkpoint: {str(source)!r} holds no config.json")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {error}") from error
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"checkpoint: {str(source)!r}: expected a {', '.join(FAMILIES.values())} model, "
+            f"got model_type {model_type!r}"
+        )
+    for file in _weight_files(directory, source):
+        _check_whole(file)
+    return directory
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of a checkpoint's config, vocabulary and weights, by content and not by place."""
+    digest = hashlib.sha256()
+    for file in sorted([*directory.glob("*.json"), *directory.glob("*.txt"), *directory.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_classifier(
+    source: str | Path, label_names: Sequence[str] | None = None, new_head: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with its tokenizer, in float32 and eval mode, on the GPU where there is one.
+
+    Args:
+        source: directory or hub id.
+        label_names: the classes it shall have; those in its config when None.
+        new_head: whether a head that is missing, or of another number of classes, may start at random.
+
+    Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from distilbert_fast.modeling import register
+
+    register()  # so that an int8 checkpoint is understood
+    directory = locate(source)
+    labels: dict[str, Any] = {}
+    if label_names is not None:
+        labels = {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: i for i, name in enumerate(label_names)},
+            "ignore_mismatched_sizes": True,  # judged below
+        }
+    with _quiet():
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **labels
+        )
+    absent = sorted([*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])])
+    absent = [name for name in absent if not (new_head and name.startswith(_HEAD))]
+    if absent:
+        raise CheckpointError(
+            f"checkpoint: {str(source)!r} lacks {len(absent)} tensors that {type(model).__name__} needs, or has them "
+            f"in other shapes: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+        )
+    if not any((directory / name).is_file() for name in _VOCABULARIES):  # transformers would make up an empty one
+        raise CheckpointError(
+            f"checkpoint: {str(source)!r} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not 0 < len(tokenizer) <= model.config.vocab_size:
+        raise CheckpointError(
+            f"checkpoint: {str(source)!r}: expected a tokenizer of 1 to {model.config.vocab_size} tokens, as many as "
+            f"the model has embeddings, got {len(tokenizer)}"
+        )
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = ["*.json", "*.txt", "*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except HFValidationError:
+        raise CheckpointError(f"checkpoint: no such directory: {name!r}") from None
+    except OSError as error:  # also what the hub's own errors are
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"checkpoint: {name!r} is no directory, and the Hugging Face hub did not give it: {reason}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its table of missing tensors, which the caller judges."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _weight_files(directory: Path, source: str | Path) -> list[Path]:
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if (directory / _INDEX).is_file():
+        names = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [name for name in names if not (directory / name).is_file()]
+        if absent:
+            raise CheckpointError(f"checkpoint: {str(source)!r} lacks {absent[0]}, which its {_INDEX} names")
+        return [directory / name for name in names]
+    pickle = next((name for name in _PICKLES if (directory / name).is_file()), None)
+    if pickle:
+        raise CheckpointError(
+            f"checkpoint: {str(source)!r} holds its weights as a pickle ({pickle}), which is never loaded because it "
+            f"can run any code; convert it to {_WEIGHTS} first"
+        )
+    raise CheckpointError(f"checkpoint: {str(source)!r} holds no {_WEIGHTS}")
+
+
+def _check_whole(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {str(file)!r} is truncated or no safetensors file: {error}") from error

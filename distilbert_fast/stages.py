@@ -1,0 +1,182 @@
+"""A directory in which a long job runs as stages, each of which completes once and for all.
+
+A stage is complete when its directory (or JSON file) stands under its final name: it is built beside it under a
+hidden name, flushed to disk and renamed, so a job killed at any moment leaves a stage whole or not there at all.
+The same job run again skips what is complete. Nothing that the job did not make is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STAGE_FILE = "stage.json"
+
+
+class StageError(ValueError):
+    """A directory that the job must not, or cannot, write to; the message says what to do."""
+
+
+class RunDirectory:
+    """The output directory of one job.
+
+    Args:
+        path: the directory; made when it is missing.
+        job: name of the job, which the directory remembers.
+        settings: what the result depends on; JSON values. A directory with other settings is refused.
+        names: the entries that the job will write there.
+        overwrite: where the directory holds something else under those names, move that to `previous-<n>/` in it
+            instead of refusing. An unfinished run of the same settings is continued, not moved.
+
+    Use as a context manager: it holds a lock, so that a second run of the job is refused meanwhile.
+
+    Raises:
+        StageError: the path is no directory, is in use, or holds something else.
+    """
+
+    def __init__(
+        self, path: str | Path, job: str, settings: Mapping[str, Any], names: Sequence[str], overwrite: bool = False
+    ):
+        self.path = Path(path)
+        self.job = job
+        self.settings = json.loads(json.dumps(settings))
+        self.names = tuple(names)
+        self.overwrite = overwrite
+        self._marker = f".{job}.json"
+
+    def __enter__(self) -> RunDirectory:
+        from filelock import FileLock, Timeout
+
+        if self.path.exists() and not self.path.is_dir():
+            raise StageError(f"{self.job}: output: {str(self.path)!r} is a file, expected a directory")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / f".{self.job}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StageError(f"{self.job}: output: {str(self.path)!r} is in use by another run") from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            if not (self.path / self._marker).is_file():  # not ours: leave it as it was
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def _claim(self) -> None:
+        """Make the directory this job's, or refuse it."""
+        marker = self.path / self._marker
+        there = json.loads(marker.read_text()) if marker.is_file() else None
+        if there == self.settings:
+            return
+        ours = {self._marker, f".{self.job}.lock"}
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+        if there is not None:
+            keys = [key for key in {**there, **self.settings} if there.get(key) != self.settings.get(key)]
+            changes = ", ".join(f"{key}: {there.get(key)} there, {self.settings.get(key)} given" for key in keys)
+            what = f"holds a {self.job} with other settings ({changes})"
+        else:
+            what = f"already holds {_few(others)}, which no {self.job} made"
+        if (there is not None or others) and not self.overwrite:
+            raise StageError(
+                f"{self.job}: output: {str(self.path)!r} {what}; choose another directory, or give --overwrite to "
+                "move what is in the way to previous-<n>/ in it"
+            )
+        taken = [name for stem in self.names for name in (stem, f".{stem}.partial")]
+        in_the_way = [name for name in taken if (self.path / name).exists()]
+        if in_the_way:
+            number = 1
+            while (self.path / f"previous-{number}").exists():
+                number += 1
+            previous = self.path / f"previous-{number}"
+            previous.mkdir()
+            for name in in_the_way:
+                (self.path / name).rename(previous / name)
+            if there is not None:
+                marker.rename(previous / self._marker)
+        write_json(marker, self.settings)
+
+    def directory(self, name: str, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """The stage whose result is the directory `name`: `build(path)` fills it and returns what to remember.
+
+        Returns what `build` returned, now or in an earlier run.
+
+        Raises StageError when the complete directory no longer holds what the stage put there.
+        """
+        final, partial = self.path / name, self.path / f".{name}.partial"
+        record = final / STAGE_FILE
+        if record.is_file():
+            stage = json.loads(record.read_text())
+            for file, size in stage["files"].items():
+                found = (final / file).stat().st_size if (final / file).is_file() else None
+                if found != size:
+                    raise StageError(
+                        f"{self.job}: {str(final / file)!r}: expected the {size} bytes that this job wrote, "
+                        f"got {'no file' if found is None else found}; move {str(final)!r} away to have it made again"
+                    )
+            return stage["result"]
+        if final.exists():
+            raise StageError(f"{self.job}: {str(final)!r} is in the way: this job did not make it; move it away")
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        result = build(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+        for path in files:
+            _flush(path)
+        write_json(partial / STAGE_FILE, {"files": sizes, "result": result})
+        partial.rename(final)
+        _flush(self.path)
+        return json.loads(json.dumps(result))
+
+    def result(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The stage whose result is the JSON file `name`: what `compute` returns, now or in an earlier run."""
+        file = self.path / name
+        if not file.is_file():
+            write_json(file, compute())
+        return json.loads(file.read_text())
+
+    def is_complete(self, name: str) -> bool:
+        """Whether the stage `name` is complete."""
+        return (self.path / name / STAGE_FILE).is_file() or (self.path / name).is_file()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file at once: readers see the old file or the new one, also after a crash or on a full disk."""
+    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file at once, as `write_json` does. Raises OSError; the old file then stays as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

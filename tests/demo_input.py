@@ -1,0 +1,54 @@
+"""What a user may bring to the demo, small: a BERT directory with tokenizer, and sentences in a TSV file."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+WORDS = {
+    "animal": "cat dog horse sparrow salmon otter goat heron beetle mouse".split(),
+    "tool": "hammer saw wrench chisel drill plane file clamp level pliers".split(),
+}
+FILLER = "the a old small one near my your on under with and".split()
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    """Distinct sentences (text, label) whose label one or two of their words tell."""
+    draw = random.Random(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        label = draw.choice(sorted(WORDS))
+        words = draw.choices(FILLER, k=draw.randint(2, 9)) + draw.choices(WORDS[label], k=draw.randint(1, 2))
+        draw.shuffle(words)
+        rows[" ".join(words)] = label
+    return list(rows.items())
+
+
+def tsv(path: Path, count: int = 64, seed: int = 0) -> Path:
+    lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in sentences(count, seed))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def bert(path: Path, layers: int = 2, **config: object) -> Path:
+    """A random BERT encoder of 2 layers, C=32, that knows the words above."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *sum(WORDS.values(), [])]
+    path.mkdir(parents=True)
+    (path / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        **config,
+    }
+    BertModel(BertConfig(**settings)).save_pretrained(path)
+    return path

@@ -1,0 +1,51 @@
+"""Metrics against their definitions, and predictions against one sentence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from demo_input import bert, sentences
+from sklearn.metrics import f1_score
+
+from distilbert_fast.evaluation import metrics
+from distilbert_fast.modeling.loading import load_classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(1)
+    return load_classifier(bert(tmp_path_factory.mktemp("m") / "bert"), ["a", "b", "c"], new_head=True)
+
+
+def test_definitions():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 50, 4)
+    labels = torch.randint(0, 3, (50,))  # class 3 is predicted but never right
+    assert metrics.accuracy(logits, labels) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert metrics.macro_f1(logits, labels) == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+    assert metrics.agreement(logits, teacher) == pytest.approx(
+        float((logits.argmax(1) == teacher.argmax(1)).float().mean())
+    )
+    p, q = teacher.double().softmax(1), logits.double().softmax(1)
+    assert metrics.mean_kl(logits, teacher) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    assert metrics.agreement(teacher, teacher) == 1
+    assert metrics.mean_kl(teacher, teacher) == pytest.approx(0, abs=1e-6)
+
+
+def test_predictions_come_in_the_order_given(classifier):
+    model, tokenizer = classifier
+    model.train()  # the caller may have forgotten
+    texts = [text for text, _ in sentences(37, seed=3)]
+    together = metrics.predictions(model, tokenizer, texts, batch_size=8)
+    assert together.shape == (37, 3)
+    assert together.dtype == torch.float32
+    for text, row in zip(texts, together, strict=True):
+        alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_cut_long_sentences(classifier):
+    model, tokenizer = classifier
+    long, cut = "cat " * 500, "cat " * 6  # [CLS], 6 words, [SEP]
+    both = metrics.predictions(model, tokenizer, [long, cut], max_length=8)
+    torch.testing.assert_close(both[0], both[1])

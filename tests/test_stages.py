@@ -1,0 +1,210 @@
+"""A job's directory: a stage is whole or not there, and nothing that the job did not make is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilbert_fast.stages import RunDirectory, StageError, write_file, write_json
+
+NAMES = ("model", "report.md")
+
+
+def run(path: Path, overwrite: bool = False, **settings: object) -> RunDirectory:
+    return RunDirectory(path, "job", settings or {"epochs": 1}, NAMES, overwrite)
+
+
+def fill(text: str, calls: list[str] | None = None):
+    def build(path: Path) -> dict[str, object]:
+        if calls is not None:
+            calls.append(text)
+        (path / "sub").mkdir()
+        (path / "sub" / "weights").write_text(text)
+        return {"said": text}
+
+    return build
+
+
+def tree(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_complete_stage_is_not_made_again(tmp_path):
+    calls: list[str] = []
+    for _ in range(2):
+        with run(tmp_path / "new" / "out") as job:
+            assert job.is_complete("model") == bool(calls)
+            assert job.directory("model", fill("one", calls)) == {"said": "one"}
+            assert job.result("numbers.json", lambda: calls.append("numbers") or {"n": 1}) == {"n": 1}
+    assert calls == ["one", "numbers"]
+
+
+def test_a_stage_that_fails_leaves_nothing_and_can_be_made_again(tmp_path):
+    def fail(path: Path) -> dict[str, object]:
+        (path / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), run(tmp_path) as job:
+        job.directory("model", fail)
+    assert not (tmp_path / "model").exists()
+    with run(tmp_path) as job:
+        job.directory("model", fill("whole"))
+    assert set(tree(tmp_path / "model")) == {"stage.json", "sub/weights"}
+
+
+@pytest.mark.parametrize("place", ["while it is filled", "before the rename"])
+def test_killed_while_a_stage_is_made(tmp_path, place):
+    """SIGKILL, which runs no handler; then the same job again."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from distilbert_fast import stages
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def build(path):
+    (path / "half").write_text("x")
+    if {place!r} == "while it is filled":
+        die()
+    return {{}}
+
+if {place!r} == "before the rename":
+    Path.rename = die
+with stages.RunDirectory({str(tmp_path)!r}, "job", {{"epochs": 1}}, {NAMES!r}) as job:
+    job.directory("model", build)
+"""
+    root = str(Path(__file__).parent.parent)
+    killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    with run(tmp_path) as job:
+        job.directory("model", fill("whole"))
+    assert tree(tmp_path / "model")["sub/weights"] == "whole"
+
+
+def refused(path: Path, message: str, **arguments: object) -> None:
+    place = path if path.is_dir() else path.parent
+    before = tree(place)
+    with pytest.raises(StageError, match=f"^{re.escape(message)}$"), run(path, **arguments):
+        pass
+    assert tree(place) == before
+
+
+def test_something_else_in_the_directory_is_refused(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).write_text(name)
+    refused(
+        tmp_path,
+        f"job: output: {str(tmp_path)!r} already holds 'a', 'b', 'c' and 1 more, which no job made; choose another "
+        "directory, or give --overwrite to move what is in the way to previous-<n>/ in it",
+    )
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with run(tmp_path, epochs=1, seed=0) as job:
+        job.directory("model", fill("one"))
+    before = tree(tmp_path)
+    with pytest.raises(StageError) as error, run(tmp_path, epochs=2, seed=0):
+        pass
+    assert str(error.value) == (
+        f"job: output: {str(tmp_path)!r} holds a job with other settings (epochs: 1 there, 2 given); choose another "
+        "directory, or give --overwrite to move what is in the way to previous-<n>/ in it"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "out").write_text("x")
+    refused(tmp_path / "out", f"job: output: {str(tmp_path / 'out')!r} is a file, expected a directory")
+
+
+def test_overwrite_moves_what_is_in_the_way_and_touches_nothing_else(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("precious")
+    (tmp_path / "notes").write_text("mine too")
+    for epochs in (1, 2):
+        for _ in range(2):  # the second time it is the same job, which goes on
+            with run(tmp_path, overwrite=True, epochs=epochs) as job:
+                job.directory("model", fill(f"epochs {epochs}"))
+    found = tree(tmp_path)
+    assert found["previous-1/model/mine"] == "precious"
+    assert found["previous-2/model/sub/weights"] == "epochs 1"
+    assert found["model/sub/weights"] == "epochs 2"
+    assert found["notes"] == "mine too"
+    assert not (tmp_path / "previous-3").exists()
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path):
+    with run(tmp_path):
+        refused(tmp_path, f"job: output: {str(tmp_path)!r} is in use by another run")
+    with run(tmp_path):
+        pass
+
+
+def test_a_stage_that_was_tampered_with_is_refused(tmp_path):
+    with run(tmp_path) as job:
+        job.directory("model", fill("twelve bytes"))
+    weights = tmp_path / "model" / "sub" / "weights"
+    weights.write_text("short")
+    with run(tmp_path) as job, pytest.raises(StageError) as error:
+        job.directory("model", fill("x"))
+    assert str(error.value) == (
+        f"job: {str(weights)!r}: expected the 12 bytes that this job wrote, got 5; move {str(tmp_path / 'model')!r} "
+        "away to have it made again"
+    )
+    weights.unlink()
+    with run(tmp_path) as job, pytest.raises(StageError, match="that this job wrote, got no file; move "):
+        job.directory("model", fill("x"))
+
+
+def test_a_directory_of_the_users_in_the_place_of_a_stage_is_refused(tmp_path):
+    with run(tmp_path) as job:
+        (tmp_path / "model").mkdir()
+        with pytest.raises(StageError) as error:
+            job.directory("model", fill("x"))
+    assert str(error.value) == (
+        f"job: {str(tmp_path / 'model')!r} is in the way: this job did not make it; move it away"
+    )
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    """A real write error: the process may write no file beyond 4096 bytes."""
+    file = tmp_path / "report.json"
+    write_json(file, {"old": True})
+    script = f"""
+import resource, signal
+from pathlib import Path
+from distilbert_fast.stages import write_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_file(Path({str(file)!r}), b"x" * 100_000)
+except OSError as error:
+    print(error.strerror)
+"""
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "File too large\n"
+    assert json.loads(file.read_text()) == {"old": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_write_file_replaces(tmp_path):
+    file = tmp_path / "x"
+    write_file(file, b"one")
+    write_file(file, b"two")
+    assert file.read_bytes() == b"two"
