@@ -161,9 +161,7 @@ def _refuse_features(teacher: PreTrainedModel) -> None:
     ):
         value = getattr(config, feature, allowed)
         if value != allowed:
-            raise ValueError(
-                f"{OP}: teacher.config.{feature} must be {allowed!r} for a DistilBERT, got {value!r}"
-            )
+            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a DistilBERT, got {value!r}")
 
 
 def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -255,9 +253,7 @@ def _tensors(
     for name, place in student.state_dict().items():
         source = sources[name]
         if source not in have:
-            raise ValueError(
-                f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none"
-            )
+            raise ValueError(f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none")
         tensor = have[source]
         if name.endswith("position_embeddings.weight"):
             tensor = tensor[_first_position(teacher, family) :]  # [P, C]

@@ -1,0 +1,202 @@
+"""When a checkpoint directory is complete.
+
+A manifest lies in every checkpoint. It is written twice: first to say that saving began, and, once every
+other file is on the disk, to list them with size and SHA-256. The second writing (temporary file, fsync,
+rename, fsync of the directory) is one atomic step: a run killed or a machine stopped before it leaves a
+checkpoint that is known to be half-written, after it one that can be trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint_manifest.json"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl"}
+_FORMAT = 1
+
+
+def begin(checkpoint: Path) -> None:
+    """Make the directory and mark it as being written."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    # not atomic, and need not be: a torn manifest says the same
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": _FORMAT, "complete": False}))
+    sync(checkpoint / MANIFEST)
+
+
+def complete(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Bring every file to the disk, then mark the checkpoint as complete.
+
+    Raises:
+        RuntimeError: a pickle file is among them.
+    """
+    pickles = sorted(file.name for file in _files(checkpoint) if file.suffix in _PICKLES)
+    if pickles:
+        raise RuntimeError(f"{checkpoint}: a checkpoint must hold no pickle file, got {', '.join(pickles)}")
+    files = {}
+    for file in _files(checkpoint):
+        sync(file)
+        files[file.relative_to(checkpoint).as_posix()] = {
+            "size": file.stat().st_size,
+            "sha256": _sha256(file),
+        }
+    for directory in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint.parent):
+        sync(directory)
+    new = checkpoint / f"{MANIFEST}.new"
+    new.write_text(json.dumps({"format": _FORMAT, "complete": True, "settings": settings, "files": files}, indent=1))
+    sync(new)
+    os.replace(new, checkpoint / MANIFEST)
+    sync(checkpoint)
+
+
+def fault(checkpoint: Path, contents: bool = True) -> str | None:
+    """Why a checkpoint cannot be trusted; None if it can.
+
+    Args:
+        checkpoint: the directory.
+        contents: True compares checksums and so reads every file; False compares names and sizes.
+    """
+    record = _read(checkpoint)
+    if isinstance(record, str):
+        return record
+    if record.get("format") != _FORMAT:
+        return f"its manifest has format {record.get('format')!r}, this version reads {_FORMAT}"
+    if not record.get("complete"):
+        return "half-written: saving began and did not end"
+    for name, entry in record["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
+        if contents and _sha256(file) != entry["sha256"]:
+            return f"the contents of {name} do not fit their checksum"
+    return None
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a complete checkpoint was written with."""
+    return json.loads((checkpoint / MANIFEST).read_text())["settings"]
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Every ``checkpoint-<step>`` directory, complete or not, by ascending step."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step and path.is_dir():
+            found.append((int(step[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Path of the complete checkpoint of the highest step in a training output directory, None if there is
+    none.
+
+    A directory without manifest, half-written, truncated or altered is passed over, with a warning that says
+    why.
+    """
+    for path in reversed(checkpoints(output_dir)):
+        reason = fault(path)
+        if reason is None:
+            return str(path)
+        logger.warning("passing over %s: %s", path, reason)
+    return None
+
+
+def make_room(checkpoint: Path) -> None:
+    """Clear the place where a checkpoint is about to be written.
+
+    What saving left there half-done is deleted. What this module did not write is kept under another name.
+    """
+    if not checkpoint.exists():
+        return
+    if _written_here(checkpoint):
+        remove(checkpoint)
+    else:
+        number = 1
+        while (aside := checkpoint.with_name(f"{checkpoint.name}.replaced-{number}")).exists():
+            number += 1
+        checkpoint.rename(aside)
+        logger.warning("%s was not written here; it is now %s", checkpoint, aside)
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
+    """Delete the oldest complete checkpoints beyond ``limit``, and what saving left half-done before the
+    newest.
+
+    The newest complete one and ``keep`` always stay; directories that this module did not write are not
+    touched.
+    """
+    found = checkpoints(output_dir)
+    whole = [path for path in found if fault(path, contents=False) is None]
+    if not whole:
+        return
+    stay = {whole[-1], keep} & set(whole)
+    for path in reversed(whole):
+        if limit is None or len(stay) < limit:
+            stay.add(path)
+    for path in found[: found.index(whole[-1])]:
+        if path not in stay and _written_here(path):
+            remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that, interrupted anywhere, it counts as half-written and not as damaged."""
+    begin(checkpoint)
+    for path in checkpoint.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MANIFEST:
+            path.unlink()
+    shutil.rmtree(checkpoint)
+
+
+def _written_here(checkpoint: Path) -> bool:
+    """Whether this module made the directory: it holds a manifest, or nothing yet."""
+    return (checkpoint / MANIFEST).is_file() or not any(checkpoint.iterdir())
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(checkpoint: Path) -> dict[str, Any] | str:
+    """The manifest, or what is wrong with it."""
+    if not checkpoint.is_dir():
+        return "it is not a directory"
+    if not (checkpoint / MANIFEST).is_file():
+        pickles = sorted(file.name for file in _files(checkpoint) if file.suffix in _PICKLES)
+        held = f"; it holds pickle files, which are never loaded: {', '.join(pickles)}" if pickles else ""
+        return f"it has no {MANIFEST}{held}"
+    try:
+        record = json.loads((checkpoint / MANIFEST).read_text())
+    except ValueError as error:
+        return f"its {MANIFEST} is damaged: {error}"
+    return record if isinstance(record, dict) else f"its {MANIFEST} is damaged: not an object"
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """Every file of a checkpoint but its manifest."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

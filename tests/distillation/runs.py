@@ -1,0 +1,191 @@
+"""Training runs that die: each in a process of its own, forked from one that has imported everything but run nothing.
+
+    PYTHONPATH=.:tests python -m distillation.runs DIR
+
+trains in directories under DIR: once to the end, killed and resumed, stopped by a full disk. It prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+from distillation import tiny
+
+from distilbert_fast.distillation.trainer import DistillationTrainer
+
+STEPS = 12
+
+
+def build(output_dir: Path, *callbacks: transformers.TrainerCallback) -> DistillationTrainer:
+    """12 steps of distillation with dropout, accumulation, evaluation and rotation."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    teacher = tiny.teacher()
+    args = tiny.arguments(
+        output_dir,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="epoch",
+        num_train_epochs=3,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        warmup_steps=3,
+    )
+    rows = tiny.rows(24)
+    return DistillationTrainer(
+        tiny.student(teacher), teacher, args, rows, eval_dataset=rows[:5], callbacks=list(callbacks)
+    )
+
+
+def train(output_dir: Path, *callbacks: transformers.TrainerCallback) -> None:
+    trainer = build(output_dir, *callbacks)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == STEPS
+
+
+def child(work: Callable[[], None]) -> int:
+    """Fork a process that does ``work``; its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(process: int) -> bool:
+    """True when it came to its end, False when it was killed."""
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    assert status == 0, f"the run failed: {status}"
+    return True
+
+
+def die_at_call(number: int) -> None:
+    """SIGKILL just before the number-th call that makes, moves, syncs or removes something on the disk."""
+    left = number
+
+    def counted(call: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def kill(directory: Path, duration: float, seed: int = 0) -> dict[str, int]:
+    """SIGKILL at random times, then at random steps of saving, and resume until the end is reached."""
+    chance = random.Random(seed)
+    killed = {"time": 0, "saving": 0}
+    ended = False
+    while not ended:
+        process = child(lambda: train(directory / "time"))
+        if killed["time"] < 4:
+            time.sleep(chance.uniform(0.2, 0.7) * duration)
+            os.kill(process, signal.SIGKILL)
+        ended = wait(process)
+        killed["time"] += not ended
+
+    def dying(number: int) -> None:
+        die_at_call(number)
+        train(directory / "saving")
+
+    ended = False
+    while not ended:
+        number = chance.randint(3, 60) if killed["saving"] < 6 else 10**9
+        process = child(lambda number=number: dying(number))
+        ended = wait(process)
+        killed["saving"] += not ended
+    return killed
+
+
+class FullDisk(transformers.TrainerCallback):
+    """From a given step on, no file may grow beyond ``size`` bytes; the system refuses, as a full disk would."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            limit_files(self.size)
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def fill(directory: Path) -> dict[str, Any]:
+    """Fill the disk while step 6 is saved (at its weights, its optimizer, its manifest), then empty it and go on.
+
+    Last, fill it while a finished model is saved over an older one.
+    """
+
+    def checkpoint(name: str, size: int) -> None:
+        place = directory / name
+        try:
+            train(place, FullDisk(6, size))
+        except OSError as error:
+            limit_files(resource.RLIM_INFINITY)
+            left = sorted(path.name for path in place.iterdir())
+            (directory / f"{name}.json").write_text(json.dumps([error.errno, str(error), left]))
+            train(place)
+
+    def model() -> None:
+        trainer = build(directory / "unused")
+        trainer.save_model(str(directory / "model"))
+        with torch.no_grad():
+            trainer.model.classifier.bias.add_(1)
+        limit_files(20_000)
+        try:
+            trainer.save_model(str(directory / "model"))
+        except OSError as error:
+            limit_files(resource.RLIM_INFINITY)
+            left = sorted(path.name for path in (directory / "model").iterdir())
+            (directory / "model.json").write_text(json.dumps([error.errno, str(error), left]))
+
+    for name, size in (("weights", 20_000), ("optimizer", 60_000), ("manifest", 0)):
+        assert wait(child(lambda name=name, size=size: checkpoint(name, size)))
+    assert wait(child(model))
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+
+
+def main(directory: Path) -> dict[str, Any]:
+    begun = time.monotonic()
+    assert wait(child(lambda: train(directory / "whole")))
+    duration = time.monotonic() - begun
+    return {"killed": kill(directory, duration), "full": fill(directory)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
