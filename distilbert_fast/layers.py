@@ -126,7 +126,7 @@ def attend(
     if tokens.mask is not None:
         # A sequence without tokens attends to everything: any number will do there, but NaN would not.
         allowed = (tokens.mask | ~tokens.mask.any(dim=1, keepdim=True))[:, None, None, :]  # [B, 1, 1, T]
-    m = None if head_mask is None else head_mask.to(q.dtype).view(-1, q.shape[1], 1, 1)  # [1 or B, H, 1, 1]
+    m = None if head_mask is None else head_mask.to(q.dtype)[..., None, None]  # [H, 1, 1] or [B, H, 1, 1]
     if not probabilities:
         context = F.scaled_dot_product_attention(q, k, v, allowed, dropout_p)
         return (context if m is None else context * m).transpose(1, 2).flatten(0, 1), None

@@ -1,0 +1,246 @@
+"""optimize: run the encoder of a transformers model in hand on the engine, and change nothing else about it.
+
+The encoder's class is exchanged for a subclass of the same name whose ``forward`` serves a call from packed weights
+when it can and calls transformers' own ``forward`` when it cannot. Modules, parameters, state_dict, config and
+files stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+
+from distilbert_fast.engine import PRECISIONS, Engine
+from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder
+from distilbert_fast.modeling.snapshot import Snapshot
+from distilbert_fast.ops import _check
+
+log = logging.getLogger("distilbert_fast")
+OP = "optimize"
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def optimize(model: Model, precision: str | None = None) -> Model:
+    """Accelerate a DistilBERT, BERT or RoBERTa model for inference, in place.
+
+    Args:
+        model: a transformers encoder, with any task head or none. Changed in place, so that pipelines and
+            sentence-transformers that hold it are accelerated too.
+        precision: "fp32", "bf16", "fp16" or "int8" (dynamic scales, one a token and one a weight row) for the
+            encoder's linear layers and attention; outputs and task head keep the dtype of the model. None: as
+            the model is, so int8 where ``quantize_model`` made it so. Calling again changes it.
+
+    Returns:
+        ``model``: same object, parameters, config, signature and files.
+
+    Hidden states at padded positions are 0. Padding is never computed, wherever in its row it stands.
+    ``head_mask`` [H] or [L, H] is honoured (transformers 5 ignores it).
+
+    transformers' own forward runs, exactly as before, in training mode; where gradients may be wanted (grad mode
+    is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast, torch.export and
+    torch.jit; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else the engine does not know;
+    where padded positions matter (question answering, labels on padding, padding on the left); and while
+    someone's hook sits on a module inside the encoder. Under torch.compile the engine runs as one graph break.
+
+    Weights may change at any time, by an optimizer step, ``load_state_dict``, ``to`` or replaced modules: a look
+    at their version counters and addresses before each call finds out, and they are packed again. Only writes
+    through ``parameter.data``, which torch does not count, are not seen: call ``optimize`` again after them.
+
+    Thread-safe. A deep copy or an unpickled model packs its own weights.
+
+    Raises:
+        TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision.
+    """
+    if precision is not None:
+        _check.choice(OP, "precision", precision, tuple(PRECISIONS))
+    encoder = find_encoder(model, OP)
+    reads_padding = type(model).__name__.endswith("ForQuestionAnswering") or getattr(
+        encoder, "always_keep_padding", False
+    )
+    accelerator = _Accelerator(precision, reads_padding)
+    accelerator.pack(encoder)
+    encoder._accelerator = accelerator
+    encoder.__class__ = _with_forward(type(encoder), _encoder_forward)
+    if model is not encoder:
+        model.__class__ = _with_forward(type(model), _head_forward)
+    return model
+
+
+class _Accelerator:
+    """The packed weights of one encoder, and whether they are still what it holds."""
+
+    def __init__(self, precision: str | None, reads_padding: bool) -> None:
+        self.precision, self.reads_padding = precision, reads_padding
+        self._packed: tuple[Snapshot, Engine | None] | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Accelerator, (self.precision, self.reads_padding)
+
+    def pack(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
+        devices = {str(tensor.device) for tensor in encoder.parameters()}
+        if len(devices) > 1 or devices == {"meta"}:
+            _check.refuse(OP, "model weights", "on one device", ", ".join(sorted(devices)))
+        if any(tensor.is_inference() for tensor in encoder.parameters()):
+            _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
+        snapshot = Snapshot(encoder)
+        with torch.inference_mode(False):
+            engine = Engine.from_model(encoder_modules(find_encoder(encoder, OP), OP), self.precision)
+        self._packed = snapshot, engine
+        return snapshot, engine
+
+    def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot | None, Engine | None]:
+        """The current weights, packed; no engine if they have become something that it cannot run."""
+        packed = self._packed
+        if packed is not None and packed[0].holds(encoder):
+            return packed
+        with self._lock:
+            packed = self._packed
+            if packed is not None and packed[0].holds(encoder):
+                return packed
+            try:
+                return self.pack(encoder)
+            except (TypeError, ValueError) as error:
+                _warn_once(f"the model has changed, transformers' own forward runs: {error}")
+                return None, None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+# The exchanged classes --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _subclass(kind: type, forward: Callable[..., Any]) -> type:
+    names = tuple(
+        name
+        for name, parameter in inspect.signature(kind.forward).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    )[1:]
+
+    @functools.wraps(kind.forward)
+    def bound(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return forward(kind, names, self, *args, **kwargs)
+
+    def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
+        return _restore, (kind, forward), self.__dict__.copy()
+
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    body |= {"forward": bound, "__reduce_ex__": reduce, "_exchanged": kind}
+    return type(kind.__name__, (kind,), body)
+
+
+def _with_forward(kind: type, forward: Callable[..., Any]) -> type:
+    return kind if "_exchanged" in vars(kind) else _subclass(kind, forward)
+
+
+def _restore(kind: type, forward: Callable[..., Any]) -> PreTrainedModel:
+    """An empty instance for pickle and copy, which fill it."""
+    exchanged = _subclass(kind, forward)
+    return exchanged.__new__(exchanged)
+
+
+def _head_forward(kind: type, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """A task head: padded positions are wanted where a label counts one."""
+    given = dict(zip(names, args, strict=False)) | kwargs
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    if labels is not None and mask is not None and labels.shape == mask.shape:
+        kwargs["keep_padding"] = torch.compiler.is_compiling() or bool(((labels != -100) & (mask == 0)).any())
+    return kind.forward(self, *args, **kwargs)
+
+
+def _encoder_forward(kind: type, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    ours = kind.__module__.startswith("distilbert_fast.")  # takes head_mask and keep_padding itself
+    keep_padding = kwargs.get("keep_padding", False) if ours else kwargs.pop("keep_padding", False)
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if not (self.training or traced or len(args) > len(names)):
+        output = _serve(self, dict(zip(names, args, strict=False)) | kwargs, keep_padding)
+        if output is not None:
+            return output
+    honoured = ours or self.config._attn_implementation == "distilbert_fast"
+    if kwargs.get("head_mask") is not None and not honoured:
+        raise ValueError(
+            "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
+            " gradients, autocast, output_attentions, …), got a tensor; with"
+            " attn_implementation='distilbert_fast' it is honoured"
+        )
+    return kind.forward(self, *args, **kwargs)
+
+
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "head_mask",
+    "keep_padding",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",  # an encoder has no cache
+}
+
+
+@torch.compiler.disable
+def _serve(self: PreTrainedModel, given: Mapping[str, Any], keep_padding: bool) -> Any:
+    """The encoder's output from the engine, or None if transformers' own forward must make it."""
+    given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
+    input_ids, attention_mask = given.get("input_ids"), given.get("attention_mask")
+    attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in _FLAGS)
+    if (
+        input_ids is None
+        or not _KNOWN.issuperset(given)
+        or attentions
+        or not isinstance(hidden_states, (bool, type(None)))
+        or input_ids.dim() != 2
+        or (attention_mask is not None and attention_mask.shape != input_ids.shape)
+        or torch.is_autocast_enabled(input_ids.device.type)
+    ):
+        return None
+    accelerator: _Accelerator = self._accelerator
+    snapshot, engine = accelerator.packed(self)
+    if snapshot is None or engine is None or snapshot.observed():
+        return None
+    if torch.is_grad_enabled() and snapshot.requires_grad():
+        _warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
+        return None
+    if attention_mask is not None:
+        real = attention_mask != 0
+        if bool(real.all()):
+            attention_mask = None
+        elif keep_padding or accelerator.reads_padding or bool((real.any(1) & ~real[:, :1].any(1)).any()):
+            return None
+
+    distilbert = isinstance(self, DistilBertModel)
+    encoded = engine.encode(
+        input_ids,
+        attention_mask,
+        None if distilbert else given.get("token_type_ids"),  # transformers ignores them there
+        given.get("position_ids"),
+        given.get("head_mask"),
+        bool(hidden_states),
+    )
+    last = encoded.tokens.padded(encoded.x)  # [B, T, C]
+    if distilbert:
+        output = BaseModelOutput(last_hidden_state=last)
+    else:
+        pooled = None if self.pooler is None else self.pooler(last)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)
+    if hidden_states:
+        output["hidden_states"] = (*map(encoded.tokens.padded, encoded.hidden_states[:-1]), last)
+    return_dict = given.get("return_dict", getattr(self.config, "return_dict", True))
+    return output.to_tuple() if return_dict is False else output
+
+
+_FLAGS = ("output_attentions", "output_hidden_states")
