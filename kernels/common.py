@@ -16,14 +16,18 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: finite, so that subtracting it from a logit never gives NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: finite, so that a difference to it is never NaN
+UNIT = tl.constexpr(2.0**-20)  # exact factor under which 2^20 differences sum without overflow, be they to LOWEST
 
 
 @triton.jit
 def split_row(first, V, GROUP: tl.constexpr):
-    """How many columns the head and the body of a row hold whose column 0 is element ``first`` of its tensor."""
-    head = tl.minimum(((GROUP - first % GROUP) % GROUP).to(tl.int32), V)
-    return head, (V - head) // GROUP * GROUP
+    """How many columns the head and the body of a row hold whose column 0 is element ``first`` of its tensor.
+
+    A row that ends before the next multiple of GROUP lies in the head, which then is longer than the row.
+    """
+    head = ((GROUP - first % GROUP) % GROUP).to(tl.int32)
+    return head, tl.maximum(V - head, 0) // GROUP * GROUP
 
 
 @triton.jit
@@ -51,11 +55,11 @@ def edge_tile(head, body, V, LANES: tl.constexpr, GROUP: tl.constexpr):
 def online_softmax(x, m, z, c):
     """Fold a tile x [LANES, K] into each lane's maximum m and z = Σ exp2(c (x − m)).
 
-    Lanes that hold no column are −inf. Returns the new m and z, the tile's x − m and exp2(c (x − m)), and the
-    factor by which older sums shrink. tl.max drops NaN, but x − m does not: a NaN ends in z.
+    Lanes that hold no column are −inf. Returns the new m and z, the tile's UNIT (x − m) and exp2(c (x − m)), and
+    the factor by which older sums shrink. tl.max drops NaN, but x − m does not: a NaN ends in z.
     """
     new_m = tl.maximum(m, tl.max(x, axis=1))  # [LANES]
-    below = x - new_m[:, None]  # [LANES, K]
-    e = tl.exp2(below * c)
+    below = x * UNIT - (new_m * UNIT)[:, None]  # [LANES, K]; one fused multiply-add
+    e = tl.exp2(below * (c / UNIT))
     shrink = tl.exp2((m - new_m) * c)
     return new_m, z * shrink + tl.sum(e, axis=1), below, e, shrink

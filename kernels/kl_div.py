@@ -20,6 +20,7 @@ import triton.language as tl
 from distilbert_fast.kernels.common import (
     LOG2E,
     LOWEST,
+    UNIT,
     body_offset,
     body_tile,
     edge_tile,
@@ -30,13 +31,13 @@ from distilbert_fast.kernels.common import (
 
 @triton.jit
 def _fold(student, teacher, columns, valid, c, m_s, z_s, m_t, z_t, w):
-    """Pass 1 over one tile: fold it into the statistics [LANES] of both sides."""
+    """Pass 1 over one tile: fold it into the lanes' statistics [LANES] of both sides, w in UNITs."""
     s = tl.load(student + columns, mask=valid, other=float("-inf")).to(tl.float32)  # [LANES, K]
     t = tl.load(teacher + columns, mask=valid, other=float("-inf")).to(tl.float32)
     new_m_s, z_s, s, _, _ = online_softmax(s, m_s, z_s, c)
     new_m_t, new_z_t, t, e_t, shrink = online_softmax(t, m_t, z_t, c)
     # The older sum moves to the new maxima. Its weight comes first: 0 · huge is 0 where huge · Z may be inf.
-    w = shrink * w + (shrink * z_t) * ((m_t - new_m_t) - (m_s - new_m_s))
+    w = shrink * w + (shrink * z_t) * ((m_t - new_m_t) - (m_s - new_m_s)) * UNIT
     return new_m_s, z_s, new_m_t, new_z_t, w + tl.sum(tl.where(valid, e_t * (t - s), 0.0), axis=1)
 
 
@@ -112,10 +113,10 @@ def _kl_div_fwd_kernel(
 
     row_m_s, row_m_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)  # the lanes become one row
     weight = tl.exp2((m_t - row_m_t) * c)
-    w = tl.sum(weight * w + (weight * z_t) * ((m_t - row_m_t) - (m_s - row_m_s)), axis=0)
+    w = tl.sum(weight * w + (weight * z_t) * ((m_t - row_m_t) - (m_s - row_m_s)) * UNIT, axis=0)
     z_s = tl.sum(tl.exp2((m_s - row_m_s) * c) * z_s, axis=0)
     z_t = tl.sum(weight * z_t, axis=0)
-    tl.store(rows + row, temperature * (w / z_t - temperature * tl.log(z_t / z_s)))
+    tl.store(rows + row, temperature * (w / z_t / UNIT - temperature * tl.log(z_t / z_s)))
     if stats is not None:
         _store_stats(stats + 4 * row, row_m_s, z_s, row_m_t, z_t)
     if gradient is not None:
