@@ -194,7 +194,7 @@ def cpu_sources() -> list[Path]:
     sources = sorted(Path("csrc/cpu").glob("*.cpp"))
     foreign = [path for path in sources if path.stem.startswith("tier_") and path.stem not in TIER_FLAGS]
     if foreign and IS_X86:
-        fail(f"{foreign[0]} is an ISA tier, and TIER_FLAGS in setup.py has no compiler flags for it.")
+        fail(f"{foreign[0]} is an ISA tier, and TIER_FLAGS in setup.py has no flags for it.")
     return [Path("csrc/bindings_cpu.cpp"), *(path for path in sources if path not in foreign)]
 
 

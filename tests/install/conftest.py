@@ -1,0 +1,50 @@
+"""What a user installs: one sdist, and the wheel built from it, shared by every test process of a run."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from install.commands import copy_checkout, succeed
+
+
+class Built(NamedTuple):
+    sdist: Path
+    tree: Path  # the unpacked sdist, with the objects of the build
+    wheel: Path
+    site: Path  # where the wheel is installed, without its dependencies
+
+
+@pytest.fixture(scope="session")
+def build_tools():
+    missing = [name for name in ("build", "ninja", "pybind11", "setuptools") if not importlib.util.find_spec(name)]
+    if missing or not shutil.which("g++"):
+        pytest.skip(f"not here: {', '.join(missing) or 'g++'}")
+
+
+@pytest.fixture(scope="session")
+def built(build_tools, tmp_path_factory, worker_id) -> Built:
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent  # the parent is common to the workers of one run
+    with open(base / "install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, the others wait for it
+        folder = base / "install"
+        if not (folder / "site").exists():
+            checkout = copy_checkout(folder / "checkout")
+            python = (sys.executable, "-m")
+            succeed(*python, "build", "--no-isolation", "--sdist", "-o", folder, cwd=checkout)
+            with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+                archive.extractall(folder / "sdist", filter="data")
+            tree = next((folder / "sdist").iterdir())
+            succeed(*python, "build", "--no-isolation", "--wheel", "-o", folder, cwd=tree, DISTILBERT_FAST_CUDA="0")
+            pip = (*python, "pip", "install", "--no-deps", "--no-index", "--target", folder / "site.new")
+            succeed(*pip, next(folder.glob("*.whl")), cwd=folder)
+            (folder / "site.new").rename(folder / "site")
+    tree = next((folder / "sdist").iterdir())
+    return Built(next(folder.glob("*.tar.gz")), tree, next(folder.glob("*.whl")), folder / "site")

@@ -1,0 +1,79 @@
+"""The CUDA module on a machine that has nvcc and, as a rule, no GPU: it builds, links and imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from install.commands import copy_checkout, succeed
+
+pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+
+ARCHS = ("80", "86", "89", "90a", "100")
+
+
+@pytest.fixture(scope="module")
+def build(build_tools, tmp_path_factory) -> tuple[str, Path]:
+    """What the build printed, with ptxas's report on every kernel, and where it put the package."""
+    checkout = copy_checkout(tmp_path_factory.mktemp("cuda") / "checkout")
+    for source in [checkout / "csrc/bindings_cpu.cpp", *(checkout / "csrc/cpu").glob("*.cpp")]:
+        source.write_text("")  # the CPU module is for other tests
+    output = succeed(
+        *(sys.executable, "setup.py", "build_ext", "--build-lib", "out"),
+        cwd=checkout,
+        DISTILBERT_FAST_CUDA="1",
+        DISTILBERT_FAST_CUDA_ARCHS=";".join(ARCHS),
+        NVCC_APPEND_FLAGS="-Xptxas=-v",
+    )
+    return output, checkout / "out/distilbert_fast"
+
+
+@pytest.fixture(scope="module")
+def module(build):
+    (path,) = build[1].glob("_cuda*.so")
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_is_recorded(build):
+    info = runpy.run_path(str(build[1] / "_build_info.py"))
+    assert info["cuda_built"] is True and info["cuda_archs"] == ARCHS
+    assert info["cuda_reason"] == f"DISTILBERT_FAST_CUDA=1, nvcc {info['cuda_version']}"
+
+
+def test_imports_without_a_gpu(module):
+    module.kl_div_forward(0, 0, 0, 0, 0, 0, 0, 0, 5, 1.0, 0, 0, 0, 0, 0, 0)  # no rows: nothing asks for a GPU
+
+
+def test_a_gpu_that_is_not_there_is_an_error(module):
+    """Of any number where there is none, of too high a one where there are some; no address is followed."""
+    with pytest.raises(RuntimeError, match=r"^kl_div: cuda(Get|Set)Device: "):
+        module.kl_div_forward(64, 64, 5, 5, 0, 0, 0, 1, 5, 1.0, 64, 64, 0, 64, 99, 0)
+
+
+def test_needs_no_library_of_the_toolkit(module):
+    headers = succeed("objdump", "-p", module.__file__, cwd=Path.cwd())
+    needed = re.findall(r"NEEDED +(\S+)", headers)
+    assert needed and not [name for name in needed if "cuda" in name]  # the runtime is inside
+
+
+def test_no_kernel_spills(build):
+    """ptxas on every kernel for every architecture: no stack, no spilled register, and room for two blocks of 512."""
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        build[0],
+        re.DOTALL,
+    )
+    assert {arch for _, arch, *_ in kernels} == set(ARCHS)
+    assert len(kernels) == len(ARCHS) * 2 * 9  # forward and backward, three dtypes on either side
+    for name, arch, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), (name, arch)
+        assert int(registers) <= 64, (name, arch)
