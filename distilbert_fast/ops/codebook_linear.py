@@ -103,12 +103,8 @@ def _forward_fake(
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-@operator(
-    "codebook_linear_forward(Tensor x, Tensor codes, Tensor codebook, Tensor? bias) -> Tensor", _forward_fake
-)
-def _forward(
-    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+@operator("codebook_linear_forward(Tensor x, Tensor codes, Tensor codebook, Tensor? bias) -> Tensor", _forward_fake)
+def _forward(x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y [N, F]."""
     _check_range(codes, codebook)
     return _FORWARD[backends.select(OP, x.device, x.dtype)](x, codes, codebook, bias)

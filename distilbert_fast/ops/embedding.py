@@ -281,10 +281,7 @@ def _backward_fake(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     c = weight.shape[0]
-    dtables = [
-        table.new_empty((table.shape[0] if want else 0, c))
-        for table, want in zip(tables, wanted, strict=True)
-    ]
+    dtables = [table.new_empty((table.shape[0] if want else 0, c)) for table, want in zip(tables, wanted, strict=True)]
     return mean.new_empty(c), mean.new_empty(c), dtables
 
 

@@ -62,9 +62,7 @@ def int8_linear(
     _check.tensor(OP, "x_q", x_q, ("N", "C"), (torch.int8,))
     n, c = x_q.shape
     if c > MAX_COLUMNS:
-        _check.refuse(
-            OP, "x_q", f"of at most {MAX_COLUMNS} columns, for int32 to hold their sum", list(x_q.shape)
-        )
+        _check.refuse(OP, "x_q", f"of at most {MAX_COLUMNS} columns, for int32 to hold their sum", list(x_q.shape))
     x_scale = as_scale(OP, "x_scale", x_scale, x_q)
     _check.tensor(OP, "w_q", w_q, ("F", c), (torch.int8,), x_q.device)
     f = w_q.shape[0]

@@ -64,9 +64,7 @@ def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Te
     return scale
 
 
-def quantize_reference(
-    x: torch.Tensor, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of ``quantize`` in torch, computed in the dtype of x: in float32, its very bits."""
     if scale is None:
         largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])  # [N]
