@@ -1,0 +1,292 @@
+"""linear_kl_div: the two vocabulary losses of distillation straight from hidden states, logits never stored.
+
+    s = h_s W_sᵀ + b_s    t = h_t W_tᵀ + b_t
+    kl = mean over kd_mask of τ² KL(softmax(t/τ) ‖ softmax(s/τ))        d / d s = τ (p_s − p_t)
+    ce = mean over labels ≠ ignore_index of −log softmax(s)[label]      d / d s = softmax(s) − onehot(label)
+
+Rows that neither loss counts are never projected. The others are projected a chunk at a time, and each chunk is
+turned into its share of the losses and of the gradients dh = G W, dW = Gᵀ h, db = Σ G before the next is made.
+
+The weights α of the two losses reach an op only in its backward. So the forward keeps the gradients of the two
+apart, and backward adds them: dW [2, V, C], the size of two weight matrices whatever N is, and each projection is
+computed once. (Projecting again in backward would need no such memory and two matrix products in six more.)
+L_ce and L_mlm of Sanh et al.: DistilBERT, a distilled version of BERT, arXiv:1910.01108.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check
+from distilbert_fast.ops._autocast import as_written, autocast
+from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
+from distilbert_fast.ops.kl_div import kl_div_reference
+
+OP = "linear_kl_div"
+
+
+def linear_kl_div(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    temperature: float = 1.0,
+    kd_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL to the teacher's soft targets and cross-entropy to labels, each on rows of its own.
+
+    Args:
+        h_s, W_s, b_s: the student's hidden states [N, C_s] and vocabulary projection [V, C_s], [V] or None, one
+            dtype: float32, bfloat16, float16 or float64. The losses are differentiable in these three.
+        h_t, W_t, b_t: the teacher's, [N, C_t], [V, C_t], [V] or None, one dtype, not necessarily the student's.
+            Never get a gradient.
+        temperature: τ > 0 of the KL; the cross-entropy has none.
+        kd_mask: bool [N], True = the row counts for the KL. None counts all.
+        labels: int64 [N] in [0, V), or ignore_index where the row does not count for the cross-entropy. None =
+            no row counts. On CUDA a label out of range is a device assertion.
+        ignore_index: the label of rows without one.
+
+    Returns:
+        (kl, ce), two scalars, float32 (float64 if the student is). No counted row: 0, gradient 0.
+
+    The logits have the dtype of their side (float16 is projected in float32: gradients of unit scale would
+    underflow before a loss scale could lift them), the losses and dW are summed in float32, in float64 for
+    float64. Memory beyond inputs and gradients is that of one chunk of rows. Under torch.autocast the arguments
+    are cast as for a matrix product.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
+    """
+    _check.tensor(OP, "h_s", h_s, ("N", "C_s"))
+    h_s, W_s, b_s, h_t, W_t, b_t = autocast(h_s.device, h_s, W_s, b_s, h_t, W_t, b_t)
+    device, n = h_s.device, h_s.shape[0]
+    _check.tensor(OP, "W_s", W_s, ("V", h_s.shape[1]), (h_s.dtype,), device)
+    v = W_s.shape[0]
+    if v == 0:
+        _check.refuse(OP, "W_s", "of at least one row", list(W_s.shape))
+    if b_s is not None:
+        _check.tensor(OP, "b_s", b_s, (v,), (h_s.dtype,), device)
+    _check.tensor(OP, "h_t", h_t, (n, "C_t"), device=device)
+    _check.tensor(OP, "W_t", W_t, (v, h_t.shape[1]), (h_t.dtype,), device)
+    if b_t is not None:
+        _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype,), device)
+    _check.positive(OP, "temperature", temperature)
+    if kd_mask is not None:
+        _check.tensor(OP, "kd_mask", kd_mask, (n,), (torch.bool,), device)
+    if labels is not None:
+        _check.tensor(OP, "labels", labels, (n,), (torch.int64,), device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        _check.refuse(OP, "ignore_index", "an integer", type(ignore_index).__name__, TypeError)
+    h_t, W_t, b_t = h_t.detach(), W_t.detach(), None if b_t is None else b_t.detach()
+    student = [x for x in (h_s, W_s, b_s) if x is not None and x.requires_grad]
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, float(temperature), ignore_index
+    if not (torch.is_grad_enabled() and student):
+        return _forward(*call, False, False, False)[:2]
+    return _LinearKLDiv.apply(*call)
+
+
+def linear_kl_div_reference(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    temperature: float = 1.0,
+    kd_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of ``linear_kl_div`` in differentiable torch, both logits stored."""
+    s, t = F.linear(h_s, W_s, b_s), F.linear(h_t, W_t, b_t).detach()  # [N, V]
+    kl = kl_div_reference(s, t, temperature, kd_mask)
+    if labels is None:
+        return kl, s.new_zeros(())
+    ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
+    return kl, ce / (labels != ignore_index).sum().clamp(min=1)
+
+
+class _LinearKLDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_s: torch.Tensor,
+        W_s: torch.Tensor,
+        b_s: torch.Tensor | None,
+        h_t: torch.Tensor,
+        W_t: torch.Tensor,
+        b_t: torch.Tensor | None,
+        kd_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        temperature: float,
+        ignore_index: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index
+        kl, ce, *sums = _forward(*call, *ctx.needs_input_grad[:3])
+        ctx.save_for_backward(kd_mask, labels, *sums)
+        ctx.ignore_index, ctx.dtype = ignore_index, h_s.dtype
+        return kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kd_mask, labels, *sums = ctx.saved_tensors
+        n = sums[0].shape[1]
+        weights = [dkl / (max(n, 1) if kd_mask is None else kd_mask.sum().clamp(min=1))]
+        if labels is not None:
+            weights.append(dce / (labels != ctx.ignore_index).sum().clamp(min=1))
+        gradients = (
+            _weighted(weights, x).to(ctx.dtype) if wanted else None
+            for x, wanted in zip(sums, ctx.needs_input_grad, strict=False)
+        )
+        return *gradients, None, None, None, None, None, None, None
+
+
+def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Σ_l weights[l] · x[l], in the precision of the weights."""
+    dtype = weights[0].dtype
+    total = x[0].to(dtype) * weights[0]
+    for weight, part in zip(weights[1:], x[1:], strict=True):
+        total = torch.addcmul(total, part.to(dtype), weight)
+    return total
+
+
+def _accumulate(h: torch.Tensor) -> torch.dtype:
+    return torch.float64 if h.dtype == torch.float64 else torch.float32
+
+
+def _work(h: torch.Tensor) -> torch.dtype:
+    """The dtype in which a side is projected."""
+    return torch.float32 if h.dtype == torch.float16 else h.dtype
+
+
+def _forward_fake(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    dh: bool,
+    dW: bool,
+    db: bool,
+) -> tuple[torch.Tensor, ...]:
+    losses, dtype = (1 if labels is None else 2), _accumulate(h_s)
+    (n, c), v = h_s.shape, W_s.shape[0]
+    return (
+        h_s.new_empty((), dtype=dtype),
+        h_s.new_empty((), dtype=dtype),
+        h_s.new_empty((losses, n, c if dh else 0), dtype=_work(h_s)),
+        h_s.new_empty((losses, v, c if dW else 0), dtype=dtype),
+        h_s.new_empty((losses, v if db else 0), dtype=dtype),
+    )
+
+
+@operator(
+    "linear_kl_div_forward(Tensor h_s, Tensor W_s, Tensor? b_s, Tensor h_t, Tensor W_t, Tensor? b_t,"
+    " Tensor? kd_mask, Tensor? labels, float temperature, int ignore_index, bool dh, bool dW, bool db)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    """kl, ce and, of the gradients asked for, those of the sums of row losses: of the KL and, with labels, of
+    the cross-entropy: dh [1 or 2, N, C_s], dW [1 or 2, V, C_s], db [1 or 2, V].
+    """
+    kernel = _FORWARD[backends.select(OP, h_s.device, h_s.dtype)]
+    with as_written(h_s.device):
+        return kernel(h_s, *call)
+
+
+# torch ---------------------------------------------------------------------------------------------------------
+
+
+def _chunk(v: int, device: torch.device) -> int:
+    """Rows projected at a time: enough for efficient products, few enough to be no burden (32 MB on a CPU)."""
+    return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+
+
+def _forward_torch(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    dh: bool,
+    dW: bool,
+    db: bool,
+) -> tuple[torch.Tensor, ...]:
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
+    kl, ce, dh_sum, dW_sum, db_sum = (x.zero_() for x in _forward_fake(*call))
+    n, v = h_s.shape[0], W_s.shape[0]
+    W, b = W_s.to(_work(h_s)), None if b_s is None else b_s.to(_work(h_s))
+    W_t, b_t = W_t.to(_work(h_t)), None if b_t is None else b_t.to(_work(h_t))
+
+    def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
+        if dh:
+            dh_sum[loss].index_copy_(0, rows, G @ W)
+        if dW and h.dtype == dW_sum.dtype:
+            dW_sum[loss].addmm_(G.t(), h)
+        elif dW:
+            dW_sum[loss].add_(G.t() @ h)
+        if db:
+            db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
+
+    distilled = torch.ones(n, dtype=torch.bool, device=h_s.device) if kd_mask is None else kd_mask
+    labelled = torch.zeros_like(distilled) if labels is None else labels != ignore_index
+    rows_kl = distilled.nonzero().flatten()
+    # Rows of the KL come first, so that in each chunk they are the first ones and the teacher projects no other.
+    rows = torch.cat([rows_kl, (labelled & ~distilled).nonzero().flatten()])
+    keep = "gradient" if dh or dW or db else "none"
+    for begin in range(0, len(rows), _chunk(v, h_s.device)):
+        chunk = rows[begin : begin + _chunk(v, h_s.device)]
+        h = h_s[chunk].to(W.dtype)  # [R, C_s]
+        s = F.linear(h, W, b)  # [R, V]
+        part = chunk[: max(0, len(rows_kl) - begin)]
+        if len(part) > 0:
+            t = F.linear(h_t[part].to(W_t.dtype), W_t, b_t)
+            row_losses, G = _kl_div_forward(s[: len(part)], t, None, temperature, False, keep)
+            kl += row_losses.sum()
+            if keep == "gradient":
+                add_gradients(0, part, h[: len(part)], G)
+        which = labelled[chunk].nonzero().flatten()
+        if labels is not None and len(which) > 0:
+            targets = _targets(labels[chunk[which]], v, ignore_index)
+            log_p = torch.log_softmax(s[which], dim=1, dtype=ce.dtype)
+            ce -= log_p.gather(1, targets).sum()
+            if keep == "gradient":
+                G = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0))
+                add_gradients(1, chunk[which], h[which], G.to(s.dtype))
+    kl /= max(1, len(rows_kl))
+    ce /= labelled.sum().clamp(min=1)
+    return kl, ce, dh_sum, dW_sum, db_sum
+
+
+def _targets(labels: torch.Tensor, v: int, ignore_index: int) -> torch.Tensor:
+    """[R, 1] for gather and scatter, checked where the values can be read for free."""
+    if labels.device.type == "cpu":
+        wrong = labels[(labels < 0) | (labels >= v)]
+        if len(wrong) > 0:
+            _check.refuse(OP, "labels", f"in [0, V = {v}) or ignore_index = {ignore_index}", int(wrong[0]))
+    return labels[:, None]
+
+
+_FORWARD = {"torch": _forward_torch}
