@@ -129,16 +129,13 @@ class Engine:
             TypeError, ValueError: an unknown precision; "fp32", "bf16" or "fp16" for a model that holds int8
                 codes; query, key and value of a layer partly int8; a head mask of another shape.
         """
-        native = model.word.weight.dtype
         if precision is not None:
             _check.choice(OP, "precision", precision, tuple(PRECISIONS))
-        dtype = PRECISIONS[precision] if precision else None
         masks = _head_masks(head_mask, model.num_heads, model.layers)
         layers = [
-            _pack_layer(layer, model.head_dim, dtype, precision == "int8", mask)
-            for layer, mask in zip(model.layers, masks, strict=True)
+            _pack_layer(layer, model.head_dim, precision, mask) for layer, mask in zip(model.layers, masks, strict=True)
         ]
-        return cls(model, layers, dtype or native)
+        return cls(model, layers, PRECISIONS.get(precision) or model.word.weight.dtype)
 
     def __call__(
         self,
@@ -286,11 +283,9 @@ def _head_masks(
 # Packing ----------------------------------------------------------------------------------------------------
 
 
-def _pack_layer(
-    layer: LayerModules, head_dim: int, dtype: torch.dtype | None, int8: bool, mask: torch.Tensor | None
-) -> Layer:
-    out, ffn_in, ffn_out = (_pack(linear, dtype, int8) for linear in (layer.out, layer.ffn_in, layer.ffn_out))
-    query, key, value = (_pack(linear, dtype, int8) for linear in (layer.query, layer.key, layer.value))
+def _pack_layer(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
+    out, ffn_in, ffn_out = (_pack(linear, precision) for linear in (layer.out, layer.ffn_in, layer.ffn_out))
+    query, key, value = (_pack(linear, precision) for linear in (layer.query, layer.key, layer.value))
     heads = layer.heads
     if mask is not None:
         kept = mask.nonzero().flatten()
@@ -311,18 +306,19 @@ def _pack_layer(
     )
 
 
-def _pack(linear: nn.Module, dtype: torch.dtype | None, int8: bool) -> Linear:
+def _pack(linear: nn.Module, precision: str | None) -> Linear:
     """Weights of one linear layer, shared with the module if it has the precision asked for."""
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     if weight.dtype == torch.int8:
-        if dtype is not None:
-            _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", dtype)
+        if precision not in (None, "int8"):
+            _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
         return Linear(weight[0], bias, linear.weight_scale)
-    if int8:
+    if precision is None:
+        return Linear(weight, bias, None)
+    if precision == "int8":
         codes, scale = quantize(weight)
         return Linear(codes, bias, scale)
-    if dtype is None:
-        return Linear(weight, bias, None)
+    dtype = PRECISIONS[precision]
     return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
 
 

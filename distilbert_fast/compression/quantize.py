@@ -1,0 +1,38 @@
+"""quantize_model: post-training int8 of a transformers encoder, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from distilbert_fast.modeling.quantizer import Int8Config, quantize_linears
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def quantize_model(model: Model, heads: bool = False, modules_to_not_convert: Sequence[str] = ()) -> Model:
+    """Replace the linear layers of a DistilBERT, BERT or RoBERTa model by int8 ones, in place.
+
+    Each weight row gets its own symmetric scale, max|row| / 127; activations are quantized as they come, each
+    token by its own scale. Embeddings, LayerNorms and attention stay as they are.
+
+    Args:
+        model: a transformers encoder, with any task head or none. ``copy.deepcopy`` it first to keep its floats.
+        heads: also the linear layers of pooler and task head, other than the one that makes vocabulary logits.
+        modules_to_not_convert: dotted names, or dotted parts of names, of layers to leave alone: "lin2",
+            "layer.0", "transformer.layer.5.ffn.lin1".
+
+    Returns:
+        ``model``: its layers are now ``Int8Linear`` and its config says so. ``save_pretrained`` writes
+        config.json and safetensors as ever, which ``from_pretrained`` of transformers and of this package read
+        back, bit for bit, once ``distilbert_fast`` is imported. ``optimize`` runs it on the engine.
+
+    Raises:
+        TypeError, ValueError: an unsupported or already quantized model, by name; a name in
+            ``modules_to_not_convert`` that is no layer's.
+    """
+    return quantize_linears(
+        model, Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert)), "quantize_model"
+    )

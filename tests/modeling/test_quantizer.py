@@ -1,0 +1,311 @@
+"""int8 models on disk: written and read by transformers itself, by our classes, and refused when damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import distilbert_fast
+from distilbert_fast import Int8Config, optimize, quantize_model
+from distilbert_fast.layers import Int8Linear
+
+SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
+SIZES |= dict(hidden_size=30, intermediate_size=37, pad_token_id=0, num_labels=2)
+
+
+def make(name):
+    """A float model with random weights of odd sizes."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**SIZES)).eval()
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]).long()
+    return {"input_ids": torch.randint(2, 97, (4, 9)), "attention_mask": mask}
+
+
+def answers(model, batch):
+    with torch.no_grad():
+        return [x for x in model(**batch).to_tuple() if isinstance(x, torch.Tensor)]
+
+
+def assert_same_bits(a, b, batch):
+    for x, y in zip(answers(a, batch), answers(b, batch), strict=True):
+        assert torch.equal(x, y)
+
+
+CLASSES = [
+    (name, auto)
+    for name in ("DistilBert", "Bert", "Roberta")
+    for auto in ("Model", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
+]
+
+
+@pytest.mark.parametrize("family, head", CLASSES)
+def test_saved_and_read_back_bit_for_bit(family, head, batch, tmp_path):
+    model = quantize_model(make(family + head))
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    readers = [getattr(transformers, family + head), getattr(transformers, f"Auto{head}".replace("For", "ModelFor"))]
+    for reader in readers:
+        assert_same_bits(reader.from_pretrained(tmp_path), model, batch)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMaskedLM"])
+def test_our_own_classes_read_and_write_the_same_files(head, batch, tmp_path):
+    theirs = quantize_model(make(f"DistilBert{head}"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = getattr(distilbert_fast, f"DistilBert{head}").from_pretrained(tmp_path / "theirs")
+    assert sum(isinstance(module, Int8Linear) for module in ours.modules()) == 12
+    ours.save_pretrained(tmp_path / "ours")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    assert_same_bits(type(ours).from_pretrained(tmp_path / "ours"), ours, batch)
+    full = {"input_ids": batch["input_ids"]}
+    for x, y in zip(answers(ours, full), answers(theirs, full), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0.02)
+
+
+def test_what_is_written(tmp_path):
+    model = quantize_model(make("BertForSequenceClassification"), modules_to_not_convert=["layer.0"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["quantization_config"] == {
+        "quant_method": "distilbert_fast",
+        "heads": False,
+        "modules_to_not_convert": ["layer.0"],
+    }
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.1.attention.self.query"
+    assert tensors[f"{name}.weight"].shape == (1, 30, 30) and tensors[f"{name}.weight"].dtype == torch.int8
+    assert tensors[f"{name}.weight_scale"].shape == (30,) and tensors[f"{name}.weight_scale"].dtype == torch.float32
+    assert tensors["bert.encoder.layer.0.attention.self.query.weight"].dtype == torch.float32
+
+
+def test_real_model_is_read_back_and_smaller(bert, bert_dir, tokenizer, texts, tmp_path):
+    model = quantize_model(copy.deepcopy(bert), heads=True)
+    model.save_pretrained(tmp_path)
+    read = transformers.AutoModel.from_pretrained(tmp_path)
+    assert_same_bits(read, model, tokenizer(texts, padding=True, return_tensors="pt"))
+    linears = sum(module.weight.numel() for module in read.modules() if isinstance(module, Int8Linear))
+    before, after = ((d / "model.safetensors").stat().st_size for d in (bert_dir, tmp_path))
+    assert after < before - 2.9 * linears
+    read.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_head_left_out_or_added(batch, tmp_path):
+    model = quantize_model(make("BertForSequenceClassification"), heads=True)
+    model.save_pretrained(tmp_path / "task")
+    read = transformers.BertModel.from_pretrained(tmp_path / "task")
+    assert_same_bits(read, model.bert, batch)
+    quantize_model(make("BertModel")).save_pretrained(tmp_path / "base")
+    read = transformers.BertForTokenClassification.from_pretrained(tmp_path / "base")
+    assert sum(isinstance(module, Int8Linear) for module in read.modules()) == 12
+
+
+def test_shards(batch, tmp_path):
+    model = quantize_model(make("BertForSequenceClassification"))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same_bits(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path), model, batch)
+
+
+def test_bfloat16_keeps_its_scales(batch, tmp_path):
+    model = quantize_model(make("DistilBertForSequenceClassification"))
+    model.save_pretrained(tmp_path)
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layers = [module for module in read.modules() if isinstance(module, Int8Linear)]
+    for ours, theirs in zip(layers, (m for m in model.modules() if isinstance(m, Int8Linear)), strict=True):
+        assert ours.weight_scale.dtype == torch.float32 and torch.equal(ours.weight_scale, theirs.weight_scale)
+        assert ours.weight.dtype == torch.int8 and ours.bias.dtype == torch.bfloat16
+    assert read.classifier.weight.dtype == torch.bfloat16
+    (a,), (b,) = answers(read, batch), answers(model, batch)
+    assert a.dtype == torch.bfloat16
+    torch.testing.assert_close(a.float(), b, rtol=0, atol=0.02)
+    read.save_pretrained(tmp_path / "bf16")
+    assert_same_bits(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bf16"), read, batch)
+    optimize(read)
+    torch.testing.assert_close(answers(read, batch)[0].float(), b, rtol=0, atol=0.02)
+
+
+def test_quantized_while_loading(batch, tmp_path):
+    model = make("RobertaForSequenceClassification")
+    model.save_pretrained(tmp_path)
+    config = Int8Config(modules_to_not_convert=["layer.1"])
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
+    assert_same_bits(read, quantize_model(model, modules_to_not_convert=["layer.1"]), batch)
+    read.save_pretrained(tmp_path / "int8")
+    assert_same_bits(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8"), read, batch)
+
+
+# With and without our import -----------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch, transformers
+transformers.logging.set_verbosity_error()
+ids = torch.arange(2, 11)[None]
+for kind in (transformers.AutoModelForSequenceClassification, transformers.DistilBertForSequenceClassification):
+    try:
+        kind.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        assert "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error), error
+        print("raised")
+import distilbert_fast
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    print(model(ids).logits.flatten().tolist())
+"""
+
+
+def test_a_fresh_process_needs_our_import(tmp_path):
+    model = quantize_model(make("DistilBertForSequenceClassification"))
+    model.save_pretrained(tmp_path)
+    ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    raised, again, logits = ran.stdout.strip().split("\n")
+    assert raised == again == "raised"
+    with torch.no_grad():
+        expected = model(torch.arange(2, 11)[None]).logits
+    torch.testing.assert_close(torch.tensor([json.loads(logits)]), expected, rtol=1e-5, atol=1e-6)
+
+
+# What else runs on it ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    quantize_model(make("BertForSequenceClassification")).save_pretrained(tmp_path / "int8")
+    return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_trainer_predicts_and_evaluates(optimized, classifier, batch, tmp_path):
+    rows = [{key: value[i] for key, value in batch.items()} | {"labels": i % 2} for i in range(4)]
+    expected = answers(classifier, batch)[0]
+    if optimized:
+        optimize(classifier)
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path / "run", report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2
+    )
+    trainer = transformers.Trainer(classifier, arguments, eval_dataset=rows)
+    found = torch.from_numpy(trainer.predict(rows).predictions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    loss = torch.nn.functional.cross_entropy(expected, torch.tensor([0, 1, 0, 1]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), abs=0.02)
+
+
+def test_everything_but_the_codes_can_learn(classifier, batch):
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    classifier.train()(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    torch.optim.SGD(classifier.parameters(), lr=1.0).step()
+    changed = {name for name, tensor in classifier.state_dict().items() if not torch.equal(tensor, before[name])}
+    for name, module in classifier.named_modules():
+        if isinstance(module, Int8Linear):
+            assert not changed & {f"{name}.weight", f"{name}.weight_scale"}
+            assert f"{name}.bias" in changed or name.endswith("key")  # softmax does not see the bias of the keys
+    assert {"bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight", "classifier.weight"} <= changed
+
+
+def test_torch_compile(classifier, batch):
+    compiled = torch.compile(classifier, backend="eager", fullgraph=True)
+    torch.testing.assert_close(answers(compiled, batch)[0], answers(classifier, batch)[0])
+
+
+def test_pipeline_with_the_real_tokenizer(bert, tokenizer, texts, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(copy.deepcopy(bert.config)).eval()
+    quantize_model(model).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pipe = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
+    assert pipe.model.is_quantized
+    found = pipe(texts, batch_size=3)
+    pipe = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    assert found == pipe(texts, batch_size=3)
+
+
+# Damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    quantize_model(make("BertForSequenceClassification")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refused(directory, error=ValueError):
+    with pytest.raises(error) as caught:
+        transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_file(keep, saved):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refused(saved)
+    assert message.startswith(f"distilbert_fast: {file} is truncated or no safetensors file (")
+
+
+def test_pickle(saved):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(tensors, saved / "pytorch_model.bin")
+    file = saved / "pytorch_model.bin"
+    assert refused(saved) == f"distilbert_fast: weights must be in safetensors, pickle is never loaded, got {file}"
+
+
+def test_missing_file(saved):
+    (saved / "model.safetensors").unlink()
+    message = refused(saved, OSError)
+    assert message.startswith("Error no file named model.safetensors") and str(saved) in message
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "bias"])
+def test_missing_tensor(part, saved):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    name = f"bert.encoder.layer.1.attention.output.dense.{part}"
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    assert refused(saved) == f"distilbert_fast: {file} lacks {name}"
+
+
+def test_missing_shard(tmp_path):
+    quantize_model(make("BertForSequenceClassification")).save_pretrained(tmp_path, max_shard_size="10KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(OSError):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_float_weights_under_an_int8_config(saved, tmp_path):
+    make("BertForSequenceClassification").save_pretrained(tmp_path / "float")
+    shutil.copy(tmp_path / "float" / "model.safetensors", saved / "model.safetensors")
+    assert refused(saved).endswith("lacks bert.encoder.layer.0.attention.self.query.weight_scale")
+
+
+def test_a_config_from_the_future(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["activations"] = "static"
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "unexpected keyword argument 'activations'" in refused(saved, TypeError)
+
+
+def test_a_model_we_do_not_know(tmp_path):
+    config = transformers.GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1)
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(TypeError) as error:
+        transformers.AutoModel.from_pretrained(tmp_path, quantization_config=Int8Config())
+    assert str(error.value) == ("distilbert_fast: model must be a DistilBERT, BERT or RoBERTa encoder, got GPT2Model")
