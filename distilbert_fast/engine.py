@@ -195,9 +195,9 @@ class Engine:
 
         x, codes = self._embed(ids, positions, types)
         kept = [x]
-        following = [layer.qkv for layer in self.layers[1:]] + [None]
-        for layer, mask, reader in zip(self.layers, masks, following, strict=True):
-            x, codes = self._layer(layer, x, codes, tokens.cu_seqlens, mask, reader)
+        for i, layer in enumerate(self.layers):
+            reader = self.layers[i + 1].qkv if i + 1 < len(self.layers) else None
+            x, codes = self._layer(layer, x, codes, tokens.cu_seqlens, masks[i], reader)
             if hidden_states:
                 kept.append(x)
         out = self.word.dtype
