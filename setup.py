@@ -40,7 +40,7 @@ NATIVE = Path("build", f"native-{sys.implementation.cache_tag}-{sysconfig.get_pl
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 IS_X86 = sysconfig.get_platform().endswith("x86_64")
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 NVCC_LINK_FLAGS = ["-shared", "--cudart=static", "-Xlinker=--exclude-libs,ALL"]
 DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
@@ -101,7 +101,13 @@ def find_compiler() -> Compiler:
     if not Path(headers, "Python.h").exists():
         fail(f"{headers} has no Python.h. Install Python's headers (Debian: apt install python3-dev).")
 
-    flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS]
+    version = output_of([*command, "--version"])[1].partition("\n")[0]
+    openmp = "-fopenmp"
+    if "clang" in version:
+        openmp = "-fopenmp=libgomp"  # torch's runtime; a second one beside it, clang's own, is not safe
+        version += " (kernels use one thread: clang makes no parallel code for libgomp)"
+
+    flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS, openmp]
     tiers = [flag for tier in TIER_FLAGS.values() for flag in tier]
     status, words = output_of([*command, *flags, *tiers, "-c", "-o", os.devnull, "-x", "c++", "-"], PROBE)
     if status:
@@ -110,8 +116,8 @@ def find_compiler() -> Compiler:
     if not IS_X86:
         flags.append("-DDISTILBERT_FAST_SCALAR_ONLY")
     flags.append(f"-isystem{headers}")
-    link_flags = ["-shared", "-fopenmp", *shlex.split(os.environ.get("LDFLAGS", ""))]
-    return Compiler(command, flags, link_flags, output_of([*command, "--version"])[1].partition("\n")[0])
+    link_flags = ["-shared", openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    return Compiler(command, flags, link_flags, version)
 
 
 @dataclass

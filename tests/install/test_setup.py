@@ -257,9 +257,25 @@ def test_flags(machine):
     machine.built(CXX="g++ -pipe", CXXFLAGS="-g", LDFLAGS="-Wl,-O1")
     (ninja,) = machine.checkout.glob("build/native-*/build.ninja")
     text = ninja.read_text()
-    assert "cxx = g++ -pipe -g -std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp" in text
+    assert "cxx = g++ -pipe -g -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fopenmp " in text
     assert "link = g++ -pipe -shared -fopenmp -Wl,-O1" in text
     assert "march" not in text and "fast-math" not in text
+
+
+def test_clang_gets_torchs_openmp_runtime(machine):
+    machine.tool("clang++", "clang version 17.0.1")
+    assert machine.built(CXX="clang++")["compiler"] == (
+        "clang version 17.0.1 (kernels use one thread: clang makes no parallel code for libgomp)"
+    )
+    (ninja,) = machine.checkout.glob("build/native-*/build.ninja")
+    assert "link = clang++ -shared -fopenmp=libgomp" in ninja.read_text()
+
+
+def test_another_processor_gets_the_scalar_tier_alone(machine):
+    info = machine.built(_PYTHON_HOST_PLATFORM="linux-aarch64")
+    assert info["cpu_tiers"] == ("scalar",) and "-DDISTILBERT_FAST_SCALAR_ONLY" in info["compiler_flags"]
+    (ninja,) = machine.checkout.glob("build/native-*aarch64/build.ninja")
+    assert "avx" not in ninja.read_text()
 
 
 def test_an_isa_tier_without_flags(machine):
