@@ -1,0 +1,195 @@
+"""``attn_implementation="distilbert_fast"``: the ``attention`` op inside transformers' own encoder classes.
+
+transformers 5 asks two registries, one for the attention and one for the mask it gets; without the second the
+mask is None and padding is attended to (transformers#45811). What arrives here:
+
+- Self-attention of the encoders in ``ENCODERS`` gets the 2-D padding mask and goes to ``padded_attention``;
+  its output at padded positions is 0, as with flash_attention_2.
+- Everything else (causal, sliding-window, cross-attention, grouped heads, a mask of one's own, any other
+  architecture) gets the mask of "sdpa" and goes to transformers' own sdpa function, so its numbers are sdpa's.
+
+Either way ``model(..., head_mask=m)`` works again: m multiplies each head's output, as it multiplied its
+probabilities in transformers 4 (m is constant along the sum over keys, so both are the same), and gets a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from distilbert_fast.ops import _check
+from distilbert_fast.ops.attention import padded_attention
+
+NAME = "distilbert_fast"
+
+# Encoders known to use a plain padding mask for self-attention only, each compared with sdpa by a test. Elsewhere
+# a 2-D mask could belong to a cross-attention whose queries are all real.
+ENCODERS = frozenset({"albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"})
+
+# Arguments with which some model changes what attention computes. sdpa honours the first two.
+_VARIANTS = ("position_bias", "cache", "softcap", "s_aux")
+
+
+def register() -> None:
+    """Add the attention and the mask to transformers' registries; harmless when repeated."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def number_layers(model: Any) -> None:
+    """Give every module of layer i the ``layer_idx`` i, where it has none.
+
+    DistilBERT and some others do not number their layers, so a head mask [L, H] cannot be told apart by layer
+    until this is called once. A mask [H] needs no numbers.
+
+    Raises:
+        ValueError: no list of ``config.num_hidden_layers`` layers in the model (as in ALBERT, which shares one).
+    """
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not layers:
+        _check.refuse("number_layers", "model", f"made of a list of {count} layers", type(model).__name__)
+    module: Any
+    for layer_list in layers:
+        for index, layer in enumerate(layer_list):
+            for module in layer.modules():
+                if getattr(module, "layer_idx", None) is None:
+                    module.layer_idx = index
+
+
+def attention_mask(
+    mask_function: Any = None, attention_mask: torch.Tensor | None = None, config: Any = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask that ``attention_forward`` gets: None or bool [B, T] for plain encoders, else what sdpa gets."""
+    plain = (
+        getattr(config, "model_type", None) in ENCODERS
+        and not getattr(config, "is_decoder", False)
+        and mask_function is bidirectional_mask_function
+    )
+    if not plain:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
+        )
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask != 0
+    return None if not torch.compiler.is_compiling() and bool(attention_mask.all()) else attention_mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    head_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the attention module; read for is_causal, layer_idx, num_key_value_groups and config.
+        query, key, value: [B, H, T, D].
+        attention_mask: from ``attention_mask`` above, or the 4-D mask that the caller of the model gave.
+        head_mask: as the caller of the model gave it, [H], [L, H] or [L, 1 or B, H, 1, 1].
+
+    Returns:
+        [B, T, H, D]; probabilities [B, H, T, T] with output_attentions=True, else None.
+
+    Raises:
+        ValueError: a head_mask that does not fit the model, or a model with separate masks for encoder and
+            decoder; probabilities of anything but plain attention.
+    """
+    mask = None if head_mask is None else _of_layer(head_mask, module, query)  # [1 or B, H]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    variant = getattr(module, "num_key_value_groups", 1) > 1 or any(kwargs.get(n) is not None for n in _VARIANTS)
+    plain = not variant and not (causal and attention_mask is None and query.shape[2] > 1)
+
+    if kwargs.get("output_attentions"):
+        if not plain:
+            _check.refuse(NAME, "output_attentions", "False for this attention; use 'eager'", True)
+        return _with_probabilities(query, key, value, attention_mask, scaling, dropout, mask)
+
+    by_token = attention_mask is None or attention_mask.dim() == 2
+    if plain and by_token and query.shape == key.shape == value.shape:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
+        if mask is not None and mask.shape[0] == 1:
+            mask = mask[0]
+        return padded_attention(q, k, v, attention_mask, mask, dropout, scaling), None
+
+    if by_token and attention_mask is not None:
+        attention_mask = attention_mask[:, None, None, :]
+    if kwargs.get("s_aux") is not None:
+        _check.refuse(NAME, "s_aux", "None: attention sinks are not supported", "a tensor")
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    output, _ = sdpa(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return (output if mask is None else output * mask[:, None, :, None].to(output.dtype)), None
+
+
+def _with_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, with every probability stored."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        if attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, None, None, :]
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    probabilities = F.dropout(scores.softmax(dim=-1), dropout)  # [B, H, T, T]
+    if mask is not None:
+        probabilities = probabilities * mask[:, :, None, None].to(scores.dtype)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -> torch.Tensor:
+    """The rows [1 or B, H] of head_mask that this layer's heads are multiplied by."""
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        _check.refuse(NAME, "head_mask", "None for an encoder-decoder model", "a tensor")
+    if not isinstance(head_mask, torch.Tensor):
+        _check.refuse(NAME, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
+    batch, heads = query.shape[:2]
+    layers = getattr(config, "num_hidden_layers", None)
+    shape = tuple(head_mask.shape)
+    mask = head_mask.to(query.device)
+    if not mask.is_floating_point():
+        mask = mask.float()
+    if shape == (heads,):
+        return mask[None]
+    if shape != (layers, heads) and shape not in ((layers, 1, heads, 1, 1), (layers, batch, heads, 1, 1)):
+        expected = f"of shape [{heads}], [{layers}, {heads}] or [{layers}, 1 or {batch}, {heads}, 1, 1]"
+        _check.refuse(NAME, "head_mask", expected, list(shape))
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        expected = (
+            f"of shape [{heads}], since {type(module).__name__} does not know its layer"
+            " (distilbert_fast.modeling.attention_interface.number_layers(model) tells it)"
+        )
+        _check.refuse(NAME, "head_mask", expected, list(shape))
+    return mask[index].reshape(-1, heads)
+
+
+register()
