@@ -1,13 +1,17 @@
 """Custom-kernel performance engine for DistilBERT-style models.
 
 Every public name is listed here with the module that defines it and loads when it is first used, so that
-``import distilbert_fast`` costs next to nothing beside ``import torch``.
+``import distilbert_fast`` costs next to nothing beside ``import torch``. The import also makes
+``attn_implementation="distilbert_fast"`` and our int8 checkpoints known to transformers, whichever of the two is
+imported first.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from distilbert_fast.modeling import register_on_import
 
 _HOME = {
     # ops
@@ -60,3 +64,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+register_on_import()
