@@ -100,7 +100,8 @@ def test_gradcheck(per_sequence, dropout_p, scores, monkeypatch):
         torch.manual_seed(5)
         return attention(*qkv.unbind(1), cu_seqlens, head_mask, dropout_p)
 
-    assert torch.autograd.gradcheck(function, (qkv, head_mask), fast_mode=scores != 20)
+    every_entry = scores == 20 and per_sequence and dropout_p > 0
+    assert torch.autograd.gradcheck(function, (qkv, head_mask), fast_mode=not every_entry)
     fixed = head_mask.detach()
     assert torch.autograd.gradcheck(lambda qkv: function(qkv, fixed), (qkv,), fast_mode=True)
 
@@ -390,7 +391,7 @@ def test_dropout_with_padding_and_a_dead_head_is_exact():
         torch.manual_seed(1)
         return padded_attention(q, k, v, mask, head_mask, 0.5)
 
-    assert torch.autograd.gradcheck(function, (q, k, v))
+    assert torch.autograd.gradcheck(function, (q, k, v), fast_mode=True)
 
 
 # torch's own machinery ---------------------------------------------------------------------------------------
