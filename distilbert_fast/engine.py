@@ -12,7 +12,7 @@ Shapes: B batch, T sequence, N tokens, L layers, C hidden, H heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,8 @@ class Engine:
         layers = [
             _pack_layer(layer, model.head_dim, precision, mask) for layer, mask in zip(model.layers, masks, strict=True)
         ]
-        return cls(model, layers, PRECISIONS.get(precision) or model.word.weight.dtype)
+        dtype = None if precision is None else PRECISIONS[precision]
+        return cls(model, layers, dtype or model.word.weight.dtype)
 
     def __call__(
         self,
@@ -231,7 +232,7 @@ class Engine:
         layer: Layer,
         x: torch.Tensor,
         codes: Codes | None,
-        cu_seqlens: torch.Tensor,
+        cu_seqlens: Any,  # int32 [B+1]
         mask: torch.Tensor | None,
         reader: Linear | None,
     ) -> tuple[torch.Tensor, Codes | None]:
@@ -240,7 +241,8 @@ class Engine:
             qkv = _linear(layer.qkv, x, codes).view(x.shape[0], 3, len(layer.heads), self.head_dim)
             if layer.mask is not None:
                 mask = layer.mask if mask is None else mask * layer.mask
-            context = attention(*qkv.unbind(1), cu_seqlens, mask)  # [N, H_l, D]
+            q, k, v = qkv.unbind(1)
+            context = attention(q, k, v, cu_seqlens, mask)  # [N, H_l, D]
             y = _linear(layer.out, context.flatten(1))
         else:  # only its bias is left of the attention
             y = torch.zeros_like(x) if layer.out.bias is None else layer.out.bias.expand_as(x)
@@ -262,7 +264,7 @@ def _broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> tor
 
 
 def _head_masks(
-    head_mask: torch.Tensor | None, num_heads: int, layers: Sequence[LayerModules] | Sequence[Layer]
+    head_mask: torch.Tensor | None, num_heads: int, layers: Sequence[LayerModules | Layer]
 ) -> list[torch.Tensor | None]:
     """For each layer the factors [H_l] of the heads that are left in it, or None."""
     if head_mask is None:
@@ -306,7 +308,7 @@ def _pack_layer(layer: LayerModules, head_dim: int, precision: str | None, mask:
     )
 
 
-def _pack(linear: nn.Module, precision: str | None) -> Linear:
+def _pack(linear: Any, precision: str | None) -> Linear:
     """Weights of one linear layer, shared with the module if it has the precision asked for."""
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     if weight.dtype == torch.int8:
@@ -323,14 +325,16 @@ def _pack(linear: nn.Module, precision: str | None) -> Linear:
 
 
 def _rows(linear: Linear, rows: torch.Tensor) -> Linear:
-    return Linear(*(None if part is None else part.index_select(0, rows) for part in linear))
+    parts: list[Any] = [None if part is None else part.index_select(0, rows) for part in linear]
+    return Linear(*parts)
 
 
 def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
-    parts = list(zip(query, key, value, strict=True))
+    parts: list[Any] = list(zip(query, key, value, strict=True))
     if any(len({part is None for part in three}) > 1 for three in parts):
         _check.refuse(OP, "query, key and value of a layer", "all int8 or all float, with or without bias", "both")
-    return Linear(*(None if three[0] is None else torch.cat(three) for three in parts))
+    joined: list[Any] = [None if three[0] is None else torch.cat(three) for three in parts]
+    return Linear(*joined)
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:

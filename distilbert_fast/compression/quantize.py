@@ -33,6 +33,6 @@ def quantize_model(model: Model, heads: bool = False, modules_to_not_convert: Se
         TypeError, ValueError: an unsupported or already quantized model, by name; a name in
             ``modules_to_not_convert`` that is no layer's.
     """
-    return quantize_linears(
-        model, Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert)), "quantize_model"
-    )
+    config = Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert))
+    quantize_linears(model, config, "quantize_model")
+    return model

@@ -34,7 +34,7 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     config = encoder.config
     for name, expected in (("is_decoder", False), ("add_cross_attention", False), ("is_causal", False)):
         if getattr(config, name, expected):
-            _check.refuse(caller, f"model.config.{name}", expected, getattr(config, name))
+            _check.refuse(caller, f"model.config.{name}", str(expected), getattr(config, name))
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         _check.refuse(caller, "model.config.position_embedding_type", "'absolute'", repr(positions))
@@ -49,11 +49,11 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     return encoder
 
 
-def encoder_layers(encoder: PreTrainedModel) -> nn.ModuleList:
+def encoder_layers(encoder: Any) -> nn.ModuleList:
     return encoder.transformer.layer if isinstance(encoder, DistilBertModel) else encoder.encoder.layer
 
 
-def encoder_modules(encoder: PreTrainedModel, caller: str) -> EncoderModules:
+def encoder_modules(encoder: Any, caller: str) -> EncoderModules:
     """The parts of an encoder that ``find_encoder`` found, under the names that ``Engine`` gives them.
 
     Raises:
@@ -94,7 +94,7 @@ def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _distilbert_layer(layer: nn.Module, num_heads: int) -> LayerModules:
+def _distilbert_layer(layer: Any, num_heads: int) -> LayerModules:
     attention = layer.attention
     return LayerModules(
         attention.q_lin,
@@ -109,7 +109,7 @@ def _distilbert_layer(layer: nn.Module, num_heads: int) -> LayerModules:
     )
 
 
-def _bert_layer(layer: nn.Module, num_heads: int) -> LayerModules:
+def _bert_layer(layer: Any, num_heads: int) -> LayerModules:
     attention = layer.attention
     return LayerModules(
         attention.self.query,

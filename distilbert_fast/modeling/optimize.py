@@ -61,7 +61,7 @@ def optimize(model: Model, precision: str | None = None) -> Model:
     """
     if precision is not None:
         _check.choice(OP, "precision", precision, tuple(PRECISIONS))
-    encoder = find_encoder(model, OP)
+    encoder: Any = find_encoder(model, OP)
     reads_padding = type(model).__name__.endswith("ForQuestionAnswering") or getattr(
         encoder, "always_keep_padding", False
     )
@@ -122,7 +122,7 @@ def _warn_once(message: str) -> None:
 
 
 @functools.cache
-def _subclass(kind: type, forward: Callable[..., Any]) -> type:
+def _subclass(kind: Any, forward: Callable[..., Any]) -> type:
     names = tuple(
         name
         for name, parameter in inspect.signature(kind.forward).parameters.items()
@@ -136,7 +136,7 @@ def _subclass(kind: type, forward: Callable[..., Any]) -> type:
     def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
         return _restore, (kind, forward), self.__dict__.copy()
 
-    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     body |= {"forward": bound, "__reduce_ex__": reduce, "_exchanged": kind}
     return type(kind.__name__, (kind,), body)
 
@@ -147,11 +147,11 @@ def _with_forward(kind: type, forward: Callable[..., Any]) -> type:
 
 def _restore(kind: type, forward: Callable[..., Any]) -> PreTrainedModel:
     """An empty instance for pickle and copy, which fill it."""
-    exchanged = _subclass(kind, forward)
+    exchanged: Any = _subclass(kind, forward)
     return exchanged.__new__(exchanged)
 
 
-def _head_forward(kind: type, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """A task head: padded positions are wanted where a label counts one."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
@@ -160,10 +160,10 @@ def _head_forward(kind: type, names: tuple[str, ...], self: PreTrainedModel, *ar
     return kind.forward(self, *args, **kwargs)
 
 
-def _encoder_forward(kind: type, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     ours = kind.__module__.startswith("distilbert_fast.")  # takes head_mask and keep_padding itself
     keep_padding = kwargs.get("keep_padding", False) if ours else kwargs.pop("keep_padding", False)
-    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not (self.training or traced or len(args) > len(names)):
         output = _serve(self, dict(zip(names, args, strict=False)) | kwargs, keep_padding)
         if output is not None:
@@ -193,7 +193,7 @@ _KNOWN = {
 
 
 @torch.compiler.disable
-def _serve(self: PreTrainedModel, given: Mapping[str, Any], keep_padding: bool) -> Any:
+def _serve(self: Any, given: Mapping[str, Any], keep_padding: bool) -> Any:
     """The encoder's output from the engine, or None if transformers' own forward must make it."""
     given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
     input_ids, attention_mask = given.get("input_ids"), given.get("attention_mask")
@@ -233,7 +233,7 @@ def _serve(self: PreTrainedModel, given: Mapping[str, Any], keep_padding: bool) 
     )
     last = encoded.tokens.padded(encoded.x)  # [B, T, C]
     if distilbert:
-        output = BaseModelOutput(last_hidden_state=last)
+        output: Any = BaseModelOutput(last_hidden_state=last)
     else:
         pooled = None if self.pooler is None else self.pooler(last)
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)

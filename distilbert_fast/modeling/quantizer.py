@@ -40,7 +40,7 @@ class Int8Config(QuantizationConfigMixin):
 
     heads: bool = False
     modules_to_not_convert: list[str] = field(default_factory=list)
-    quant_method: str = METHOD
+    quant_method: str = METHOD  # type: ignore[assignment]  # one of ours is in no enumeration of theirs
 
     def skips(self, name: str) -> bool:
         return any(_part_of(part, name) for part in self.modules_to_not_convert)
@@ -60,7 +60,8 @@ def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) ->
     for name, linear in linears:
         model.set_submodule(name, Int8Linear.from_linear(linear))
     quantizer = Int8Quantizer(config, pre_quantized=True)
-    model.is_quantized, model.quantization_method, model.hf_quantizer = True, METHOD, quantizer
+    marked: Any = model
+    marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
     model.config.quantization_config = config
     return model
 
