@@ -327,6 +327,7 @@ def test_switching_an_existing_model(ragged):
     close(tokens(model(**ragged), ragged), before)
 
 
+@pytest.mark.slow
 def test_registered_whichever_import_comes_first():
     """In forks of one process, which has paid for torch already."""
     code = """
@@ -335,6 +336,7 @@ import os, sys, torch
 for first in (
     "import transformers.modeling_utils, distilbert_fast",
     "import distilbert_fast, transformers.models.distilbert.modeling_distilbert",
+    "import distilbert_fast, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
     "import distilbert_fast.modeling.attention_interface",
     "import distilbert_fast.modeling.quantizer",
 ):
