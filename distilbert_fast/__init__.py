@@ -38,6 +38,7 @@ _HOME = {
     "DistilBertForTokenClassification": "modeling.distilbert",
     "DistilBertModel": "modeling.distilbert",
     "Int8Config": "modeling.quantizer",
+    "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
