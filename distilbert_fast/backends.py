@@ -52,7 +52,7 @@ class Availability(NamedTuple):
 @functools.cache
 def cpu() -> Any:
     """The native CPU module, told which ISA tier to use. Raises ImportError where it was not built."""
-    from distilbert_fast import _cpu
+    import distilbert_fast._cpu as _cpu
 
     tier = os.environ.get("DISTILBERT_FAST_ISA")
     if tier:
@@ -65,7 +65,7 @@ def cpu() -> Any:
 @functools.cache
 def cuda() -> Any:
     """The native CUDA module. Raises ImportError where it was not built."""
-    from distilbert_fast import _cuda
+    import distilbert_fast._cuda as _cuda
 
     return _cuda
 
