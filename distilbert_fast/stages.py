@@ -53,6 +53,7 @@ class RunDirectory:
 
         if self.path.exists() and not self.path.is_dir():
             raise StageError(f"{self.job}: output: {str(self.path)!r} is a file, expected a directory")
+        self._new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / f".{self.job}.lock")
         try:
@@ -62,14 +63,26 @@ class RunDirectory:
         try:
             self._claim()
         except BaseException:
-            self._lock.release()
-            if not (self.path / self._marker).is_file():  # not ours: leave it as it was
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._leave()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._started():
+            (self.path / self._marker).unlink(missing_ok=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Unlock; a directory that has not become this job's is left as it was found."""
         self._lock.release()
+        if not (self.path / self._marker).is_file():
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            if self._new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _started(self) -> bool:
+        """Whether anything of the job's is there."""
+        return any((self.path / name).exists() for name in self.names)
 
     def _claim(self) -> None:
         """Make the directory this job's, or refuse it."""
@@ -77,7 +90,7 @@ class RunDirectory:
         there = json.loads(marker.read_text()) if marker.is_file() else None
         if there == self.settings:
             return
-        ours = {self._marker, f".{self.job}.lock"}
+        ours = {self._marker, f".{self.job}.lock", *(f".{name}.partial" for name in self.names)}
         others = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
         if there is not None:
             keys = [key for key in {**there, **self.settings} if there.get(key) != self.settings.get(key)]
@@ -85,13 +98,13 @@ class RunDirectory:
             what = f"holds a {self.job} with other settings ({changes})"
         else:
             what = f"already holds {_few(others)}, which no {self.job} made"
-        if (there is not None or others) and not self.overwrite:
+        refused = others if there is None else self._started()  # a job that came to nothing is in nobody's way
+        if refused and not self.overwrite:
             raise StageError(
                 f"{self.job}: output: {str(self.path)!r} {what}; choose another directory, or give --overwrite to "
                 "move what is in the way to previous-<n>/ in it"
             )
-        taken = [name for stem in self.names for name in (stem, f".{stem}.partial")]
-        in_the_way = [name for name in taken if (self.path / name).exists()]
+        in_the_way = [name for name in self.names if (self.path / name).exists()]
         if in_the_way:
             number = 1
             while (self.path / f"previous-{number}").exists():
@@ -128,7 +141,11 @@ class RunDirectory:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-        result = build(partial)
+        try:
+            result = build(partial)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
         for path in files:
@@ -144,6 +161,11 @@ class RunDirectory:
         if not file.is_file():
             write_json(file, compute())
         return json.loads(file.read_text())
+
+    def discard(self, name: str) -> None:
+        """Remove a directory that only the stages in the making needed, such as checkpoints."""
+        if (self.path / name).is_dir():
+            shutil.rmtree(self.path / name)
 
     def is_complete(self, name: str) -> bool:
         """Whether the stage `name` is complete."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 WORDS = {
-    "animal": "cat dog horse sparrow salmon otter goat heron beetle mouse".split(),
-    "tool": "hammer saw wrench chisel drill plane file clamp level pliers".split(),
+    "animal": ["cat", "dog", "horse", "sparrow", "salmon", "otter", "goat", "heron", "beetle", "mouse"],
+    "tool": ["hammer", "saw", "wrench", "chisel", "drill", "plane", "file", "clamp", "level", "pliers"],
 }
-FILLER = "the a old small one near my your on under with and".split()
+FILLER = ["the", "a", "old", "small", "one", "near", "my", "your", "on", "under", "with", "and"]
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, str]]:
@@ -36,7 +36,7 @@ def bert(path: Path, layers: int = 2, **config: object) -> Path:
     """A random BERT encoder of 2 layers, C=32, that knows the words above."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *sum(WORDS.values(), [])]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *WORDS["animal"], *WORDS["tool"]]
     path.mkdir(parents=True)
     (path / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
@@ -48,6 +48,7 @@ def bert(path: Path, layers: int = 2, **config: object) -> Path:
         "num_attention_heads": 2,
         "intermediate_size": 64,
         "max_position_embeddings": 64,
+        "initializer_range": 0.1,  # so that it learns in a few steps
         **config,
     }
     BertModel(BertConfig(**settings)).save_pretrained(path)

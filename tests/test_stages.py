@@ -53,8 +53,8 @@ def test_a_stage_that_fails_leaves_nothing_and_can_be_made_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt), run(tmp_path) as job:
         job.directory("model", fail)
-    assert not (tmp_path / "model").exists()
-    with run(tmp_path) as job:
+    assert not list(tmp_path.iterdir())
+    with run(tmp_path, epochs=2) as job:  # nothing was made with the first settings
         job.directory("model", fill("whole"))
     assert set(tree(tmp_path / "model")) == {"stage.json", "sub/weights"}
 
@@ -88,6 +88,12 @@ with stages.RunDirectory({str(tmp_path)!r}, "job", {{"epochs": 1}}, {NAMES!r}) a
     with run(tmp_path) as job:
         job.directory("model", fill("whole"))
     assert tree(tmp_path / "model")["sub/weights"] == "whole"
+
+
+def test_a_job_that_comes_to_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def refused(path: Path, message: str, **arguments: object) -> None:

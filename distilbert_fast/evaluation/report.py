@@ -16,36 +16,39 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-LIBRARIES = ("transformers", "distilbert_fast")
+LIBRARIES = {"transformers": "transformers", "distilbert_fast": "optimize()"}  # key in the rows: what we call it
 
 
-def rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """The table of the report as text: a title and one cell for each model; the first row holds the models' names."""
+def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
+    """The table of the report as text: a title and a cell for each model in a row; the first one holds their names."""
     models: Mapping[str, Row] = content["models"]
     shown: dict[str, list[str]] = {
         title: [form(row) for row in models.values()]
         for title, form in (
-            ("architecture", _architecture),
+            ("architecture", lambda row: row["architecture"]),
+            ("layers", lambda row: str(row["layers"])),
             ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
             ("macro-F1", lambda row: f"{row['macro_f1']:.1%}"),
             ("agreement with the teacher", lambda row: f"{row['agreement']:.1%}"),
             ("KL from the teacher, nats", lambda row: f"{row['kl_from_teacher']:.3f}"),
-            ("parameters", lambda row: f"{row['parameters'] / 1e6:.1f} M"),
-            ("weight file", lambda row: f"{row['file_bytes'] / 1e6:.1f} MB"),
+            ("parameters", lambda row: _large(row["parameters"])),
+            ("weight file", lambda row: f"{_large(row['file_bytes'])}B"),
         )
     }
-    for title, key, unit in (("latency, batch 1", "latency_ms", "ms"), ("throughput, batch 32", "throughput", "/s")):
-        for library in LIBRARIES:
-            shown[f"{title}, {library}"] = [_timing(row[key][library], unit) for row in models.values()]
+    for title, key in (("ms, batch 1", "latency_ms"), ("sentences/s, batch 32", "throughput")):
+        for library, called in LIBRARIES.items():
+            shown[f"{title}, {called}"] = [_timing(row[key][library], ranges) for row in models.values()]
     return [["", *models], *([title, *cells] for title, cells in shown.items())]
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """The table of the report for a terminal."""
+    """The table of the report for a terminal, without the ranges of the timings."""
+    from rich import box
     from rich.table import Table
 
-    head, *body = rows(content)
-    result = Table(title=f"{content['task']['name']}: {content['task']['eval_sentences']} sentences to evaluate")
+    head, *body = rows(content, ranges=False)
+    title = f"{content['task']['name']}: {content['task']['eval_sentences']} sentences to evaluate"
+    result = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column(head[0])
     for name in head[1:]:
         result.add_column(name, justify="right")
@@ -81,7 +84,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"Timings: median over turns, with the range of the turns in brackets; all models take turns on the same "
         f"evaluation sentences of {inputs['mean_tokens']:.0f} tokens on average: {inputs['latency_sentences']} of them "
         f"at batch 1, {inputs['throughput_sentences']} at batch 32. *transformers* is the model as `from_pretrained` "
-        "gives it; *distilbert_fast* is the same model after `distilbert_fast.optimize`.",
+        "gives it; *optimize()* is the same model after `distilbert_fast.optimize`.",
         "",
         "## Stages",
         "",
@@ -136,14 +139,21 @@ def plot(content: Mapping[str, Any]) -> bytes:
         width = 0.8 / len(series)
         for i, (label, values) in enumerate(series.items()):
             places = [x + (i - (len(series) - 1) / 2) * width for x in range(len(names))]
-            drawn = axes.bar(places, values, width * 0.94, label=label, yerr=ranges and ranges[label], capsize=3)
+            drawn = axes.bar(
+                places,
+                values,
+                width * 0.94,
+                label=LIBRARIES.get(label, label),
+                yerr=ranges and ranges[label],
+                capsize=3,
+            )
             axes.bar_label(drawn, fmt=form, padding=3, fontsize=8)
         axes.set_xticks(range(len(names)), names)
         axes.set_title(title)
         axes.margins(y=0.18)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="lower right" if axes is quality else "best")
+            axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.07))
 
     def timings(axes: Any, key: str, title: str) -> None:
         series = {library: [row[key][library]["median"] for row in models.values()] for library in LIBRARIES}
@@ -173,13 +183,13 @@ def plot(content: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def _architecture(row: Row) -> str:
-    return f"{row['architecture'].removesuffix('ForSequenceClassification')}, {row['layers']} layers"
-
-
-def _timing(measured: Mapping[str, float], unit: str) -> str:
+def _timing(measured: Mapping[str, float], ranges: bool) -> str:
     median, low, high = (_three_digits(measured[key]) for key in ("median", "low", "high"))
-    return f"{median} {unit} ({low} to {high})"
+    return f"{median} ({low} to {high})" if ranges else median
+
+
+def _large(value: float) -> str:
+    return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
 
 
 def _three_digits(value: float) -> str:

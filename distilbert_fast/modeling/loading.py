@@ -89,7 +89,7 @@ def load_classifier(
             "label2id": {name: i for i, name in enumerate(label_names)},
             "ignore_mismatched_sizes": True,  # judged below
         }
-    with _quiet():
+    with _without_report(), without_bars():
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **labels
         )
@@ -130,19 +130,30 @@ def _download(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its table of missing tensors, which the caller judges."""
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars of reading and writing weights; a Trainer's own bar stays."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
+        if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing tensors, which `load_classifier` judges."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _weight_files(directory: Path, source: str | Path) -> list[Path]:

@@ -1,0 +1,214 @@
+"""The command `distilbert-fast`.
+
+Exit status: 0 done; 2 input that cannot be used, with one line on stderr that says why; 130 interrupted. Anything
+else is a bug and shows its trace. Heavy libraries load only when a command needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distilbert_fast import recipes
+
+app = typer.Typer(
+    name="distilbert-fast",
+    help="Distil BERT-family models into half-depth students and run them fast.",
+    epilog="Start with [bold]distilbert-fast demo[/bold]: in minutes, on two cores, it distils, quantizes and times a "
+    "real model. [bold]distilbert-fast env[/bold] shows what can run on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextlib.contextmanager
+def _plain_errors(when_interrupted: str) -> Iterator[None]:
+    """One line on stderr for what a user can mend: input, disk, a forced backend. A bug keeps its trace."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {when_interrupted}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        ours = type(error).__module__.partition(".")[0] == "distilbert_fast"
+        if not ours and not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import distilbert_fast
+
+        print(f"distilbert-fast {distilbert_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, for a bug report.")] = False,
+) -> None:
+    """Show what can run here: versions, CPU tier, GPU, and which backend serves each op.
+
+    What cannot run is shown with the reason.
+    """
+    with _plain_errors("nothing was changed"):
+        from distilbert_fast import backends
+
+        report = backends.report()
+        if as_json:
+            import json
+
+            print(json.dumps(report, indent=2))
+        else:
+            _print_environment(report)
+
+
+_STEPS = recipes.Training()
+
+
+@app.command(
+    help="""\
+Distil a model, quantize it, and measure what that brought.
+
+Fine-tunes a teacher on a text classification task, distils it into a DistilBERT of half the depth, quantizes \
+that to int8, measures all three beside plain transformers, and writes the models, report.md, report.json and \
+a plot.
+
+Interrupt it whenever you like: the same command continues where it was.
+""",
+    epilog="""\
+[bold]Examples[/bold]
+
+The whole job on text that Python carries with it (pip install 'distilbert-fast\\[demo]'):
+
+    distilbert-fast demo
+
+Your sentences, in files with the columns sentence and label:
+
+    distilbert-fast demo --data train.tsv --eval-data dev.tsv -o runs/mine
+
+Your teacher, which knows the task already:
+
+    distilbert-fast demo --data train.tsv --teacher ./my-bert --teacher-epochs 0
+
+A data set of the Hugging Face hub, trained on a part of its rows:
+
+    distilbert-fast demo --task glue/sst2 --max-train-rows 8000
+""",
+)
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
+    ] = Path("demo-output"),
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TSV, CSV, JSONL or Parquet with the columns sentence and label."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data is held out."),
+    ] = None,
+    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
+    teacher_epochs: Annotated[
+        int, typer.Option(help="Passes of fine-tuning; 0 for a teacher that knows the task.")
+    ] = _STEPS.teacher_epochs,
+    student_epochs: Annotated[int, typer.Option(help="Passes of distillation.")] = _STEPS.student_epochs,
+    batch_size: Annotated[int, typer.Option(help="Sentences a training step.")] = _STEPS.batch_size,
+    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = _STEPS.max_length,
+    teacher_lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = _STEPS.teacher_lr,
+    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = _STEPS.student_lr,
+    seed: Annotated[int, typer.Option(help="Of the new head, the batches and dropout.")] = _STEPS.seed,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
+    ] = False,
+) -> None:
+    """See `help` above."""
+    with _plain_errors("the same command continues"):
+        recipes.demo(
+            output,
+            teacher=teacher,
+            task=task,
+            data=data,
+            eval_data=eval_data,
+            max_train_rows=max_train_rows,
+            training=dataclasses.replace(
+                _STEPS,
+                teacher_epochs=teacher_epochs,
+                student_epochs=student_epochs,
+                batch_size=batch_size,
+                max_length=max_length,
+                teacher_lr=teacher_lr,
+                student_lr=student_lr,
+                seed=seed,
+            ),
+            overwrite=overwrite,
+            command=shlex.join(["distilbert-fast", *sys.argv[1:]]),
+        )
+
+
+def _print_environment(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+
+    def section(title: str, rows: Mapping[str, str]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(style="cyan", no_wrap=True, min_width=16)
+        table.add_column(overflow="fold")
+        for name, text in rows.items():
+            table.add_row(name, text)
+        console.print(table)
+
+    cpu, states = report["cpu"], report["backends"]
+    versions = {name: version or "not installed" for name, version in report["versions"].items()}
+    section("versions", {"python": f"{report['python']} on {report['platform']}", **versions})
+    tier = {"tier in use": cpu["tier"] or "none", "cores": f"{cpu['cores']}; torch uses {cpu['threads']} threads"}
+    section("CPU", tier | {f"no {name}": reason for name, reason in cpu["missing"].items()})
+    section("GPU", {"devices": ", ".join(report["cuda_devices"]) or "none that torch can use"})
+    section(
+        "backends", {name: f"{'yes' if state['ok'] else 'no'}: {state['reason']}" for name, state in states.items()}
+    )
+    if report["forced_backend"]:
+        section("forced by DISTILBERT_FAST_BACKEND", {"backend": report["forced_backend"]})
+    serving = {op: [f"{name} on {device}" for device, name in by.items()] for op, by in report["ops"].items()}
+    section("who serves each op", {op: ", ".join(places) for op, places in serving.items()})
+    build = {
+        name: ", ".join(value) if isinstance(value, list | tuple) else str(value)
+        for name, value in report["build"].items()
+    }
+    section("build", build or {"": "not recorded"})
