@@ -95,9 +95,7 @@ def padded_attention(
     if attention_mask is not None:
         _check.tensor(PADDED, "attention_mask", attention_mask, tuple(q.shape[:2]), (torch.bool,), q.device)
     batch = q.shape[0]
-    return _attention(
-        PADDED, ("B", "T", "H", "D"), batch, q, k, v, None, attention_mask, head_mask, dropout_p, scale
-    )
+    return _attention(PADDED, ("B", "T", "H", "D"), batch, q, k, v, None, attention_mask, head_mask, dropout_p, scale)
 
 
 def attention_reference(
@@ -145,9 +143,7 @@ def _attention(
         _check.refuse(op, "q", "of head size D ≥ 1", list(q.shape))
     if head_mask is not None:
         per_sequence = isinstance(head_mask, torch.Tensor) and head_mask.dim() == 2
-        _check.tensor(
-            op, "head_mask", head_mask, (batch, heads) if per_sequence else (heads,), device=q.device
-        )
+        _check.tensor(op, "head_mask", head_mask, (batch, heads) if per_sequence else (heads,), device=q.device)
         head_mask = head_mask.to(_accumulate(q)).expand(batch, heads)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         _check.refuse(op, "dropout_p", "a number", type(dropout_p).__name__, TypeError)
@@ -203,8 +199,7 @@ class _Call(NamedTuple):
 
 
 _CALL = (
-    "Tensor? cu_seqlens, Tensor? attention_mask, Tensor? head_mask, Tensor? seed,"
-    " float dropout_p, float scale, bool dm"
+    "Tensor? cu_seqlens, Tensor? attention_mask, Tensor? head_mask, Tensor? seed, float dropout_p, float scale, bool dm"
 )
 
 
@@ -233,8 +228,7 @@ def _backward_fake(
 
 
 @operator(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {_CALL})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward(
