@@ -131,7 +131,7 @@ class Engine:
         """
         if precision is not None:
             _check.choice(OP, "precision", precision, tuple(PRECISIONS))
-        masks = _head_masks(head_mask, model.num_heads, model.layers)
+        masks = _head_masks(head_mask, model.num_heads, model.layers, model.word.weight.device)
         layers = [
             _pack_layer(layer, model.head_dim, precision, mask) for layer, mask in zip(model.layers, masks, strict=True)
         ]
@@ -181,7 +181,7 @@ class Engine:
         if attention_mask is not None:
             _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, self.word.device)
         tokens = Tokens.packed(attention_mask, batch, length, self.word.device)
-        masks = _head_masks(head_mask, self.num_heads, self.layers)
+        masks = _head_masks(head_mask, self.num_heads, self.layers, self.word.device)
 
         ids = tokens.rows(input_ids)  # [N]
         positions = tokens.rows(self._positions(input_ids, position_ids))  # [N]
@@ -264,7 +264,7 @@ def _broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> tor
 
 
 def _head_masks(
-    head_mask: torch.Tensor | None, num_heads: int, layers: Sequence[LayerModules | Layer]
+    head_mask: torch.Tensor | None, num_heads: int, layers: Sequence[LayerModules | Layer], device: torch.device
 ) -> list[torch.Tensor | None]:
     """For each layer the factors [H_l] of the heads that are left in it, or None."""
     if head_mask is None:
@@ -274,7 +274,7 @@ def _head_masks(
     if tuple(head_mask.shape) not in ((num_heads,), (len(layers), num_heads)):
         expected = f"of shape [{num_heads}] or [{len(layers)}, {num_heads}]"
         _check.refuse(OP, "head_mask", expected, list(head_mask.shape))
-    mask = head_mask if head_mask.is_floating_point() else head_mask.float()
+    mask = head_mask.to(device, head_mask.dtype if head_mask.is_floating_point() else torch.float32)
     rows = mask.expand(len(layers), num_heads).unbind()
     return [
         row if len(layer.heads) == num_heads else row[list(layer.heads)]

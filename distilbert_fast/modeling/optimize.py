@@ -155,7 +155,8 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     """A task head: padded positions are wanted where a label counts one."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
-    if labels is not None and mask is not None and labels.shape == mask.shape:
+    packed = "_accelerator" in vars(self.base_model)
+    if packed and labels is not None and mask is not None and labels.shape == mask.shape:
         kwargs["keep_padding"] = torch.compiler.is_compiling() or bool(((labels != -100) & (mask == 0)).any())
     return kind.forward(self, *args, **kwargs)
 
@@ -164,12 +165,13 @@ def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *
     ours = kind.__module__.startswith("distilbert_fast.")  # takes head_mask and keep_padding itself
     keep_padding = kwargs.get("keep_padding", False) if ours else kwargs.pop("keep_padding", False)
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not (self.training or traced or len(args) > len(names)):
+    packed = "_accelerator" in vars(self)  # not in a new instance of this class, from its from_pretrained say
+    if packed and not (self.training or traced or len(args) > len(names)):
         output = _serve(self, dict(zip(names, args, strict=False)) | kwargs, keep_padding)
         if output is not None:
             return output
     honoured = ours or self.config._attn_implementation == "distilbert_fast"
-    if kwargs.get("head_mask") is not None and not honoured:
+    if packed and kwargs.get("head_mask") is not None and not honoured:
         raise ValueError(
             "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
             " gradients, autocast, output_attentions, …), got a tensor; with"

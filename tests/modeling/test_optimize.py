@@ -510,6 +510,21 @@ def test_copies_have_weights_of_their_own(name, calls):
                 assert_same(ours(**batch), theirs(**batch), batch["attention_mask"])
 
 
+def test_new_instances_of_its_class_are_plain(calls, tmp_path):
+    ours, theirs = both("BertForTokenClassification")
+    theirs.save_pretrained(tmp_path)
+    batch = inputs("Bert")
+    with torch.no_grad(), expect(calls, 0):
+        fresh = type(ours).from_pretrained(tmp_path)
+        for given in (batch, batch | {"labels": batch["input_ids"] % 2}):
+            assert_same(fresh(**given), theirs(**given), rtol=0, atol=0)
+        bare = type(ours.bert)(ours.config).eval()
+        bare.load_state_dict(theirs.bert.state_dict(), strict=False)
+        assert_same(bare(**batch)[0], theirs.bert(**batch)[0], rtol=0, atol=0)
+    with torch.no_grad(), expect(calls, 1):
+        assert_same(optimize(fresh)(**batch), theirs(**batch), batch["attention_mask"])
+
+
 # Threads, compilers, pipelines ---------------------------------------------------------------------------------
 
 
