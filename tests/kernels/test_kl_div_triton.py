@@ -254,38 +254,31 @@ def test_nothing_outside_the_outputs_is_written(dtype, masked):
 
 
 def far_rows(path):
-    """Two rows of V bfloat16 so far apart that no int32 counts the elements between: row 0 and row 70,400."""
-    stride = 70_400 * V
+    """Three rows of V bfloat16, places 0, 35,200 and 70,400 of a matrix: int32 holds their distance, not its double."""
+    stride = 35_200 * V
     if DEVICE == "cuda":
-        whole = torch.zeros(stride + V, dtype=torch.bfloat16, device=DEVICE)
+        whole = torch.zeros(2 * stride + V, dtype=torch.bfloat16, device=DEVICE)
     else:
-        whole = torch.from_file(str(path), shared=True, size=stride + V, dtype=torch.bfloat16)  # sparse: no memory
+        whole = torch.from_file(str(path), shared=True, size=2 * stride + V, dtype=torch.bfloat16)  # sparse: no memory
         os.unlink(path)
-    return whole.as_strided((2, V), (stride, 1))
+    return whole.as_strided((3, V), (stride, 1))
 
 
 @pytest.mark.parametrize("far", ["student", "teacher", "gradient"])
 def test_offsets_past_int32(tmp_path, far):
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 8 << 30:
         pytest.skip("needs 8 GiB of free GPU memory")
-    student, teacher = pair(2, V, torch.bfloat16)
-    dstudent = torch.empty_like(student)
-    near, place = {"student": student, "teacher": teacher, "gradient": dstudent}[far], far_rows(tmp_path / far)
-    place.copy_(near)
-    if far == "student":
-        student = place
-    elif far == "teacher":
-        teacher = place
-    else:
-        dstudent = place
-    rows, stats = torch.empty(2, device=DEVICE), torch.empty(2, 4, device=DEVICE)
+    student, teacher = pair(3, V, torch.bfloat16)
+    expected = triton(student, teacher, 2.0, reduction="none")
+    tensors = {"student": student, "teacher": teacher, "gradient": torch.empty_like(student)}
+    tensors[far] = far_rows(tmp_path / far).copy_(tensors[far])
+    student, teacher, dstudent = tensors.values()
+    rows, stats, ones = (torch.ones(shape, device=DEVICE) for shape in [(3,), (3, 4), (3,)])
     kernels.kl_div_fwd(student, teacher, None, torch.ones((), device=DEVICE), 2.0, rows, stats, dstudent)
-    from_forward = dstudent.clone()
-    kernels.kl_div_bwd(student, teacher, None, torch.ones(2, device=DEVICE), stats, 2.0, dstudent)
-
-    plain = triton(student.clone(), teacher.clone(), 2.0, reduction="none")
-    assert torch.equal(rows, plain[0])
-    assert torch.equal(from_forward, plain[1]) and torch.equal(dstudent, plain[1])
+    torch.testing.assert_close((rows, dstudent), expected)
+    dstudent.fill_(float("nan"))
+    kernels.kl_div_bwd(student, teacher, None, ones, stats, 2.0, dstudent)
+    torch.testing.assert_close(dstudent, expected[1])
 
 
 @pytest.mark.gpu
