@@ -79,7 +79,7 @@ class _Accelerator:
 
     def __init__(self, precision: str | None, reads_padding: bool) -> None:
         self.precision, self.reads_padding = precision, reads_padding
-        self._packed: tuple[Snapshot, Engine | None] | None = None
+        self._packed: tuple[Snapshot, Engine] | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -162,15 +162,17 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
 
 
 def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    ours = kind.__module__.startswith("distilbert_fast.")  # takes head_mask and keep_padding itself
-    keep_padding = kwargs.get("keep_padding", False) if ours else kwargs.pop("keep_padding", False)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    ours = kind.__module__.startswith("distilbert_fast.")  # takes keep_padding and any head_mask itself
+    if not ours:
+        kwargs.pop("keep_padding", None)
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     packed = "_accelerator" in vars(self)  # not in a new instance of this class, from its from_pretrained say
+    honoured = ours or self.config._attn_implementation == "distilbert_fast"
     if packed and not (self.training or traced or len(args) > len(names)):
-        output = _serve(self, dict(zip(names, args, strict=False)) | kwargs, keep_padding)
+        output = _serve(self, given, honoured)
         if output is not None:
             return output
-    honoured = ours or self.config._attn_implementation == "distilbert_fast"
     if packed and kwargs.get("head_mask") is not None and not honoured:
         raise ValueError(
             "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
@@ -195,10 +197,13 @@ _KNOWN = {
 
 
 @torch.compiler.disable
-def _serve(self: Any, given: Mapping[str, Any], keep_padding: bool) -> Any:
-    """The encoder's output from the engine, or None if transformers' own forward must make it."""
+def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
+    """The encoder's output from the engine, or None if its own forward must make it.
+
+    ``honoured``: that forward knows head masks, also of more dimensions than the engine does.
+    """
     given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
-    input_ids, attention_mask = given.get("input_ids"), given.get("attention_mask")
+    input_ids, attention_mask, head_mask = map(given.get, ("input_ids", "attention_mask", "head_mask"))
     attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in _FLAGS)
     if (
         input_ids is None
@@ -207,6 +212,8 @@ def _serve(self: Any, given: Mapping[str, Any], keep_padding: bool) -> Any:
         or not isinstance(hidden_states, (bool, type(None)))
         or input_ids.dim() != 2
         or (attention_mask is not None and attention_mask.shape != input_ids.shape)
+        or (isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2 and honoured)
+        or input_ids.device.type == "meta"
         or torch.is_autocast_enabled(input_ids.device.type)
     ):
         return None
@@ -214,14 +221,15 @@ def _serve(self: Any, given: Mapping[str, Any], keep_padding: bool) -> Any:
     snapshot, engine = accelerator.packed(self)
     if snapshot is None or engine is None or snapshot.observed():
         return None
-    if torch.is_grad_enabled() and snapshot.requires_grad():
+    if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
         _warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
         return None
     if attention_mask is not None:
         real = attention_mask != 0
+        keep_padding = given.get("keep_padding", False) or accelerator.reads_padding
         if bool(real.all()):
             attention_mask = None
-        elif keep_padding or accelerator.reads_padding or bool((real.any(1) & ~real[:, :1].any(1)).any()):
+        elif keep_padding or bool((real.any(1) & ~real[:, :1].any(1)).any()):
             return None
 
     distilbert = isinstance(self, DistilBertModel)
@@ -230,7 +238,7 @@ def _serve(self: Any, given: Mapping[str, Any], keep_padding: bool) -> Any:
         attention_mask,
         None if distilbert else given.get("token_type_ids"),  # transformers ignores them there
         given.get("position_ids"),
-        given.get("head_mask"),
+        head_mask,
         bool(hidden_states),
     )
     last = encoded.tokens.padded(encoded.x)  # [B, T, C]

@@ -391,6 +391,24 @@ def test_head_mask_is_never_ignored():
     assert str(error.value) == "engine: head_mask must be of shape [3] or [3, 3], got [2, 3]"
 
 
+def test_head_mask_with_a_gradient(calls):
+    mask = torch.tensor([1.0, 0.0, 0.5], requires_grad=True)
+    ours = optimize(make("BertModel").requires_grad_(False))
+    with pytest.raises(ValueError, match=r"^optimize: head_mask must be None where transformers' own forward runs"):
+        ours(**inputs("Bert"), head_mask=mask)
+    ours = optimize(make("DistilBertModel", module=distilbert_fast).requires_grad_(False))
+    batch = inputs("DistilBert")
+    with expect(calls, 0):
+        ours(**batch, head_mask=mask).last_hidden_state.sum().backward()
+        assert mask.grad.shape == (3,) and mask.grad.ne(0).any()
+    with torch.no_grad():
+        with expect(calls, 1):
+            expected = ours(**batch, head_mask=mask)
+        with expect(calls, 0):  # the older shape, which our own classes take
+            found = ours(**batch, head_mask=mask.expand(3, 3)[:, None, :, None, None])
+    assert_same(found, expected, batch["attention_mask"])
+
+
 # Weights that change -------------------------------------------------------------------------------------------
 
 
@@ -459,6 +477,12 @@ def test_weights_are_never_stale(change, precision, calls):
             a, b = ours(**batch)[0], fresh(**batch)[0]
     assert torch.equal(a, b)
     assert change == "more words" or not torch.equal(a, before.to(a.dtype))
+
+
+def test_meta_device(calls):
+    ours = optimize(make("BertModel")).to("meta")
+    with torch.no_grad(), expect(calls, 0):
+        assert ours(torch.ones(2, 5, dtype=torch.int64, device="meta"))[0].shape == (2, 5, 30)
 
 
 def test_writes_through_data_need_another_call():
