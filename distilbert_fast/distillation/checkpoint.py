@@ -63,6 +63,7 @@ _SETTINGS = (
     "seed",
     "data_seed",
     "train_sampling_strategy",
+    "group_by_length",
     "dataloader_drop_last",
     "world_size",
 )

@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -59,7 +60,7 @@ def train(output_dir: Path, *callbacks: transformers.TrainerCallback) -> None:
     assert trainer.state.global_step == STEPS
 
 
-def child(work: Callable[[], None]) -> int:
+def child(work: Callable[[], Any]) -> int:
     """Fork a process that does ``work``; its id."""
     process = os.fork()
     if process:
@@ -69,7 +70,8 @@ def child(work: Callable[[], None]) -> int:
         torch.set_num_threads(1)
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)
-        work()
+        signal.alarm(300)  # a run that hangs is one that failed
+        _kept = work()  # torch may hang when it takes down what tied processes together
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -104,18 +106,19 @@ def die_at_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def kill(directory: Path, duration: float, seed: int = 0) -> dict[str, int]:
-    """SIGKILL at random times, then at random steps of saving, and resume until the end is reached."""
+def kill(directory: Path, seed: int = 0) -> dict[str, int]:
+    """SIGKILL soon after a checkpoint was begun, then at random steps of saving; resume until the end is reached."""
     chance = random.Random(seed)
     killed = {"time": 0, "saving": 0}
-    ended = False
-    while not ended:
+    for begun in (2, 4, 6, 8):
         process = child(lambda: train(directory / "time"))
-        if killed["time"] < 4:
-            time.sleep(chance.uniform(0.2, 0.7) * duration)
-            os.kill(process, signal.SIGKILL)
-        ended = wait(process)
-        killed["time"] += not ended
+        while not (directory / "time" / f"checkpoint-{begun}").exists():
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), "the run failed"
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(process, signal.SIGKILL)
+        killed["time"] += not wait(process)
+    assert wait(child(lambda: train(directory / "time")))
 
     def dying(number: int) -> None:
         die_at_call(number)
@@ -123,7 +126,7 @@ def kill(directory: Path, duration: float, seed: int = 0) -> dict[str, int]:
 
     ended = False
     while not ended:
-        number = chance.randint(3, 60) if killed["saving"] < 6 else 10**9
+        number = chance.randint(3, 40) if killed["saving"] < 6 else 10**9
         process = child(lambda number=number: dying(number))
         ended = wait(process)
         killed["saving"] += not ended
@@ -180,11 +183,56 @@ def fill(directory: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
 
 
+def step(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer:
+    """Two steps of gradient descent on 16 sentences whose tokens have labels here and there."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    teacher = tiny.teacher("TokenClassification")
+    args = tiny.arguments(
+        output_dir,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
+    )
+    rows = tiny.rows(16, "TokenClassification", seed=5)
+    trainer = DistillationTrainer(tiny.student(teacher, dropout=0.0), teacher, args, rows, eval_dataset=rows)
+    trainer.train()
+    logs = [{name: entry.get(name) for name in ("loss", "kl", "ce")} for entry in trainer.state.log_history[:2]]
+    logs.append(trainer.evaluate())
+    if args.process_index == 0:
+        (output_dir / "logs.json").write_text(json.dumps(logs))
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def processes(directory: Path) -> dict[str, Any]:
+    """The same steps in one process and in two, which exchange gradients through gloo."""
+    assert wait(child(lambda: step(directory / "one", 8, 1)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> DistillationTrainer:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return step(directory / "two", 2, 2)
+
+    members = [child(lambda rank=rank: member(rank)) for rank in range(2)]
+    assert all([wait(process) for process in members])
+    return {name: json.loads((directory / name / "logs.json").read_text()) for name in ("one", "two")}
+
+
 def main(directory: Path) -> dict[str, Any]:
-    begun = time.monotonic()
     assert wait(child(lambda: train(directory / "whole")))
-    duration = time.monotonic() - begun
-    return {"killed": kill(directory, duration), "full": fill(directory)}
+    return {"killed": kill(directory), "full": fill(directory), "logs": processes(directory)}
 
 
 if __name__ == "__main__":
