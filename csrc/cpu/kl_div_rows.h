@@ -1,8 +1,9 @@
 // kl_div on one row:   loss = τ² Σ p_t (log p_t − log p_s),   d loss / d s = τ (p_s − p_t),   p = softmax(logits / τ).
 //
-// With k = log2(e)/τ, u = (x − max x) k and e = 2^u:   Z = Σ e,   p = e / Z,   W = Σ e_t (u_t − u_s), so
-//   loss = τ²/(τ k) (W / Z_t + log2 Z_s − log2 Z_t).
-// A common offset of the logits falls out in x − max x before anything is rounded, and equal logits give exactly 0.
+// With k = log2(e)/τ, d = x − max x and e = 2^(k d):   Z = Σ e,   p = e / Z,   W = Σ e_t (d_t − d_s), so
+//   loss = τ/k (k W / Z_t + log2 Z_s − log2 Z_t).
+// A common offset of the logits falls out in d before anything is rounded, and equal logits give exactly 0. W is added
+// in units of 2^20, so that vocabularies masked with the lowest float on either side stay finite.
 //
 // Pass 1 reads both rows from memory in blocks that stay in L1: the block's maxima, then its three sums under the
 // running maxima; sums of blocks are added in double. Pass 2 finds the rows in L2 and writes the gradient: each logit
@@ -17,6 +18,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64 * Vec::lanes;  // columns: a lane adds 64 terms in float before double takes over
 constexpr float kLowest = -3.402823466e38f;
+constexpr double kUnit = 1 << 20;  // of W
 constexpr float kNone = -__builtin_inff();
 constexpr float kNoFloor[16] = {kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone,
                                 kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone};
@@ -29,16 +31,16 @@ struct RowSums {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Raise the running maxima: earlier sums held u measured from the old ones.
-inline void raise_maxima(RowSums& row, float m_s, float m_t, float k) {
+// Raise the running maxima: earlier sums held d measured from the old ones.
+inline void raise_maxima(RowSums& row, float m_s, float m_t, double k) {
   if (m_s > row.m_s) {
-    const double rise = (static_cast<double>(m_s) - row.m_s) * k;
-    row.z_s *= std::exp2(-rise);
+    const double rise = static_cast<double>(m_s) - row.m_s;
+    row.z_s *= std::exp2(-rise * k);
     row.w += row.z_t * rise;
     row.m_s = m_s;
   }
   if (m_t > row.m_t) {
-    const double rise = (static_cast<double>(m_t) - row.m_t) * k, factor = std::exp2(-rise);
+    const double rise = static_cast<double>(m_t) - row.m_t, factor = std::exp2(-rise * k);
     row.w = (row.w - row.z_t * rise) * factor;
     row.z_t *= factor;
     row.m_t = m_t;
@@ -61,26 +63,25 @@ void add_block(RowSums& row, const S* s, const T* t, int64_t n, float k) {
   raise_maxima(row, largest(max_s), largest(max_t), k);
 
   const Vec vk = broadcast(k), m_s = broadcast(row.m_s), m_t = broadcast(row.m_t);
+  const Vec unit = broadcast(static_cast<float>(1 / kUnit));
   Vec z_s = broadcast(0), z_t = broadcast(0), w = broadcast(0);
-  const auto add_columns = [&](Vec u_s, Vec u_t) {
-    const Vec e_t = exp2(u_t);
-    z_s = add(z_s, exp2(u_s));
+  const auto add_columns = [&](Vec d_s, Vec d_t) {
+    const Vec e_t = exp2(mul(d_t, vk));
+    z_s = add(z_s, exp2(mul(d_s, vk)));
     z_t = add(z_t, e_t);
-    w = fma(e_t, sub(u_t, u_s), w);
+    w = fma(mul(e_t, unit), sub(d_t, d_s), w);
   };
-  for (int64_t i = 0; i < whole; i += lanes) {
-    add_columns(mul(sub(load(s + i), m_s), vk), mul(sub(load(t + i), m_t), vk));
-  }
+  for (int64_t i = 0; i < whole; i += lanes) add_columns(sub(load(s + i), m_s), sub(load(t + i), m_t));
   if (whole < n) {
-    // Lanes beyond the row, and only those, get u = −1000: nothing is added. (maximum keeps a NaN on its right.)
-    const Vec floor = load_first(kNoFloor, n - whole, -1000);
-    const Vec u_s = mul(sub(load_first(s + whole, n - whole, kLowest), m_s), vk);
-    const Vec u_t = mul(sub(load_first(t + whole, n - whole, kLowest), m_t), vk);
-    add_columns(maximum(floor, u_s), maximum(floor, u_t));
+    // Lanes beyond the row, and only those, get a d that adds nothing. (maximum keeps a NaN that stands on its right.)
+    const Vec floor = load_first(kNoFloor, n - whole, -1e30f);
+    const Vec d_s = sub(load_first(s + whole, n - whole, kLowest), m_s);
+    const Vec d_t = sub(load_first(t + whole, n - whole, kLowest), m_t);
+    add_columns(maximum(floor, d_s), maximum(floor, d_t));
   }
   row.z_s += sum(z_s);
   row.z_t += sum(z_t);
-  row.w += sum(w);
+  row.w += sum(w) * kUnit;
 }
 
 template <class S, class T>
@@ -153,7 +154,7 @@ void forward_rows(const KlDivForward& call, int64_t begin, int64_t end) {
       continue;
     }
     const RowSums row = sums(s, t, columns, k);
-    const double bits = row.w / row.z_t + std::log2(row.z_s) - std::log2(row.z_t);
+    const double bits = k * row.w / row.z_t + std::log2(row.z_s) - std::log2(row.z_t);
     call.loss[r] = static_cast<float>(tau / k * bits);  // the rounded k, so that its rounding cancels
     if (stats) {
       stats[0] = row.m_s, stats[1] = static_cast<float>(row.z_s);

@@ -4,8 +4,9 @@
 namespace distilbert_fast {
 namespace {
 
-// 2^x for x ≤ 0: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).
+// 2^x for x ≤ 0, −∞ too: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).
 inline Vec exp2(Vec x) {
+  x = maximum(broadcast(-200), x);  // 0 in float; a NaN, on the right, stays one
   const Vec n = round_to_int(x);
   const Vec f = sub(x, n);
   Vec p = broadcast(0x1.41d334p-13f);

@@ -154,6 +154,21 @@ def test_certain_of_different_columns(v, device):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_vocabularies_masked_with_the_lowest_float(dtype, temperature, device):
+    """Differences of 3e38 times a probability of exactly 0 stay 0, not NaN."""
+    student, teacher = pair(3, 1003, (dtype, dtype), device=device)
+    teacher[:, :334] = torch.finfo(dtype).min
+    student[:, 167:250] = torch.finfo(dtype).min
+    ours = results(kl_div, student, teacher, temperature, reduction="none")
+    torchs = results(kl_div_reference, student, teacher, temperature, reduction="none")
+    exact = results(kl_div_reference, student.double(), teacher.double(), temperature, reduction="none")
+    for what, *compared in zip(("loss", "gradient"), ours, torchs, exact, strict=True):
+        assert all(x.isfinite().all() for x in compared)
+        assert_twice_rule(*compared, what)
+
+
 def test_equal_logits_and_constants(device):
     student, _ = pair(3, 1001, device=device)
     for x in (student, torch.zeros_like(student), torch.full_like(student, -3e38)):
