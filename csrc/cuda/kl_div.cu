@@ -1,7 +1,8 @@
 // kl_div on one row:   loss = τ² Σ p_t (log p_t − log p_s),   d loss/d s = τ (p_s − p_t),   p = softmax(logits/τ).
 //
-// With k = log2(e)/τ, m = max x, u = (x − m) k and e = 2^u:   Z = Σ e,   p = e / Z,   W = Σ e_t (u_t − u_s), so
-//   loss = τ/k (W / Z_t + log2 Z_s − log2 Z_t).
+// With k = log2(e)/τ, d = x − max x and e = 2^(k d):   Z = Σ e,   p = e / Z,   W = Σ e_t (d_t − d_s), so
+//   loss = τ/k (k W / Z_t + log2 Z_s − log2 Z_t).
+// W is added in units of 2^20, so that vocabularies masked with the lowest float on either side stay finite.
 //
 // One block takes one row. Pass 1: every thread runs through its columns, kAtOnce loads in flight, with maxima and
 // sums of its own that grow together; then the block joins them. Pass 2, if the gradient is wanted, goes through the
@@ -20,20 +21,21 @@ namespace {
 constexpr int kMaxThreads = 512;
 constexpr int kAtOnce = 8;
 constexpr double kLog2e = 1.4426950408889634;
+constexpr float kUnit = 1 << 20;  // of W
 
 // What a row, or a thread's part of it, is reduced to. Of nothing: no sums, and maxima below every logit.
 struct RowSums {
   float m_s = -FLT_MAX, m_t = -FLT_MAX;
   float z_s = 0, z_t = 0, w = 0;
 
-  // The same sums under higher maxima: every u falls by d, so W turns into 2^d_t (W + Z_t (d_t − d_s)).
+  // The same sums under higher maxima: every d falls by f, so W turns into 2^(k f_t) (W + Z_t (f_t − f_s)).
   __device__ __forceinline__ void raise(float to_s, float to_t, float k) {
-    const float d_s = fmaxf((m_s - to_s) * k, -FLT_MAX);  // finite, as 0 · d must be 0 while there are no sums
-    const float d_t = fmaxf((m_t - to_t) * k, -FLT_MAX);
-    const float factor = exp2f(d_t);
-    w = factor * fmaf(z_t, d_t - d_s, w);
+    const float f_s = fmaxf(m_s - to_s, -FLT_MAX);  // finite, as 0 · f must be 0 while there are no sums
+    const float f_t = fmaxf(m_t - to_t, -FLT_MAX);
+    const float factor = exp2f(f_t * k);
+    w = factor * fmaf(z_t, (f_t - f_s) * (1 / kUnit), w);
     z_t *= factor;
-    z_s *= exp2f(d_s);
+    z_s *= exp2f(f_s * k);
     m_s = to_s;
     m_t = to_t;
   }
@@ -56,11 +58,11 @@ struct RowSums {
     raise(max_s, max_t, k);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const float u_s = (x_s[i] - m_s) * k, u_t = (x_t[i] - m_t) * k;
-      const float e_t = exp2f(u_t);
-      z_s += exp2f(u_s);
+      const float d_s = x_s[i] - m_s, d_t = x_t[i] - m_t;
+      const float e_t = exp2f(d_t * k);
+      z_s += exp2f(d_s * k);
       z_t += e_t;
-      w = fmaf(e_t, u_t - u_s, w);
+      w = fmaf(e_t * (1 / kUnit), d_t - d_s, w);
     }
   }
 
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const KlDivForw
     const T* t = static_cast<const T*>(logits.teacher) + r * logits.teacher_stride;
     const RowSums row = sums(s, t, columns, k);
     if (threadIdx.x == 0) {
-      const double bits = double{row.w} / row.z_t + log2(double{row.z_s}) - log2(double{row.z_t});
+      const double bits = double{k} * kUnit * row.w / row.z_t + log2(double{row.z_s}) - log2(double{row.z_t});
       call.loss[r] = static_cast<float>(logits.temperature / k * bits);  // the rounded k, so that its rounding cancels
       if (call.stats) write_stats(call.stats + 4 * r, row.m_s, row.z_s, row.m_t, row.z_t);
     }

@@ -163,6 +163,13 @@ def test_far_apart_logits(rising):
     check(torch.stack([x, noise + 1e4, x]), torch.stack([noise, noise.flip(0) + 1e4, x.flip(0)]))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_vocabularies_masked_with_the_lowest_float(temperature):
+    student, teacher = logits(3, 1003), logits(3, 1003, seed=1)
+    teacher[:, :334] = student[:, 167:250] = torch.finfo(torch.float32).min
+    check(student, teacher, temperature)
+
+
 def test_equal_logits_have_no_loss():
     x = logits(3, 30522)
     rows, gradient, _ = run(x, x.clone())
