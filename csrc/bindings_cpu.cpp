@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/buffer.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
 
@@ -36,6 +37,10 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU kernels of distilbert_fast";
+
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for a large output, kept for the next one of its size")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Buffer& buffer) { return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.bytes()); });
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");

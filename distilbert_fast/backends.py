@@ -62,6 +62,21 @@ def cpu() -> Any:
     return _cpu
 
 
+_LARGE_BYTES = 8 << 20
+
+
+def empty_cpu(like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised contiguous memory of the shape and dtype of ``like``.
+
+    Where it is large it comes from the native module, which keeps the last such block (up to 256 MiB) when its tensor
+    dies: an output that is made anew every step costs no page faults but the first time.
+    """
+    size = like.numel() * like.element_size()
+    if size < _LARGE_BYTES:
+        return torch.empty(like.shape, dtype=like.dtype)
+    return torch.frombuffer(cpu().Buffer(size), dtype=like.dtype).view(like.shape)
+
+
 @functools.cache
 def cuda() -> Any:
     """The native CUDA module. Raises ImportError where it was not built."""

@@ -124,3 +124,31 @@ def test_a_forked_child_computes_on_one_thread():
         torch.set_num_threads(1)
         os._exit(0 if torch.equal(kl_div(student, teacher), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_large_buffers_are_kept_for_the_next_of_their_size():
+    like = torch.empty(9 << 20, dtype=torch.uint8)
+    first = backends.empty_cpu(like)
+    address = first.data_ptr()
+    second = backends.empty_cpu(like)
+    assert second.data_ptr() != address  # the first is still in use
+    view = first[5:]
+    del first
+    assert backends.empty_cpu(like).data_ptr() != address  # a view of it too
+    del view
+    assert backends.empty_cpu(like).data_ptr() == address
+    assert backends.empty_cpu(torch.empty(12 << 20, dtype=torch.uint8)).data_ptr() % 64 == 0  # too large for it
+    with pytest.raises(ValueError, match="Buffer: bytes must be 1 or more, got 0"):
+        _cpu.Buffer(0)
+
+
+def test_large_gradients_of_two_steps_do_not_share_memory():
+    student, teacher = torch.randn(70, 30522, requires_grad=True), torch.randn(70, 30522)
+    kl_div(student, teacher).backward()
+    first, student.grad = student.grad, None
+    kept = first.clone()
+    kl_div(student, teacher.flip(0)).backward()
+    assert first.data_ptr() != student.grad.data_ptr()
+    assert torch.equal(first, kept)
+    with torch.no_grad():
+        assert student.grad.isfinite().all()

@@ -4,14 +4,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "buffer.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace distilbert_fast {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{8} << 20;  // a larger gradient is written around the caches
-constexpr int64_t kGrainElements = 32768;           // work worth waking a thread for
+constexpr int64_t kGrainElements = 32768;  // work worth waking a thread for
 
 void require(bool holds, const char* expected, const std::string& given) {
   if (!holds) throw std::invalid_argument(std::string("kl_div: ") + expected + ", got " + given);
@@ -32,14 +32,9 @@ void check(const KlDivLogits& logits) {
   require(logits.rows == 0 || present, "student and teacher must point to logits", "null");
 }
 
-int64_t gradient_bytes(const KlDivLogits& logits) {
-  return logits.rows * logits.columns * (logits.student_dtype == DType::float32 ? 4 : 2);
-}
-
-bool large(const KlDivLogits& logits, void* gradient) {
-  if (gradient == nullptr || gradient_bytes(logits) <= kStreamBytes) return false;
-  prefer_huge_pages(gradient, gradient_bytes(logits));
-  return true;
+bool large(const KlDivLogits& logits, const void* gradient) {
+  const int64_t element = logits.student_dtype == DType::float32 ? 4 : 2;
+  return gradient != nullptr && logits.rows * logits.columns * element >= kLargeBytes;
 }
 
 int64_t grain(const KlDivLogits& logits) { return 1 + kGrainElements / logits.columns; }

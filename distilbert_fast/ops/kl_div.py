@@ -269,7 +269,8 @@ def _forward_cpu(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = None if mask is None else mask.contiguous()
-    rows, kept = _forward_fake(student, teacher, mask, temperature, mean, keep)
+    rows = student.new_empty(student.shape[0], dtype=torch.float32)
+    kept = backends.empty_cpu(student) if keep == "gradient" else _kept_like(student, keep)
     backends.cpu().kl_div_forward(
         *_logits_arguments(student, teacher, mask),
         temperature,
@@ -291,7 +292,7 @@ def _backward_cpu(
     temperature: float,
 ) -> torch.Tensor:
     mask = None if mask is None else mask.contiguous()
-    dstudent = _kept_like(student, "gradient")
+    dstudent = backends.empty_cpu(student)
     backends.cpu().kl_div_backward(
         *_logits_arguments(student, teacher, mask),
         temperature,

@@ -1,0 +1,32 @@
+// Memory for large outputs that come and go every training step.
+#pragma once
+
+#include <cstdint>
+
+namespace distilbert_fast {
+
+// A block of memory. When a large one is released, the process keeps it for the next request of about its size (one
+// block at most, kSpareBytes at most): fresh pages from the operating system, zeroed one by one as they are first
+// touched, cost more than the kernel that fills them.
+class Buffer {
+ public:
+  // Throws std::invalid_argument for a size below 1, std::bad_alloc where there is no memory.
+  explicit Buffer(int64_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  int64_t bytes_;     // asked for
+  int64_t capacity_;  // there
+};
+
+// Above the first, memory is worth keeping; above the second it is too much to hold on to.
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+constexpr int64_t kSpareBytes = int64_t{256} << 20;
+
+}  // namespace distilbert_fast
