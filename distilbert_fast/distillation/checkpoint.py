@@ -8,8 +8,8 @@ What transformers' own Trainer does, and what is done here instead:
 - a missing optimizer state resumes silently from zero: here every file of a checkpoint is accounted for;
 - resuming a run that is finished trains one step more, if max_steps lies inside an epoch: here none;
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
-- evaluation draws from the random generators, so that evaluating more often changes the model: here it does
-  not.
+- resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
+- evaluation draws from the random generators, so that evaluating more often changes the model: here not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,31 @@ _SETTINGS = (
 _CONFIG_IGNORED = ("transformers_version", "_name_or_path", "problem_type", "use_cache")
 
 
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """The order that another sampler draws, made a function of seed and epoch alone.
+
+    Args:
+        sampler: draws from torch's default generator, as Trainer's do.
+        seed: of the run.
+        epoch: called at the start of an epoch, for its number.
+    """
+
+    def __init__(self, sampler: torch.utils.data.Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(self.seed * 1_000_003 + self.epoch())
+        try:
+            order = list(self.sampler)
+        finally:
+            torch.set_rng_state(state)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
 class ResumableTrainer(Trainer):
     """``transformers.Trainer`` whose checkpoints are trusted only when complete, and hold no pickle.
 
@@ -93,6 +118,7 @@ class ResumableTrainer(Trainer):
                     f"{type(self).__name__}: args.{setting} must be off, got {getattr(self.args, setting)}"
                 )
         self._settings: dict[str, Any] = {}
+        self._save_total_limit = self.args.save_total_limit
 
     def train(
         self,
@@ -109,7 +135,7 @@ class ResumableTrainer(Trainer):
             trial, ignore_keys_for_eval: as in Trainer; a trial is refused.
 
         Returns:
-            Trainer's TrainOutput; of a run that was already finished, its training loss is NaN.
+            Trainer's TrainOutput; of a run that was already finished, with the training loss logged last.
 
         Raises:
             ValueError: the checkpoint is not complete, or was written with other settings; or output_dir
@@ -121,13 +147,12 @@ class ResumableTrainer(Trainer):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint is not None and (done := self._take_finished(checkpoint)) is not None:
             return done
-        limit = self.args.save_total_limit
-        self._save_total_limit = limit
+        self._save_total_limit = self.args.save_total_limit
         self.args.save_total_limit = None  # rotation is ours
         try:
             return super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit = self._save_total_limit
 
     def resume_settings(self) -> dict[str, Any]:
         """What must be the same to resume: all that shapes the course of training. Subclasses add theirs.
@@ -148,8 +173,7 @@ class ResumableTrainer(Trainer):
             set_random_state(state, self.args.device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, but a file that is already there is replaced only by a whole one, and nothing is
-        pickled.
+        """As in Trainer, but a file that is there is replaced only by a whole one, and nothing is pickled.
 
         Raises:
             OSError: the disk is full or cannot be written; the old files are untouched.
@@ -206,19 +230,25 @@ class ResumableTrainer(Trainer):
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         if state.global_step < state.max_steps:
             return None
-        state.is_local_process_zero, state.is_world_process_zero = (
-            self.is_local_process_zero(),
-            self.is_world_process_zero(),
-        )
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        return TrainOutput(state.global_step, math.nan, {})
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, logged[-1] if logged else math.nan, {})
 
     @property
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if sampler is None or hasattr(sampler, "set_epoch"):  # the latter is repeatable by itself
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
     # What Trainer calls to write and read a checkpoint ------------------------------------------------------
 

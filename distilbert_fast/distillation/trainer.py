@@ -57,7 +57,8 @@ class DistillationTrainer(ResumableTrainer):
     do, accumulation over 4 batches gives 4 times the gradient.)
 
     Logged beside ``loss``: ``kl`` (with its τ²) and ``ce``, unweighted; evaluation returns ``eval_kl`` and
-    ``eval_ce`` likewise.
+    ``eval_ce`` likewise. (Where several processes evaluate, the last batches are filled up with rows that were
+    counted before; they count again, as in Trainer's ``eval_loss``.)
 
     Args:
         model: the student.

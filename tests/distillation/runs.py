@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -28,6 +29,13 @@ from distillation import tiny
 from distilbert_fast.distillation.trainer import DistillationTrainer
 
 STEPS = 12
+
+
+def length_grouped() -> dict[str, Any]:
+    """Batches of like length, under the name that this transformers 5 has for it."""
+    if hasattr(tiny.DistillationArguments, "train_sampling_strategy"):
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
 
 
 def build(output_dir: Path, *callbacks: transformers.TrainerCallback) -> DistillationTrainer:
@@ -47,6 +55,7 @@ def build(output_dir: Path, *callbacks: transformers.TrainerCallback) -> Distill
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         warmup_steps=3,
+        **length_grouped(),
     )
     rows = tiny.rows(24)
     return DistillationTrainer(
@@ -183,10 +192,11 @@ def fill(directory: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
 
 
-def step(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer:
-    """Two steps of gradient descent on 16 sentences whose tokens have labels here and there."""
+def steps(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer:
+    """Five steps, three an epoch, of gradient descent on sentences whose tokens have labels here and there."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
     teacher = tiny.teacher("TokenClassification")
     args = tiny.arguments(
         output_dir,
@@ -196,16 +206,16 @@ def step(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer:
         learning_rate=0.1,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
-        max_steps=2,
+        max_steps=5,
         logging_steps=1,
         save_strategy="steps",
         save_steps=1,
         ddp_backend="gloo" if "RANK" in os.environ else None,
     )
-    rows = tiny.rows(16, "TokenClassification", seed=5)
-    trainer = DistillationTrainer(tiny.student(teacher, dropout=0.0), teacher, args, rows, eval_dataset=rows)
-    trainer.train()
-    logs = [{name: entry.get(name) for name in ("loss", "kl", "ce")} for entry in trainer.state.log_history[:2]]
+    rows = tiny.rows(24, "TokenClassification", seed=5)
+    trainer = DistillationTrainer(tiny.student(teacher, dropout=0.0), teacher, args, rows, eval_dataset=rows[:16])
+    trainer.train(resume_from_checkpoint="auto")
+    logs = [{name: entry.get(name) for name in ("loss", "kl", "ce")} for entry in trainer.state.log_history[:5]]
     logs.append(trainer.evaluate())
     if args.process_index == 0:
         (output_dir / "logs.json").write_text(json.dumps(logs))
@@ -214,20 +224,26 @@ def step(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer:
 
 
 def processes(directory: Path) -> dict[str, Any]:
-    """The same steps in one process and in two, which exchange gradients through gloo."""
-    assert wait(child(lambda: step(directory / "one", 8, 1)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The same steps in one process; in two, which exchange gradients through gloo; in two, resumed at the fifth."""
 
-    def member(rank: int) -> DistillationTrainer:
+    def member(name: str, rank: int, port: int) -> DistillationTrainer:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return step(directory / "two", 2, 2)
+        return steps(directory / name, 2, 2)
 
-    members = [child(lambda rank=rank: member(rank)) for rank in range(2)]
-    assert all([wait(process) for process in members])
-    return {name: json.loads((directory / name / "logs.json").read_text()) for name in ("one", "two")}
+    def together(name: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        members = [child(lambda rank=rank: member(name, rank, port)) for rank in range(2)]
+        assert all([wait(process) for process in members])
+
+    assert wait(child(lambda: steps(directory / "one", 8, 1)))
+    together("two")
+    shutil.copytree(directory / "two", directory / "resumed")
+    shutil.rmtree(directory / "resumed" / "checkpoint-5")
+    together("resumed")
+    return {name: json.loads((directory / name / "logs.json").read_text()) for name in ("one", "two", "resumed")}
 
 
 def main(directory: Path) -> dict[str, Any]:

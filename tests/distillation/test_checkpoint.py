@@ -110,15 +110,20 @@ def test_a_full_disk_leaves_the_model_before(runs):
     assert same(weights(directory / "model"), tiny.student(tiny.teacher()).state_dict())
 
 
-def test_two_processes_give_the_gradient_of_one(runs):
+def test_two_processes_take_the_steps_of_one(runs):
     directory, told = runs
     for one, two in zip(told["logs"]["one"], told["logs"]["two"], strict=True):
         for name in one.keys() & {"loss", "kl", "ce", "eval_loss", "eval_kl", "eval_ce"}:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    one, two = (weights(directory / name / "checkpoint-2") for name in ("one", "two"))
+    one, two = (weights(directory / name / "checkpoint-5") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-5)
-    states = [name for name in names(directory / "two" / "checkpoint-2") if name.startswith("random")]
+
+
+def test_two_processes_resume(runs):
+    directory, _ = runs
+    assert same(*(weights(directory / name / "checkpoint-5") for name in ("two", "resumed")))
+    states = [name for name in names(directory / "resumed" / "checkpoint-5") if name.startswith("random")]
     assert states == ["random_state_0.safetensors", "random_state_1.safetensors"]
 
 
@@ -271,13 +276,14 @@ def test_a_run_goes_on_from_the_newest_complete_one(tmp_path, whole, caplog):
 
 @pytest.mark.parametrize("steps", [3, 5])  # of 5 in an epoch
 def test_a_finished_run_is_loaded_and_nothing_is_trained(tmp_path, steps):
-    first = trainer(tmp_path, max_steps=steps)
+    first = trainer(tmp_path, max_steps=steps, logging_steps=3)
     first.train(resume_from_checkpoint="auto")
     again = trainer(tmp_path, max_steps=steps)
     with torch.no_grad():
         again.model.classifier.weight.zero_()
     output = again.train(resume_from_checkpoint="auto")
     assert output.global_step == again.state.global_step == steps
+    assert output.training_loss == first.state.log_history[0]["loss"]
     assert same(again.model.state_dict(), first.model.state_dict())
     assert names(tmp_path) == [f"checkpoint-{step}" for step in {3, steps}]
     assert again.evaluate()["eval_loss"] == first.evaluate()["eval_loss"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,23 @@ def test_evaluation_is_the_loss_over_the_dataset(tmp_path):
     assert metrics["eval_kl"] == pytest.approx(whole.kl.item(), rel=1e-4)
     assert metrics["eval_ce"] == pytest.approx(whole.ce.item(), rel=1e-4)
     assert trainer.predict(rows).metrics["test_kl"] == pytest.approx(whole.kl.item(), rel=1e-4)
+
+
+def test_multiple_choice(tmp_path):
+    teacher = tiny.teacher("MultipleChoice")
+    student = tiny.student(teacher, dropout=0.0)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    texts = tiny.rows(12)
+    rows = [
+        {name: [row[name] for row in texts[i : i + 3]] for name in names} | {"labels": i // 3 % 3}
+        for i in range(0, 12, 3)
+    ]
+    batch = tensors(rows)
+    whole = task_loss(logits(student, batch), logits(teacher, batch), batch["labels"])
+    args = tiny.arguments(tmp_path, max_steps=2, logging_steps=1, gradient_accumulation_steps=2)
+    trainer = DistillationTrainer(student, teacher, args, rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(whole.kl.item(), rel=1e-4)
 
 
 def test_rows_without_labels_are_predicted(tmp_path):
@@ -332,3 +350,43 @@ def test_half_of_the_real_bert_learns_from_the_whole(tmp_path, bert_dir, tokeniz
     )
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_drop_in_classes_are_trained_alike(tmp_path, head):
+    import distilbert_fast
+
+    teacher = tiny.teacher(head)
+    student = tiny.student(teacher, dropout=0.0)
+    student.save_pretrained(tmp_path / "student")
+    fast = getattr(distilbert_fast, f"DistilBertFor{head}").from_pretrained(tmp_path / "student")
+    for module in fast.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    losses = []
+    for model in (student, fast):
+        args = tiny.arguments(tmp_path / "run", max_steps=4, learning_rate=1e-2)
+        losses.append(DistillationTrainer(model, teacher, args, tiny.rows(8, head)).train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    again, report = student_from_teacher(fast)
+    assert report.left_out == () and type(again).__module__.startswith("transformers.")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_on_a_gpu_it_learns_and_resumes(tmp_path, precision):
+    def make(name):
+        teacher = tiny.teacher()
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 1e-2}
+        args = tiny.arguments(tmp_path / name, use_cpu=False, logging_steps=6, **saving, **precision)
+        return DistillationTrainer(tiny.student(teacher), teacher, args, tiny.rows(24), eval_dataset=tiny.rows(8))
+
+    whole, resumed = make("whole"), make("resumed")
+    before = whole.evaluate()["eval_loss"]
+    loss = whole.train().training_loss
+    assert loss < float("inf") and whole.evaluate()["eval_loss"] < before
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed.train(resume_from_checkpoint="auto")
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
