@@ -49,8 +49,8 @@ class Training:
     student_epochs: int = 6
     batch_size: int = 32
     max_length: int = 128
-    teacher_lr: float = 1e-4
-    student_lr: float = 2e-4
+    teacher_lr: float = 4e-4
+    student_lr: float = 4e-4
     temperature: float = 2.0
     alpha: float = 0.7
     seed: int = 0
