@@ -45,8 +45,8 @@ class Training:
         seed: of the new head, the order of the batches and dropout.
     """
 
-    teacher_epochs: int = 3
-    student_epochs: int = 6
+    teacher_epochs: int = 2
+    student_epochs: int = 4
     batch_size: int = 32
     max_length: int = 128
     teacher_lr: float = 4e-4
