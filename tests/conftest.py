@@ -9,12 +9,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
-hypothesis.settings.load_profile("repeatable")
+if importlib.util.find_spec("hypothesis"):  # a machine without it runs the tests that do not need it
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
