@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "cpu/buffer.h"
+#include "cpu/gemm_pack.h"
+#include "cpu/int8_linear.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
 
@@ -69,4 +71,47 @@ PYBIND11_MODULE(_cpu, m) {
         kl_div_backward({x, at<const float>(dloss), at<const float>(stats), at<void>(gradient), false}, threads);
       },
       "Gradient from saved softmax statistics and the upstream gradient of each row");
+
+  m.def(
+      "packed_bytes",
+      [](int weights, int64_t columns, int64_t k) { return packed_bytes(static_cast<Weights>(weights), columns, k); },
+      "Bytes of packed weights [columns, k]: 0 int8, 1 bfloat16, 2 float32");
+  m.def(
+      "pack_linear",
+      [](int weights, Address source, bool is_float32, int64_t row_stride, int64_t column_stride, Address scale,
+         Address bias, int64_t columns, int64_t k, Address blob, int64_t blob_bytes) {
+        const PackSource from = {at<const void>(source), is_float32,           row_stride, column_stride,
+                                 at<const float>(scale), at<const float>(bias)};
+        py::gil_scoped_release release;
+        pack_linear(static_cast<Weights>(weights), from, columns, k, at<uint8_t>(blob), blob_bytes);
+      },
+      "Lay out a weight matrix, its scales and biases in a blob for the linear kernels");
+  m.def(
+      "int8_linear",
+      [](Address x, int64_t x_row_stride, int64_t x_column_stride, Address x_scale, int64_t x_scale_stride,
+         Address blob, int64_t blob_bytes, int64_t rows, int64_t columns, int64_t k, bool gelu, Address residual,
+         int64_t residual_stride, bool residual_is_bfloat16, Address out, int output, Address out_scale,
+         int64_t out_scale_stride, int threads) {
+        const Int8Linear call = {at<const int8_t>(x),
+                                 x_row_stride,
+                                 x_column_stride,
+                                 at<const float>(x_scale),
+                                 x_scale_stride,
+                                 at<const uint8_t>(blob),
+                                 blob_bytes,
+                                 rows,
+                                 columns,
+                                 k,
+                                 gelu,
+                                 at<const void>(residual),
+                                 residual_stride,
+                                 residual_is_bfloat16,
+                                 at<void>(out),
+                                 output,
+                                 at<const float>(out_scale),
+                                 out_scale_stride};
+        py::gil_scoped_release release;
+        int8_linear(call, threads);
+      },
+      "Linear layer on int8 codes and packed weights, its result float or int8 codes");
 }

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "gemm.h"
+
 namespace distilbert_fast {
 
 enum class DType : int { float32 = 0, bfloat16 = 1 };
@@ -50,6 +52,11 @@ struct KlDivBackward {
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
+  GemmKernel gemm_int8;
+  GemmKernel gemm_bfloat16;
+  GemmKernel gemm_float32;
+  uint8_t code_flip;    // int8 activations are kept XOR this
+  bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
 };
 
 extern const Kernels kernels_scalar;

@@ -2,10 +2,17 @@
 
 #include "vec_math.h"
 
+#include "gelu.h"
+#include "gemm_rows.h"
+#include "gemm_tile_float.h"
+#include "gemm_tile_int8_avx512.h"
 #include "kl_div_rows.h"
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx512 = {kl_div_forward, kl_div_backward};
+const Kernels kernels_avx512 = {
+    kl_div_forward, kl_div_backward, gemm<Int8Tile>, gemm<FloatTile<BFloat16Weights>>, gemm<FloatTile<FloatWeights>>,
+    0x80,           false,
+};
 
 }  // namespace distilbert_fast

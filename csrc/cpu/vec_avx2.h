@@ -86,5 +86,39 @@ inline Vec times_power_of_two(Vec x, Vec n) {
   return {_mm256_andnot_ps(tiny, _mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent)))};
 }
 
+inline Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vec from_int32(const int32_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+// Of pairs of bfloat16, the elements at even and at odd places.
+inline Vec even_of_pairs(const void* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)), 16))};
+}
+inline Vec odd_of_pairs(const void* p) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), mask))};
+}
+
+// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
+inline uint64_t codes(Vec x, uint8_t flip) {
+  const __m256 clamped = _mm256_min_ps(_mm256_max_ps(x.v, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+  const __m256 number = _mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q);
+  const __m256i rounded = _mm256_cvtps_epi32(_mm256_and_ps(clamped, number));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  const __m128i bytes = _mm_packs_epi16(words, words);
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(bytes)) ^ 0x0101010101010101u * flip;
+}
+inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
+  const uint64_t bytes = codes(x, flip);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  const uint64_t bytes = codes(x, flip);
+  __builtin_memcpy(p, &bytes, static_cast<size_t>(n));
+}
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -61,5 +61,31 @@ inline Vec round_to_int(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO
 // x · 2^n for whole n.
 inline Vec times_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
+inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
+inline Vec from_int32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+
+// Of pairs of bfloat16, the elements at even and at odd places.
+inline Vec even_of_pairs(const void* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline Vec odd_of_pairs(const void* p) {
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
+inline __m128i codes(Vec x, uint8_t flip) {
+  const __m512 clamped = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+  const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
+  const __m512i rounded = _mm512_maskz_cvtps_epi32(number, clamped);
+  return _mm_xor_si128(_mm512_cvtepi32_epi8(rounded), _mm_set1_epi8(static_cast<char>(flip)));
+}
+inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes(x, flip));
+}
+inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  _mm_mask_storeu_epi8(p, first(n), codes(x, flip));
+}
+
 }  // namespace
 }  // namespace distilbert_fast

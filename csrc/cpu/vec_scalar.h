@@ -83,5 +83,34 @@ inline Vec times_power_of_two(Vec x, Vec n) {
   return {n.v < -126.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
 }
 
+inline Vec minimum(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec magnitude(Vec a) { return {reinterpret_cast<Floats>(reinterpret_cast<Bits>(a.v) & 0x7fffffffu)}; }
+inline Vec from_int32(const int32_t* p) {
+  Ints x;
+  std::memcpy(&x, p, sizeof x);
+  return {__builtin_convertvector(x, Floats)};
+}
+
+// Of pairs of bfloat16, the elements at even and at odd places.
+inline Bits load_bits(const void* p) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+inline Vec even_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) << 16)}; }
+inline Vec odd_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) & 0xffff0000u)}; }
+
+// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
+inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  const Floats shift = broadcast(12582912.0f).v;  // 1.5 · 2^23: adding it leaves no room for a fraction
+  Floats y = x.v > 127.0f ? broadcast(127.0f).v : x.v;
+  y = y < -127.0f ? broadcast(-127.0f).v : y;
+  y = y == y ? y : broadcast(0.0f).v;
+  const Ints rounded = __builtin_convertvector((y + shift) - shift, Ints);
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(rounded[i]) ^ flip;
+}
+inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_first_codes(p, x, flip, Vec::lanes); }
+
 }  // namespace
 }  // namespace distilbert_fast

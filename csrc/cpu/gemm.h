@@ -1,0 +1,83 @@
+// Linear layers on packed weights: y = epilogue(A · Wᵀ), A [rows, K], W [F, K].
+//
+// Everything is counted in groups of 32 bits along K: four int8, two bfloat16 or one float. Weights lie in panels of 32
+// columns, a panel in blocks of 16 groups, a block in two halves of 16 columns:
+//
+//     panel [K blocks] [2 halves] [16 groups] [16 columns] of 32 bits
+//
+// One half of a block is one AMX tile, one (half, group) is one zmm register, half of it a ymm: every tier reads the
+// same bytes. Columns and K are padded with zeros. Behind the panels stand, for each column (padded to whole panels),
+// the sum of its int8 weights, its scale and its bias: one blob holds a layer.
+#pragma once
+
+#include <cstdint>
+
+namespace distilbert_fast {
+
+enum class Weights : int { int8 = 0, bfloat16 = 1, float32 = 2 };
+
+constexpr int64_t kPanelColumns = 32;
+constexpr int64_t kRowUnit = 32;
+constexpr int64_t kHalfBytes = 1024;
+constexpr int64_t kBlockBytes = 2 * kHalfBytes;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t block_elements(Weights kind) {  // K of one block
+  return kind == Weights::int8 ? 64 : kind == Weights::bfloat16 ? 32 : 16;
+}
+
+struct PackedLinear {
+  const uint8_t* panels;
+  const int32_t* column_sums;  // [F padded] Σ_k w, int8 only
+  const float* scale;          // [F padded], int8 only
+  const float* bias;           // [F padded]
+  int64_t blocks;              // of a panel
+  int64_t columns;             // F
+  int64_t panel_bytes() const { return blocks * kBlockBytes; }
+  int64_t panel_count() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
+};
+
+enum class Activation : int {
+  none,
+  gelu,       // x Φ(x) by a relative error of 2e-7
+  gelu_fast,  // Φ by an absolute error of 4e-5: for a result that is quantized to int8 next
+};
+
+enum class Output : int { float32, bfloat16, codes };
+
+// K blocks [begin, end): those of masked heads are left out.
+struct BlockRange {
+  int32_t begin, end;
+};
+
+// Rows of A end with zeros up to whole blocks: codes (XOR the tier's code_flip) for int8 weights, else what the tier
+// reads. A kernel may read, and not use, rows of A behind the last one, up to a multiple of kRowUnit from the first.
+struct Gemm {
+  PackedLinear weights;
+  const uint8_t* a;
+  int64_t a_stride;        // bytes
+  const float* a_scale;    // int8 only: scales of the rows
+  int64_t a_scale_stride;  // 1, or 0 for one scale in all
+  Activation activation;
+  const void* residual;  // [rows, F] added after the activation; null adds nothing
+  int64_t residual_stride;
+  bool residual_is_bfloat16;
+  void* out;           // [rows, F]; may be the residual's own memory
+  int64_t out_stride;  // elements
+  Output output;
+  const float* out_scale;  // for codes: of the rows
+  int64_t out_scale_stride;
+  uint8_t out_flip;          // codes are stored XOR this
+  const BlockRange* blocks;  // what of K to read
+  int64_t block_ranges;
+  const int32_t* panels;  // which panels to compute; null: all
+};
+
+// Rows [row_begin, row_end) in panels [panel_begin, panel_end) of the list. The scratch is gemm_scratch_bytes large.
+using GemmKernel = void (*)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                            uint8_t* scratch);
+
+constexpr int64_t kWidenedRows = 48;  // of codes at a time, where a tier has to widen them to int16
+inline int64_t gemm_scratch_bytes(int64_t blocks) { return kWidenedRows * blocks * 128; }
+
+}  // namespace distilbert_fast

@@ -1,0 +1,89 @@
+#include "gemm_pack.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace distilbert_fast {
+namespace {
+
+void require(bool holds, const char* expected, const std::string& given) {
+  if (!holds) throw std::invalid_argument(std::string("pack: ") + expected + ", got " + given);
+}
+
+uint16_t to_bfloat16(float x) {  // round half to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
+}
+
+int64_t element_bytes(Weights kind) { return kind == Weights::int8 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
+
+int64_t padded(int64_t columns) { return round_up(columns, kPanelColumns); }
+
+}  // namespace
+
+int64_t packed_bytes(Weights kind, int64_t columns, int64_t k) {
+  const int code = static_cast<int>(kind);
+  require(0 <= code && code <= 2, "weights must be 0 (int8), 1 (bfloat16) or 2 (float32)", std::to_string(code));
+  require(columns >= 0 && k >= 0, "columns and k must be 0 or more",
+          std::to_string(columns) + " and " + std::to_string(k));
+  require(columns <= INT32_MAX && k <= INT32_MAX, "columns and k must fit in 31 bits",
+          std::to_string(columns) + " and " + std::to_string(k));
+  const int64_t blocks = (k + block_elements(kind) - 1) / block_elements(kind);
+  return padded(columns) / kPanelColumns * blocks * kBlockBytes + 3 * 4 * padded(columns);
+}
+
+PackedLinear packed_linear(Weights kind, const uint8_t* blob, int64_t columns, int64_t k) {
+  const int64_t blocks = (k + block_elements(kind) - 1) / block_elements(kind);
+  const uint8_t* sums = blob + padded(columns) / kPanelColumns * blocks * kBlockBytes;
+  return {blob,
+          reinterpret_cast<const int32_t*>(sums),
+          reinterpret_cast<const float*>(sums + 4 * padded(columns)),
+          reinterpret_cast<const float*>(sums + 8 * padded(columns)),
+          blocks,
+          columns};
+}
+
+void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_t k, uint8_t* blob,
+                 int64_t blob_bytes) {
+  const int64_t bytes = packed_bytes(kind, columns, k);
+  require(blob_bytes == bytes, ("the blob must be of " + std::to_string(bytes) + " bytes").c_str(),
+          std::to_string(blob_bytes));
+  require(blob != nullptr || bytes == 0, "the blob must point to memory", "null");
+  require(source.weights != nullptr || columns * k == 0, "weights must point to memory", "null");
+  std::memset(blob, 0, static_cast<size_t>(bytes));
+  const PackedLinear packed = packed_linear(kind, blob, columns, k);
+  int32_t* sums = const_cast<int32_t*>(packed.column_sums);
+  float* scale = const_cast<float*>(packed.scale);
+  float* bias = const_cast<float*>(packed.bias);
+  const int64_t group = block_elements(kind) / 16, size = element_bytes(kind);
+
+  for (int64_t f = 0; f < columns; ++f) {
+    uint8_t* column =
+        blob + f / kPanelColumns * packed.panel_bytes() + f % kPanelColumns / 16 * kHalfBytes + f % 16 * 4;
+    uint32_t sum = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      const int64_t at = f * source.row_stride + c * source.column_stride;
+      const int64_t g = c / group;
+      uint8_t* to = column + g / 16 * kBlockBytes + g % 16 * 64 + c % group * size;
+      if (kind == Weights::int8) {
+        const int8_t w = static_cast<const int8_t*>(source.weights)[at];
+        sum += static_cast<uint32_t>(static_cast<int32_t>(w));
+        *to = static_cast<uint8_t>(w);
+      } else if (kind == Weights::float32) {
+        std::memcpy(to, static_cast<const float*>(source.weights) + at, 4);
+      } else {
+        const uint16_t w = source.is_float32 ? to_bfloat16(static_cast<const float*>(source.weights)[at])
+                                             : static_cast<const uint16_t*>(source.weights)[at];
+        std::memcpy(to, &w, 2);
+      }
+    }
+    sums[f] = static_cast<int32_t>(sum);
+    scale[f] = source.scale == nullptr ? 1.0f : source.scale[f];
+    bias[f] = source.bias == nullptr ? 0.0f : source.bias[f];
+  }
+}
+
+}  // namespace distilbert_fast

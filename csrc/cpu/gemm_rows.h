@@ -1,0 +1,121 @@
+// Linear layers, panel by panel: tiles of sums from gemm_tile_*.h, each finished while it is in the first cache.
+//
+// Panels are the outer loop: a panel (24 KiB for K = 768 int8) stays in the first or second cache while the rows pass
+// by, and the next one is fetched meanwhile. W is read once, A once a panel.
+#pragma once
+
+namespace distilbert_fast {
+namespace {
+
+// Weights of the next panel on their way into the second cache, a few lines with each block of this one.
+struct Prefetch {
+  const uint8_t* next;
+  int lines;
+  void some() {
+    for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+constexpr float kTinyScale = 0x1p-126f;  // the smallest scale with a finite reciprocal
+
+inline Vec sums_of(const float* p) { return load(p); }
+inline Vec sums_of(const int32_t* p) { return from_int32(p); }
+
+// y = activation(sum · a_scale · scale + bias) + residual for `rows` rows and `columns` columns, which is stored.
+template <class Tile, Activation kActivation>
+void finish_as(const Gemm& call, const typename Tile::Sum* sums, int64_t row, int64_t rows, int64_t column,
+               int64_t columns) {
+  for (int64_t r = row; r < row + rows; ++r, sums += Tile::columns) {
+    Vec a_scale = broadcast(1.0f), codes_per_unit = broadcast(0.0f);
+    if (Tile::quantized) a_scale = broadcast(call.a_scale[r * call.a_scale_stride]);
+    if (call.output == Output::codes) {
+      const float scale = call.out_scale[r * call.out_scale_stride];
+      codes_per_unit = broadcast(scale >= kTinyScale ? 1.0f / scale : 0.0f);
+    }
+    for (int64_t c = 0; c < columns; c += Vec::lanes) {
+      const int64_t n = columns - c < Vec::lanes ? columns - c : Vec::lanes, f = column + c;
+      Vec y = sums_of(sums + c);
+      if (Tile::quantized) y = mul(mul(y, a_scale), load(call.weights.scale + f));
+      y = add(y, load(call.weights.bias + f));
+      if (kActivation == Activation::gelu) y = gelu(y);
+      if (kActivation == Activation::gelu_fast) y = gelu_fast(y);
+      if (call.residual != nullptr) {
+        const int64_t at = r * call.residual_stride + f;
+        y = add(y, call.residual_is_bfloat16 ? load_first(static_cast<const bfloat16*>(call.residual) + at, n, 0)
+                                             : load_first(static_cast<const float*>(call.residual) + at, n, 0));
+      }
+      const int64_t at = r * call.out_stride + f;
+      if (call.output == Output::float32) {
+        float* out = static_cast<float*>(call.out) + at;
+        n == Vec::lanes ? store(out, y) : store_first(out, y, n);
+      } else if (call.output == Output::bfloat16) {
+        bfloat16* out = static_cast<bfloat16*>(call.out) + at;
+        n == Vec::lanes ? store(out, y) : store_first(out, y, n);
+      } else {
+        uint8_t* out = static_cast<uint8_t*>(call.out) + at;
+        y = mul(y, codes_per_unit);
+        n == Vec::lanes ? store_codes(out, y, call.out_flip) : store_first_codes(out, y, call.out_flip, n);
+      }
+    }
+  }
+}
+
+template <class Tile>
+void finish(const Gemm& call, const typename Tile::Sum* sums, int64_t row, int64_t rows, int64_t column) {
+  const int64_t left = call.weights.columns - column;
+  const int64_t columns = left < Tile::columns ? left : Tile::columns;
+  switch (call.activation) {
+    case Activation::none:
+      return finish_as<Tile, Activation::none>(call, sums, row, rows, column, columns);
+    case Activation::gelu:
+      return finish_as<Tile, Activation::gelu>(call, sums, row, rows, column, columns);
+    case Activation::gelu_fast:
+      return finish_as<Tile, Activation::gelu_fast>(call, sums, row, rows, column, columns);
+  }
+}
+
+// Tile::run<rows>(…) for a number of rows that is known only now.
+template <class Tile, int R, class... Arguments>
+void run_tile(int rows, Arguments... arguments) {
+  if constexpr (R > 1) {
+    if (rows < R) return run_tile<Tile, R - 1>(rows, arguments...);
+  }
+  Tile::template run<R>(arguments...);
+}
+
+// Rows [row_begin, row_end) of A, which start at `a`, in panels [panel_begin, panel_end) of the call's list.
+template <class Tile>
+void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t row_begin, int64_t row_end,
+                   int64_t panel_begin, int64_t panel_end) {
+  const int64_t rows = row_end - row_begin;
+  const int64_t tiles = (rows + Tile::rows - 1) / Tile::rows;
+  alignas(64) typename Tile::Sum sums[Tile::rows * Tile::columns];
+  for (int64_t i = panel_begin; i < panel_end; ++i) {
+    const int64_t panel = call.panels == nullptr ? i : call.panels[i];
+    const int64_t next = i + 1 == panel_end ? -1 : call.panels == nullptr ? i + 1 : call.panels[i + 1];
+    const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
+    Prefetch prefetch = {next < 0 ? b : call.weights.panels + next * call.weights.panel_bytes(), 0};
+    if (next >= 0) prefetch.lines = static_cast<int>((kBlockBytes / 64 + tiles - 1) / tiles);
+    for (int64_t half = 0; half < kPanelColumns && panel * kPanelColumns + half < call.weights.columns;
+         half += Tile::columns) {
+      const int64_t column = panel * kPanelColumns + half;
+      for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height
+        const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+        run_tile<Tile, Tile::rows>(static_cast<int>(end - begin), a + begin * a_stride, a_stride,
+                                   b + half / 16 * kHalfBytes, call.weights.column_sums + column, call.blocks,
+                                   call.block_ranges, prefetch, sums);
+        prefetch.next += prefetch.lines * 64 * call.weights.blocks;
+        finish<Tile>(call, sums, row_begin + begin, end - begin, column);
+      }
+    }
+  }
+}
+
+template <class Tile>
+void gemm(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, uint8_t*) {
+  multiply_rows<Tile>(call, call.a + row_begin * call.a_stride, call.a_stride, row_begin, row_end, panel_begin,
+                      panel_end);
+}
+
+}  // namespace
+}  // namespace distilbert_fast
