@@ -4,18 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bfloat16.h"
+
 namespace distilbert_fast {
 namespace {
 
 void require(bool holds, const char* expected, const std::string& given) {
   if (!holds) throw std::invalid_argument(std::string("pack: ") + expected + ", got " + given);
-}
-
-uint16_t to_bfloat16(float x) {  // round half to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
 }
 
 int64_t element_bytes(Weights kind) { return kind == Weights::int8 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
@@ -75,7 +70,7 @@ void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_
       } else if (kind == Weights::float32) {
         std::memcpy(to, static_cast<const float*>(source.weights) + at, 4);
       } else {
-        const uint16_t w = source.is_float32 ? to_bfloat16(static_cast<const float*>(source.weights)[at])
+        const uint16_t w = source.is_float32 ? to_bfloat16(static_cast<const float*>(source.weights)[at]).bits
                                              : static_cast<const uint16_t*>(source.weights)[at];
         std::memcpy(to, &w, 2);
       }
