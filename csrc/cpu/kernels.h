@@ -7,13 +7,9 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 namespace distilbert_fast {
-
-enum class DType : int { float32 = 0, bfloat16 = 1 };
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // Two matrices of logits [rows, columns]; neighbours inside a row touch, rows lie a stride (in elements) apart.
 struct KlDivLogits {
@@ -50,6 +46,8 @@ struct KlDivBackward {
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
+  void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
+  void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar;

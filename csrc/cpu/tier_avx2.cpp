@@ -3,9 +3,12 @@
 #include "vec_math.h"
 
 #include "kl_div_rows.h"
+#include "quantize_rows.h"
+
+#include "layer_norm_rows.h"
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward};
+const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward, quantize, layer_norm_forward};
 
 }  // namespace distilbert_fast
