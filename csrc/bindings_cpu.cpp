@@ -8,6 +8,8 @@
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
+#include "cpu/layer_norm.h"
+#include "cpu/quantize.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;
@@ -33,6 +35,13 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
           rows,
           columns,
           temperature};
+}
+
+DType dtype(int code) { return static_cast<DType>(code); }
+
+Codes codes(Address data, int64_t stride, int flip, Address scale_out, Address scale_in, int64_t scale_in_stride) {
+  return {at<uint8_t>(data),         stride,         static_cast<uint8_t>(flip), at<float>(scale_out),
+          at<const float>(scale_in), scale_in_stride};
 }
 
 }  // namespace
@@ -114,4 +123,38 @@ PYBIND11_MODULE(_cpu, m) {
         int8_linear(call, threads);
       },
       "Linear layer on int8 codes and packed weights, its result float or int8 codes");
+
+  m.def(
+      "quantize",
+      [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, Address y_q, int64_t y_q_stride,
+         int flip, Address scale_out, Address scale_in, int64_t scale_in_stride, int threads) {
+        const Codes out = codes(y_q, y_q_stride, flip, scale_out, scale_in, scale_in_stride);
+        py::gil_scoped_release release;
+        quantize({at<const void>(x), x_stride, dtype(x_dtype), columns, out}, rows, threads);
+      },
+      "int8 codes of rows, XOR flip, by the scales given or by those found");
+  m.def(
+      "layer_norm_forward",
+      [](Address x, int64_t x_stride, int x_dtype, Address residual, int64_t residual_stride, int residual_dtype,
+         int64_t rows, int64_t columns, Address weight, Address bias, double eps, Address y, int64_t y_stride,
+         int y_dtype, Address y_low, int64_t y_low_stride, Address mean, Address rstd, Address y_q, int64_t y_q_stride,
+         int flip, Address scale_out, Address scale_in, int64_t scale_in_stride, int threads) {
+        const Normalized out = {at<const float>(weight),
+                                at<const float>(bias),
+                                eps,
+                                columns,
+                                at<void>(y),
+                                y_stride,
+                                dtype(y_dtype),
+                                at<bfloat16>(y_low),
+                                y_low_stride,
+                                at<float>(mean),
+                                at<float>(rstd),
+                                codes(y_q, y_q_stride, flip, scale_out, scale_in, scale_in_stride)};
+        py::gil_scoped_release release;
+        layer_norm_forward({at<const void>(x), x_stride, dtype(x_dtype), at<const void>(residual), residual_stride,
+                            dtype(residual_dtype), out},
+                           rows, threads);
+      },
+      "LayerNorm of rows of x + residual, and what is wanted of a bfloat16 copy, its statistics and its codes");
 }

@@ -2,9 +2,9 @@
 //
 //     embedding + LayerNorm → L × (QKV → attention → out + x → LayerNorm → FFN in, GELU → FFN out + x → LayerNorm)
 //
-// Padding goes on entry. A batch of many tokens is dealt out by sequences, chunk by chunk: a thread takes one through all
-// layers in its own caches and waits for nobody. Of a small batch all threads compute each step together, so that every
-// weight is read once. Which of the two, and by how many threads, changes no bit of the result.
+// Padding goes on entry. A batch of many tokens is dealt out by sequences, chunk by chunk: a thread takes one through
+// all layers in its own caches and waits for nobody. Of a small batch all threads compute each step together, so that
+// every weight is read once. Which of the two, and by how many threads, changes no bit of the result.
 #pragma once
 
 #include <cstdint>
@@ -52,10 +52,10 @@ struct EncoderCall {
   const void* ids;  // [batch, length]
   bool ids_are_int64;
   int64_t batch, length;
-  const void* mask;  // [batch, length], nothing but zero bytes = padding; null: no padding
-  int64_t mask_bytes;  // of an element
-  const int64_t* position_ids;  // [batch or 1, length]; null: counted
-  int64_t position_stride;      // length or 0
+  const void* mask;               // [batch, length], nothing but zero bytes = padding; null: no padding
+  int64_t mask_bytes;             // of an element
+  const int64_t* position_ids;    // [batch or 1, length]; null: counted
+  int64_t position_stride;        // length or 0
   const int64_t* token_type_ids;  // null: 0
   int64_t token_type_stride;
   const float* head_mask;  // [L, widest layer's heads]; null: 1

@@ -18,9 +18,7 @@ struct Flow {
 
   Flow(const Kernels& tier, Weights weights)
       : low_is_bfloat16(tier.reads_bfloat16 && weights != Weights::float32), codes(weights == Weights::int8) {}
-  bool operator==(const Flow& other) const {
-    return low_is_bfloat16 == other.low_is_bfloat16 && codes == other.codes;
-  }
+  bool operator==(const Flow& other) const { return low_is_bfloat16 == other.low_is_bfloat16 && codes == other.codes; }
   DType low() const { return low_is_bfloat16 ? DType::bfloat16 : DType::float32; }
   int64_t low_bytes() const { return low_is_bfloat16 ? 2 : 4; }
 };

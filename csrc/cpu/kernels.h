@@ -8,14 +8,9 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "rows.h"
 
 namespace distilbert_fast {
-
-enum class DType : int { float32 = 0, bfloat16 = 1 };
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // Two matrices of logits [rows, columns]; neighbours inside a row touch, rows lie a stride (in elements) apart.
 struct KlDivLogits {
@@ -57,6 +52,8 @@ struct Kernels {
   GemmKernel gemm_float32;
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
+  void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
+  void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar;

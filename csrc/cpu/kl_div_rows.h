@@ -29,8 +29,6 @@ struct RowSums {
   double z_s = 0, z_t = 0, w = 0;
 };
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Raise the running maxima: earlier sums held d measured from the old ones.
 inline void raise_maxima(RowSums& row, float m_s, float m_t, double k) {
   if (m_s > row.m_s) {

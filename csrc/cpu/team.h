@@ -16,7 +16,8 @@
 
 namespace distilbert_fast {
 
-// All of `size` wait until the last has come. A microsecond apart they spin; a waiter whose core is wanted elsewhere gives it up.
+// All of `size` wait until the last has come. A microsecond apart they spin; a waiter whose core is wanted elsewhere
+// gives it up.
 class SpinBarrier {
  public:
   void wait(int size) {

@@ -73,17 +73,26 @@ inline Vec odd_of_pairs(const void* p) {
       _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
-// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
+// The larger of a, itself a magnitude, and |b| by the order of their bits: finite < ∞ < NaN.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), magnitude))};
+}
+inline float largest_magnitude(Vec a) {
+  const __m128i bits = _mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(_mm512_castps_si512(a.v))));
+  return _mm_cvtss_f32(_mm_castsi128_ps(bits));
+}
+
+// x clamped to ±127 and rounded half to even, in two's complement XOR flip; NaN gives 0.
 inline __m128i codes(Vec x, uint8_t flip) {
-  const __m512 clamped = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
-  const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
-  const __m512i rounded = _mm512_maskz_cvtps_epi32(number, clamped);
-  return _mm_xor_si128(_mm512_cvtepi32_epi8(rounded), _mm_set1_epi8(static_cast<char>(flip)));
+  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-127), x.v);  // a NaN, on the right, stays one
+  const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(127), low));
+  return _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8(static_cast<char>(flip)));  // NaN is 0x80000000
 }
 inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes(x, flip));
 }
-inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   _mm_mask_storeu_epi8(p, first(n), codes(x, flip));
 }
 

@@ -4,6 +4,8 @@
 namespace distilbert_fast {
 namespace {
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // 2^x for x ≤ 0, −∞ too: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).
 inline Vec exp2(Vec x) {
   x = maximum(broadcast(-200), x);  // 0 in float; a NaN, on the right, stays one

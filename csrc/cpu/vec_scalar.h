@@ -101,16 +101,25 @@ inline Bits load_bits(const void* p) {
 inline Vec even_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) << 16)}; }
 inline Vec odd_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) & 0xffff0000u)}; }
 
-// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
-inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
-  const Floats shift = broadcast(12582912.0f).v;  // 1.5 · 2^23: adding it leaves no room for a fraction
-  Floats y = x.v > 127.0f ? broadcast(127.0f).v : x.v;
-  y = y < -127.0f ? broadcast(-127.0f).v : y;
-  y = y == y ? y : broadcast(0.0f).v;
-  const Ints rounded = __builtin_convertvector((y + shift) - shift, Ints);
-  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(rounded[i]) ^ flip;
+// The larger of a, itself a magnitude, and |b| by the order of their bits: finite < ∞ < NaN.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const Ints x = reinterpret_cast<Ints>(a.v), y = reinterpret_cast<Ints>(b.v) & 0x7fffffff;
+  return {reinterpret_cast<Floats>(x > y ? x : y)};
 }
-inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_first_codes(p, x, flip, Vec::lanes); }
+inline float largest_magnitude(Vec a) {
+  Vec x = a;
+  x = larger_magnitude(x, {Floats{a.v[1], a.v[0], a.v[3], a.v[2]}});
+  return larger_magnitude(x, {Floats{x.v[2], x.v[3], x.v[0], x.v[1]}}).v[0];
+}
+
+// x clamped to ±127 and rounded half to even, in two's complement XOR flip; NaN gives 0.
+inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  const Floats low = x.v > 127.0f ? broadcast(127).v : x.v;
+  const Floats known = x.v == x.v ? low : broadcast(0).v;
+  const Ints whole = __builtin_convertvector(round_to_int({known < -127.0f ? broadcast(-127).v : known}).v, Ints);
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(static_cast<uint8_t>(whole[i]) ^ flip);
+}
+inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_codes_first(p, x, flip, Vec::lanes); }
 
 }  // namespace
 }  // namespace distilbert_fast

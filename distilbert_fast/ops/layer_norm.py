@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.quantize import as_scale, quantize_reference
 
@@ -311,6 +311,72 @@ def _backward_torch(
     return dh.to(_sum_dtype(x, residual)), dweight, dbias
 
 
-_FORWARD = {"torch": _forward_torch}
-_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch}
-_BACKWARD = {"torch": _backward_torch}
+# cpu --------------------------------------------------------------------------------------------------------
+
+
+def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, ...]:
+    n, c = x.shape
+    first = x.data_ptr(), x.stride(0), _rows.DTYPE_CODE[x.dtype]
+    if residual is None:
+        return *first, 0, 0, 0, n, c
+    return *first, residual.data_ptr(), residual.stride(0), _rows.DTYPE_CODE[residual.dtype], n, c
+
+
+def _forward_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, mean, rstd = _forward_fake(x, weight, bias, residual, eps, keep)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    backends.cpu().layer_norm_forward(
+        *_sum_arguments(x, residual),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        eps,
+        y.data_ptr(),
+        y.shape[1],
+        _rows.DTYPE_CODE[y.dtype],
+        *(0, 0),  # no second y
+        mean.data_ptr() if keep else 0,
+        rstd.data_ptr() if keep else 0,
+        *_rows.NO_CODES,
+        torch.get_num_threads(),
+    )
+    return y, mean, rstd
+
+
+def _forward_quantize_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, y_q, found = _forward_quantize_fake(x, weight, bias, residual, eps, out_scale)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    backends.cpu().layer_norm_forward(
+        *_sum_arguments(x, residual),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        eps,
+        y.data_ptr(),
+        y.shape[1],
+        _rows.DTYPE_CODE[y.dtype],
+        *(0, 0),  # no second y
+        *(0, 0),  # no statistics
+        *_rows.codes(y_q, out_scale, found),
+        torch.get_num_threads(),
+    )
+    return y, y_q, found
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_torch}

@@ -1,0 +1,26 @@
+// The kernels that are written once over Vec, in the table of the tier that includes this; last of its includes.
+//
+// A table is a constant: nothing of a tier may run at import, where the processor may lack its instructions.
+#pragma once
+
+#include "gemm_tile_float.h"
+#include "kl_div_rows.h"
+#include "layer_norm_rows.h"
+#include "quantize_rows.h"
+
+namespace distilbert_fast {
+namespace {
+
+constexpr Kernels common_kernels() {
+  Kernels kernels = {};
+  kernels.kl_div_forward = kl_div_forward;
+  kernels.kl_div_backward = kl_div_backward;
+  kernels.quantize = quantize;
+  kernels.layer_norm_forward = layer_norm_forward;
+  kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
+  kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
+  return kernels;
+}
+
+}  // namespace
+}  // namespace distilbert_fast

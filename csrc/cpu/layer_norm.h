@@ -1,0 +1,11 @@
+// Checked entry of layer_norm: see ops/layer_norm.py for the contract, layer_norm_rows.h for the arithmetic.
+#pragma once
+
+#include "kernels.h"
+
+namespace distilbert_fast {
+
+// Throws std::invalid_argument before any memory is touched if sizes, pointers or eps make no sense.
+void layer_norm_forward(const LayerNormRows& call, int64_t rows, int threads);
+
+}  // namespace distilbert_fast

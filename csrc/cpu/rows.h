@@ -1,0 +1,61 @@
+// Arguments of the kernels that work row by row: quantize, layer_norm, embedding. Included by kernels.h.
+//
+// Neighbours inside a row touch; rows lie a stride (in elements) apart. Row r of a call is row r of every matrix in it.
+#pragma once
+
+#include <cstdint>
+
+namespace distilbert_fast {
+
+enum class DType : int { float32 = 0, bfloat16 = 1 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// int8 codes of rows and their scales; see ops/quantize.py. All null: none are wanted.
+struct Codes {
+  uint8_t* data;  // [rows, columns], or null
+  int64_t stride;
+  uint8_t flip;             // each code is stored XOR this: 0, or 0x80 for code + 128
+  float* scale_out;         // [rows]: the scales that were used; or null
+  const float* scale_in;    // the scales to use, one a row or one in all; null: each row's own is found
+  int64_t scale_in_stride;  // 1 or 0
+};
+
+struct QuantizeRows {
+  const void* x;  // [rows, columns]
+  int64_t x_stride;
+  DType x_dtype;
+  int64_t columns;
+  Codes codes;
+};
+
+// LayerNorm of rows h that a kernel makes: where its parameters come from and its results go.
+struct Normalized {
+  const float* weight;  // [columns]
+  const float* bias;    // [columns]
+  double eps;
+  int64_t columns;
+  void* y;  // [rows, columns], or null
+  int64_t y_stride;
+  DType y_dtype;
+  bfloat16* y_low;  // a second copy of y, rounded; or null
+  int64_t y_low_stride;
+  float* mean;  // [rows], or null
+  float* rstd;  // [rows], or null
+  Codes codes;  // of y before it is rounded to y_dtype
+};
+
+// y may be the very memory of x or of residual, with the same stride and dtype.
+struct LayerNormRows {
+  const void* x;  // [rows, columns]
+  int64_t x_stride;
+  DType x_dtype;
+  const void* residual;  // [rows, columns], or null
+  int64_t residual_stride;
+  DType residual_dtype;
+  Normalized out;
+};
+
+}  // namespace distilbert_fast

@@ -1,0 +1,28 @@
+"""How tensors are handed to the row-wise CPU kernels: neighbours inside a row touch, parameters are float32."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C] itself where its rows are whole, wherever they lie; else a contiguous copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def parameter(x: torch.Tensor) -> torch.Tensor:
+    """x [C] as contiguous float32."""
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+def codes(y_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    """Codes of csrc/cpu/rows.h: y_q [N, C] contiguous, by the given scale or by the scales found [N]."""
+    c = y_q.shape[1]
+    if scale is None:
+        return y_q.data_ptr(), c, 0, found.data_ptr(), 0, 0
+    return y_q.data_ptr(), c, 0, 0, scale.data_ptr(), scale.stride(0) if scale.dim() else 0
+
+
+NO_CODES = (0, 0, 0, 0, 0, 0)
