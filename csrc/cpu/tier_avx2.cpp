@@ -4,8 +4,12 @@
 
 #include "kl_div_rows.h"
 
+#include "matmul.h"
+
+#include "attention_heads.h"
+
 namespace distilbert_fast {
 
-const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward};
+const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward, attention_forward};
 
 }  // namespace distilbert_fast

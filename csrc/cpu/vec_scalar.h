@@ -83,5 +83,10 @@ inline Vec times_power_of_two(Vec x, Vec n) {
   return {n.v < -126.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
 }
 
+inline void transpose(Vec (&x)[4]) {
+  const Vec rows[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i].v = Floats{rows[0].v[i], rows[1].v[i], rows[2].v[i], rows[3].v[i]};
+}
+
 }  // namespace
 }  // namespace distilbert_fast
