@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
+#include "cpu/attention.h"
 #include "cpu/buffer.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/int8_linear.h"
@@ -42,6 +45,31 @@ DType dtype(int code) { return static_cast<DType>(code); }
 Codes codes(Address data, int64_t stride, int flip, Address scale_out, Address scale_in, int64_t scale_in_stride) {
   return {at<uint8_t>(data),         stride,         static_cast<uint8_t>(flip), at<float>(scale_out),
           at<const float>(scale_in), scale_in_stride};
+}
+
+using Heads = std::array<int64_t, 4>;  // an address, and the strides of sequences, tokens and heads
+
+template <class Pointer>
+AttentionTensor<Pointer> heads_at(const Heads& x) {
+  return {reinterpret_cast<Pointer>(x[0]), x[1], x[2], x[3]};
+}
+
+AttentionCall attention_call(const Heads& q, const Heads& k, const Heads& v, int dtype, Address cu_seqlens,
+                             Address mask, int64_t length, int64_t batch, int64_t heads, int64_t head_size,
+                             Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+                             uint64_t seed) {
+  return {{at<const int32_t>(cu_seqlens), at<const bool>(mask), length, batch},
+          heads,
+          head_size,
+          heads_at<const void*>(q),
+          heads_at<const void*>(k),
+          heads_at<const void*>(v),
+          static_cast<DType>(dtype),
+          at<const float>(head_mask),
+          head_mask_stride,
+          scale,
+          dropout_p,
+          seed};
 }
 
 }  // namespace
@@ -157,4 +185,16 @@ PYBIND11_MODULE(_cpu, m) {
                            rows, threads);
       },
       "LayerNorm of rows of x + residual, and what is wanted of a bfloat16 copy, its statistics and its codes");
+
+  m.def(
+      "attention_forward",
+      [](Heads q, Heads k, Heads v, int dtype, Address cu_seqlens, Address mask, int64_t length, int64_t batch,
+         int64_t heads, int64_t head_size, Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+         uint64_t seed, int64_t tokens, Heads o, int o_dtype, int threads) {
+        const AttentionCall call = attention_call(q, k, v, dtype, cu_seqlens, mask, length, batch, heads, head_size,
+                                                  head_mask, head_mask_stride, scale, dropout_p, seed);
+        py::gil_scoped_release release;
+        attention_forward({call, heads_at<void*>(o), static_cast<DType>(o_dtype)}, tokens, threads);
+      },
+      "Attention of packed sequences (cu_seqlens, tokens = N) or of padded ones (mask or 0, length)");
 }

@@ -28,7 +28,7 @@ _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear_kl_div": {},
-    "attention": {},
+    "attention": {"cpu": ("float32", "bfloat16")},
     "quantize": {"cpu": ("float32", "bfloat16")},
     "int8_linear": {},
     "layer_norm": {"cpu": ("float32", "bfloat16")},

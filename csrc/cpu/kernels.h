@@ -43,7 +43,42 @@ struct KlDivBackward {
   bool stream;
 };
 
-// One entry per kernel; each works on the rows [begin, end).
+// Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
+// cu_seqlens is null: `length` tokens each, of which those with mask[b · length + i] count; a null mask counts all.
+struct AttentionSequences {
+  const int32_t* cu_seqlens;  // [batch + 1]
+  const bool* mask;           // [batch, length]
+  int64_t length;
+  int64_t batch;
+};
+
+// Token i (of all if packed, of sequence b if padded) of head h lies at data + b · sequence + i · token + h · head, in
+// elements; the head_size numbers of a head touch. Packed tensors have sequence = 0.
+template <class Pointer>
+struct AttentionTensor {
+  Pointer data;
+  int64_t sequence, token, head;
+};
+
+struct AttentionCall {
+  AttentionSequences sequences;
+  int64_t heads, head_size;
+  AttentionTensor<const void*> q, k, v;
+  DType dtype;               // of q, k and v
+  const float* head_mask;    // [batch, heads]; null: 1
+  int64_t head_mask_stride;  // from one sequence to the next, 0 for a mask [heads]
+  double scale;
+  double dropout_p;  // in [0, 1)
+  uint64_t seed;     // of the dropout
+};
+
+struct AttentionForward {
+  AttentionCall call;
+  AttentionTensor<void*> o;  // 0 at padding and where the head mask is 0
+  DType o_dtype;
+};
+
+// One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
@@ -54,6 +89,8 @@ struct Kernels {
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
   void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
+  // scratch: attention_scratch_bytes of the longest sequence, 64 byte aligned, one for each thread.
+  void (*attention_forward)(const AttentionForward&, int64_t begin, int64_t end, void* scratch);
 };
 
 extern const Kernels kernels_scalar;

@@ -15,11 +15,8 @@
 namespace distilbert_fast {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64 * Vec::lanes;  // columns: a lane adds 64 terms in float before double takes over
-constexpr float kLowest = -3.402823466e38f;
-constexpr double kUnit = 1 << 20;  // of W
-constexpr float kNone = -__builtin_inff();
+constexpr double kUnit = 1 << 20;            // of W
 constexpr float kNoFloor[16] = {kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone,
                                 kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone};
 

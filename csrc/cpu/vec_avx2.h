@@ -132,5 +132,23 @@ inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
 }
 
+// 8 rows of 8 become 8 columns: pairs, then fours within 128 bits, then the halves.
+inline void transpose(Vec (&x)[8]) {
+  __m256 two[8], four[8];
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    two[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 8; ++i) {
+    const __m256d a = _mm256_castps_pd(two[i / 4 * 4 + i % 4 / 2]),
+                  b = _mm256_castps_pd(two[i / 4 * 4 + i % 4 / 2 + 2]);
+    four[i] = _mm256_castpd_ps(i % 2 == 0 ? _mm256_unpacklo_pd(a, b) : _mm256_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm256_permute2f128_ps(four[i], four[4 + i], 0x20);
+    x[4 + i].v = _mm256_permute2f128_ps(four[i], four[4 + i], 0x31);
+  }
+}
+
 }  // namespace
 }  // namespace distilbert_fast

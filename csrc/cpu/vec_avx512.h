@@ -1,7 +1,11 @@
 // Vec: 16 floats in a zmm register.
 #pragma once
 
+// GCC 12 warns of the undefined operands inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "kernels.h"
 
@@ -94,6 +98,30 @@ inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
 }
 inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   _mm_mask_storeu_epi8(p, first(n), codes(x, flip));
+}
+
+// 16 rows of 16 become 16 columns: pairs, then fours within 128 bits, then the blocks of 128 bits themselves.
+inline void transpose(Vec (&x)[16]) {
+  __m512 two[16], four[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    two[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; ++i) {
+    const __m512d a = _mm512_castps_pd(two[i / 4 * 4 + i % 4 / 2]),
+                  b = _mm512_castps_pd(two[i / 4 * 4 + i % 4 / 2 + 2]);
+    four[i] = _mm512_castpd_ps(i % 2 == 0 ? _mm512_unpacklo_pd(a, b) : _mm512_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(four[i], four[4 + i], 0x44),
+                 b = _mm512_shuffle_f32x4(four[i], four[4 + i], 0xee);
+    const __m512 c = _mm512_shuffle_f32x4(four[8 + i], four[12 + i], 0x44);
+    const __m512 d = _mm512_shuffle_f32x4(four[8 + i], four[12 + i], 0xee);
+    x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[4 + i].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[8 + i].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[12 + i].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
 }
 
 }  // namespace

@@ -4,6 +4,10 @@
 namespace distilbert_fast {
 namespace {
 
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLowest = -3.402823466e38f;  // of finite floats
+constexpr float kNone = -__builtin_inff();
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 2^x for x ≤ 0, −∞ too: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).

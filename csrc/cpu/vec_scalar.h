@@ -121,5 +121,10 @@ inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
 }
 inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_codes_first(p, x, flip, Vec::lanes); }
 
+inline void transpose(Vec (&x)[4]) {
+  const Vec rows[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i].v = Floats{rows[0].v[i], rows[1].v[i], rows[2].v[i], rows[3].v[i]};
+}
+
 }  // namespace
 }  // namespace distilbert_fast

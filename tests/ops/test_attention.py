@@ -150,7 +150,7 @@ def test_neighbours_of_one_length_share_a_call(lengths, monkeypatch):
     attention(*projection(sum(lengths), 2, 4).unbind(1), cumulated(lengths))
     assert calls == [None] * len(list(itertools.groupby(lengths)))
     calls.clear()
-    x = torch.randn(5, 6, 2, 4)
+    x = torch.randn(5, 6, 2, 4, dtype=torch.float64)
     padded_attention(x, x, x)
     padded_attention(x, x, x, torch.ones(5, 6, dtype=torch.bool))
     assert calls == [None, None]
@@ -296,7 +296,7 @@ def test_padding_on_the_right_is_never_computed(monkeypatch):
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, *a, **k: shapes.append(tuple(q.shape)) or original(q, *a, **k)
     )
-    x = torch.randn(4, 9, 2, 4)
+    x = torch.randn(4, 9, 2, 4, dtype=torch.float64)
     lengths = torch.tensor([9, 9, 3, 0])
     padded_attention(x, x, x, torch.arange(9) < lengths[:, None])
     assert shapes == [(2, 2, 9, 4), (1, 2, 3, 4)]
