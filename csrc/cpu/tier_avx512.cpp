@@ -8,8 +8,10 @@
 
 #include "attention_heads.h"
 
+#include "attention_backward_heads.h"
+
 namespace distilbert_fast {
 
-const Kernels kernels_avx512 = {kl_div_forward, kl_div_backward, attention_forward};
+const Kernels kernels_avx512 = {kl_div_forward, kl_div_backward, attention_forward, attention_backward};
 
 }  // namespace distilbert_fast
