@@ -197,4 +197,17 @@ PYBIND11_MODULE(_cpu, m) {
         attention_forward({call, heads_at<void*>(o), static_cast<DType>(o_dtype)}, tokens, threads);
       },
       "Attention of packed sequences (cu_seqlens, tokens = N) or of padded ones (mask or 0, length)");
+  m.def(
+      "attention_backward",
+      [](Heads q, Heads k, Heads v, int dtype, Address cu_seqlens, Address mask, int64_t length, int64_t batch,
+         int64_t heads, int64_t head_size, Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+         uint64_t seed, int64_t tokens, Heads g, Heads dq, Heads dk, Heads dv, Address dm, int threads) {
+        const AttentionCall call = attention_call(q, k, v, dtype, cu_seqlens, mask, length, batch, heads, head_size,
+                                                  head_mask, head_mask_stride, scale, dropout_p, seed);
+        py::gil_scoped_release release;
+        attention_backward({call, heads_at<const void*>(g), heads_at<void*>(dq), heads_at<void*>(dk),
+                            heads_at<void*>(dv), at<float>(dm)},
+                           tokens, threads);
+      },
+      "Gradients of q, k, v and, where dm is not 0, of the head mask [batch, heads]");
 }

@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -65,8 +66,12 @@ int64_t grain(const AttentionCall& call, int64_t longest) {
 
 }  // namespace
 
-int64_t attention_scratch_bytes(int64_t longest, int64_t head_size) {
+int64_t attention_forward_scratch(int64_t longest, int64_t head_size) {
   return AttentionSizes(longest, head_size).forward() * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t attention_backward_scratch(int64_t longest, int64_t head_size) {
+  return AttentionSizes(longest, head_size).backward() * static_cast<int64_t>(sizeof(float));
 }
 
 void attention_forward(const AttentionForward& call, int64_t tokens, int threads) {
@@ -77,8 +82,19 @@ void attention_forward(const AttentionForward& call, int64_t tokens, int threads
   require(call.o.data != nullptr, "o must point to memory", "null");
   const Kernels& tier = kernels();
   parallel_rows(call.call.sequences.batch * call.call.heads, grain(call.call, longest), threads,
-                attention_scratch_bytes(longest, call.call.head_size),
+                attention_forward_scratch(longest, call.call.head_size),
                 [&](int64_t begin, int64_t end, void* scratch) { tier.attention_forward(call, begin, end, scratch); });
+}
+
+void attention_backward(const AttentionBackward& call, int64_t tokens, int threads) {
+  const int64_t longest = check(call.call, tokens), pairs = call.call.sequences.batch * call.call.heads;
+  if (call.dm) std::fill_n(call.dm, pairs, 0.0f);
+  if (longest == 0) return;
+  const bool present = call.g.data && call.dq.data && call.dk.data && call.dv.data;
+  require(present, "do, dq, dk and dv must point to memory", "null");
+  const Kernels& tier = kernels();
+  parallel_rows(pairs, grain(call.call, longest), threads, attention_backward_scratch(longest, call.call.head_size),
+                [&](int64_t begin, int64_t end, void* scratch) { tier.attention_backward(call, begin, end, scratch); });
 }
 
 }  // namespace distilbert_fast

@@ -5,11 +5,13 @@
 
 namespace distilbert_fast {
 
-// What a kernel needs for sequences of up to `longest` tokens.
-int64_t attention_scratch_bytes(int64_t longest, int64_t head_size);
+// Bytes that a kernel needs for sequences of up to `longest` tokens.
+int64_t attention_forward_scratch(int64_t longest, int64_t head_size);
+int64_t attention_backward_scratch(int64_t longest, int64_t head_size);
 
-// Throws std::invalid_argument before q, k, v or any output is touched if sizes, offsets, pointers or factors make no
+// Throw std::invalid_argument before q, k, v or any output is touched if sizes, offsets, pointers or factors make no
 // sense. tokens: N of the packed form.
 void attention_forward(const AttentionForward& call, int64_t tokens, int threads);
+void attention_backward(const AttentionBackward& call, int64_t tokens, int threads);
 
 }  // namespace distilbert_fast

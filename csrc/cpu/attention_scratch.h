@@ -25,6 +25,7 @@ struct AttentionSizes {
     const int64_t keys = length * columns, values = length * columns;
     return tokens + keys + values + kAttentionQueries * (columns + scores) + whole_panels(kAttentionQueries);
   }
+  int64_t backward() const { return tokens + 5 * length * columns + 2 * kAttentionQueries * (columns + scores); }
 };
 
 }  // namespace

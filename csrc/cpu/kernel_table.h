@@ -3,6 +3,7 @@
 // A table is a constant: nothing of a tier may run at import, where the processor may lack its instructions.
 #pragma once
 
+#include "attention_backward_heads.h"
 #include "attention_heads.h"
 #include "gemm_tile_float.h"
 #include "kl_div_rows.h"
@@ -19,6 +20,7 @@ constexpr Kernels common_kernels() {
   kernels.quantize = quantize;
   kernels.layer_norm_forward = layer_norm_forward;
   kernels.attention_forward = attention_forward;
+  kernels.attention_backward = attention_backward;
   kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
   kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
   return kernels;

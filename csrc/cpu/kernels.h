@@ -78,6 +78,13 @@ struct AttentionForward {
   DType o_dtype;
 };
 
+struct AttentionBackward {
+  AttentionCall call;
+  AttentionTensor<const void*> g;     // d loss / d o, dtype of the call
+  AttentionTensor<void*> dq, dk, dv;  // dtype of the call; 0 at padding and where the head mask is 0
+  float* dm;                          // [batch, heads], zeros on entry; also where the head mask is 0; null: not wanted
+};
+
 // One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
@@ -89,8 +96,10 @@ struct Kernels {
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
   void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
-  // scratch: attention_scratch_bytes of the longest sequence, 64 byte aligned, one for each thread.
+  // scratch: attention_forward_scratch or _backward_scratch bytes for the longest sequence, 64 byte aligned, one for
+  // each thread.
   void (*attention_forward)(const AttentionForward&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end, void* scratch);
 };
 
 extern const Kernels kernels_scalar;

@@ -79,10 +79,10 @@ inline void finish_streams() { _mm_sfence(); }
 
 inline Vec round_to_int(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// x · 2^n for whole n ≤ 127; 0 where 2^n is subnormal. A NaN stays one.
+// x · 2^n for whole n ≤ 127; 0 for n < −125. A NaN stays one.
 inline Vec times_power_of_two(Vec x, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);
   return {_mm256_andnot_ps(tiny, _mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent)))};
 }
 

@@ -3,6 +3,7 @@
 
 // GCC 12 warns of the undefined operands inside its own intrinsics.
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -62,8 +63,11 @@ inline void finish_streams() { _mm_sfence(); }
 
 inline Vec round_to_int(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// x · 2^n for whole n.
-inline Vec times_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// x · 2^n for whole n; 0 for n < −125. A NaN stays one.
+inline Vec times_power_of_two(Vec x, Vec n) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, x.v, n.v)};
+}
 
 inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }

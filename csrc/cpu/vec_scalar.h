@@ -76,11 +76,11 @@ inline Vec round_to_int(Vec x) {
   return {x.v < -4194304.0f ? x.v : (x.v + shift) - shift};
 }
 
-// x · 2^n for whole n ≤ 127; 0 where 2^n is subnormal. A NaN stays one.
+// x · 2^n for whole n ≤ 127; 0 for n < −125. A NaN stays one.
 inline Vec times_power_of_two(Vec x, Vec n) {
-  const Floats kept = n.v < -126.0f ? broadcast(-126.0f).v : n.v;
+  const Floats kept = n.v < -125.0f ? broadcast(-125.0f).v : n.v;
   const Ints power = (__builtin_convertvector(kept, Ints) + 127) << 23;
-  return {n.v < -126.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
+  return {n.v < -125.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
 }
 
 inline Vec minimum(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }

@@ -454,8 +454,6 @@ def _in_order(call: _Call) -> _Call:
 
 
 def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
-    if call.seed is not None:
-        return _forward_torch(q, k, v, call)  # backward has to find again what is dropped
     call = _in_order(call)
     o = torch.empty(q.shape, dtype=q.dtype)
     backends.cpu().attention_forward(
@@ -464,5 +462,19 @@ def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call)
     return o
 
 
+def _backward_cpu(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
+) -> tuple[torch.Tensor, ...]:
+    call = _in_order(call)
+    dq, dk, dv, dm = _backward_fake(do, q, k, v, *call)
+    backends.cpu().attention_backward(
+        *_call_arguments(q, k, v, call),
+        *(_heads_argument(x) for x in (do, dq, dk, dv)),
+        dm.data_ptr() if call.dm else 0,
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv, dm
+
+
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_torch}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
