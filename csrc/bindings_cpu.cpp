@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "cpu/buffer.h"
+#include "cpu/embedding.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
 #include "cpu/layer_norm.h"
@@ -37,9 +40,32 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
 
 DType dtype(int code) { return static_cast<DType>(code); }
 
-Codes codes(Address data, int64_t stride, int flip, Address scale_out, Address scale_in, int64_t scale_in_stride) {
+// data, stride, flip, scale_out, scale_in, stride of scale_in: see Codes.
+using CodesArguments = std::tuple<Address, int64_t, int, Address, Address, int64_t>;
+
+Codes codes(const CodesArguments& arguments) {
+  const auto [data, stride, flip, scale_out, scale_in, scale_in_stride] = arguments;
   return {at<uint8_t>(data),         stride,         static_cast<uint8_t>(flip), at<float>(scale_out),
           at<const float>(scale_in), scale_in_stride};
+}
+
+// columns, weight, bias, eps, y, stride, dtype, second y, stride, mean, rstd, codes: see Normalized.
+using NormalizedArguments = std::tuple<int64_t, Address, Address, double, Address, int64_t, int, Address, int64_t,
+                                       Address, Address, CodesArguments>;
+
+Normalized normalized(const NormalizedArguments& arguments) {
+  const auto& [columns, weight, bias, eps, y, y_stride, y_dtype, y_low, y_low_stride, mean, rstd, y_codes] = arguments;
+  return {
+      at<const float>(weight), at<const float>(bias), eps,          columns,         at<void>(y),     y_stride,
+      dtype(y_dtype),          at<bfloat16>(y_low),   y_low_stride, at<float>(mean), at<float>(rstd), codes(y_codes)};
+}
+
+// ids, are they int64, table, its rows, stride, dtype: see Lookup.
+using LookupArguments = std::tuple<Address, bool, Address, int64_t, int64_t, int>;
+
+Lookup lookup(const LookupArguments& arguments) {
+  const auto [ids, wide, table, table_rows, stride, table_dtype] = arguments;
+  return {at<const void>(ids), wide, at<const void>(table), table_rows, stride, dtype(table_dtype)};
 }
 
 }  // namespace
@@ -81,35 +107,31 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "quantize",
-      [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, Address y_q, int64_t y_q_stride,
-         int flip, Address scale_out, Address scale_in, int64_t scale_in_stride, int threads) {
-        const Codes out = codes(y_q, y_q_stride, flip, scale_out, scale_in, scale_in_stride);
+      [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, const CodesArguments& x_q,
+         int threads) {
+        const QuantizeRows call = {at<const void>(x), x_stride, dtype(x_dtype), columns, codes(x_q)};
         py::gil_scoped_release release;
-        quantize({at<const void>(x), x_stride, dtype(x_dtype), columns, out}, rows, threads);
+        quantize(call, rows, threads);
       },
-      "int8 codes of rows, XOR flip, by the scales given or by those found");
+      "int8 codes of rows by the scales given or by those found");
   m.def(
       "layer_norm_forward",
       [](Address x, int64_t x_stride, int x_dtype, Address residual, int64_t residual_stride, int residual_dtype,
-         int64_t rows, int64_t columns, Address weight, Address bias, double eps, Address y, int64_t y_stride,
-         int y_dtype, Address y_low, int64_t y_low_stride, Address mean, Address rstd, Address y_q, int64_t y_q_stride,
-         int flip, Address scale_out, Address scale_in, int64_t scale_in_stride, int threads) {
-        const Normalized out = {at<const float>(weight),
-                                at<const float>(bias),
-                                eps,
-                                columns,
-                                at<void>(y),
-                                y_stride,
-                                dtype(y_dtype),
-                                at<bfloat16>(y_low),
-                                y_low_stride,
-                                at<float>(mean),
-                                at<float>(rstd),
-                                codes(y_q, y_q_stride, flip, scale_out, scale_in, scale_in_stride)};
+         int64_t rows, const NormalizedArguments& out, int threads) {
+        const LayerNormRows call = {at<const void>(x),        x_stride,        dtype(x_dtype),
+                                    at<const void>(residual), residual_stride, dtype(residual_dtype),
+                                    normalized(out)};
         py::gil_scoped_release release;
-        layer_norm_forward({at<const void>(x), x_stride, dtype(x_dtype), at<const void>(residual), residual_stride,
-                            dtype(residual_dtype), out},
-                           rows, threads);
+        layer_norm_forward(call, rows, threads);
       },
-      "LayerNorm of rows of x + residual, and what is wanted of a bfloat16 copy, its statistics and its codes");
+      "LayerNorm of rows of x + residual");
+  m.def(
+      "embedding_forward",
+      [](const LookupArguments& word, const LookupArguments& position, const LookupArguments& token_type, int64_t rows,
+         const NormalizedArguments& out, int threads) {
+        const EmbeddingRows call = {{lookup(word), lookup(position), lookup(token_type)}, normalized(out)};
+        py::gil_scoped_release release;
+        embedding_forward(call, rows, threads);
+      },
+      "LayerNorm of the sums of looked-up rows");
 }

@@ -32,7 +32,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "quantize": {"cpu": ("float32", "bfloat16")},
     "int8_linear": {},
     "layer_norm": {"cpu": ("float32", "bfloat16")},
-    "embedding": {},
+    "embedding": {"cpu": ("float32", "bfloat16")},
     "cosine_loss": {},
     "codebook_linear": {},
 }

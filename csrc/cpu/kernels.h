@@ -48,6 +48,7 @@ struct Kernels {
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
   void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
+  void (*embedding_forward)(const EmbeddingRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar;

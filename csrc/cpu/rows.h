@@ -58,4 +58,19 @@ struct LayerNormRows {
   Normalized out;
 };
 
+// A row of a table for each row of the call. Kernels follow the ids unchecked; the entry of the op checks them first.
+struct Lookup {
+  const void* ids;    // [rows]
+  bool wide;          // ids are int64, else int32
+  const void* table;  // [table_rows, columns], or null: nothing is looked up
+  int64_t table_rows;
+  int64_t stride;
+  DType dtype;
+};
+
+struct EmbeddingRows {
+  Lookup lookups[3];  // word, position, token type; the last may be null
+  Normalized out;
+};
+
 }  // namespace distilbert_fast

@@ -7,8 +7,10 @@
 
 #include "layer_norm_rows.h"
 
+#include "embedding_rows.h"
+
 namespace distilbert_fast {
 
-const Kernels kernels_scalar = {kl_div_forward, kl_div_backward, quantize, layer_norm_forward};
+const Kernels kernels_scalar = {kl_div_forward, kl_div_backward, quantize, layer_norm_forward, embedding_forward};
 
 }  // namespace distilbert_fast

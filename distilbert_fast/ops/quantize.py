@@ -107,7 +107,7 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
         _rows.DTYPE_CODE[x.dtype],
         n,
         c,
-        *_rows.codes(x_q, scale, found),
+        _rows.codes(x_q, scale, found),
         torch.get_num_threads(),
     )
     return x_q, found

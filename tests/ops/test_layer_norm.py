@@ -225,14 +225,16 @@ def native(x, weight, bias, residual, y, y_low, y_q, flip, scale_out, mean, rstd
     def code(tensor):
         return 0 if tensor is None else [torch.float32, torch.bfloat16].index(tensor.dtype)
 
+    def address(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
     n, c = x.shape
+    codes = *rows(y_q), flip, address(scale_out), address(scale_in), 1
+    outputs = *rows(y), code(y), *rows(y_low), address(mean), address(rstd), codes
     backends.cpu().layer_norm_forward(
-        *(*rows(x), code(x), *rows(residual), code(residual), n, c),
-        *(weight.data_ptr(), bias.data_ptr(), 1e-12, *rows(y), code(y), *rows(y_low)),
-        *(0 if vector is None else vector.data_ptr() for vector in (mean, rstd)),
-        *(*rows(y_q), flip),
-        *(0 if vector is None else vector.data_ptr() for vector in (scale_out, scale_in)),
-        *(1, 1),
+        *(*rows(x), code(x), *rows(residual), code(residual), n),
+        (c, weight.data_ptr(), bias.data_ptr(), 1e-12, *outputs),
+        1,
     )
 
 
@@ -282,9 +284,9 @@ def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, tier):
 
 
 def test_native_bad_input(tier):
-    good = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2, columns=4)
-    good |= dict(weight=64, bias=64, eps=1e-12, y=0, y_stride=4, y_dtype=0, y_low=0, y_low_stride=0)
-    rest = [0] * 8 + [1]  # no statistics, no codes, one thread
+    x = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2)
+    out = dict(columns=4, weight=64, bias=64, eps=1e-12)
+    rest = 0, 4, 0, 0, 0, 0, 0, (0, 0, 0, 0, 0, 0)
     for changed, message in (
         ({"rows": -1}, "rows must be 0 or more, got -1"),
         ({"columns": -1}, "columns must be 0 or more, got -1"),
@@ -295,8 +297,9 @@ def test_native_bad_input(tier):
         ({"weight": 0}, "weight must point to memory, got null"),
         ({"bias": 0}, "bias must point to memory, got null"),
     ):
+        first, second = ({name: changed.get(name, good[name]) for name in good} for good in (x, out))
         with pytest.raises(ValueError) as raised:
-            backends.cpu().layer_norm_forward(*{**good, **changed}.values(), *rest)
+            backends.cpu().layer_norm_forward(*first.values(), (*second.values(), *rest), 1)
         assert str(raised.value) == f"layer_norm: {message}"
 
 
