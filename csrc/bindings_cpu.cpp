@@ -60,6 +60,24 @@ Normalized normalized(const NormalizedArguments& arguments) {
       dtype(y_dtype),          at<bfloat16>(y_low),   y_low_stride, at<float>(mean), at<float>(rstd), codes(y_codes)};
 }
 
+// columns, dy, stride, dtype, weight, mean, rstd, dh contiguous, dtype: see NormalizedGradient.
+using GradientArguments = std::tuple<int64_t, Address, int64_t, int, Address, Address, Address, Address, int>;
+
+NormalizedGradient gradient(const GradientArguments& arguments) {
+  const auto [columns, dy, dy_stride, dy_dtype, weight, mean, rstd, dh, dh_dtype] = arguments;
+  return {at<const void>(dy),
+          dy_stride,
+          dtype(dy_dtype),
+          at<const float>(weight),
+          at<const float>(mean),
+          at<const float>(rstd),
+          columns,
+          at<void>(dh),
+          columns,
+          dtype(dh_dtype),
+          nullptr};
+}
+
 // ids, are they int64, table, its rows, stride, dtype: see Lookup.
 using LookupArguments = std::tuple<Address, bool, Address, int64_t, int64_t, int>;
 
@@ -126,6 +144,17 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "LayerNorm of rows of x + residual");
   m.def(
+      "layer_norm_backward",
+      [](Address x, int64_t x_stride, int x_dtype, Address residual, int64_t residual_stride, int residual_dtype,
+         int64_t rows, const GradientArguments& out, Address dweight, Address dbias, int threads) {
+        const LayerNormGradientRows call = {
+            at<const void>(x),     x_stride,     dtype(x_dtype), at<const void>(residual), residual_stride,
+            dtype(residual_dtype), gradient(out)};
+        py::gil_scoped_release release;
+        layer_norm_backward(call, rows, at<float>(dweight), at<float>(dbias), threads);
+      },
+      "Gradients of the sum, weight and bias from the statistics that forward kept");
+  m.def(
       "embedding_forward",
       [](const LookupArguments& word, const LookupArguments& position, const LookupArguments& token_type, int64_t rows,
          const NormalizedArguments& out, int threads) {
@@ -134,4 +163,13 @@ PYBIND11_MODULE(_cpu, m) {
         embedding_forward(call, rows, threads);
       },
       "LayerNorm of the sums of looked-up rows");
+  m.def(
+      "embedding_backward",
+      [](const LookupArguments& word, const LookupArguments& position, const LookupArguments& token_type, int64_t rows,
+         const GradientArguments& out, Address dweight, Address dbias, int threads) {
+        const EmbeddingGradientRows call = {{lookup(word), lookup(position), lookup(token_type)}, gradient(out)};
+        py::gil_scoped_release release;
+        embedding_backward(call, rows, at<float>(dweight), at<float>(dbias), threads);
+      },
+      "Gradients of the sums, weight and bias from the statistics that forward kept");
 }

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "isa.h"
 #include "parallel.h"
+#include "row_sums.h"
 
 namespace distilbert_fast {
 namespace {
@@ -58,6 +59,13 @@ void embedding_forward(const EmbeddingRows& call, int64_t rows, int threads) {
   const Kernels& tier = kernels();
   parallel_rows(rows, row_grain(call.out.columns), threads,
                 [&](int64_t begin, int64_t end) { tier.embedding_forward(call, begin, end); });
+}
+
+void embedding_backward(const EmbeddingGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads) {
+  check_gradient("embedding", call.gradient, rows, dweight, dbias);
+  if (rows > 0) check_lookups("embedding", call.lookups, rows, call.gradient.columns);
+  const Kernels& tier = kernels();
+  with_row_sums(call, rows, dweight, dbias, threads, tier.embedding_backward);
 }
 
 }  // namespace distilbert_fast

@@ -5,8 +5,10 @@
 
 namespace distilbert_fast {
 
-// Throws std::invalid_argument before any table is touched if sizes, pointers or eps make no sense or an id lies
+// Throw std::invalid_argument before any table is touched if sizes, pointers or eps make no sense or an id lies
 // outside its table.
 void embedding_forward(const EmbeddingRows& call, int64_t rows, int threads);
+// dweight and dbias are [columns]; call.gradient.sums is not read.
+void embedding_backward(const EmbeddingGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads);
 
 }  // namespace distilbert_fast

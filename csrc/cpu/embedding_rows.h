@@ -1,7 +1,7 @@
 // embedding on one token:   h = word[id] + position[position id] (+ token_type[token type id]),   y = LayerNorm(h).
 //
-// The rows of the tables are read where they lie, and everything after that is layer_norm's. Included after
-// layer_norm_rows.h.
+// The rows of the tables are read where they lie, and everything after that is layer_norm's, forward and backward
+// (which gives dh; its rows are added to those of the tables elsewhere). Included after layer_norm_gradient_rows.h.
 #pragma once
 
 namespace distilbert_fast {
@@ -25,6 +25,16 @@ inline void embedding_forward(const EmbeddingRows& call, int64_t begin, int64_t 
     const void* const rows[3] = {looked_up(call.lookups[0], r), looked_up(call.lookups[1], r),
                                  looked_up(call.lookups[2], r)};
     normalize_row(add_rows, rows, call.out, r);
+  }
+}
+
+inline void embedding_backward(const EmbeddingGradientRows& call, int64_t begin, int64_t end) {
+  const AddRows add_rows = add_rows_of(call.lookups);
+  const DifferentiateRow differentiate_row = differentiate_row_of(call.gradient);
+  for (int64_t r = begin; r < end; ++r) {
+    const void* const rows[3] = {looked_up(call.lookups[0], r), looked_up(call.lookups[1], r),
+                                 looked_up(call.lookups[2], r)};
+    differentiate_row(add_rows, rows, call.gradient, r);
   }
 }
 

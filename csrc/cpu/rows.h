@@ -58,6 +58,33 @@ struct LayerNormRows {
   Normalized out;
 };
 
+// The gradients of the same.
+struct NormalizedGradient {
+  const void* dy;  // [rows, columns]
+  int64_t dy_stride;
+  DType dy_dtype;
+  const float* weight;  // [columns]
+  const float* mean;    // [rows]
+  const float* rstd;    // [rows]
+  int64_t columns;
+  void* dh;  // [rows, columns]
+  int64_t dh_stride;
+  DType dh_dtype;
+  float* sums;  // [chunks, 2, columns]: each row's part of dweight and dbias is added to those of its chunk
+};
+
+constexpr int64_t kRowsOfSum = 64;  // of a chunk: row r belongs to chunk r / kRowsOfSum
+
+struct LayerNormGradientRows {
+  const void* x;  // as in LayerNormRows
+  int64_t x_stride;
+  DType x_dtype;
+  const void* residual;
+  int64_t residual_stride;
+  DType residual_dtype;
+  NormalizedGradient gradient;
+};
+
 // A row of a table for each row of the call. Kernels follow the ids unchecked; the entry of the op checks them first.
 struct Lookup {
   const void* ids;    // [rows]
@@ -71,6 +98,11 @@ struct Lookup {
 struct EmbeddingRows {
   Lookup lookups[3];  // word, position, token type; the last may be null
   Normalized out;
+};
+
+struct EmbeddingGradientRows {
+  Lookup lookups[3];
+  NormalizedGradient gradient;
 };
 
 }  // namespace distilbert_fast

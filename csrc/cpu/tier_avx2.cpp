@@ -7,10 +7,13 @@
 
 #include "layer_norm_rows.h"
 
+#include "layer_norm_gradient_rows.h"
+
 #include "embedding_rows.h"
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward, quantize, layer_norm_forward, embedding_forward};
+const Kernels kernels_avx2 = {kl_div_forward,    kl_div_backward,     quantize,          layer_norm_forward,
+                              embedding_forward, layer_norm_backward, embedding_backward};
 
 }  // namespace distilbert_fast

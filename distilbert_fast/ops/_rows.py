@@ -41,3 +41,13 @@ def normalized(
     c = y.shape[1]
     statistics = (0, 0) if mean is None or rstd is None else (mean.data_ptr(), rstd.data_ptr())
     return c, weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr(), c, DTYPE_CODE[y.dtype], 0, 0, *statistics, codes
+
+
+def gradient(
+    dy: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dh: torch.Tensor
+) -> tuple[int, ...]:
+    """NormalizedGradient of csrc/cpu/rows.h, with dh [N, C] contiguous."""
+    return (
+        *(dh.shape[1], dy.data_ptr(), dy.stride(0), DTYPE_CODE[dy.dtype]),
+        *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), DTYPE_CODE[dh.dtype]),
+    )

@@ -352,6 +352,13 @@ def _backward_torch(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     dh, dweight, dbias = normalize_backward(dy, _gather(ids, tables), weight, mean, rstd)
+    return dweight, dbias, _scatter(dh, ids, tables, wanted)
+
+
+def _scatter(
+    dh: torch.Tensor, ids: list[torch.Tensor], tables: list[torch.Tensor], wanted: list[bool]
+) -> list[torch.Tensor]:
+    """Of each table its gradient, or [0, C]."""
     dtables = []
     for rows, table, want in zip(ids, tables, wanted, strict=True):
         if want:  # the same bits every run, unlike index_add on CUDA
@@ -359,7 +366,7 @@ def _backward_torch(
             dtables.append(dtable.to(table.dtype))
         else:
             dtables.append(table.new_empty((0, table.shape[1])))
-    return dweight, dbias, dtables
+    return dtables
 
 
 # cpu --------------------------------------------------------------------------------------------------------
@@ -414,6 +421,25 @@ def _forward_quantize_cpu(
     return y, y_q, found
 
 
+def _backward_cpu(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    dh = torch.empty(dy.shape, dtype=torch.float32)
+    dweight, dbias = mean.new_empty(weight.shape[0]), mean.new_empty(weight.shape[0])
+    ids, tables = _neighbours(ids, tables)
+    dy, weight = _rows.rows(dy.to(tables[0].dtype)), _rows.parameter(weight)
+    gradient = _rows.gradient(dy, weight, mean, rstd, dh)
+    pointers = dweight.data_ptr(), dbias.data_ptr()
+    backends.cpu().embedding_backward(*_lookups(ids, tables), dh.shape[0], gradient, *pointers, torch.get_num_threads())
+    return dweight, dbias, _scatter(dh, ids, tables, wanted)
+
+
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
 _FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_torch}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

@@ -354,6 +354,23 @@ def _forward_quantize_cpu(
     return y, y_q, found
 
 
+def _backward_cpu(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dh, dweight, dbias = _backward_fake(dy, x, weight, residual, mean, rstd)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    dy, weight = _rows.rows(dy.to(dh.dtype)), _rows.parameter(weight)
+    gradient = _rows.gradient(dy, weight, mean, rstd, dh)
+    pointers = dweight.data_ptr(), dbias.data_ptr()
+    backends.cpu().layer_norm_backward(*_sum_arguments(x, residual), gradient, *pointers, torch.get_num_threads())
+    return dh, dweight, dbias
+
+
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
 _FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_torch}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
