@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/buffer.h"
+#include "cpu/cosine_loss.h"
 #include "cpu/embedding.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
@@ -84,6 +85,16 @@ using LookupArguments = std::tuple<Address, bool, Address, int64_t, int64_t, int
 Lookup lookup(const LookupArguments& arguments) {
   const auto [ids, wide, table, table_rows, stride, table_dtype] = arguments;
   return {at<const void>(ids), wide, at<const void>(table), table_rows, stride, dtype(table_dtype)};
+}
+
+// student, teacher, their strides, their dtypes, mask, columns: see CosinePair.
+using PairArguments = std::tuple<Address, Address, int64_t, int64_t, int, int, Address, int64_t>;
+
+CosinePair cosine_pair(const PairArguments& arguments) {
+  const auto [student, teacher, student_stride, teacher_stride, student_dtype, teacher_dtype, mask, columns] =
+      arguments;
+  return {at<const void>(student), at<const void>(teacher), student_stride,       teacher_stride,
+          dtype(student_dtype),    dtype(teacher_dtype),    at<const bool>(mask), columns};
 }
 
 }  // namespace
@@ -172,4 +183,21 @@ PYBIND11_MODULE(_cpu, m) {
         embedding_backward(call, rows, at<float>(dweight), at<float>(dbias), threads);
       },
       "Gradients of the sums, weight and bias from the statistics that forward kept");
+  m.def(
+      "cosine_loss_forward",
+      [](const PairArguments& pair, int64_t rows, Address loss, Address stats, int threads) {
+        const CosineForwardRows call = {cosine_pair(pair), at<float>(loss), at<float>(stats)};
+        py::gil_scoped_release release;
+        cosine_loss_forward(call, rows, threads);
+      },
+      "Losses of rows, and their cosines and inverse lengths");
+  m.def(
+      "cosine_loss_backward",
+      [](const PairArguments& pair, int64_t rows, Address dloss, Address stats, Address gradient, int threads) {
+        const CosineBackwardRows call = {cosine_pair(pair), at<const float>(dloss), at<const float>(stats),
+                                         at<void>(gradient)};
+        py::gil_scoped_release release;
+        cosine_loss_backward(call, rows, threads);
+      },
+      "Gradient from the cosines and inverse lengths and the upstream gradient of each row");
 }

@@ -33,7 +33,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "int8_linear": {},
     "layer_norm": {"cpu": ("float32", "bfloat16")},
     "embedding": {"cpu": ("float32", "bfloat16")},
-    "cosine_loss": {},
+    "cosine_loss": {"cpu": ("float32", "bfloat16")},
     "codebook_linear": {},
 }
 

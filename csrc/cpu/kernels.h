@@ -49,9 +49,10 @@ struct Kernels {
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
   void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
   void (*embedding_forward)(const EmbeddingRows&, int64_t begin, int64_t end);
-  // Here begin starts a chunk of kRowsOfSum rows.
   void (*layer_norm_backward)(const LayerNormGradientRows&, int64_t begin, int64_t end);
   void (*embedding_backward)(const EmbeddingGradientRows&, int64_t begin, int64_t end);
+  void (*cosine_loss_forward)(const CosineForwardRows&, int64_t begin, int64_t end);
+  void (*cosine_loss_backward)(const CosineBackwardRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar;

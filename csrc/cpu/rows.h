@@ -1,4 +1,4 @@
-// Arguments of the kernels that work row by row: quantize, layer_norm, embedding. Included by kernels.h.
+// Arguments of the kernels that work row by row: quantize, layer_norm, embedding, cosine_loss. Included by kernels.h.
 //
 // Neighbours inside a row touch; rows lie a stride (in elements) apart. Row r of a call is row r of every matrix in it.
 #pragma once
@@ -73,7 +73,7 @@ struct NormalizedGradient {
   float* sums;  // [chunks, 2, columns]: each row's part of dweight and dbias is added to those of its chunk
 };
 
-constexpr int64_t kRowsOfSum = 64;  // of a chunk: row r belongs to chunk r / kRowsOfSum
+constexpr int64_t kRowsOfSum = 64;  // row r belongs to chunk r / kRowsOfSum; a call begins with the first row of one
 
 struct LayerNormGradientRows {
   const void* x;  // as in LayerNormRows
@@ -103,6 +103,31 @@ struct EmbeddingRows {
 struct EmbeddingGradientRows {
   Lookup lookups[3];
   NormalizedGradient gradient;
+};
+
+// Hidden states of a student and of a teacher [rows, columns].
+struct CosinePair {
+  const void* student;
+  const void* teacher;
+  int64_t student_stride;
+  int64_t teacher_stride;
+  DType student_dtype;
+  DType teacher_dtype;
+  const bool* mask;  // [rows], true = counted; null counts all
+  int64_t columns;
+};
+
+struct CosineForwardRows {
+  CosinePair pair;
+  float* loss;   // [rows]
+  float* stats;  // [rows, 3]: c, a, b of ops/cosine_loss.py
+};
+
+struct CosineBackwardRows {
+  CosinePair pair;
+  const float* dloss;  // [rows]
+  const float* stats;  // [rows, 3]
+  void* gradient;      // [rows, columns] contiguous, dtype of the student
 };
 
 }  // namespace distilbert_fast

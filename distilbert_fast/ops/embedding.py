@@ -352,13 +352,6 @@ def _backward_torch(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     dh, dweight, dbias = normalize_backward(dy, _gather(ids, tables), weight, mean, rstd)
-    return dweight, dbias, _scatter(dh, ids, tables, wanted)
-
-
-def _scatter(
-    dh: torch.Tensor, ids: list[torch.Tensor], tables: list[torch.Tensor], wanted: list[bool]
-) -> list[torch.Tensor]:
-    """Of each table its gradient, or [0, C]."""
     dtables = []
     for rows, table, want in zip(ids, tables, wanted, strict=True):
         if want:  # the same bits every run, unlike index_add on CUDA
@@ -366,7 +359,7 @@ def _scatter(
             dtables.append(dtable.to(table.dtype))
         else:
             dtables.append(table.new_empty((0, table.shape[1])))
-    return dtables
+    return dweight, dbias, dtables
 
 
 # cpu --------------------------------------------------------------------------------------------------------
@@ -437,7 +430,13 @@ def _backward_cpu(
     gradient = _rows.gradient(dy, weight, mean, rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().embedding_backward(*_lookups(ids, tables), dh.shape[0], gradient, *pointers, torch.get_num_threads())
-    return dweight, dbias, _scatter(dh, ids, tables, wanted)
+    dtables = []
+    for rows, table, want in zip(ids, tables, wanted, strict=True):
+        # Most of the time goes into zeroing the gradient of a vocabulary, so its memory is worth keeping.
+        like = torch.empty(table.shape if want else (0, table.shape[1]), dtype=torch.float32, device="meta")
+        dtable = backends.empty_cpu(like).zero_()
+        dtables.append((dtable.index_add_(0, rows, dh) if want else dtable).to(table.dtype))
+    return dweight, dbias, dtables
 
 
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
