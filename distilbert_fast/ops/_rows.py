@@ -17,6 +17,11 @@ def parameter(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
+def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous memory for an output of the shape of x; torch.empty of a shape takes twice as long."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 NO_CODES = (0, 0, 0, 0, 0, 0)
 
 

@@ -124,7 +124,7 @@ def _backward_fake(
     drows: torch.Tensor,
     stats: torch.Tensor,
 ) -> torch.Tensor:
-    return student.new_empty(student.shape)
+    return _rows.empty_like(student, student.dtype)
 
 
 @operator(

@@ -239,7 +239,7 @@ def _forward_quantize_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = tables[0].new_empty((ids[0].shape[0], weight.shape[0]))
     found = weight.new_empty(y.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, torch.empty(y.shape, dtype=torch.int8, device=y.device), found
+    return y, _rows.empty_like(y, torch.int8), found
 
 
 @operator(
@@ -423,7 +423,7 @@ def _backward_cpu(
     rstd: torch.Tensor,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    dh = torch.empty(dy.shape, dtype=torch.float32)
+    dh = _rows.empty_like(dy, torch.float32)
     dweight, dbias = mean.new_empty(weight.shape[0]), mean.new_empty(weight.shape[0])
     ids, tables = _neighbours(ids, tables)
     dy, weight = _rows.rows(dy.to(tables[0].dtype)), _rows.parameter(weight)

@@ -164,7 +164,7 @@ def _forward_fake(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    y = _rows.empty_like(x, _sum_dtype(x, residual))
     kept = x.shape[0] if keep else 0
     dtype = _accumulate(x, residual)
     return y, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
@@ -195,9 +195,9 @@ def _forward_quantize_fake(
     eps: float,
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    y = _rows.empty_like(x, _sum_dtype(x, residual))
     found = x.new_empty(x.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, torch.empty(x.shape, dtype=torch.int8, device=x.device), found
+    return y, _rows.empty_like(x, torch.int8), found
 
 
 @operator(
@@ -225,7 +225,7 @@ def _backward_fake(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dh = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    dh = _rows.empty_like(x, _sum_dtype(x, residual))
     return dh, mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
 
 
