@@ -8,6 +8,8 @@
 // query block in order, and go out at the end. Included after attention_heads.h.
 #pragma once
 
+#include "attention_heads.h"
+
 namespace distilbert_fast {
 namespace {
 

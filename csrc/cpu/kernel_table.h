@@ -5,6 +5,8 @@
 
 #include "attention_backward_heads.h"
 #include "attention_heads.h"
+#include "cosine_loss_rows.h"
+#include "embedding_rows.h"
 #include "gemm_tile_float.h"
 #include "kl_div_rows.h"
 #include "layer_norm_rows.h"
@@ -21,6 +23,11 @@ constexpr Kernels common_kernels() {
   kernels.layer_norm_forward = layer_norm_forward;
   kernels.attention_forward = attention_forward;
   kernels.attention_backward = attention_backward;
+  kernels.embedding_forward = embedding_forward;
+  kernels.layer_norm_backward = layer_norm_backward;
+  kernels.embedding_backward = embedding_backward;
+  kernels.cosine_loss_forward = cosine_loss_forward;
+  kernels.cosine_loss_backward = cosine_loss_backward;
   kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
   kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
   return kernels;

@@ -124,13 +124,6 @@ struct GradientRow {
   }
 };
 
-template <class S>
-void write_zeros(S* out, int64_t columns) {
-  int64_t i = 0;
-  for (; i + Vec::lanes <= columns; i += Vec::lanes) store(out + i, broadcast(0));
-  if (i < columns) store_first(out + i, broadcast(0), columns - i);
-}
-
 template <class S, class T>
 void forward_rows(const KlDivForward& call, int64_t begin, int64_t end) {
   const KlDivLogits& logits = call.logits;

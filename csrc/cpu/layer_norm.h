@@ -5,7 +5,9 @@
 
 namespace distilbert_fast {
 
-// Throws std::invalid_argument before any memory is touched if sizes, pointers or eps make no sense.
+// Throw std::invalid_argument before any memory is touched if sizes, pointers or eps make no sense.
 void layer_norm_forward(const LayerNormRows& call, int64_t rows, int threads);
+// dweight and dbias are [columns]; call.gradient.sums is not read.
+void layer_norm_backward(const LayerNormGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads);
 
 }  // namespace distilbert_fast

@@ -77,7 +77,7 @@ def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tu
 
 def _forward_fake(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     found = x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device), found
+    return _rows.empty_like(x, torch.int8), found
 
 
 @operator("quantize_forward(Tensor x, Tensor? scale) -> (Tensor, Tensor)", _forward_fake)
@@ -107,7 +107,7 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
         _rows.DTYPE_CODE[x.dtype],
         n,
         c,
-        *_rows.codes(x_q, scale, found),
+        _rows.codes(x_q, scale, found),
         torch.get_num_threads(),
     )
     return x_q, found

@@ -203,15 +203,19 @@ def test_any_shape_and_layout(n, c, layouts, dtype, with_residual, seed):
     check(given, lay_out(logits(n, c, dtype, seed + 4), layouts[2]))
 
 
-def test_same_bits_on_any_number_of_threads():
-    x, weight, bias, residual = arguments(301, 768, torch.float32)
+def test_same_bits_on_any_number_of_threads(place):
+    tensors, dy = arguments(301, 768, torch.float32), logits(301, 768, seed=9)
     before = torch.get_num_threads()
+
+    def everything():
+        gradients = [] if place == "torch" else results(layer_norm, tensors, dy)  # torch's own depend on it
+        return [*layer_norm_quantize(*tensors), *gradients]
+
     try:
-        want = layer_norm_quantize(x, weight, bias, residual)
+        want = everything()
         for threads in (1, 2, 3, 1, 5):
             torch.set_num_threads(threads)
-            found = layer_norm_quantize(x, weight, bias, residual)
-            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(everything(), want, strict=True))
     finally:
         torch.set_num_threads(before)
 
@@ -225,14 +229,16 @@ def native(x, weight, bias, residual, y, y_low, y_q, flip, scale_out, mean, rstd
     def code(tensor):
         return 0 if tensor is None else [torch.float32, torch.bfloat16].index(tensor.dtype)
 
+    def address(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
     n, c = x.shape
+    codes = *rows(y_q), flip, address(scale_out), address(scale_in), 1
+    outputs = *rows(y), code(y), *rows(y_low), address(mean), address(rstd), codes
     backends.cpu().layer_norm_forward(
-        *(*rows(x), code(x), *rows(residual), code(residual), n, c),
-        *(weight.data_ptr(), bias.data_ptr(), 1e-12, *rows(y), code(y), *rows(y_low)),
-        *(0 if vector is None else vector.data_ptr() for vector in (mean, rstd)),
-        *(*rows(y_q), flip),
-        *(0 if vector is None else vector.data_ptr() for vector in (scale_out, scale_in)),
-        *(1, 1),
+        *(*rows(x), code(x), *rows(residual), code(residual), n),
+        (c, weight.data_ptr(), bias.data_ptr(), 1e-12, *outputs),
+        1,
     )
 
 
@@ -281,10 +287,52 @@ def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, tier):
     assert torch.equal(out, y) and torch.equal(found_q, y_q) and torch.equal(found_scale, y_scale)
 
 
+@pytest.mark.parametrize("c", [1, 5, 37, 768, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_gradients_fill_their_memory_and_no_more(c, dtype, tier):
+    n, edge = 67, 16  # rows of two chunks
+    x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments(n, c, dtype))
+    dy = logits(n, c, dtype, seed=9)
+    want = results(layer_norm, [x, weight.float(), bias.float(), residual], dy)
+    _, mean, rstd = torch.ops.distilbert_fast.layer_norm_forward(x, weight, bias, residual, 1e-12, True)
+    weight, code = weight.float(), [torch.float32, torch.bfloat16].index(dtype)
+    frames = [torch.full((size + 2 * edge,), 77, dtype=kind) for size, kind in ((n * c, dtype), (c, torch.float32))]
+    frames.append(frames[1].clone())
+    dh, dweight, dbias = (frame[edge:-edge] for frame in frames)
+    pointers = weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), code
+    backends.cpu().layer_norm_backward(
+        *(x.data_ptr(), c, code, residual.data_ptr(), c, code, n),
+        (c, dy.data_ptr(), c, code, *pointers),
+        *(dweight.data_ptr(), dbias.data_ptr(), 1),
+    )
+    for found, expected in zip((dh.view(n, c), dweight, dbias), want[1:4], strict=True):
+        assert torch.equal(found, expected)
+    for frame in frames:
+        frame[edge:-edge] = 77
+        assert (frame == 77).all()
+
+
+def test_native_bad_gradients(tier):
+    x = 64, 4, 0, 0, 0, 0, 2
+    good = dict(columns=4, dy=64, dy_stride=4, dy_dtype=0, weight=64, mean=64, rstd=64, dh=64, dh_dtype=0)
+    for changed, pointers, message in (
+        ({"columns": -1}, (64, 64), "columns must be 0 or more, got -1"),
+        ({"dy_dtype": 3}, (64, 64), "dtype must be 0 (float32) or 1 (bfloat16), got 3"),
+        ({"dy": 0}, (64, 64), "dy must point to memory, got null"),
+        ({"mean": 0}, (64, 64), "mean must point to memory, got null"),
+        ({"dh": 0}, (64, 64), "dh must point to memory, got null"),
+        ({}, (0, 64), "dweight must point to memory, got null"),
+        ({}, (64, 0), "dbias must point to memory, got null"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            backends.cpu().layer_norm_backward(*x, tuple({**good, **changed}.values()), *pointers, 1)
+        assert str(raised.value) == f"layer_norm: {message}"
+
+
 def test_native_bad_input(tier):
-    good = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2, columns=4)
-    good |= dict(weight=64, bias=64, eps=1e-12, y=0, y_stride=4, y_dtype=0, y_low=0, y_low_stride=0)
-    rest = [0] * 8 + [1]  # no statistics, no codes, one thread
+    x = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2)
+    out = dict(columns=4, weight=64, bias=64, eps=1e-12)
+    rest = 0, 4, 0, 0, 0, 0, 0, (0, 0, 0, 0, 0, 0)
     for changed, message in (
         ({"rows": -1}, "rows must be 0 or more, got -1"),
         ({"columns": -1}, "columns must be 0 or more, got -1"),
@@ -295,8 +343,9 @@ def test_native_bad_input(tier):
         ({"weight": 0}, "weight must point to memory, got null"),
         ({"bias": 0}, "bias must point to memory, got null"),
     ):
+        first, second = ({name: changed.get(name, good[name]) for name in good} for good in (x, out))
         with pytest.raises(ValueError) as raised:
-            backends.cpu().layer_norm_forward(*{**good, **changed}.values(), *rest)
+            backends.cpu().layer_norm_forward(*first.values(), (*second.values(), *rest), 1)
         assert str(raised.value) == f"layer_norm: {message}"
 
 

@@ -164,8 +164,8 @@ def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, tier):
     for scale_in in (0, scale.data_ptr()):
         frame, scales = torch.full((5, c + 6), 77, dtype=torch.uint8), torch.full((5,), 77.0)
         y_q = frame[1:-1, 3:-3]
-        pointers = y_q.data_ptr(), frame.stride(0), 0x80, scales[1:].data_ptr(), scale_in
-        backends.cpu().quantize(x.data_ptr(), c, 0, 3, c, *pointers, 1, 1)
+        codes = y_q.data_ptr(), frame.stride(0), 0x80, scales[1:].data_ptr(), scale_in, 1
+        backends.cpu().quantize(x.data_ptr(), c, 0, 3, c, codes, 1)
         assert torch.equal(y_q.int() - 128, want.int())
         torch.testing.assert_close(scales[1:4], scale, rtol=0, atol=0, equal_nan=True)
         y_q.fill_(77)
@@ -173,17 +173,16 @@ def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, tier):
 
 
 def test_native_bad_input(tier):
-    good = dict(zip("x x_stride x_dtype rows columns y_q".split(), [64, 4, 0, 2, 4, 64], strict=True))
-    rest = [4, 0, 0, 0, 0, 1]
+    good = dict(x=64, x_stride=4, x_dtype=0, rows=2, columns=4, codes=(64, 4, 0, 0, 0, 0), threads=1)
     for changed, message in (
         ({"rows": -1}, "rows must be 0 or more, got -1"),
         ({"columns": -1}, "columns must be 0 or more, got -1"),
         ({"x_dtype": 2}, "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
         ({"x": 0}, "x must point to memory, got null"),
-        ({"y_q": 0}, "codes must point to memory, got null"),
+        ({"codes": (0, 4, 0, 0, 0, 0)}, "codes must point to memory, got null"),
     ):
         with pytest.raises(ValueError) as raised:
-            backends.cpu().quantize(*{**good, **changed}.values(), *rest)
+            backends.cpu().quantize(*{**good, **changed}.values())
         assert str(raised.value) == f"quantize: {message}"
 
 
