@@ -23,12 +23,10 @@ inline AddRows add_rows_of(const Lookup (&lookups)[3]) {
 }
 
 inline void embedding_forward(const EmbeddingRows& call, int64_t begin, int64_t end) {
-  const AddRows add_rows = add_rows_of(call.lookups);
-  for (int64_t r = begin; r < end; ++r) {
-    const void* const rows[3] = {looked_up(call.lookups[0], r), looked_up(call.lookups[1], r),
-                                 looked_up(call.lookups[2], r)};
-    normalize_row(add_rows, rows, call.out, r);
-  }
+  const auto terms_of = [&](int64_t r, const void* terms[3]) {
+    for (int k = 0; k < 3; ++k) terms[k] = looked_up(call.lookups[k], r);
+  };
+  normalize_rows(add_rows_of(call.lookups), terms_of, call.out, begin, end);
 }
 
 inline void embedding_backward(const EmbeddingGradientRows& call, int64_t begin, int64_t end) {

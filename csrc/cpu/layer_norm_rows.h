@@ -5,7 +5,8 @@
 // over h; pass 4 writes what is wanted besides, codes by the scale that pass 3 found, and a rounded y.
 //
 // h and y live in y itself where that is float32, else on the stack, in L1 either way. A longer row than the stack
-// holds is made again, chunk by chunk, in every pass. Sums of chunks are added in double. Included after
+// holds is made again, chunk by chunk, in every pass. Sums of chunks are added in double. A few rows go through each
+// pass one after another, so that what a row's sums end in is computed during the next row. Included after
 // quantize_rows.h.
 #pragma once
 
@@ -15,6 +16,7 @@ namespace distilbert_fast {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // columns
+constexpr int64_t kGroup = 4;     // rows in each pass
 constexpr int kSums = 4;          // independent sums, so that none waits for its own last addition
 
 struct None {};  // the type of a row that is not there
@@ -25,13 +27,13 @@ constexpr bool kPresent<None> = false;
 
 // h = a + b + c over columns [begin, begin + n) of three rows; returns the sum of h.
 template <class A, class B, class C>
-float add_rows(const void* const rows[3], int64_t begin, int64_t n, float* h) {
+float add_rows(const void* const terms[3], int64_t begin, int64_t n, float* h) {
   constexpr int64_t lanes = Vec::lanes;
-  const A* a = static_cast<const A*>(rows[0]) + begin;
+  const A* a = static_cast<const A*>(terms[0]) + begin;
   const auto with = [&](int64_t i, auto&& load_from) {
     Vec x = load_from(a + i);
-    if constexpr (kPresent<B>) x = add(x, load_from(static_cast<const B*>(rows[1]) + begin + i));
-    if constexpr (kPresent<C>) x = add(x, load_from(static_cast<const C*>(rows[2]) + begin + i));
+    if constexpr (kPresent<B>) x = add(x, load_from(static_cast<const B*>(terms[1]) + begin + i));
+    if constexpr (kPresent<C>) x = add(x, load_from(static_cast<const C*>(terms[2]) + begin + i));
     return x;
   };
   const auto at = [&](int64_t i) { return with(i, [](auto* p) { return load(p); }); };
@@ -57,7 +59,7 @@ float add_rows(const void* const rows[3], int64_t begin, int64_t n, float* h) {
   return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
-using AddRows = float (*)(const void* const rows[3], int64_t begin, int64_t n, float* h);
+using AddRows = float (*)(const void* const terms[3], int64_t begin, int64_t n, float* h);
 
 // Of types: 0 float32, 1 bfloat16, 2 none.
 inline AddRows add_rows_of(DType a, int b, int c) {
@@ -127,67 +129,98 @@ inline void round_row(const float* y, int64_t n, bfloat16* out) {
   if (i < n) store_first(out + i, load_first(y + i, n - i, 0), n - i);
 }
 
-// Row r of a call, whose h is the sum of `rows`.
-inline void normalize_row(AddRows add_rows, const void* const rows[3], const Normalized& out, int64_t r) {
+struct NormalizedRow {
+  const void* terms[3];  // h is their sum
+  float* kept;           // h, then y
+  float m, rstd, shift;
+  Vec largest;  // max |y| of each lane
+};
+
+// Rows [begin, end) of a call, few enough for the stack. terms_of(r, terms) tells what row r is the sum of.
+template <class TermsOf>
+void normalize_group(AddRows add_rows, const TermsOf& terms_of, const Normalized& out, int64_t begin, int64_t end) {
   alignas(64) float stack[kChunk];
+  NormalizedRow rows[kGroup];
   const int64_t columns = out.columns;
   const bool in_place = out.y && out.y_dtype == DType::float32;
-  float* const kept = in_place ? static_cast<float*>(out.y) + r * out.y_stride : stack;
   const bool whole = in_place || columns <= kChunk;
-  const auto each_chunk = [&](auto&& pass) {
-    for (int64_t c = 0; c < columns; c += kChunk) pass(kept + (whole ? c : 0), c, smaller(kChunk, columns - c));
+  const auto each_row = [&](auto&& pass) {
+    for (int64_t r = begin; r < end; ++r) pass(rows[r - begin], r);
+  };
+  const auto each_chunk = [&](const NormalizedRow& row, auto&& pass) {
+    for (int64_t c = 0; c < columns; c += kChunk) pass(row.kept + (whole ? c : 0), c, smaller(kChunk, columns - c));
+  };
+  const auto make_y = [&](NormalizedRow& row, float* h, int64_t c, int64_t n) {
+    row.largest = normalize(h, out.weight + c, out.bias + c, n, row.m, row.rstd, row.shift, row.largest);
   };
 
-  double total = 0;
-  each_chunk([&](float* h, int64_t c, int64_t n) { total += add_rows(rows, c, n, h); });
-  const float m = static_cast<float>(total / columns);
-
-  double sum_d = 0, sum_dd = 0;
-  each_chunk([&](float* h, int64_t c, int64_t n) {
-    if (!whole) add_rows(rows, c, n, h);
-    add_spread(h, n, m, sum_d, sum_dd);
+  each_row([&](NormalizedRow& row, int64_t r) {
+    terms_of(r, row.terms);
+    row.kept = in_place ? static_cast<float*>(out.y) + r * out.y_stride : stack + (r - begin) * columns;
+    double total = 0;
+    each_chunk(row, [&](float* h, int64_t c, int64_t n) { total += add_rows(row.terms, c, n, h); });
+    row.m = static_cast<float>(total / columns);
   });
-  const double mean_d = sum_d / columns, variance = sum_dd / columns - mean_d * mean_d;
-  const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + out.eps);
-  if (out.mean) out.mean[r] = static_cast<float>(m + mean_d);
-  if (out.rstd) out.rstd[r] = static_cast<float>(rstd);
 
-  Vec largest = broadcast(0);
-  const auto make_y = [&](float* h, int64_t c, int64_t n) {
-    largest = normalize(h, out.weight + c, out.bias + c, n, m, static_cast<float>(rstd),
-                        static_cast<float>(-mean_d * rstd), largest);
-  };
+  each_row([&](NormalizedRow& row, int64_t r) {
+    double sum_d = 0, sum_dd = 0;
+    each_chunk(row, [&](float* h, int64_t c, int64_t n) {
+      if (!whole) add_rows(row.terms, c, n, h);
+      add_spread(h, n, row.m, sum_d, sum_dd);
+    });
+    const double mean_d = sum_d / columns, variance = sum_dd / columns - mean_d * mean_d;
+    const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + out.eps);
+    if (out.mean) out.mean[r] = static_cast<float>(row.m + mean_d);
+    if (out.rstd) out.rstd[r] = static_cast<float>(rstd);
+    row.rstd = static_cast<float>(rstd);
+    row.shift = static_cast<float>(-mean_d * rstd);
+  });
+
   const Codes& codes = out.codes;
   const bool coded = codes.data || codes.scale_out;  // a row of no columns has no codes, but a scale
   const bool find_scale = coded && !codes.scale_in;
-  if (whole || find_scale) {
-    each_chunk([&](float* h, int64_t c, int64_t n) {
-      if (!whole) add_rows(rows, c, n, h);
-      make_y(h, c, n);
+  each_row([&](NormalizedRow& row, int64_t) {
+    row.largest = broadcast(0);
+    if (!whole && !find_scale) return;
+    each_chunk(row, [&](float* h, int64_t c, int64_t n) {
+      if (!whole) add_rows(row.terms, c, n, h);
+      make_y(row, h, c, n);
     });
-  }
+  });
 
-  float scale = 0;
-  if (coded) {
-    scale = find_scale ? scale_of(largest_magnitude(largest)) : codes.scale_in[r * codes.scale_in_stride];
-    if (codes.scale_out) codes.scale_out[r] = scale;
-  }
-  const float inverse = inverse_of(scale);
-  each_chunk([&](float* y, int64_t c, int64_t n) {
-    if (!whole) add_rows(rows, c, n, y), make_y(y, c, n);
-    if (codes.data) write_codes(y, n, inverse, codes.data + r * codes.stride + c, codes.flip);
-    if (out.y && !in_place) round_row(y, n, static_cast<bfloat16*>(out.y) + r * out.y_stride + c);
-    if (out.y_low) round_row(y, n, out.y_low + r * out.y_low_stride + c);
+  each_row([&](NormalizedRow& row, int64_t r) {
+    float scale = 0;
+    if (coded) {
+      scale = find_scale ? scale_of(largest_magnitude(row.largest)) : codes.scale_in[r * codes.scale_in_stride];
+      if (codes.scale_out) codes.scale_out[r] = scale;
+    }
+    const float inverse = inverse_of(scale);
+    const auto write = find_scale ? write_own_codes<float> : write_codes<float>;
+    each_chunk(row, [&](float* y, int64_t c, int64_t n) {
+      if (!whole) add_rows(row.terms, c, n, y), make_y(row, y, c, n);
+      if (codes.data) write(y, n, inverse, codes.data + r * codes.stride + c, codes.flip);
+      if (out.y && !in_place) round_row(y, n, static_cast<bfloat16*>(out.y) + r * out.y_stride + c);
+      if (out.y_low) round_row(y, n, out.y_low + r * out.y_low_stride + c);
+    });
   });
 }
 
-inline void layer_norm_forward(const LayerNormRows& call, int64_t begin, int64_t end) {
-  const AddRows add_rows = add_rows_of(call.x_dtype, type_of(call.residual, call.residual_dtype), 2);
-  for (int64_t r = begin; r < end; ++r) {
-    const void* rows[3] = {row_at(call.x, call.x_dtype, r * call.x_stride), nullptr, nullptr};
-    if (call.residual) rows[1] = row_at(call.residual, call.residual_dtype, r * call.residual_stride);
-    normalize_row(add_rows, rows, call.out, r);
+template <class TermsOf>
+void normalize_rows(AddRows add_rows, const TermsOf& terms_of, const Normalized& out, int64_t begin, int64_t end) {
+  const int64_t group = kGroup * out.columns <= kChunk ? kGroup : 1;
+  for (int64_t r = begin; r < end; r += group) {
+    normalize_group(add_rows, terms_of, out, r, smaller(r + group, end));
   }
+}
+
+inline void layer_norm_forward(const LayerNormRows& call, int64_t begin, int64_t end) {
+  const auto terms_of = [&](int64_t r, const void* terms[3]) {
+    terms[0] = row_at(call.x, call.x_dtype, r * call.x_stride);
+    terms[1] = call.residual ? row_at(call.residual, call.residual_dtype, r * call.residual_stride) : nullptr;
+    terms[2] = nullptr;
+  };
+  const AddRows add_rows = add_rows_of(call.x_dtype, type_of(call.residual, call.residual_dtype), 2);
+  normalize_rows(add_rows, terms_of, call.out, begin, end);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ inline float scale_of(float largest) {
 
 inline float inverse_of(float scale) { return scale >= kSmallestScale ? 1.0f / scale : 0.0f; }
 
+// Codes by a scale that may be anything.
 template <class T>
 void write_codes(const T* x, int64_t n, float inverse, uint8_t* codes, uint8_t flip) {
   constexpr int64_t lanes = Vec::lanes;
@@ -34,6 +35,23 @@ void write_codes(const T* x, int64_t n, float inverse, uint8_t* codes, uint8_t f
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) store_codes(codes + i, mul(load(x + i), r), flip);
   if (i < n) store_codes_first(codes + i, mul(load_first(x + i, n - i, 0), r), flip, n - i);
+}
+
+// Codes by the row's own scale: either every code is 0, or x is finite and needs no clamp.
+template <class T>
+void write_own_codes(const T* x, int64_t n, float inverse, uint8_t* codes, uint8_t flip) {
+  constexpr int64_t lanes = Vec::lanes;
+  if (inverse == 0) {
+    for (int64_t i = 0; i < n; ++i) codes[i] = flip;
+    return;
+  }
+  const Vec r = broadcast(inverse);
+  const auto at = [&](int64_t i) { return mul(load(x + i), r); };
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    store_small_codes(codes + i, at(i), at(i + lanes), at(i + 2 * lanes), at(i + 3 * lanes), flip);
+  }
+  write_codes(x + i, n - i, inverse, codes + i, flip);
 }
 
 template <class T>
@@ -44,7 +62,8 @@ void quantize_rows(const QuantizeRows& call, int64_t begin, int64_t end) {
     const float scale =
         codes.scale_in ? codes.scale_in[r * codes.scale_in_stride] : scale_of(largest_magnitude(x, call.columns));
     if (codes.scale_out) codes.scale_out[r] = scale;
-    write_codes(x, call.columns, inverse_of(scale), codes.data + r * codes.stride, codes.flip);
+    const auto write = codes.scale_in ? write_codes<T> : write_own_codes<T>;
+    write(x, call.columns, inverse_of(scale), codes.data + r * codes.stride, codes.flip);
   }
 }
 

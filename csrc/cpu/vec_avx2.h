@@ -131,6 +131,15 @@ inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(bytes), codes(x, flip));
   for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
 }
+// Of four vectors whose values round to ±127 at most.
+inline void store_small_codes(uint8_t* p, Vec a, Vec b, Vec c, Vec d, uint8_t flip) {
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(flip))));
+}
 
 // 8 rows of 8 become 8 columns: pairs, then fours within 128 bits, then the halves.
 inline void transpose(Vec (&x)[8]) {

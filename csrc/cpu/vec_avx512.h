@@ -103,6 +103,14 @@ inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
 inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   _mm_mask_storeu_epi8(p, first(n), codes(x, flip));
 }
+// Of four vectors whose values round to ±127 at most.
+inline void store_small_codes(uint8_t* p, Vec a, Vec b, Vec c, Vec d, uint8_t flip) {
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
+  _mm512_storeu_si512(p, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(flip))));
+}
 
 // 16 rows of 16 become 16 columns: pairs, then fours within 128 bits, then the blocks of 128 bits themselves.
 inline void transpose(Vec (&x)[16]) {

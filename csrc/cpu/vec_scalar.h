@@ -120,6 +120,14 @@ inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(static_cast<uint8_t>(whole[i]) ^ flip);
 }
 inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_codes_first(p, x, flip, Vec::lanes); }
+// Of four vectors whose values round to ±127 at most.
+inline void store_small_codes(uint8_t* p, Vec a, Vec b, Vec c, Vec d, uint8_t flip) {
+  const Vec all[4] = {a, b, c, d};
+  for (int k = 0; k < 4; ++k) {
+    const Ints whole = __builtin_convertvector(round_to_int(all[k]).v, Ints);
+    for (int i = 0; i < 4; ++i) p[4 * k + i] = static_cast<uint8_t>(static_cast<uint8_t>(whole[i]) ^ flip);
+  }
+}
 
 inline void transpose(Vec (&x)[4]) {
   const Vec rows[4] = {x[0], x[1], x[2], x[3]};
