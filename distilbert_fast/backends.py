@@ -30,7 +30,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_kl_div": {},
     "attention": {},
     "quantize": {},
-    "int8_linear": {},
+    "int8_linear": {"cpu": ("float32", "bfloat16")},
     "layer_norm": {},
     "embedding": {},
     "cosine_loss": {},
