@@ -49,7 +49,7 @@ DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
 # which any CPU can run; it picks the tier at import.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
-AVX512 += ["-Wno-maybe-uninitialized"]  # gcc 12 suspects its own intrinsics
+AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 suspects its own intrinsics
 TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512} if IS_X86 else {"tier_scalar": []}
 
 # Compiled first, so that an unsuitable compiler gets one message instead of a screen of errors.

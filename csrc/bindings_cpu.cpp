@@ -3,11 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+
+#include "cpu/attention.h"
 #include "cpu/buffer.h"
+#include "cpu/cosine_loss.h"
+#include "cpu/embedding.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
+#include "cpu/layer_norm.h"
+#include "cpu/quantize.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;
@@ -33,6 +41,89 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
           rows,
           columns,
           temperature};
+}
+
+DType dtype(int code) { return static_cast<DType>(code); }
+
+// data, stride, flip, scale_out, scale_in, stride of scale_in: see Codes.
+using CodesArguments = std::tuple<Address, int64_t, int, Address, Address, int64_t>;
+
+Codes codes(const CodesArguments& arguments) {
+  const auto [data, stride, flip, scale_out, scale_in, scale_in_stride] = arguments;
+  return {at<uint8_t>(data),         stride,         static_cast<uint8_t>(flip), at<float>(scale_out),
+          at<const float>(scale_in), scale_in_stride};
+}
+
+using Heads = std::array<int64_t, 4>;  // an address, and the strides of sequences, tokens and heads
+
+template <class Pointer>
+AttentionTensor<Pointer> heads_at(const Heads& x) {
+  return {reinterpret_cast<Pointer>(x[0]), x[1], x[2], x[3]};
+}
+
+AttentionCall attention_call(const Heads& q, const Heads& k, const Heads& v, int dtype, Address cu_seqlens,
+                             Address mask, int64_t length, int64_t batch, int64_t heads, int64_t head_size,
+                             Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+                             uint64_t seed) {
+  return {{at<const int32_t>(cu_seqlens), at<const bool>(mask), length, batch},
+          heads,
+          head_size,
+          heads_at<const void*>(q),
+          heads_at<const void*>(k),
+          heads_at<const void*>(v),
+          static_cast<DType>(dtype),
+          at<const float>(head_mask),
+          head_mask_stride,
+          scale,
+          dropout_p,
+          seed};
+}
+
+// columns, weight, bias, eps, y, stride, dtype, second y, stride, mean, rstd, codes: see Normalized.
+using NormalizedArguments = std::tuple<int64_t, Address, Address, double, Address, int64_t, int, Address, int64_t,
+                                       Address, Address, CodesArguments>;
+
+Normalized normalized(const NormalizedArguments& arguments) {
+  const auto& [columns, weight, bias, eps, y, y_stride, y_dtype, y_low, y_low_stride, mean, rstd, y_codes] = arguments;
+  return {
+      at<const float>(weight), at<const float>(bias), eps,          columns,         at<void>(y),     y_stride,
+      dtype(y_dtype),          at<bfloat16>(y_low),   y_low_stride, at<float>(mean), at<float>(rstd), codes(y_codes)};
+}
+
+// columns, dy, stride, dtype, weight, mean, rstd, dh contiguous, dtype: see NormalizedGradient.
+using GradientArguments = std::tuple<int64_t, Address, int64_t, int, Address, Address, Address, Address, int>;
+
+NormalizedGradient gradient(const GradientArguments& arguments) {
+  const auto [columns, dy, dy_stride, dy_dtype, weight, mean, rstd, dh, dh_dtype] = arguments;
+  return {at<const void>(dy),
+          dy_stride,
+          dtype(dy_dtype),
+          at<const float>(weight),
+          at<const float>(mean),
+          at<const float>(rstd),
+          columns,
+          at<void>(dh),
+          columns,
+          dtype(dh_dtype),
+          nullptr};
+}
+
+// ids, are they int64, table, its rows, stride, dtype: see Lookup.
+using LookupArguments = std::tuple<Address, bool, Address, int64_t, int64_t, int>;
+
+Lookup lookup(const LookupArguments& arguments) {
+  const auto [ids, wide, table, table_rows, stride, table_dtype] = arguments;
+  return {at<const void>(ids), wide, at<const void>(table), table_rows, stride, dtype(table_dtype)};
+}
+
+// student, teacher, their strides, their dtypes, mask, columns: see CosinePair.
+using PairArguments = std::tuple<Address, Address, int64_t, int64_t, int, int, Address, int64_t>;
+
+CosinePair cosine_pair(const PairArguments& arguments) {
+  const auto [student, teacher, student_stride, teacher_stride, student_dtype, teacher_dtype, mask, columns] =
+      arguments;
+  return {at<const void>(student), at<const void>(teacher), student_stride,       teacher_stride,
+          dtype(student_dtype),    dtype(teacher_dtype),    at<const bool>(mask), columns};
 }
 
 }  // namespace
@@ -116,4 +207,96 @@ PYBIND11_MODULE(_cpu, m) {
         int8_linear(call, threads);
       },
       "Linear layer on int8 codes and packed weights, with scales and biases of its own; floats or int8 codes");
+
+  m.def(
+      "quantize",
+      [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, const CodesArguments& x_q,
+         int threads) {
+        const QuantizeRows call = {at<const void>(x), x_stride, dtype(x_dtype), columns, codes(x_q)};
+        py::gil_scoped_release release;
+        quantize(call, rows, threads);
+      },
+      "int8 codes of rows by the scales given or by those found");
+  m.def(
+      "layer_norm_forward",
+      [](Address x, int64_t x_stride, int x_dtype, Address residual, int64_t residual_stride, int residual_dtype,
+         int64_t rows, const NormalizedArguments& out, int threads) {
+        const LayerNormRows call = {at<const void>(x),        x_stride,        dtype(x_dtype),
+                                    at<const void>(residual), residual_stride, dtype(residual_dtype),
+                                    normalized(out)};
+        py::gil_scoped_release release;
+        layer_norm_forward(call, rows, threads);
+      },
+      "LayerNorm of rows of x + residual, and what is wanted of a bfloat16 copy, its statistics and its codes");
+  m.def(
+      "layer_norm_backward",
+      [](Address x, int64_t x_stride, int x_dtype, Address residual, int64_t residual_stride, int residual_dtype,
+         int64_t rows, const GradientArguments& out, Address dweight, Address dbias, int threads) {
+        const LayerNormGradientRows call = {
+            at<const void>(x),     x_stride,     dtype(x_dtype), at<const void>(residual), residual_stride,
+            dtype(residual_dtype), gradient(out)};
+        py::gil_scoped_release release;
+        layer_norm_backward(call, rows, at<float>(dweight), at<float>(dbias), threads);
+      },
+      "Gradients of the sum, weight and bias from the statistics that forward kept");
+  m.def(
+      "embedding_forward",
+      [](const LookupArguments& word, const LookupArguments& position, const LookupArguments& token_type, int64_t rows,
+         const NormalizedArguments& out, int threads) {
+        const EmbeddingRows call = {{lookup(word), lookup(position), lookup(token_type)}, normalized(out)};
+        py::gil_scoped_release release;
+        embedding_forward(call, rows, threads);
+      },
+      "LayerNorm of the sums of looked-up rows");
+  m.def(
+      "embedding_backward",
+      [](const LookupArguments& word, const LookupArguments& position, const LookupArguments& token_type, int64_t rows,
+         const GradientArguments& out, Address dweight, Address dbias, int threads) {
+        const EmbeddingGradientRows call = {{lookup(word), lookup(position), lookup(token_type)}, gradient(out)};
+        py::gil_scoped_release release;
+        embedding_backward(call, rows, at<float>(dweight), at<float>(dbias), threads);
+      },
+      "Gradients of the sums, weight and bias from the statistics that forward kept");
+  m.def(
+      "cosine_loss_forward",
+      [](const PairArguments& pair, int64_t rows, Address loss, Address stats, int threads) {
+        const CosineForwardRows call = {cosine_pair(pair), at<float>(loss), at<float>(stats)};
+        py::gil_scoped_release release;
+        cosine_loss_forward(call, rows, threads);
+      },
+      "Losses of rows, and their cosines and inverse lengths");
+  m.def(
+      "cosine_loss_backward",
+      [](const PairArguments& pair, int64_t rows, Address dloss, Address stats, Address gradient, int threads) {
+        const CosineBackwardRows call = {cosine_pair(pair), at<const float>(dloss), at<const float>(stats),
+                                         at<void>(gradient)};
+        py::gil_scoped_release release;
+        cosine_loss_backward(call, rows, threads);
+      },
+      "Gradient from the cosines and inverse lengths and the upstream gradient of each row");
+
+  m.def(
+      "attention_forward",
+      [](Heads q, Heads k, Heads v, int dtype, Address cu_seqlens, Address mask, int64_t length, int64_t batch,
+         int64_t heads, int64_t head_size, Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+         uint64_t seed, int64_t tokens, Heads o, int o_dtype, int threads) {
+        const AttentionCall call = attention_call(q, k, v, dtype, cu_seqlens, mask, length, batch, heads, head_size,
+                                                  head_mask, head_mask_stride, scale, dropout_p, seed);
+        py::gil_scoped_release release;
+        attention_forward({call, heads_at<void*>(o), static_cast<DType>(o_dtype)}, tokens, threads);
+      },
+      "Attention of packed sequences (cu_seqlens, tokens = N) or of padded ones (mask or 0, length)");
+  m.def(
+      "attention_backward",
+      [](Heads q, Heads k, Heads v, int dtype, Address cu_seqlens, Address mask, int64_t length, int64_t batch,
+         int64_t heads, int64_t head_size, Address head_mask, int64_t head_mask_stride, double scale, double dropout_p,
+         uint64_t seed, int64_t tokens, Heads g, Heads dq, Heads dk, Heads dv, Address dm, int threads) {
+        const AttentionCall call = attention_call(q, k, v, dtype, cu_seqlens, mask, length, batch, heads, head_size,
+                                                  head_mask, head_mask_stride, scale, dropout_p, seed);
+        py::gil_scoped_release release;
+        attention_backward({call, heads_at<const void*>(g), heads_at<void*>(dq), heads_at<void*>(dk),
+                            heads_at<void*>(dv), at<float>(dm)},
+                           tokens, threads);
+      },
+      "Gradients of q, k, v and, where dm is not 0, of the head mask [batch, heads]");
 }

@@ -28,12 +28,12 @@ _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear_kl_div": {},
-    "attention": {},
-    "quantize": {},
+    "attention": {"cpu": ("float32", "bfloat16")},
+    "quantize": {"cpu": ("float32", "bfloat16")},
     "int8_linear": {"cpu": ("float32", "bfloat16")},
-    "layer_norm": {},
-    "embedding": {},
-    "cosine_loss": {},
+    "layer_norm": {"cpu": ("float32", "bfloat16")},
+    "embedding": {"cpu": ("float32", "bfloat16")},
+    "cosine_loss": {"cpu": ("float32", "bfloat16")},
     "codebook_linear": {},
 }
 
@@ -188,9 +188,10 @@ def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str |
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(op: str, device: str, dtypes: tuple[str, ...], name: str | None) -> str:
+def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | None) -> str:
+    names = tuple(str(dtype)[6:] for dtype in dtypes)
     if name is not None:
-        obstacle = _obstacle(op, name, device, dtypes)
+        obstacle = _obstacle(op, name, device, names)
         if obstacle:
             raise BackendError(f"{op}: backend {name!r} was forced but cannot serve: {obstacle}")
         return name
@@ -198,7 +199,7 @@ def _choose(op: str, device: str, dtypes: tuple[str, ...], name: str | None) -> 
     for candidate in KERNELS[op]:
         if not _runs_on(candidate, device) or (candidate == "triton" and device == "cpu"):
             continue  # the interpreter serves only who asks for it by name
-        obstacle = _obstacle(op, candidate, device, dtypes)
+        obstacle = _obstacle(op, candidate, device, names)
         if obstacle is None:
             return candidate
         reasons.append(f"{candidate}: {obstacle}")
@@ -213,7 +214,7 @@ def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
     Raises:
         BackendError: a forced backend cannot serve; the message says why.
     """
-    return _choose(op, device.type, tuple(str(dtype)[6:] for dtype in dtypes), forced())
+    return _choose(op, device.type, dtypes, forced())
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from distilbert_fast import backends, kl_div
+from distilbert_fast import backends, kl_div, padded_attention
 
 _cpu = backends.cpu()
 
@@ -63,6 +63,115 @@ def test_backward_refuses_missing_outputs():
     with pytest.raises(ValueError) as error:
         _cpu.kl_div_backward(*call)
     assert str(error.value) == "kl_div: dloss, stats and gradient must point to memory, got null"
+
+
+HEADS = torch.arange(24.0).view(3, 2, 4)  # [N, H, D]
+OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
+
+
+def attention_arguments(**changed) -> list:
+    """The same for what attention_forward and attention_backward begin with."""
+    heads = (HEADS.data_ptr(), 0, 8, 4)
+    values = {
+        "q": heads,
+        "k": heads,
+        "v": heads,
+        "dtype": 0,
+        "cu_seqlens": OFFSETS.data_ptr(),
+        "mask": 0,
+        "length": 0,
+        "batch": 2,
+        "heads": 2,
+        "head_size": 4,
+        "head_mask": 0,
+        "head_mask_stride": 0,
+        "scale": 0.5,
+        "dropout_p": 0.0,
+        "seed": 0,
+        "tokens": 3,
+    }
+    assert set(changed) <= set(values)
+    return list({**values, **changed}.values())
+
+
+NOWHERE = (0, 0, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch": -1}, "attention: batch must be 0 or more, got -1"),
+        ({"heads": -1}, "attention: heads must be 0 or more, got -1"),
+        ({"head_size": 0}, "attention: head_size must be 1 or more, got 0"),
+        ({"heads": 2**31}, "attention: heads and head_size must fit in 31 bits, got 2147483648 and 4"),
+        ({"dtype": 2}, "attention: dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        ({"scale": 0.0}, "attention: scale must be finite and above 0, got 0.000000"),
+        ({"scale": float("nan")}, "attention: scale must be finite and above 0, got nan"),
+        ({"dropout_p": 1.0}, "attention: dropout_p must be at least 0 and below 1, got 1.000000"),
+        ({"tokens": 4}, "attention: cu_seqlens must be N = 4 at the end, got 3"),
+        ({"cu_seqlens": 0, "length": -1}, "attention: length must be 0 or more and fit in 31 bits, got -1"),
+        ({"q": NOWHERE}, "attention: q, k and v must point to memory, got null"),
+        ({"v": NOWHERE}, "attention: q, k and v must point to memory, got null"),
+    ],
+)
+def test_attention_refuses_before_touching_memory(changed, message):
+    out = (HEADS.data_ptr(), 0, 8, 4)
+    calls = [
+        lambda: _cpu.attention_forward(*attention_arguments(**changed), out, 0, 1),
+        lambda: _cpu.attention_backward(*attention_arguments(**changed), out, out, out, out, 0, 1),
+    ]
+    before = HEADS.clone()
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == message
+    assert torch.equal(HEADS, before)
+
+
+def test_attention_refuses_missing_outputs():
+    with pytest.raises(ValueError) as error:
+        _cpu.attention_forward(*attention_arguments(), NOWHERE, 0, 1)
+    assert str(error.value) == "attention: o must point to memory, got null"
+    with pytest.raises(ValueError) as error:
+        _cpu.attention_forward(*attention_arguments(), (HEADS.data_ptr(), 0, 8, 4), 3, 1)
+    assert str(error.value) == "attention: o_dtype must be 0 (float32) or 1 (bfloat16), got 3"
+    with pytest.raises(ValueError) as error:
+        _cpu.attention_backward(*attention_arguments(), *[NOWHERE] * 4, 0, 1)
+    assert str(error.value) == "attention: do, dq, dk and dv must point to memory, got null"
+
+
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 4, 16, 19, 33])
+def test_attention_writes_its_outputs_and_nothing_beside_them(size, dtype, isa):
+    """Outputs with gaps between tokens, heads and sequences, of another dtype than the inputs; one head is dead."""
+    batch, length, heads, canary = 2, 5, 3, 77.0
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, length, heads, size, generator=generator)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    head_mask = torch.tensor([1.0, 0.0, -0.5])
+    room = torch.full((batch, length + 1, heads + 1, size + 3), canary, dtype=dtype)
+    o = room[:, :length, :heads, 2 : 2 + size]
+    where = lambda x: (x.data_ptr(), *x.stride()[:3])  # noqa: E731
+    call = [where(q)] * 3 + [0, 0, mask.data_ptr(), length, batch, heads, size, head_mask.data_ptr(), 0, 0.3, 0.0, 0, 0]
+    tier = _cpu.isa()
+    try:
+        _cpu.set_isa(isa)
+        _cpu.attention_forward(*call, where(o), 0 if dtype == torch.float32 else 1, 1)
+        if dtype == torch.float32:
+            rooms = [room.clone().fill_(canary) for _ in range(3)]
+            dq, dk, dv = (x[:, :length, :heads, 2 : 2 + size] for x in rooms)
+            _cpu.attention_backward(*call, *(where(x) for x in (q, dq, dk, dv)), 0, 1)
+            for x in (dq, dk, dv):
+                assert (x[0, [1, 4]] == 0).all() and (x[:, :, 1] == 0).all() and not (x == canary).any()
+                x.fill_(canary)
+            assert all((x == canary).all() for x in rooms)
+    finally:
+        _cpu.set_isa(tier)
+    expected = padded_attention(q, q, q, mask, head_mask, scale=0.3)
+    torch.testing.assert_close(o, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    o.fill_(canary)
+    assert (room == canary).all()
 
 
 def test_no_rows_touch_nothing():

@@ -4,18 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bfloat16.h"
+
 namespace distilbert_fast {
 namespace {
 
 void require(bool holds, const char* expected, const std::string& given) {
   if (!holds) throw std::invalid_argument(std::string("pack: ") + expected + ", got " + given);
-}
-
-uint16_t to_bfloat16(float x) {  // round half to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
 }
 
 // A column of weights: groups of 32 bits lie 64 bytes apart, a block behind 16 of them.
@@ -83,8 +78,8 @@ void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_
     } else if (kind == Weights::float32) {
       fill_column<float>(column, k, [&](int64_t c) { return static_cast<const float*>(source.weights)[at(c)]; });
     } else if (source.is_float32) {
-      fill_column<uint16_t>(column, k,
-                            [&](int64_t c) { return to_bfloat16(static_cast<const float*>(source.weights)[at(c)]); });
+      fill_column<uint16_t>(
+          column, k, [&](int64_t c) { return to_bfloat16(static_cast<const float*>(source.weights)[at(c)]).bits; });
     } else {
       fill_column<uint16_t>(column, k, [&](int64_t c) { return static_cast<const uint16_t*>(source.weights)[at(c)]; });
     }

@@ -4,6 +4,9 @@
 // by, and the next one is fetched meanwhile. W is read once, A once a panel.
 #pragma once
 
+#include "gelu.h"
+#include "quantize_rows.h"
+
 namespace distilbert_fast {
 namespace {
 
@@ -16,8 +19,6 @@ struct Prefetch {
   }
 };
 
-constexpr float kTinyScale = 0x1p-126f;  // the smallest scale with a finite reciprocal
-
 inline Vec sums_of(const float* p) { return load(p); }
 inline Vec sums_of(const int32_t* p) { return from_int32(p); }
 
@@ -29,8 +30,7 @@ void finish_as(const Gemm& call, const typename Tile::Sum* sums, int64_t row, in
     Vec a_scale = broadcast(1.0f), codes_per_unit = broadcast(0.0f);
     if (Tile::quantized) a_scale = broadcast(call.a_scale[r * call.a_scale_stride]);
     if (call.output == Output::codes) {
-      const float scale = call.out_scale[r * call.out_scale_stride];
-      codes_per_unit = broadcast(scale >= kTinyScale ? 1.0f / scale : 0.0f);
+      codes_per_unit = broadcast(inverse_of(call.out_scale[r * call.out_scale_stride]));
     }
     for (int64_t c = 0; c < columns; c += Vec::lanes) {
       const int64_t n = columns - c < Vec::lanes ? columns - c : Vec::lanes, f = column + c;
@@ -54,7 +54,7 @@ void finish_as(const Gemm& call, const typename Tile::Sum* sums, int64_t row, in
       } else {
         uint8_t* out = static_cast<uint8_t*>(call.out) + at;
         y = mul(y, codes_per_unit);
-        n == Vec::lanes ? store_codes(out, y, call.out_flip) : store_first_codes(out, y, call.out_flip, n);
+        n == Vec::lanes ? store_codes(out, y, call.out_flip) : store_codes_first(out, y, call.out_flip, n);
       }
     }
   }

@@ -8,14 +8,9 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "rows.h"
 
 namespace distilbert_fast {
-
-enum class DType : int { float32 = 0, bfloat16 = 1 };
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // Two matrices of logits [rows, columns]; neighbours inside a row touch, rows lie a stride (in elements) apart.
 struct KlDivLogits {
@@ -48,7 +43,49 @@ struct KlDivBackward {
   bool stream;
 };
 
-// One entry per kernel; each works on the rows [begin, end).
+// Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
+// cu_seqlens is null: `length` tokens each, of which those with mask[b · length + i] count; a null mask counts all.
+struct AttentionSequences {
+  const int32_t* cu_seqlens;  // [batch + 1]
+  const bool* mask;           // [batch, length]
+  int64_t length;
+  int64_t batch;
+};
+
+// Token i (of all if packed, of sequence b if padded) of head h lies at data + b · sequence + i · token + h · head, in
+// elements; the head_size numbers of a head touch. Packed tensors have sequence = 0.
+template <class Pointer>
+struct AttentionTensor {
+  Pointer data;
+  int64_t sequence, token, head;
+};
+
+struct AttentionCall {
+  AttentionSequences sequences;
+  int64_t heads, head_size;
+  AttentionTensor<const void*> q, k, v;
+  DType dtype;               // of q, k and v
+  const float* head_mask;    // [batch, heads]; null: 1
+  int64_t head_mask_stride;  // from one sequence to the next, 0 for a mask [heads]
+  double scale;
+  double dropout_p;  // in [0, 1)
+  uint64_t seed;     // of the dropout
+};
+
+struct AttentionForward {
+  AttentionCall call;
+  AttentionTensor<void*> o;  // 0 at padding and where the head mask is 0
+  DType o_dtype;
+};
+
+struct AttentionBackward {
+  AttentionCall call;
+  AttentionTensor<const void*> g;     // d loss / d o, dtype of the call
+  AttentionTensor<void*> dq, dk, dv;  // dtype of the call; 0 at padding and where the head mask is 0
+  float* dm;                          // [batch, heads], zeros on entry; also where the head mask is 0; null: not wanted
+};
+
+// One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
@@ -57,6 +94,17 @@ struct Kernels {
   GemmKernel gemm_float32;
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
+  void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
+  void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
+  // scratch: attention_forward_scratch or _backward_scratch bytes for the longest sequence, 64 byte aligned, one for
+  // each thread.
+  void (*attention_forward)(const AttentionForward&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end, void* scratch);
+  void (*embedding_forward)(const EmbeddingRows&, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const LayerNormGradientRows&, int64_t begin, int64_t end);
+  void (*embedding_backward)(const EmbeddingGradientRows&, int64_t begin, int64_t end);
+  void (*cosine_loss_forward)(const CosineForwardRows&, int64_t begin, int64_t end);
+  void (*cosine_loss_backward)(const CosineBackwardRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar;

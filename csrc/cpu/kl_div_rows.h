@@ -15,11 +15,8 @@
 namespace distilbert_fast {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64 * Vec::lanes;  // columns: a lane adds 64 terms in float before double takes over
-constexpr float kLowest = -3.402823466e38f;
-constexpr double kUnit = 1 << 20;  // of W
-constexpr float kNone = -__builtin_inff();
+constexpr double kUnit = 1 << 20;            // of W
 constexpr float kNoFloor[16] = {kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone,
                                 kNone, kNone, kNone, kNone, kNone, kNone, kNone, kNone};
 
@@ -28,8 +25,6 @@ struct RowSums {
   float m_s = kLowest, m_t = kLowest;
   double z_s = 0, z_t = 0, w = 0;
 };
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Raise the running maxima: earlier sums held d measured from the old ones.
 inline void raise_maxima(RowSums& row, float m_s, float m_t, double k) {
@@ -128,13 +123,6 @@ struct GradientRow {
     if (i < columns) store_first(out + i, at_first(i, columns - i), columns - i);
   }
 };
-
-template <class S>
-void write_zeros(S* out, int64_t columns) {
-  int64_t i = 0;
-  for (; i + Vec::lanes <= columns; i += Vec::lanes) store(out + i, broadcast(0));
-  if (i < columns) store_first(out + i, broadcast(0), columns - i);
-}
 
 template <class S, class T>
 void forward_rows(const KlDivForward& call, int64_t begin, int64_t end) {

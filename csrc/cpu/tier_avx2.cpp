@@ -2,17 +2,21 @@
 
 #include "vec_math.h"
 
-#include "gelu.h"
 #include "gemm_rows.h"
-#include "gemm_tile_float.h"
+
 #include "gemm_tile_int8_avx2.h"
-#include "kl_div_rows.h"
+
+#include "kernel_table.h"
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx2 = {
-    kl_div_forward, kl_div_backward, gemm_widened, gemm<FloatTile<BFloat16Weights>>, gemm<FloatTile<FloatWeights>>, 0,
-    false,
-};
+constexpr Kernels table() {
+  Kernels kernels = common_kernels();
+  kernels.gemm_int8 = gemm_widened;
+  kernels.code_flip = 0;
+  return kernels;
+}
+
+constexpr Kernels kernels_avx2 = table();
 
 }  // namespace distilbert_fast

@@ -2,17 +2,21 @@
 
 #include "vec_math.h"
 
-#include "gelu.h"
 #include "gemm_rows.h"
-#include "gemm_tile_float.h"
+
 #include "gemm_tile_int8_avx512.h"
-#include "kl_div_rows.h"
+
+#include "kernel_table.h"
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx512 = {
-    kl_div_forward, kl_div_backward, gemm<Int8Tile>, gemm<FloatTile<BFloat16Weights>>, gemm<FloatTile<FloatWeights>>,
-    0x80,           false,
-};
+constexpr Kernels table() {
+  Kernels kernels = common_kernels();
+  kernels.gemm_int8 = gemm<Int8Tile>;
+  kernels.code_flip = 0x80;
+  return kernels;
+}
+
+constexpr Kernels kernels_avx512 = table();
 
 }  // namespace distilbert_fast

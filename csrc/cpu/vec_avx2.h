@@ -79,10 +79,10 @@ inline void finish_streams() { _mm_sfence(); }
 
 inline Vec round_to_int(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// x · 2^n for whole n ≤ 127; 0 where 2^n is subnormal. A NaN stays one.
+// x · 2^n for whole n ≤ 127; 0 for n < −125. A NaN stays one.
 inline Vec times_power_of_two(Vec x, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);
   return {_mm256_andnot_ps(tiny, _mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent)))};
 }
 
@@ -102,22 +102,52 @@ inline Vec odd_of_pairs(const void* p) {
   return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), mask))};
 }
 
-// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
-inline uint64_t codes(Vec x, uint8_t flip) {
-  const __m256 clamped = _mm256_min_ps(_mm256_max_ps(x.v, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
-  const __m256 number = _mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q);
-  const __m256i rounded = _mm256_cvtps_epi32(_mm256_and_ps(clamped, number));
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-  const __m128i bytes = _mm_packs_epi16(words, words);
-  return static_cast<uint64_t>(_mm_cvtsi128_si64(bytes)) ^ 0x0101010101010101u * flip;
+// The larger of a, itself a magnitude, and |b| by the order of their bits: finite < ∞ < NaN.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), magnitude))};
+}
+inline float largest_magnitude(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1))));
+}
+
+// x clamped to ±127 and rounded half to even, in two's complement XOR flip, in the low 8 bytes; NaN gives 0.
+inline __m128i codes(Vec x, uint8_t flip) {
+  const __m256 low = _mm256_max_ps(_mm256_set1_ps(-127), x.v);  // a NaN, on the right, stays one
+  const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(127), low));
+  const __m256i lowest_bytes = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8(whole, lowest_bytes);  // NaN is 0x80000000
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  return _mm_xor_si128(both, _mm_set1_epi8(static_cast<char>(flip)));
 }
 inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
-  const uint64_t bytes = codes(x, flip);
-  __builtin_memcpy(p, &bytes, sizeof bytes);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), codes(x, flip));
 }
-inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
-  const uint64_t bytes = codes(x, flip);
-  __builtin_memcpy(p, &bytes, static_cast<size_t>(n));
+inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  alignas(16) uint8_t bytes[16];
+  _mm_store_si128(reinterpret_cast<__m128i*>(bytes), codes(x, flip));
+  for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
+}
+
+// 8 rows of 8 become 8 columns: pairs, then fours within 128 bits, then the halves.
+inline void transpose(Vec (&x)[8]) {
+  __m256 two[8], four[8];
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    two[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 8; ++i) {
+    const __m256d a = _mm256_castps_pd(two[i / 4 * 4 + i % 4 / 2]),
+                  b = _mm256_castps_pd(two[i / 4 * 4 + i % 4 / 2 + 2]);
+    four[i] = _mm256_castpd_ps(i % 2 == 0 ? _mm256_unpacklo_pd(a, b) : _mm256_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm256_permute2f128_ps(four[i], four[4 + i], 0x20);
+    x[4 + i].v = _mm256_permute2f128_ps(four[i], four[4 + i], 0x31);
+  }
 }
 
 }  // namespace

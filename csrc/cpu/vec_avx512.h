@@ -1,7 +1,12 @@
 // Vec: 16 floats in a zmm register.
 #pragma once
 
+// GCC 12 warns of the undefined operands inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "kernels.h"
 
@@ -58,8 +63,11 @@ inline void finish_streams() { _mm_sfence(); }
 
 inline Vec round_to_int(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// x · 2^n for whole n.
-inline Vec times_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// x · 2^n for whole n; 0 for n < −125. A NaN stays one.
+inline Vec times_power_of_two(Vec x, Vec n) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, x.v, n.v)};
+}
 
 inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
@@ -73,18 +81,51 @@ inline Vec odd_of_pairs(const void* p) {
       _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
-// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
+// The larger of a, itself a magnitude, and |b| by the order of their bits: finite < ∞ < NaN.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), magnitude))};
+}
+inline float largest_magnitude(Vec a) {
+  const __m128i bits = _mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(_mm512_castps_si512(a.v))));
+  return _mm_cvtss_f32(_mm_castsi128_ps(bits));
+}
+
+// x clamped to ±127 and rounded half to even, in two's complement XOR flip; NaN gives 0.
 inline __m128i codes(Vec x, uint8_t flip) {
-  const __m512 clamped = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
-  const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
-  const __m512i rounded = _mm512_maskz_cvtps_epi32(number, clamped);
-  return _mm_xor_si128(_mm512_cvtepi32_epi8(rounded), _mm_set1_epi8(static_cast<char>(flip)));
+  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-127), x.v);  // a NaN, on the right, stays one
+  const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(127), low));
+  return _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8(static_cast<char>(flip)));  // NaN is 0x80000000
 }
 inline void store_codes(uint8_t* p, Vec x, uint8_t flip) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes(x, flip));
 }
-inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
   _mm_mask_storeu_epi8(p, first(n), codes(x, flip));
+}
+
+// 16 rows of 16 become 16 columns: pairs, then fours within 128 bits, then the blocks of 128 bits themselves.
+inline void transpose(Vec (&x)[16]) {
+  __m512 two[16], four[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    two[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; ++i) {
+    const __m512d a = _mm512_castps_pd(two[i / 4 * 4 + i % 4 / 2]),
+                  b = _mm512_castps_pd(two[i / 4 * 4 + i % 4 / 2 + 2]);
+    four[i] = _mm512_castpd_ps(i % 2 == 0 ? _mm512_unpacklo_pd(a, b) : _mm512_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(four[i], four[4 + i], 0x44),
+                 b = _mm512_shuffle_f32x4(four[i], four[4 + i], 0xee);
+    const __m512 c = _mm512_shuffle_f32x4(four[8 + i], four[12 + i], 0x44);
+    const __m512 d = _mm512_shuffle_f32x4(four[8 + i], four[12 + i], 0xee);
+    x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[4 + i].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[8 + i].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[12 + i].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
 }
 
 }  // namespace

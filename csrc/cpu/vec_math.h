@@ -1,12 +1,25 @@
-// Functions of a Vec that every tier computes alike. Included after vec_<isa>.h.
+// Functions of a Vec, and on rows, that every tier computes alike. Included after vec_<isa>.h.
 #pragma once
 
 namespace distilbert_fast {
 namespace {
 
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLowest = -3.402823466e38f;  // of finite floats
+constexpr float kNone = -__builtin_inff();
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+void write_zeros(T* out, int64_t columns) {
+  int64_t i = 0;
+  for (; i + Vec::lanes <= columns; i += Vec::lanes) store(out + i, broadcast(0));
+  if (i < columns) store_first(out + i, broadcast(0), columns - i);
+}
+
 // 2^x for x ≤ 0, −∞ too: x = n + f with |f| ≤ 1/2; 2^f by the minimax polynomial of degree 6 (relative error 2e-9).
+// Below 2^-125 it is 0: a subnormal number would cost a hundred cycles. A NaN stays one.
 inline Vec exp2(Vec x) {
-  x = maximum(broadcast(-200), x);  // 0 in float; a NaN, on the right, stays one
   const Vec n = round_to_int(x);
   const Vec f = sub(x, n);
   Vec p = broadcast(0x1.41d334p-13f);

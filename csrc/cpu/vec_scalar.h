@@ -76,11 +76,11 @@ inline Vec round_to_int(Vec x) {
   return {x.v < -4194304.0f ? x.v : (x.v + shift) - shift};
 }
 
-// x · 2^n for whole n ≤ 127; 0 where 2^n is subnormal. A NaN stays one.
+// x · 2^n for whole n ≤ 127; 0 for n < −125. A NaN stays one.
 inline Vec times_power_of_two(Vec x, Vec n) {
-  const Floats kept = n.v < -126.0f ? broadcast(-126.0f).v : n.v;
+  const Floats kept = n.v < -125.0f ? broadcast(-125.0f).v : n.v;
   const Ints power = (__builtin_convertvector(kept, Ints) + 127) << 23;
-  return {n.v < -126.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
+  return {n.v < -125.0f ? broadcast(0.0f).v : x.v * reinterpret_cast<Floats>(power)};
 }
 
 inline Vec minimum(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
@@ -101,16 +101,30 @@ inline Bits load_bits(const void* p) {
 inline Vec even_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) << 16)}; }
 inline Vec odd_of_pairs(const void* p) { return {reinterpret_cast<Floats>(load_bits(p) & 0xffff0000u)}; }
 
-// int8 of round(clamp(x, −127, 127)), ties to even, NaN as 0; each code is stored XOR flip.
-inline void store_first_codes(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
-  const Floats shift = broadcast(12582912.0f).v;  // 1.5 · 2^23: adding it leaves no room for a fraction
-  Floats y = x.v > 127.0f ? broadcast(127.0f).v : x.v;
-  y = y < -127.0f ? broadcast(-127.0f).v : y;
-  y = y == y ? y : broadcast(0.0f).v;
-  const Ints rounded = __builtin_convertvector((y + shift) - shift, Ints);
-  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(rounded[i]) ^ flip;
+// The larger of a, itself a magnitude, and |b| by the order of their bits: finite < ∞ < NaN.
+inline Vec larger_magnitude(Vec a, Vec b) {
+  const Ints x = reinterpret_cast<Ints>(a.v), y = reinterpret_cast<Ints>(b.v) & 0x7fffffff;
+  return {reinterpret_cast<Floats>(x > y ? x : y)};
 }
-inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_first_codes(p, x, flip, Vec::lanes); }
+inline float largest_magnitude(Vec a) {
+  Vec x = a;
+  x = larger_magnitude(x, {Floats{a.v[1], a.v[0], a.v[3], a.v[2]}});
+  return larger_magnitude(x, {Floats{x.v[2], x.v[3], x.v[0], x.v[1]}}).v[0];
+}
+
+// x clamped to ±127 and rounded half to even, in two's complement XOR flip; NaN gives 0.
+inline void store_codes_first(uint8_t* p, Vec x, uint8_t flip, int64_t n) {
+  const Floats low = x.v > 127.0f ? broadcast(127).v : x.v;
+  const Floats known = x.v == x.v ? low : broadcast(0).v;
+  const Ints whole = __builtin_convertvector(round_to_int({known < -127.0f ? broadcast(-127).v : known}).v, Ints);
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(static_cast<uint8_t>(whole[i]) ^ flip);
+}
+inline void store_codes(uint8_t* p, Vec x, uint8_t flip) { store_codes_first(p, x, flip, Vec::lanes); }
+
+inline void transpose(Vec (&x)[4]) {
+  const Vec rows[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i].v = Floats{rows[0].v[i], rows[1].v[i], rows[2].v[i], rows[3].v[i]};
+}
 
 }  // namespace
 }  // namespace distilbert_fast

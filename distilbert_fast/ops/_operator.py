@@ -34,7 +34,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         opaque = getattr(torch.ops.distilbert_fast, name).default
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or type(args[0]) not in _REAL or args[0].device.type == "meta":
+            if torch.compiler.is_compiling() or type(args[0]) not in _REAL or args[0].is_meta:
                 return opaque(*args)
             return kernel(*args)
 

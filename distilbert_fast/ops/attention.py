@@ -410,5 +410,71 @@ class _Dropout:
         return torch.empty_like(like).bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p)
 
 
-_FORWARD = {"torch": _forward_torch}
-_BACKWARD = {"torch": _backward_torch}
+# cpu -----------------------------------------------------------------------------------------------------------
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _heads_argument(x: torch.Tensor) -> tuple[int, ...]:
+    """Address and strides of sequences, tokens and heads."""
+    return x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1]
+
+
+def _call_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[Any, ...]:
+    """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
+    cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
+    return (
+        *(_heads_argument(x) for x in (q, k, v)),
+        _DTYPE_CODE[q.dtype],
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        q.shape[1] if cu_seqlens is None else 0,
+        q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        q.shape[-2],
+        q.shape[-1],
+        0 if head_mask is None else head_mask.data_ptr(),
+        0 if head_mask is None else head_mask.stride(0),
+        call.scale,
+        call.dropout_p,
+        0 if call.seed is None else int(call.seed),
+        q.shape[0],
+    )
+
+
+def _in_order(call: _Call) -> _Call:
+    """The same call with its integers, mask and heads side by side; [H] expanded to [B, H] stays as it is."""
+    head_mask = call.head_mask
+    if head_mask is not None and head_mask.stride(1) != 1:
+        head_mask = head_mask.contiguous()
+    return call._replace(
+        cu_seqlens=None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
+        attention_mask=None if call.attention_mask is None else call.attention_mask.contiguous(),
+        head_mask=head_mask,
+    )
+
+
+def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
+    call = _in_order(call)
+    o = torch.empty(q.shape, dtype=q.dtype)
+    backends.cpu().attention_forward(
+        *_call_arguments(q, k, v, call), _heads_argument(o), _DTYPE_CODE[o.dtype], torch.get_num_threads()
+    )
+    return o
+
+
+def _backward_cpu(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
+) -> tuple[torch.Tensor, ...]:
+    call = _in_order(call)
+    dq, dk, dv, dm = _backward_fake(do, q, k, v, *call)
+    backends.cpu().attention_backward(
+        *_call_arguments(q, k, v, call),
+        *(_heads_argument(x) for x in (do, dq, dk, dv)),
+        dm.data_ptr() if call.dm else 0,
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv, dm
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.kl_div import _count, _reduce
 
@@ -114,7 +114,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row losses [N], and (c, a, b) of each row [N, 3] for backward."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    return _FORWARD[name](_rows(student), _rows(teacher), mask)
+    return _FORWARD[name](_rows.rows(student), _rows.rows(teacher), mask)
 
 
 def _backward_fake(
@@ -124,7 +124,7 @@ def _backward_fake(
     drows: torch.Tensor,
     stats: torch.Tensor,
 ) -> torch.Tensor:
-    return student.new_empty(student.shape)
+    return _rows.empty_like(student, student.dtype)
 
 
 @operator(
@@ -141,12 +141,7 @@ def _backward(
     """Gradient [N, C] from the upstream gradient of each row [N]."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
     drows = drows.to(_accumulate(student)).contiguous()
-    return _BACKWARD[name](_rows(student), _rows(teacher), mask, drows, stats)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows may lie anywhere; inside a row the kernels want neighbours."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    return _BACKWARD[name](_rows.rows(student), _rows.rows(teacher), mask, drows, stats)
 
 
 # torch ---------------------------------------------------------------------------------------------------------
@@ -180,5 +175,43 @@ def _backward_torch(
     return dstudent.to(student.dtype)
 
 
-_FORWARD = {"torch": _forward_torch}
-_BACKWARD = {"torch": _backward_torch}
+# cpu -----------------------------------------------------------------------------------------------------------
+
+
+def _pair_arguments(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, ...]:
+    return (
+        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
+        *(_rows.DTYPE_CODE[student.dtype], _rows.DTYPE_CODE[teacher.dtype]),
+        0 if mask is None else mask.data_ptr(),
+        student.shape[1],
+    )
+
+
+def _forward_cpu(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = None if mask is None else mask.contiguous()
+    loss, stats = _forward_fake(student, teacher, mask)
+    pair = _pair_arguments(student, teacher, mask)
+    pointers = loss.data_ptr(), stats.data_ptr()
+    backends.cpu().cosine_loss_forward(pair, loss.shape[0], *pointers, torch.get_num_threads())
+    return loss, stats
+
+
+def _backward_cpu(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    drows: torch.Tensor,
+    stats: torch.Tensor,
+) -> torch.Tensor:
+    mask = None if mask is None else mask.contiguous()
+    dstudent = _backward_fake(student, teacher, mask, drows, stats)
+    pair = _pair_arguments(student, teacher, mask)
+    pointers = drows.data_ptr(), stats.data_ptr(), dstudent.data_ptr()
+    backends.cpu().cosine_loss_backward(pair, drows.shape[0], *pointers, torch.get_num_threads())
+    return dstudent
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.layer_norm import layer_norm_reference, normalize, normalize_backward
 from distilbert_fast.ops.quantize import as_scale, quantize_reference
@@ -72,7 +72,6 @@ def embedding(
     return _forward(weight, bias, ids, tables, eps, False)[0]
 
 
-@torch.no_grad()
 def embedding_quantize(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -107,8 +106,9 @@ def embedding_quantize(
         op, input_ids, position_ids, word, position, weight, bias, token_type_ids, token_type, eps
     )
     if out_scale is not None:
-        out_scale = as_scale(op, "out_scale", out_scale, input_ids)
-    y, y_q, found = _forward_quantize(weight, bias, ids, tables, eps, out_scale)
+        out_scale = as_scale(op, "out_scale", out_scale, input_ids).detach()
+    tables = [table.detach() for table in tables]
+    y, y_q, found = _forward_quantize(weight.detach(), bias.detach(), ids, tables, eps, out_scale)
     return y, y_q, found if out_scale is None else out_scale
 
 
@@ -161,16 +161,6 @@ def _check_arguments(
     _check.tensor(op, "token_type_ids", token_type_ids, (n,), _INTEGERS, device)
     _check.tensor(op, "token_type", token_type, ("K", c), device=device)
     return [input_ids, position_ids, token_type_ids], [word, position, token_type]
-
-
-def _check_ranges(op: str, ids: list[torch.Tensor], tables: list[torch.Tensor]) -> None:
-    """Refuse an id outside its table, where a look at the values is free: on the CPU."""
-    for i, (rows, table) in enumerate(zip(ids, tables, strict=True)):
-        if rows.device.type == "cpu" and rows.numel():
-            low, high = (int(bound) for bound in torch.aminmax(rows))
-            if low < 0 or high >= table.shape[0]:
-                expected = f"in [0, {table.shape[0]}), the rows of {_TABLES[i]}"
-                _check.refuse(op, _IDS[i], expected, low if low < 0 else high)
 
 
 class _Embedding(torch.autograd.Function):
@@ -236,7 +226,6 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y [N, C], and what backward needs if ``keep``: μ [N] and rstd [N]; else [0] and [0]."""
-    _check_ranges(OP, ids, tables)
     return _FORWARD[_select(weight, tables)](weight, bias, ids, tables, eps, keep)
 
 
@@ -250,7 +239,7 @@ def _forward_quantize_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = tables[0].new_empty((ids[0].shape[0], weight.shape[0]))
     found = weight.new_empty(y.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, torch.empty(y.shape, dtype=torch.int8, device=y.device), found
+    return y, _rows.empty_like(y, torch.int8), found
 
 
 @operator(
@@ -267,7 +256,6 @@ def _forward_quantize(
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y [N, C], its codes [N, C], and the scales found [N]: none, [0], where one was given."""
-    _check_ranges("embedding_quantize", ids, tables)
     return _FORWARD_QUANTIZE[_select(weight, tables)](weight, bias, ids, tables, eps, out_scale)
 
 
@@ -306,6 +294,16 @@ def _backward(
 # torch ------------------------------------------------------------------------------------------------------
 
 
+def _check_ranges(op: str, ids: list[torch.Tensor], tables: list[torch.Tensor]) -> None:
+    """Refuse an id outside its table, where a look at the values is free: on the CPU."""
+    for i, (rows, table) in enumerate(zip(ids, tables, strict=True)):
+        if rows.device.type == "cpu" and rows.numel():
+            low, high = (int(bound) for bound in torch.aminmax(rows))
+            if low < 0 or high >= table.shape[0]:
+                expected = f"in [0, {table.shape[0]}), the rows of {_TABLES[i]}"
+                _check.refuse(op, _IDS[i], expected, low if low < 0 else high)
+
+
 def _gather(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> torch.Tensor:
     h, *others = (torch.nn.functional.embedding(rows, table) for rows, table in zip(ids, tables, strict=True))
     h = h.to(_accumulate(tables))
@@ -322,6 +320,7 @@ def _forward_torch(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_ranges(OP, ids, tables)
     y, mean, rstd = normalize(_gather(ids, tables), weight, bias, eps)
     y = y.to(tables[0].dtype)
     return (y, mean, rstd) if keep else (y, mean.new_empty(0), mean.new_empty(0))
@@ -335,6 +334,7 @@ def _forward_quantize_torch(
     eps: float,
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_ranges("embedding_quantize", ids, tables)
     y, _, _ = normalize(_gather(ids, tables), weight, bias, eps)
     y_q, found = quantize_reference(y.to(torch.float32), out_scale)
     if out_scale is not None:
@@ -362,6 +362,83 @@ def _backward_torch(
     return dweight, dbias, dtables
 
 
-_FORWARD = {"torch": _forward_torch}
-_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch}
-_BACKWARD = {"torch": _backward_torch}
+# cpu --------------------------------------------------------------------------------------------------------
+
+
+def _neighbours(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The ids contiguous, the rows of the tables whole: the tensors that native code reads stay alive by name."""
+    return [i.contiguous() for i in ids], [_rows.rows(table) for table in tables]
+
+
+_NO_LOOKUP = (0, False, 0, 0, 0, 0)
+
+
+def _lookups(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int, int]]:
+    """The three Lookups of csrc/cpu/rows.h."""
+    lookups = [
+        (i.data_ptr(), i.dtype == torch.int64, t.data_ptr(), t.shape[0], t.stride(0), _rows.DTYPE_CODE[t.dtype])
+        for i, t in zip(ids, tables, strict=True)
+    ]
+    return lookups if len(lookups) == 3 else [*lookups, _NO_LOOKUP]
+
+
+def _forward_cpu(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, mean, rstd = _forward_fake(weight, bias, ids, tables, eps, keep)
+    ids, tables = _neighbours(ids, tables)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    out = _rows.normalized(weight, bias, eps, y, mean, rstd)
+    backends.cpu().embedding_forward(*_lookups(ids, tables), y.shape[0], out, torch.get_num_threads())
+    return y, mean, rstd
+
+
+def _forward_quantize_cpu(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, y_q, found = _forward_quantize_fake(weight, bias, ids, tables, eps, out_scale)
+    ids, tables = _neighbours(ids, tables)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    out = _rows.normalized(weight, bias, eps, y, codes=_rows.codes(y_q, out_scale, found))
+    backends.cpu().embedding_forward(*_lookups(ids, tables), y.shape[0], out, torch.get_num_threads())
+    return y, y_q, found
+
+
+def _backward_cpu(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    dh = _rows.empty_like(dy, torch.float32)
+    dweight, dbias = mean.new_empty(weight.shape[0]), mean.new_empty(weight.shape[0])
+    ids, tables = _neighbours(ids, tables)
+    dy, weight = _rows.rows(dy.to(tables[0].dtype)), _rows.parameter(weight)
+    gradient = _rows.gradient(dy, weight, mean, rstd, dh)
+    pointers = dweight.data_ptr(), dbias.data_ptr()
+    backends.cpu().embedding_backward(*_lookups(ids, tables), dh.shape[0], gradient, *pointers, torch.get_num_threads())
+    dtables = []
+    for rows, table, want in zip(ids, tables, wanted, strict=True):
+        # Most of the time goes into zeroing the gradient of a vocabulary, so its memory is worth keeping.
+        like = torch.empty(table.shape if want else (0, table.shape[1]), dtype=torch.float32, device="meta")
+        dtable = backends.empty_cpu(like).zero_()
+        dtables.append((dtable.index_add_(0, rows, dh) if want else dtable).to(table.dtype))
+    return dweight, dbias, dtables
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

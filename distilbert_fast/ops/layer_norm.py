@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.quantize import as_scale, quantize_reference
 
@@ -56,7 +56,6 @@ def layer_norm(
     return _forward(x, weight, bias, residual, eps, False)[0]
 
 
-@torch.no_grad()
 def layer_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -83,7 +82,9 @@ def layer_norm_quantize(
     """
     _check_arguments("layer_norm_quantize", x, weight, bias, residual, eps)
     if out_scale is not None:
-        out_scale = as_scale("layer_norm_quantize", "out_scale", out_scale, x)
+        out_scale = as_scale("layer_norm_quantize", "out_scale", out_scale, x).detach()
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    residual = None if residual is None else residual.detach()
     y, y_q, found = _forward_quantize(x, weight, bias, residual, eps, out_scale)
     return y, y_q, found if out_scale is None else out_scale
 
@@ -163,7 +164,7 @@ def _forward_fake(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    y = _rows.empty_like(x, _sum_dtype(x, residual))
     kept = x.shape[0] if keep else 0
     dtype = _accumulate(x, residual)
     return y, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
@@ -194,9 +195,9 @@ def _forward_quantize_fake(
     eps: float,
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    y = _rows.empty_like(x, _sum_dtype(x, residual))
     found = x.new_empty(x.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, torch.empty(x.shape, dtype=torch.int8, device=x.device), found
+    return y, _rows.empty_like(x, torch.int8), found
 
 
 @operator(
@@ -224,7 +225,7 @@ def _backward_fake(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dh = torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    dh = _rows.empty_like(x, _sum_dtype(x, residual))
     return dh, mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
 
 
@@ -311,6 +312,65 @@ def _backward_torch(
     return dh.to(_sum_dtype(x, residual)), dweight, dbias
 
 
-_FORWARD = {"torch": _forward_torch}
-_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch}
-_BACKWARD = {"torch": _backward_torch}
+# cpu --------------------------------------------------------------------------------------------------------
+
+
+def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, ...]:
+    first = x.data_ptr(), x.stride(0), _rows.DTYPE_CODE[x.dtype]
+    if residual is None:
+        return *first, 0, 0, 0, x.shape[0]
+    return *first, residual.data_ptr(), residual.stride(0), _rows.DTYPE_CODE[residual.dtype], x.shape[0]
+
+
+def _forward_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, mean, rstd = _forward_fake(x, weight, bias, residual, eps, keep)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    out = _rows.normalized(weight, bias, eps, y, mean, rstd)
+    backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
+    return y, mean, rstd
+
+
+def _forward_quantize_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, y_q, found = _forward_quantize_fake(x, weight, bias, residual, eps, out_scale)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    out = _rows.normalized(weight, bias, eps, y, codes=_rows.codes(y_q, out_scale, found))
+    backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
+    return y, y_q, found
+
+
+def _backward_cpu(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dh, dweight, dbias = _backward_fake(dy, x, weight, residual, mean, rstd)
+    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
+    dy, weight = _rows.rows(dy.to(dh.dtype)), _rows.parameter(weight)
+    gradient = _rows.gradient(dy, weight, mean, rstd, dh)
+    pointers = dweight.data_ptr(), dbias.data_ptr()
+    backends.cpu().layer_norm_backward(*_sum_arguments(x, residual), gradient, *pointers, torch.get_num_threads())
+    return dh, dweight, dbias
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 
 OP = "quantize"
@@ -18,7 +18,6 @@ TINY = 2.0**-126  # the smallest normal float32: the reciprocal of any scale fro
 _LARGEST = torch.finfo(torch.float32).max
 
 
-@torch.no_grad()
 def quantize(x: torch.Tensor, scale: float | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of the rows of x, and the scale that undoes them.
 
@@ -46,8 +45,8 @@ def quantize(x: torch.Tensor, scale: float | torch.Tensor | None = None) -> tupl
     """
     _check.tensor(OP, "x", x, ("N", "C"))
     if scale is not None:
-        scale = as_scale(OP, "scale", scale, x)
-    x_q, found = _forward(x, scale)
+        scale = as_scale(OP, "scale", scale, x).detach()
+    x_q, found = _forward(x.detach(), scale)
     return x_q, found if scale is None else scale
 
 
@@ -78,7 +77,7 @@ def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tu
 
 def _forward_fake(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     found = x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device), found
+    return _rows.empty_like(x, torch.int8), found
 
 
 @operator("quantize_forward(Tensor x, Tensor? scale) -> (Tensor, Tensor)", _forward_fake)
@@ -95,4 +94,23 @@ def _forward_torch(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.T
     return x_q, found if scale is None else x.new_empty(0, dtype=torch.float32)
 
 
-_FORWARD = {"torch": _forward_torch}
+# cpu --------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    x_q, found = _forward_fake(x, scale)
+    x = _rows.rows(x)
+    n, c = x.shape
+    backends.cpu().quantize(
+        x.data_ptr(),
+        x.stride(0),
+        _rows.DTYPE_CODE[x.dtype],
+        n,
+        c,
+        _rows.codes(x_q, scale, found),
+        torch.get_num_threads(),
+    )
+    return x_q, found
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}

@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distilbert_fast
-from distilbert_fast import cosine_loss
+from distilbert_fast import backends, cosine_loss
 from distilbert_fast.ops.cosine_loss import cosine_loss_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+pytestmark = pytest.mark.usefixtures("place")
 
 SHAPES = [(0, 5), (1, 1), (1, 2), (3, 7), (5, 15), (5, 16), (4, 17), (3, 31), (4, 33), (37, 768), (2, 3001)]
 DTYPES = [
@@ -111,7 +113,7 @@ def test_every_reduction_and_upstream_gradient(reduction, upstream):
     assert torch.equal(leaf.grad, results(cosine_loss, student, teacher, reduction="sum")[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.booleans(), max_size=9), st.sampled_from(["mean", "sum", "none"]))
 def test_random_masks(rows, reduction):
     """Against torch's loss of the counted rows alone. What the others hold, NaN here, reaches nothing."""
@@ -177,12 +179,58 @@ def test_teacher_never_gets_a_gradient():
     assert not cosine_loss(student.detach(), teacher).requires_grad
 
 
-def test_same_bits_every_run():
-    student, teacher = pair(37, 1003)
-    first = results(cosine_loss, student, teacher)
-    for _ in range(3):
-        again = results(cosine_loss, student, teacher)
-        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+def test_same_bits_every_run_and_on_any_number_of_threads():
+    student, teacher = pair(137, 1003)
+    before = torch.get_num_threads()
+    try:
+        first = results(cosine_loss, student, teacher, reduction="none")
+        for threads in (1, 2, 3, 1, 5):
+            torch.set_num_threads(threads)
+            again = results(cosine_loss, student, teacher, reduction="none")
+            assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("c", [1, 5, 37, 768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_outputs_fill_their_memory_and_no_more(c, dtype, tier):
+    n, edge, code = 5, 16, [torch.float32, torch.bfloat16].index(dtype)
+    student, teacher = pair(n, c, (dtype, dtype))
+    mask, dloss = torch.tensor([1, 1, 0, 1, 1], dtype=torch.bool), torch.ones(n)
+    want = results(cosine_loss, student, teacher, mask, "none")
+    sizes = (n, torch.float32), (3 * n, torch.float32), (n * c, dtype)
+    frames = [torch.full((size + 2 * edge,), 77, dtype=kind) for size, kind in sizes]
+    loss, stats, gradient = (frame[edge:-edge] for frame in frames)
+    given = student.data_ptr(), teacher.data_ptr(), c, c, code, code, mask.data_ptr(), c
+    backends.cpu().cosine_loss_forward(given, n, loss.data_ptr(), stats.data_ptr(), 1)
+    backends.cpu().cosine_loss_backward(given, n, dloss.data_ptr(), stats.data_ptr(), gradient.data_ptr(), 1)
+    assert torch.equal(loss, want[0]) and torch.equal(gradient.view(n, c), want[1])
+    for frame in frames:
+        frame[edge:-edge] = 77
+        assert (frame == 77).all()
+
+
+def test_native_bad_input(tier):
+    good = dict(student=64, teacher=64, student_stride=4, teacher_stride=4, student_dtype=0, teacher_dtype=0, mask=0)
+    good |= dict(columns=4, rows=2)
+    for changed, outputs, message in (
+        ({"rows": -1}, (64, 64, 64), "rows must be 0 or more, got -1"),
+        ({"columns": -1}, (64, 64, 64), "columns must be 0 or more, got -1"),
+        ({"teacher_dtype": 2}, (64, 64, 64), "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        ({"student": 0}, (64, 64, 64), "student must point to memory, got null"),
+        ({"teacher": 0}, (64, 64, 64), "teacher must point to memory, got null"),
+        ({}, (0, 64, 64), "loss must point to memory, got null"),
+        ({}, (64, 0, 64), "stats must point to memory, got null"),
+        ({}, (64, 64, 0), "gradient must point to memory, got null"),
+    ):
+        *given, rows = {**good, **changed}.values()
+        with pytest.raises(ValueError) as caught:
+            if outputs[2]:
+                backends.cpu().cosine_loss_forward(tuple(given), rows, *outputs[:2], 1)
+            else:
+                backends.cpu().cosine_loss_backward(tuple(given), rows, *outputs, 1)
+        assert str(caught.value) == f"cosine_loss: {message}"
 
 
 # torch's own machinery ---------------------------------------------------------------------------------------

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import distilbert_fast
+from distilbert_fast import backends
 from distilbert_fast.ops.embedding import embedding, embedding_quantize, embedding_reference
 from distilbert_fast.ops.quantize import quantize
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+pytestmark = pytest.mark.usefixtures("place")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(0, 9, 5), (1, 1, 3), (7, 30522, 4), (33, 50, 129), (17, 40, 768)]  # N, V, C
@@ -103,7 +107,7 @@ def test_any_layout_of_ids_tables_and_upstream_gradient(layout):
     assert all(torch.equal(a, b) for a, b in zip(given[0] + given[1], ids + tables, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 9),
     v=st.integers(1, 40),
@@ -170,7 +174,8 @@ def test_a_non_finite_row_leaves_the_others_exact():
 def test_quantize_is_that_of_the_unrounded_result(dtype):
     ids, tables = make_ids(17, 40), make_tables(40, 129, dtype)
     y = call(embedding, ids, tables)
-    unrounded = y.float() if dtype == torch.float64 else call(embedding, ids, [table.float() for table in tables])
+    with distilbert_fast.backend(backends.select("embedding", y.device, dtype)):  # the one that made y
+        unrounded = y.float() if dtype == torch.float64 else call(embedding, ids, [table.float() for table in tables])
     for scale in (None, 0.03125, torch.rand(17)):
         same, y_q, y_scale = call(embedding_quantize, ids, tables, scale)
         want_q, want_scale = quantize(unrounded, scale)
@@ -178,6 +183,23 @@ def test_quantize_is_that_of_the_unrounded_result(dtype):
         assert torch.equal(y_q, want_q) and torch.equal(y_scale, want_scale)
     leaves = [table.requires_grad_() for table in tables]
     assert not any(result.requires_grad for result in call(embedding_quantize, ids, leaves))
+
+
+def test_same_bits_on_any_number_of_threads(place):
+    ids, tables, dy = make_ids(301, 40), make_tables(40, 768, torch.float32), logits(301, 768, seed=9)
+    before = torch.get_num_threads()
+
+    def everything():
+        gradients = [] if place == "torch" else results(embedding, ids, tables, dy)  # torch's own depend on it
+        return [*call(embedding_quantize, ids, tables), *gradients]
+
+    try:
+        want = everything()
+        for threads in (1, 2, 3, 1, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(everything(), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_it_is_the_embedding_of_a_real_bert(bert, tokenizer):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import distilbert_fast
+from distilbert_fast import backends
 from distilbert_fast.ops.layer_norm import layer_norm, layer_norm_quantize, layer_norm_reference
 from distilbert_fast.ops.quantize import quantize
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+pytestmark = pytest.mark.usefixtures("place")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 3), (3, 7), (33, 129), (17, 768), (2, 30522)]
@@ -165,7 +169,8 @@ def test_quantize_is_that_of_the_unrounded_result(shape, dtype):
     x, weight, bias, residual = arguments(*shape, dtype)
     y, y_q, y_scale = layer_norm_quantize(x, weight, bias, residual)
     assert torch.equal(y, layer_norm(x, weight, bias, residual)) and y.dtype == dtype
-    unrounded = layer_norm(x.float(), weight.float(), bias.float(), residual.float())
+    with distilbert_fast.backend(backends.select("layer_norm", x.device, dtype)):  # the one that made y
+        unrounded = layer_norm(x.float(), weight.float(), bias.float(), residual.float())
     if dtype != torch.float64:
         want_q, want_scale = quantize(unrounded)
         assert torch.equal(y_q, want_q) and torch.equal(y_scale, want_scale)
@@ -183,7 +188,7 @@ def test_quantize_carries_no_gradient():
     assert not any(result.requires_grad for result in layer_norm_quantize(*tensors))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 9),
     c=st.integers(3, 70),
@@ -196,6 +201,152 @@ def test_any_shape_and_layout(n, c, layouts, dtype, with_residual, seed):
     x, weight, bias, residual = arguments(n, c, dtype, seed)
     given = [lay_out(x, layouts[0]), weight, bias, lay_out(residual, layouts[1]) if with_residual else None]
     check(given, lay_out(logits(n, c, dtype, seed + 4), layouts[2]))
+
+
+def test_same_bits_on_any_number_of_threads(place):
+    tensors, dy = arguments(301, 768, torch.float32), logits(301, 768, seed=9)
+    before = torch.get_num_threads()
+
+    def everything():
+        gradients = [] if place == "torch" else results(layer_norm, tensors, dy)  # torch's own depend on it
+        return [*layer_norm_quantize(*tensors), *gradients]
+
+    try:
+        want = everything()
+        for threads in (1, 2, 3, 1, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(everything(), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def native(x, weight, bias, residual, y, y_low, y_q, flip, scale_out, mean, rstd, scale_in=None):
+    """The native entry, with every output that it has; null where None is given."""
+
+    def rows(tensor):
+        return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+    def code(tensor):
+        return 0 if tensor is None else [torch.float32, torch.bfloat16].index(tensor.dtype)
+
+    def address(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
+    n, c = x.shape
+    codes = *rows(y_q), flip, address(scale_out), address(scale_in), 1
+    outputs = *rows(y), code(y), *rows(y_low), address(mean), address(rstd), codes
+    backends.cpu().layer_norm_forward(
+        *(*rows(x), code(x), *rows(residual), code(residual), n),
+        (c, weight.data_ptr(), bias.data_ptr(), 1e-12, *outputs),
+        1,
+    )
+
+
+def framed(n: int, c: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [n, c] of 77s and the larger one of 77s whose middle it is."""
+    frame = torch.full((n + 2, c + 6), 77, dtype=dtype)
+    return frame[1:-1, 3:-3], frame
+
+
+@pytest.mark.parametrize("c", [1, 5, 16, 37, 768, 4096, 4099, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_native_output_is_whole_and_nothing_beside_it_is_touched(c, dtype, tier):
+    n = 3
+    x, weight, bias, residual = arguments(n, c, torch.float32)
+    want, want_q, want_scale = layer_norm_quantize(x, weight, bias, residual)
+    double = (x + residual).double()
+    outputs = [framed(n, c, wanted) for wanted in (dtype, torch.bfloat16, torch.uint8)]
+    outputs += [framed(1, n, torch.float32) for _ in range(3)]
+    y, y_low, y_q, scale, mean, rstd = (inner for inner, _ in outputs)
+    native(x, weight, bias, residual, y, y_low, y_q, 0x80, scale, mean, rstd)
+    assert torch.equal(y, want.to(dtype)) and torch.equal(y_low, want.bfloat16())
+    assert torch.equal(y_q.int() - 128, want_q.int()) and torch.equal(scale[0], want_scale)
+    torch.testing.assert_close(mean[0].double(), double.mean(1), rtol=1e-6, atol=1e-6)
+    if c > 1:
+        torch.testing.assert_close(rstd[0].double(), double.var(1, correction=0).rsqrt(), rtol=1e-5, atol=0)
+    for inner, frame in outputs:
+        inner.fill_(77)
+        assert (frame == 77).all()
+
+    native(x, weight, bias, residual, None, None, y_q, 0, None, None, None, scale_in=want_scale)
+    assert torch.equal(y_q.view(torch.int8), want_q)
+    native(x, weight, bias, residual, None, y_low, None, 0, None, None, None)
+    assert torch.equal(y_low, want.bfloat16())
+
+
+@pytest.mark.parametrize("c", [5, 768, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("over", ["x", "residual"])
+def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, tier):
+    x, weight, bias, residual = arguments(3, c, dtype)
+    weight, bias = weight.float(), bias.float()
+    y, y_q, y_scale = layer_norm_quantize(x, weight, bias, residual)
+    found_q, found_scale = torch.empty_like(y_q), torch.empty_like(y_scale)
+    out = x if over == "x" else residual
+    native(x, weight, bias, residual, out, None, found_q, 0, found_scale, None, None)
+    assert torch.equal(out, y) and torch.equal(found_q, y_q) and torch.equal(found_scale, y_scale)
+
+
+@pytest.mark.parametrize("c", [1, 5, 37, 768, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_gradients_fill_their_memory_and_no_more(c, dtype, tier):
+    n, edge = 67, 16  # rows of two chunks
+    x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments(n, c, dtype))
+    dy = logits(n, c, dtype, seed=9)
+    want = results(layer_norm, [x, weight.float(), bias.float(), residual], dy)
+    _, mean, rstd = torch.ops.distilbert_fast.layer_norm_forward(x, weight, bias, residual, 1e-12, True)
+    weight, code = weight.float(), [torch.float32, torch.bfloat16].index(dtype)
+    frames = [torch.full((size + 2 * edge,), 77, dtype=kind) for size, kind in ((n * c, dtype), (c, torch.float32))]
+    frames.append(frames[1].clone())
+    dh, dweight, dbias = (frame[edge:-edge] for frame in frames)
+    pointers = weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), code
+    backends.cpu().layer_norm_backward(
+        *(x.data_ptr(), c, code, residual.data_ptr(), c, code, n),
+        (c, dy.data_ptr(), c, code, *pointers),
+        *(dweight.data_ptr(), dbias.data_ptr(), 1),
+    )
+    for found, expected in zip((dh.view(n, c), dweight, dbias), want[1:4], strict=True):
+        assert torch.equal(found, expected)
+    for frame in frames:
+        frame[edge:-edge] = 77
+        assert (frame == 77).all()
+
+
+def test_native_bad_gradients(tier):
+    x = 64, 4, 0, 0, 0, 0, 2
+    good = dict(columns=4, dy=64, dy_stride=4, dy_dtype=0, weight=64, mean=64, rstd=64, dh=64, dh_dtype=0)
+    for changed, pointers, message in (
+        ({"columns": -1}, (64, 64), "columns must be 0 or more, got -1"),
+        ({"dy_dtype": 3}, (64, 64), "dtype must be 0 (float32) or 1 (bfloat16), got 3"),
+        ({"dy": 0}, (64, 64), "dy must point to memory, got null"),
+        ({"mean": 0}, (64, 64), "mean must point to memory, got null"),
+        ({"dh": 0}, (64, 64), "dh must point to memory, got null"),
+        ({}, (0, 64), "dweight must point to memory, got null"),
+        ({}, (64, 0), "dbias must point to memory, got null"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            backends.cpu().layer_norm_backward(*x, tuple({**good, **changed}.values()), *pointers, 1)
+        assert str(raised.value) == f"layer_norm: {message}"
+
+
+def test_native_bad_input(tier):
+    x = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2)
+    out = dict(columns=4, weight=64, bias=64, eps=1e-12)
+    rest = 0, 4, 0, 0, 0, 0, 0, (0, 0, 0, 0, 0, 0)
+    for changed, message in (
+        ({"rows": -1}, "rows must be 0 or more, got -1"),
+        ({"columns": -1}, "columns must be 0 or more, got -1"),
+        ({"columns": 2**61}, f"rows · columns must fit in 60 bits, got 2 · {2**61}"),
+        ({"x_dtype": 2}, "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        ({"eps": 0.0}, "eps must be finite and above 0, got 0.000000"),
+        ({"x": 0}, "x must point to memory, got null"),
+        ({"weight": 0}, "weight must point to memory, got null"),
+        ({"bias": 0}, "bias must point to memory, got null"),
+    ):
+        first, second = ({name: changed.get(name, good[name]) for name in good} for good in (x, out))
+        with pytest.raises(ValueError) as raised:
+            backends.cpu().layer_norm_forward(*first.values(), (*second.values(), *rest), 1)
+        assert str(raised.value) == f"layer_norm: {message}"
 
 
 def test_autocast_changes_nothing():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distilbert_fast import backends
 from distilbert_fast.ops.quantize import quantize, quantize_reference
 from distilbert_fast.testing import LAYOUTS, lay_out, logits
+
+pytestmark = pytest.mark.usefixtures("place")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TINY = np.float32(2.0**-126)
@@ -128,7 +131,7 @@ def test_any_layout_gives_contiguous_codes_and_leaves_the_input_alone(layout, dt
     assert all(torch.equal(quantize(laid)[0], x_q) for _ in range(3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 9),
     c=st.integers(0, 70),
@@ -140,6 +143,47 @@ def test_any_layout_gives_contiguous_codes_and_leaves_the_input_alone(layout, dt
 def test_any_shape_layout_and_magnitude(n, c, layout, dtype, exponent, seed):
     x = (logits(n, c, torch.float64, seed) * 2.0**exponent).to(dtype)
     assert_contract(lay_out(x, layout))
+
+
+def test_same_bits_on_any_number_of_threads():
+    x, before = logits(301, 768), torch.get_num_threads()
+    try:
+        want = quantize(x)
+        for threads in (1, 2, 3, 1, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(quantize(x), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("c", [1, 5, 16, 37, 768])
+def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, tier):
+    x = logits(3, c)
+    x[1, 0] = float("nan")
+    want, scale = quantize(x)
+    for scale_in in (0, scale.data_ptr()):
+        frame, scales = torch.full((5, c + 6), 77, dtype=torch.uint8), torch.full((5,), 77.0)
+        y_q = frame[1:-1, 3:-3]
+        codes = y_q.data_ptr(), frame.stride(0), 0x80, scales[1:].data_ptr(), scale_in, 1
+        backends.cpu().quantize(x.data_ptr(), c, 0, 3, c, codes, 1)
+        assert torch.equal(y_q.int() - 128, want.int())
+        torch.testing.assert_close(scales[1:4], scale, rtol=0, atol=0, equal_nan=True)
+        y_q.fill_(77)
+        assert (frame == 77).all() and scales[0] == scales[4] == 77
+
+
+def test_native_bad_input(tier):
+    good = dict(x=64, x_stride=4, x_dtype=0, rows=2, columns=4, codes=(64, 4, 0, 0, 0, 0), threads=1)
+    for changed, message in (
+        ({"rows": -1}, "rows must be 0 or more, got -1"),
+        ({"columns": -1}, "columns must be 0 or more, got -1"),
+        ({"x_dtype": 2}, "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        ({"x": 0}, "x must point to memory, got null"),
+        ({"codes": (0, 4, 0, 0, 0, 0)}, "codes must point to memory, got null"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            backends.cpu().quantize(*{**good, **changed}.values())
+        assert str(raised.value) == f"quantize: {message}"
 
 
 def test_it_is_not_differentiable():

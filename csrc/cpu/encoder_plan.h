@@ -1,0 +1,34 @@
+// What a batch comes down to: its tokens in the order they are computed, cut into chunks.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "encoder.h"
+
+namespace distilbert_fast {
+
+// Some sequences that go through the layers together. Token and sequence numbers count in computing order.
+struct Chunk {
+  int64_t first_token, tokens;
+  int64_t first_sequence, sequences;
+  int64_t first_offset;  // of its cu_seqlens in Plan::offsets, sequences + 1 of them, which start from 0
+  int64_t longest;
+};
+
+struct Plan {
+  std::vector<int64_t> ids, positions, types;  // [N]
+  std::vector<int64_t> places;                 // [N]: b · length + t
+  std::vector<int64_t> sequences;              // which of the batch each one is
+  std::vector<int32_t> offsets;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> groups;  // chunks [groups[g], groups[g + 1]) are one thread's own; a single group is everybody's
+  int64_t largest = 0;          // tokens of a chunk
+  int64_t longest = 0;          // tokens of a sequence
+  bool shared = false;          // all threads compute each chunk together
+};
+
+// Throws std::invalid_argument for an id or a position outside its table.
+Plan make_plan(const EncoderModel& model, const EncoderCall& call, int threads);
+
+}  // namespace distilbert_fast

@@ -1,0 +1,37 @@
+// The kernels that are written once over Vec, in the table of the tier that includes this; last of its includes.
+//
+// A table is a constant: nothing of a tier may run at import, where the processor may lack its instructions.
+#pragma once
+
+#include "attention_backward_heads.h"
+#include "attention_heads.h"
+#include "cosine_loss_rows.h"
+#include "embedding_rows.h"
+#include "gemm_tile_float.h"
+#include "kl_div_rows.h"
+#include "layer_norm_rows.h"
+#include "quantize_rows.h"
+
+namespace distilbert_fast {
+namespace {
+
+constexpr Kernels common_kernels() {
+  Kernels kernels = {};
+  kernels.kl_div_forward = kl_div_forward;
+  kernels.kl_div_backward = kl_div_backward;
+  kernels.quantize = quantize;
+  kernels.layer_norm_forward = layer_norm_forward;
+  kernels.attention_forward = attention_forward;
+  kernels.attention_backward = attention_backward;
+  kernels.embedding_forward = embedding_forward;
+  kernels.layer_norm_backward = layer_norm_backward;
+  kernels.embedding_backward = embedding_backward;
+  kernels.cosine_loss_forward = cosine_loss_forward;
+  kernels.cosine_loss_backward = cosine_loss_backward;
+  kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
+  kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
+  return kernels;
+}
+
+}  // namespace
+}  // namespace distilbert_fast

@@ -1,0 +1,69 @@
+// C = A B in float32: A by broadcasts of single elements, so it may lie anywhere (transposed too); B by rows of whole
+// vectors, so they are padded; C goes, two vectors of a row at a time, to a function of the caller's.
+//
+// A tile of C, kMatmulRows rows by kMatmulColumns columns, stays in registers while k runs: the sum of an element is
+// one chain over k in order, whatever the tile it falls in. Included after vec_<isa>.h.
+#pragma once
+
+namespace distilbert_fast {
+namespace {
+
+constexpr int kMatmulRows = Vec::lanes == 16 ? 12 : Vec::lanes == 8 ? 6 : 4;
+constexpr int64_t kMatmulColumns = 2 * Vec::lanes;
+
+// Element (r, i) of A is data[r · row + i · step].
+struct MatmulA {
+  const float* data;
+  int64_t row, step;
+};
+
+template <int R, class Sums, class Out>
+inline void matmul_tile(MatmulA a, const float* b, int64_t b_stride, int64_t depth, int64_t row, int64_t column,
+                        const Sums& sums, const Out& out) {
+  Vec low[R], high[R];
+  const float* from = a.data + row * a.row;
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums(row + r, column, low[r], high[r]);
+  b += column;
+  for (int64_t i = 0; i < depth; ++i, from += a.step, b += b_stride) {
+    const Vec b_low = load(b), b_high = load(b + Vec::lanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec x = broadcast(from[r * a.row]);
+      low[r] = fma(x, b_low, low[r]);
+      high[r] = fma(x, b_high, high[r]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) out(row + r, column, low[r], high[r]);
+}
+
+template <int R, class Sums, class Out>
+inline void matmul_rows(MatmulA a, int64_t rows, const float* b, int64_t b_stride, int64_t depth, int64_t row,
+                        int64_t columns, const Sums& sums, const Out& out) {
+  if constexpr (R > 0) {
+    if (rows < R) return matmul_rows<R - 1>(a, rows, b, b_stride, depth, row, columns, sums, out);
+    for (int64_t j = 0; j < columns; j += kMatmulColumns) {
+      matmul_tile<R>(a, b, b_stride, depth, row, j, sums, out);
+    }
+  }
+}
+
+struct FromZero {
+  void operator()(int64_t, int64_t, Vec& low, Vec& high) const { low = high = broadcast(0); }
+};
+
+// C [rows, columns] = A [rows, depth] · B [depth, columns], columns a multiple of kMatmulColumns. out(row, column, low,
+// high) takes C[row, column ...] of kMatmulColumns columns; sums(row, column, low, high) says what the sums begin with.
+template <class Out, class Sums = FromZero>
+inline void matmul(MatmulA a, int64_t rows, const float* b, int64_t b_stride, int64_t depth, int64_t columns,
+                   const Out& out, const Sums& sums = {}) {
+  int64_t row = 0;
+  for (; row + kMatmulRows <= rows; row += kMatmulRows) {
+    matmul_rows<kMatmulRows>(a, kMatmulRows, b, b_stride, depth, row, columns, sums, out);
+  }
+  matmul_rows<kMatmulRows - 1>(a, rows - row, b, b_stride, depth, row, columns, sums, out);
+}
+
+}  // namespace
+}  // namespace distilbert_fast

@@ -1,0 +1,56 @@
+// quantize on one row:   scale = max |x| / 127,   r = 1 / scale,   code = round(clamp(x r, −127, 127)).
+//
+// Each operation is rounded once, so the bits are those of ops/quantize.py. Magnitudes are compared as integers, in
+// whose order NaN stands above ∞: a NaN anywhere ends in the scale. Pass 1 finds the maximum, pass 2 finds the row in
+// L1 (a long one in L2) and writes the codes; with a given scale there is only pass 2. Included after vec_math.h.
+#pragma once
+
+namespace distilbert_fast {
+namespace {
+
+constexpr float kSmallestScale = 0x1p-126f;  // TINY: the reciprocal of any scale from here up is finite
+
+template <class T>
+float largest_magnitude(const T* x, int64_t n) {
+  constexpr int64_t lanes = Vec::lanes;
+  Vec largest = broadcast(0);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) largest = larger_magnitude(largest, load(x + i));
+  if (i < n) largest = larger_magnitude(largest, load_first(x + i, n - i, 0));
+  return largest_magnitude(largest);
+}
+
+inline float scale_of(float largest) {
+  const float scale = largest / 127.0f;
+  return scale < kSmallestScale ? 0.0f : scale;
+}
+
+inline float inverse_of(float scale) { return scale >= kSmallestScale ? 1.0f / scale : 0.0f; }
+
+template <class T>
+void write_codes(const T* x, int64_t n, float inverse, uint8_t* codes, uint8_t flip) {
+  constexpr int64_t lanes = Vec::lanes;
+  const Vec r = broadcast(inverse);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_codes(codes + i, mul(load(x + i), r), flip);
+  if (i < n) store_codes_first(codes + i, mul(load_first(x + i, n - i, 0), r), flip, n - i);
+}
+
+template <class T>
+void quantize_rows(const QuantizeRows& call, int64_t begin, int64_t end) {
+  const Codes& codes = call.codes;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = static_cast<const T*>(call.x) + r * call.x_stride;
+    const float scale =
+        codes.scale_in ? codes.scale_in[r * codes.scale_in_stride] : scale_of(largest_magnitude(x, call.columns));
+    if (codes.scale_out) codes.scale_out[r] = scale;
+    write_codes(x, call.columns, inverse_of(scale), codes.data + r * codes.stride, codes.flip);
+  }
+}
+
+inline void quantize(const QuantizeRows& call, int64_t begin, int64_t end) {
+  (call.x_dtype == DType::float32 ? quantize_rows<float> : quantize_rows<bfloat16>)(call, begin, end);
+}
+
+}  // namespace
+}  // namespace distilbert_fast
