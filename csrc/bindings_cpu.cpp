@@ -10,6 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/cosine_loss.h"
 #include "cpu/embedding.h"
+#include "cpu/encoder.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
@@ -124,6 +125,55 @@ CosinePair cosine_pair(const PairArguments& arguments) {
       arguments;
   return {at<const void>(student), at<const void>(teacher), student_stride,       teacher_stride,
           dtype(student_dtype),    dtype(teacher_dtype),    at<const bool>(mask), columns};
+}
+
+// weight, bias, eps: see EncoderNorm.
+using NormArguments = std::tuple<Address, Address, double>;
+
+EncoderNorm norm(const NormArguments& arguments) {
+  const auto [weight, bias, eps] = arguments;
+  return {at<const float>(weight), at<const float>(bias), eps};
+}
+
+// address, rows, dtype: see EmbeddingTable.
+using TableArguments = std::tuple<Address, int64_t, int>;
+
+EmbeddingTable table(const TableArguments& arguments) {
+  const auto [data, rows, table_dtype] = arguments;
+  return {at<const void>(data), rows, dtype(table_dtype)};
+}
+
+// blob, its bytes, columns, k: a layer that pack_linear laid out.
+using LinearArguments = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+PackedLinear linear(Weights weights, const LinearArguments& arguments) {
+  const auto [blob, bytes, columns, k] = arguments;
+  return checked_linear(weights, at<const uint8_t>(blob), bytes, columns, k);
+}
+
+// qkv, out, ffn in, ffn out, the two norms, heads, the static scales: see EncoderLayer.
+using LayerArguments = std::tuple<LinearArguments, LinearArguments, LinearArguments, LinearArguments, NormArguments,
+                                  NormArguments, int64_t, float, float>;
+
+std::unique_ptr<Encoder> make_encoder(int weights, int64_t hidden, int64_t head_size, int64_t ffn,
+                                      const std::array<TableArguments, 3>& tables, const NormArguments& first_norm,
+                                      int64_t padding_idx, const std::vector<LayerArguments>& layers) {
+  EncoderModel model = {static_cast<Weights>(weights),
+                        hidden,
+                        head_size,
+                        ffn,
+                        table(tables[0]),
+                        table(tables[1]),
+                        table(tables[2]),
+                        norm(first_norm),
+                        padding_idx,
+                        {}};
+  for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, context_scale, ffn_scale] : layers) {
+    model.layers.push_back({linear(model.weights, qkv), linear(model.weights, out), linear(model.weights, ffn_in),
+                            linear(model.weights, ffn_out), norm(attention_norm), norm(ffn_norm), heads, context_scale,
+                            ffn_scale});
+  }
+  return std::make_unique<Encoder>(std::move(model));
 }
 
 }  // namespace
@@ -299,4 +349,35 @@ PYBIND11_MODULE(_cpu, m) {
                            tokens, threads);
       },
       "Gradients of q, k, v and, where dm is not 0, of the head mask [batch, heads]");
+
+  py::class_<Encoder>(m, "Encoder", "A whole encoder; what its addresses name must outlive it")
+      .def(py::init(&make_encoder))
+      .def(
+          "run",
+          [](Encoder& encoder, Address ids, bool ids_are_int64, int64_t batch, int64_t length, Address mask,
+             int64_t mask_bytes, Address position_ids, int64_t position_stride, Address token_type_ids,
+             int64_t token_type_stride, Address head_mask, int64_t head_mask_stride, Address out, int out_dtype,
+             const std::vector<Address>& hidden_states, Address row_scales, int threads) {
+            std::vector<void*> states;
+            for (const Address state : hidden_states) states.push_back(at<void>(state));
+            const EncoderCall call = {at<const void>(ids),
+                                      ids_are_int64,
+                                      batch,
+                                      length,
+                                      at<const void>(mask),
+                                      mask_bytes,
+                                      at<const int64_t>(position_ids),
+                                      position_stride,
+                                      at<const int64_t>(token_type_ids),
+                                      token_type_stride,
+                                      at<const float>(head_mask),
+                                      head_mask_stride,
+                                      at<void>(out),
+                                      dtype(out_dtype),
+                                      states.empty() ? nullptr : states.data(),
+                                      at<float>(row_scales)};
+            py::gil_scoped_release release;
+            encoder.run(call, threads);
+          },
+          "Hidden states [batch, length, C] of ids, 0 at padding");
 }

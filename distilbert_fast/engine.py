@@ -3,112 +3,62 @@
     ids [B, T] → unpad once → embedding → per layer: QKV → attention → out → LayerNorm(+x)
                                                      → FFN in, GELU → FFN out → LayerNorm(+x) → x [N, C]
 
-Only the N real tokens are computed. Packing concatenates each layer's query, key and value into one matrix
-and, for another precision, converts the weights of the linear layers; every other weight is shared.
+Only the N real tokens are computed. On a CPU one call of the C++ encoder (packed_encoder.py) does it all; elsewhere,
+and for what that does not take, ops do it step by step (op_encoder.py).
 
 Shapes: B batch, T sequence, N tokens, L layers, C hidden, H heads, D head size, F feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from distilbert_fast import backends
 from distilbert_fast.layers import Tokens
+from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
-from distilbert_fast.ops.attention import attention
-from distilbert_fast.ops.embedding import embedding, embedding_quantize
-from distilbert_fast.ops.int8_linear import int8_linear
-from distilbert_fast.ops.layer_norm import layer_norm, layer_norm_quantize
-from distilbert_fast.ops.quantize import quantize
+from distilbert_fast.packed_encoder import PackedEncoder, Shape, pack_linear
+from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 
-OP = "engine"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
-
-
-# What a model is made of ------------------------------------------------------------------------------------
-
-
-class LayerModules(NamedTuple):
-    """One post-norm encoder layer. The linear layers are nn.Linear or hold int8 codes, see ``Int8Linear``."""
-
-    query: nn.Module  # [C] -> [H·D]
-    key: nn.Module
-    value: nn.Module
-    out: nn.Module  # [H·D] -> [C]
-    attention_norm: nn.LayerNorm
-    ffn_in: nn.Module  # [C] -> [F]
-    ffn_out: nn.Module  # [F] -> [C]
-    ffn_norm: nn.LayerNorm
-    heads: tuple[int, ...]  # the numbers of the heads that are left, of 0…H-1
-
-
-class EncoderModules(NamedTuple):
-    """The modules of a DistilBERT, BERT or RoBERTa encoder: erf-GELU, LayerNorm after the residual."""
-
-    word: nn.Embedding
-    position: nn.Embedding
-    token_type: nn.Embedding | None
-    norm: nn.LayerNorm
-    layers: Sequence[LayerModules]
-    num_heads: int
-    head_dim: int
-    padding_idx: int | None = None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
-
-
-# What they are packed into ----------------------------------------------------------------------------------
-
-
-class Linear(NamedTuple):
-    """y = x Wᵀ + b with W = weight [F, C], or W[f] = scale[f] · weight[f] where weight holds int8 codes."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: torch.Tensor | None  # float32 [F]
-
-
-class Norm(NamedTuple):
-    weight: torch.Tensor  # [C]
-    bias: torch.Tensor  # [C]
-    eps: float
-
-
-class Layer(NamedTuple):
-    qkv: Linear  # [C] -> [3, H_l, D]
-    out: Linear  # [H_l, D] -> [C]
-    attention_norm: Norm
-    ffn_in: Linear
-    ffn_out: Linear
-    ffn_norm: Norm
-    heads: tuple[int, ...]  # the numbers of its H_l heads
-    mask: torch.Tensor | None  # [H_l], where the model was packed with a head mask that is not only 0 and 1
-
-
-Codes = tuple[torch.Tensor, torch.Tensor]  # int8 codes [N, C] and their scales [N]
+__all__ = ["PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
 
 
 class Encoded(NamedTuple):
-    """Hidden states of the real tokens, and where these stand in the batch."""
+    """Hidden states in the dtype of the embeddings, 0 at padded positions."""
 
-    x: torch.Tensor  # [N, C]
-    tokens: Tokens
-    hidden_states: tuple[torch.Tensor, ...]  # L + 1 times [N, C] if asked for, else empty
+    last: torch.Tensor  # [B, T, C]
+    hidden_states: tuple[torch.Tensor, ...]  # L + 1 times [B, T, C] if asked for, else empty
 
 
 class Engine:
     """An encoder's packed weights. Immutable and thread-safe: a call changes nothing in it."""
 
-    def __init__(self, model: EncoderModules, layers: Sequence[Layer], dtype: torch.dtype) -> None:
-        self.word, self.position = model.word.weight.detach(), model.position.weight.detach()
-        self.token_type = None if model.token_type is None else model.token_type.weight.detach()
-        self.norm = _norm(model.norm)
-        self.layers = tuple(layers)
-        self.num_heads, self.head_dim, self.padding_idx = model.num_heads, model.head_dim, model.padding_idx
-        self.dtype = dtype  # of activations between the linear layers
+    def __init__(
+        self,
+        packed: PackedEncoder | None,
+        model: EncoderModules | None = None,
+        precision: str | None = None,
+        masks: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        self.packed = packed  # for the C++ encoder, if that takes the model
+        self._model, self._precision, self._masks = model, precision, masks
+        self._ops: OpEncoder | None = None
+        self._lock = threading.Lock()
+        if packed is not None:
+            self.num_heads, self.padding_idx = packed.shape.num_heads, packed.shape.padding_idx
+            self.word, self.position = packed.tensors["word"], packed.tensors["position"]
+            self.token_type = packed.tensors.get("token_type")
+            self.heads: tuple[tuple[int, ...], ...] = packed.shape.heads
+        else:
+            ops, modules = self._op_encoder(), self._modules()
+            self.num_heads, self.padding_idx = modules.num_heads, modules.padding_idx
+            self.word, self.position, self.token_type = ops.word, ops.position, ops.token_type
+            self.heads = tuple(layer.heads for layer in ops.layers)
 
     @classmethod
     @torch.no_grad()
@@ -121,7 +71,8 @@ class Engine:
             model: its modules.
             precision: "fp32", "bf16" or "fp16": the dtype of the linear layers, attention and what flows
                 between them; "int8": linear layers with int8 codes, one scale a weight row and a token, and
-                between them the dtype of the model. None: as the model is.
+                between them the dtype of the model. None: as the model is. On a CPU, what flows between layers
+                is float32 also for "bf16", unless the processor multiplies bfloat16 by itself (AMX).
             head_mask: a fixed factor for each head, [H] or [L, H]. A head with factor 0 is left out of the
                 weights: its columns of QKV and its rows of the output projection.
 
@@ -131,12 +82,80 @@ class Engine:
         """
         if precision is not None:
             _check.choice(OP, "precision", precision, tuple(PRECISIONS))
-        masks = _head_masks(head_mask, model.num_heads, model.layers, model.word.weight.device)
-        layers = [
-            _pack_layer(layer, model.head_dim, precision, mask) for layer, mask in zip(model.layers, masks, strict=True)
-        ]
-        dtype = None if precision is None else PRECISIONS[precision]
-        return cls(model, layers, dtype or model.word.weight.dtype)
+        heads = [layer.heads for layer in model.layers]
+        masks = _head_masks(head_mask, model.num_heads, heads, model.word.weight.device)
+        return cls(_pack(model, precision, masks), model, precision, masks)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Engine:
+        """Map a file that ``save`` wrote into memory, ready to run on a CPU.
+
+        Raises:
+            ValueError: not such a file, or one of another format.
+            ImportError: the native module is not built.
+        """
+        return cls(PackedEncoder.load(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed weights, tables included, to a safetensors file.
+
+        Raises:
+            ValueError: the model was packed for ops alone (on a GPU, or in a dtype that the C++ encoder lacks).
+        """
+        if self.packed is None:
+            _check.refuse(OP, "model", "one that the C++ encoder takes, to be saved", "another")
+        self.packed.save(path)
+
+    def calibrated(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Engine:
+        """The same int8 weights with static scales for what attention and GELU put out, by the largest values seen.
+
+        Args:
+            batches: arguments of ``encode``: input_ids and, where there is padding, attention_mask.
+
+        Raises:
+            ValueError: no batch; an engine that is not int8, or that only ops can run.
+        """
+        packed = self.packed
+        if packed is None or packed.shape.precision != "int8" or not all(self.heads):
+            _check.refuse(OP, "model", "int8 on a CPU, with heads in each layer, to be calibrated", "another")
+        packed = packed.with_scales([(0.0, 0.0)] * len(self.heads))
+        largest: torch.Tensor | None = None
+        for batch in batches:
+            ids = batch["input_ids"]
+            scales = torch.zeros(len(self.heads), 2, ids.numel())
+            packed.run(ids, batch.get("attention_mask"), batch.get("token_type_ids"), row_scales=scales)
+            seen = scales.amax(dim=2) if ids.numel() else scales.new_zeros(len(self.heads), 2)
+            largest = seen if largest is None else torch.maximum(largest, seen)
+        if largest is None:
+            _check.refuse(OP, "calibration", "at least one batch", "none")
+        if not bool(((largest > 0) & largest.isfinite()).all()):
+            _check.refuse(OP, "calibration", "batches with finite activations that are not all 0", largest.tolist())
+        scaled = packed.with_scales([(context, ffn) for context, ffn in largest.tolist()])
+        return Engine(scaled, self._model, self._precision, self._masks)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers as ops read them."""
+        return self._op_encoder().layers
+
+    def _modules(self) -> EncoderModules:
+        if self._model is None:
+            raise backends.BackendError(f"{OP}: a loaded engine runs by backend 'cpu', {backends.forced()!r} is forced")
+        return self._model
+
+    @torch.no_grad()
+    def _op_encoder(self) -> OpEncoder:
+        """Packed when first needed."""
+        with self._lock:
+            if self._ops is None:
+                model = self._modules()
+                layers = [
+                    pack_layer(layer, model.head_dim, self._precision, mask)
+                    for layer, mask in zip(model.layers, self._masks, strict=True)
+                ]
+                dtype = None if self._precision is None else PRECISIONS[self._precision]
+                self._ops = OpEncoder(model, layers, dtype or model.word.weight.dtype)
+            return self._ops
 
     def __call__(
         self,
@@ -146,9 +165,8 @@ class Engine:
         position_ids: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last hidden state [B, T, C] that ``encode`` finds, 0 at padded positions."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, head_mask)
-        return encoded.tokens.padded(encoded.x)
+        """The last hidden state [B, T, C] that ``encode`` finds."""
+        return self.encode(input_ids, attention_mask, token_type_ids, position_ids, head_mask).last
 
     @torch.no_grad()
     def encode(
@@ -170,192 +188,119 @@ class Engine:
             head_mask: factor of each head, [H] or [L, H], on top of the one the model was packed with.
             hidden_states: also return the embeddings and the output of each layer.
 
-        Returns:
-            Hidden states of the N real tokens, in the dtype of the embeddings.
-
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
         """
-        _check.tensor(OP, "input_ids", input_ids, ("B", "T"), (torch.int64, torch.int32), self.word.device)
+        device = self.word.device
+        _check.tensor(OP, "input_ids", input_ids, ("B", "T"), (torch.int64, torch.int32), device)
         batch, length = input_ids.shape
         if attention_mask is not None:
-            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, self.word.device)
-        tokens = Tokens.packed(attention_mask, batch, length, self.word.device)
-        masks = _head_masks(head_mask, self.num_heads, self.layers, self.word.device)
-
-        ids = tokens.rows(input_ids)  # [N]
-        positions = tokens.rows(self._positions(input_ids, position_ids))  # [N]
-        types = None
-        if self.token_type is not None:
-            if token_type_ids is None:
-                types = torch.zeros_like(ids)
-            else:
-                types = tokens.rows(_broadcast("token_type_ids", token_type_ids, input_ids))
-        elif token_type_ids is not None:
+            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, device)
+        for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None:
+                _check_broadcast(name, ids, input_ids)
+        if token_type_ids is not None and self.token_type is None:
             _check.refuse(OP, "token_type_ids", "None, this model has no token types", "a tensor")
-
-        x, codes = self._embed(ids, positions, types)
-        kept = [x]
-        for i, layer in enumerate(self.layers):
-            reader = self.layers[i + 1].qkv if i + 1 < len(self.layers) else None
-            x, codes = self._layer(layer, x, codes, tokens.cu_seqlens, masks[i], reader)
-            if hidden_states:
-                kept.append(x)
-        out = self.word.dtype
-        return Encoded(x.to(out), tokens, tuple(h.to(out) for h in kept) if hidden_states else ())
-
-    def _positions(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Position of each token, [B, T]."""
-        if position_ids is not None:
-            return _broadcast("position_ids", position_ids, input_ids)
-        if self.padding_idx is not None:
-            real = input_ids != self.padding_idx
-            return real.cumsum(dim=1) * real + self.padding_idx
-        length = input_ids.shape[1]
-        if length > self.position.shape[0]:
+        if position_ids is None and self.padding_idx is None and length > self.position.shape[0]:
             _check.refuse(OP, "input_ids", f"at most {self.position.shape[0]} tokens long", length)
-        return torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        masks = _head_masks(head_mask, self.num_heads, self.heads, device)
+        if self.packed is not None and backends.forced() in (None, "cpu"):
+            states = self.packed.run(input_ids, attention_mask, token_type_ids, position_ids, masks, hidden_states)
+        else:
+            states = self._run_ops(input_ids, attention_mask, token_type_ids, position_ids, masks, hidden_states)
+        return Encoded(states[-1], tuple(states) if hidden_states else ())
 
-    def _embed(
-        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Codes | None]:
-        """Embeddings [N, C], and their codes if the first layer reads codes."""
-        weight, bias, eps = self.norm
-        tables = (self.word, self.position, weight, bias, types, self.token_type, eps)
-        if not self.layers or self.layers[0].qkv.scale is None:
-            return embedding(ids, positions, *tables).to(self.dtype), None
-        x, x_q, x_scale = embedding_quantize(ids, positions, *tables)
-        return x.to(self.dtype), (x_q, x_scale)
-
-    def _layer(
+    def _run_ops(
         self,
-        layer: Layer,
-        x: torch.Tensor,
-        codes: Codes | None,
-        cu_seqlens: Any,  # int32 [B+1]
-        mask: torch.Tensor | None,
-        reader: Linear | None,
-    ) -> tuple[torch.Tensor, Codes | None]:
-        """x [N, C] after one layer, and its codes if ``reader``, the linear layer after it, wants them."""
-        if layer.heads:
-            qkv = _linear(layer.qkv, x, codes).view(x.shape[0], 3, len(layer.heads), self.head_dim)
-            if layer.mask is not None:
-                mask = layer.mask if mask is None else mask * layer.mask
-            q, k, v = qkv.unbind(1)
-            context = attention(q, k, v, cu_seqlens, mask)  # [N, H_l, D]
-            y = _linear(layer.out, context.flatten(1))
-        else:  # only its bias is left of the attention
-            y = torch.zeros_like(x) if layer.out.bias is None else layer.out.bias.expand_as(x)
-        x, codes = _add_norm(y, x, layer.attention_norm, layer.ffn_in)
-        y = _linear(layer.ffn_out, _linear(layer.ffn_in, x, codes, "gelu"))
-        return _add_norm(y, x, layer.ffn_norm, reader)
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        masks: Sequence[torch.Tensor | None],
+        hidden_states: bool,
+    ) -> list[torch.Tensor]:
+        ops = self._op_encoder()
+        batch, length = input_ids.shape
+        tokens = Tokens.packed(attention_mask, batch, length, input_ids.device)
+        if position_ids is not None:
+            positions = position_ids.expand(batch, length)
+        elif self.padding_idx is not None:
+            real = input_ids != self.padding_idx
+            positions = real.cumsum(dim=1) * real + self.padding_idx
+        else:
+            positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        ids, types = tokens.rows(input_ids), None  # [N]
+        if self.token_type is not None:
+            given = token_type_ids is not None
+            types = tokens.rows(token_type_ids.expand(batch, length)) if given else torch.zeros_like(ids)
+        states = ops.run(ids, tokens.rows(positions), types, tokens.cu_seqlens, masks, hidden_states)
+        return [tokens.padded(state) for state in states]
 
 
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *_check.FLOATS)
 
 
-def _broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Ids of shape [B or 1, T] as [B, T]."""
+def _check_broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """Ids of shape [B or 1, T]."""
     batch, length = input_ids.shape
     _check.tensor(OP, argument, ids, ("B", length), (torch.int64, torch.int32), input_ids.device)
     if ids.shape[0] not in (1, batch):
         _check.refuse(OP, argument, f"of shape [{batch} or 1, {length}]", list(ids.shape))
-    return ids.expand(batch, length)
 
 
 def _head_masks(
-    head_mask: torch.Tensor | None, num_heads: int, layers: Sequence[LayerModules | Layer], device: torch.device
+    head_mask: torch.Tensor | None, num_heads: int, heads: Sequence[Sequence[int]], device: torch.device
 ) -> list[torch.Tensor | None]:
     """For each layer the factors [H_l] of the heads that are left in it, or None."""
     if head_mask is None:
-        return [None] * len(layers)
+        return [None] * len(heads)
     if not isinstance(head_mask, torch.Tensor):
         _check.refuse(OP, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
-    if tuple(head_mask.shape) not in ((num_heads,), (len(layers), num_heads)):
-        expected = f"of shape [{num_heads}] or [{len(layers)}, {num_heads}]"
+    if tuple(head_mask.shape) not in ((num_heads,), (len(heads), num_heads)):
+        expected = f"of shape [{num_heads}] or [{len(heads)}, {num_heads}]"
         _check.refuse(OP, "head_mask", expected, list(head_mask.shape))
     mask = head_mask.to(device, head_mask.dtype if head_mask.is_floating_point() else torch.float32)
-    rows = mask.expand(len(layers), num_heads).unbind()
-    return [
-        row if len(layer.heads) == num_heads else row[list(layer.heads)]
-        for row, layer in zip(rows, layers, strict=True)
-    ]
+    rows = mask.expand(len(heads), num_heads).unbind()
+    return [row if len(kept) == num_heads else row[list(kept)] for row, kept in zip(rows, heads, strict=True)]
 
 
-# Packing ----------------------------------------------------------------------------------------------------
-
-
-def _pack_layer(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
-    out, ffn_in, ffn_out = (_pack(linear, precision) for linear in (layer.out, layer.ffn_in, layer.ffn_out))
-    query, key, value = (_pack(linear, precision) for linear in (layer.query, layer.key, layer.value))
-    heads = layer.heads
-    if mask is not None:
-        kept = mask.nonzero().flatten()
-        columns = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
-        query, key, value = (_rows(linear, columns) for linear in (query, key, value))
-        out = out._replace(weight=out.weight.index_select(1, columns))
-        heads, mask = tuple(heads[i] for i in kept.tolist()), mask[kept]
-        mask = None if bool((mask == 1).all()) else mask
-    return Layer(
-        _concatenate(query, key, value),
-        out,
-        _norm(layer.attention_norm),
-        ffn_in,
-        ffn_out,
-        _norm(layer.ffn_norm),
-        heads,
-        mask,
+def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Tensor | None]) -> PackedEncoder | None:
+    """For the C++ encoder; None if that is not built, or not for this device, these dtypes or a mixture of them."""
+    tables = {"word": model.word, "position": model.position, "token_type": model.token_type}
+    tensors = {name: table.weight.detach() for name, table in tables.items() if table is not None}
+    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors.values())
+    if not known or precision == "fp16" or not backends.availability("cpu").ok:
+        return None
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors |= {"norm.weight": _row(model.norm.weight), "norm.bias": _row(model.norm.bias)}
+    kinds, heads, eps, ffn = set(), [], [model.norm.eps], 0
+    for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
+        layer = pack_layer(modules, model.head_dim, precision, mask)
+        for name in ("qkv", "out", "ffn_in", "ffn_out"):
+            linear = getattr(layer, name)
+            kind = "int8" if linear.scale is not None else _KINDS.get(linear.weight.dtype)
+            kinds.add(kind)
+            if kind is None or len(kinds) > 1:
+                return None
+            tensors[f"{i}.{name}"] = pack_linear(kind, linear.weight, linear.scale, linear.bias)
+        for name in ("attention_norm", "ffn_norm"):
+            norm = getattr(layer, name)
+            tensors |= {f"{i}.{name}.weight": _row(norm.weight), f"{i}.{name}.bias": _row(norm.bias)}
+            eps.append(norm.eps)
+        if layer.mask is not None:
+            tensors[f"{i}.mask"] = _row(layer.mask)
+        heads.append(layer.heads)
+        ffn = layer.ffn_in.weight.shape[0]
+    kind = kinds.pop() if kinds else "fp32"
+    hidden, scales = model.word.weight.shape[1], ((0.0, 0.0),) * len(heads)
+    return PackedEncoder(
+        Shape(kind, hidden, model.head_dim, model.num_heads, ffn, model.padding_idx, tuple(heads), tuple(eps), scales),
+        tensors,
     )
 
 
-def _pack(linear: Any, precision: str | None) -> Linear:
-    """Weights of one linear layer, shared with the module if it has the precision asked for."""
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if weight.dtype == torch.int8:
-        if precision not in (None, "int8"):
-            _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
-        return Linear(weight[0], bias, linear.weight_scale)
-    if precision is None:
-        return Linear(weight, bias, None)
-    if precision == "int8":
-        codes, scale = quantize(weight)
-        return Linear(codes, bias, scale)
-    dtype = PRECISIONS[precision]
-    return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def _rows(linear: Linear, rows: torch.Tensor) -> Linear:
-    parts: list[Any] = [None if part is None else part.index_select(0, rows) for part in linear]
-    return Linear(*parts)
-
-
-def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
-    parts: list[Any] = list(zip(query, key, value, strict=True))
-    if any(len({part is None for part in three}) > 1 for three in parts):
-        _check.refuse(OP, "query, key and value of a layer", "all int8 or all float, with or without bias", "both")
-    joined: list[Any] = [None if three[0] is None else torch.cat(three) for three in parts]
-    return Linear(*joined)
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
-
-
-# Computing --------------------------------------------------------------------------------------------------
-
-
-def _linear(linear: Linear, x: torch.Tensor, codes: Codes | None = None, activation: str | None = None) -> torch.Tensor:
-    """y [N, F] of x [N, C]; a quantized layer reads the codes of x, made here if its producer did not."""
-    if linear.scale is None:
-        y = F.linear(x, linear.weight, linear.bias)
-        return F.gelu(y) if activation == "gelu" else y
-    x_q, x_scale = quantize(x) if codes is None else codes
-    return int8_linear(x_q, x_scale, linear.weight, linear.scale, linear.bias, activation, out_dtype=x.dtype)
-
-
-def _add_norm(y: torch.Tensor, x: torch.Tensor, norm: Norm, reader: Linear | None) -> tuple[torch.Tensor, Codes | None]:
-    """LayerNorm(y + x), and its codes if ``reader`` wants them."""
-    if reader is None or reader.scale is None:
-        return layer_norm(y, norm.weight, norm.bias, x, norm.eps), None
-    y, y_q, y_scale = layer_norm_quantize(y, norm.weight, norm.bias, x, norm.eps)
-    return y, (y_q, y_scale)
+def _row(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.float32).contiguous()

@@ -50,16 +50,20 @@ PackedLinear packed_linear(Weights kind, const uint8_t* blob, int64_t columns, i
           columns};
 }
 
-void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_t k, uint8_t* blob,
-                 int64_t blob_bytes) {
+PackedLinear checked_linear(Weights kind, const uint8_t* blob, int64_t blob_bytes, int64_t columns, int64_t k) {
   const int64_t bytes = packed_bytes(kind, columns, k);
   require(blob_bytes == bytes, ("the blob must be of " + std::to_string(bytes) + " bytes").c_str(),
           std::to_string(blob_bytes));
   require(blob != nullptr || bytes == 0, "the blob must point to memory", "null");
+  return packed_linear(kind, blob, columns, k);
+}
+
+void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_t k, uint8_t* blob,
+                 int64_t blob_bytes) {
+  const PackedLinear packed = checked_linear(kind, blob, blob_bytes, columns, k);
   require(source.weights != nullptr || columns * k == 0, "weights must point to memory", "null");
-  if (bytes == 0) return;
-  std::memset(blob, 0, static_cast<size_t>(bytes));
-  const PackedLinear packed = packed_linear(kind, blob, columns, k);
+  if (blob_bytes == 0) return;
+  std::memset(blob, 0, static_cast<size_t>(blob_bytes));
   int32_t* sums = const_cast<int32_t*>(packed.column_sums);
   float* scale = const_cast<float*>(packed.scale);
   float* bias = const_cast<float*>(packed.bias);

@@ -13,6 +13,9 @@ int64_t packed_bytes(Weights kind, int64_t columns, int64_t k);
 // Where things lie in such a blob.
 PackedLinear packed_linear(Weights kind, const uint8_t* blob, int64_t columns, int64_t k);
 
+// The same for a blob of so many bytes; throws std::invalid_argument if these are not as many as it takes.
+PackedLinear checked_linear(Weights kind, const uint8_t* blob, int64_t blob_bytes, int64_t columns, int64_t k);
+
 // Fill a blob. Element (f, c) of W lies at f · row_stride + c · column_stride, in elements: int8 for int8, float32 for
 // float32; for bfloat16 either, rounded half to even from float32. Null: scales are 1, biases 0.
 struct PackSource {

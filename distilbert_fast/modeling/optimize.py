@@ -241,14 +241,14 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
         head_mask,
         bool(hidden_states),
     )
-    last = encoded.tokens.padded(encoded.x)  # [B, T, C]
+    last = encoded.last  # [B, T, C]
     if distilbert:
         output: Any = BaseModelOutput(last_hidden_state=last)
     else:
         pooled = None if self.pooler is None else self.pooler(last)
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)
     if hidden_states:
-        output["hidden_states"] = (*map(encoded.tokens.padded, encoded.hidden_states[:-1]), last)
+        output["hidden_states"] = encoded.hidden_states
     return_dict = given.get("return_dict", getattr(self.config, "return_dict", True))
     return output.to_tuple() if return_dict is False else output
 

@@ -1,0 +1,248 @@
+"""The weights of an encoder as the whole-model C++ encoder reads them, and one call of it a batch.
+
+Linear layers become blobs, laid out in panels (csrc/cpu/gemm.h) that every instruction set tier reads alike; tables and
+norms are shared with the model. A file of them (safetensors) is mapped into memory, not read.
+
+Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check
+
+OP = "engine"
+FORMAT = "distilbert_fast.encoder.1"
+_WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LINEARS = ("qkv", "out", "ffn_in", "ffn_out")
+_NORMS = ("attention_norm", "ffn_norm")
+
+
+class Shape(NamedTuple):
+    """The numbers that describe an encoder."""
+
+    precision: str  # of the linear layers: "int8", "bf16" or "fp32"
+    hidden: int
+    head_size: int
+    num_heads: int
+    ffn: int
+    padding_idx: int | None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
+    heads: tuple[tuple[int, ...], ...]  # for each layer the numbers of the heads that are left
+    eps: tuple[float, ...]  # of the embedding's norm, then of both norms of each layer
+    scales: tuple[tuple[float, float], ...]  # for each layer, of what out and ffn_out read; 0: each token finds its own
+
+
+class PackedEncoder:
+    """Packed weights. Immutable and thread-safe: concurrent calls give the bits of one after another.
+
+    Args:
+        shape: what the tensors are.
+        tensors: "word", "position" and, if there is one, "token_type" [rows, C], float32 or bfloat16; "norm.weight"
+            and "norm.bias" [C]; for each layer i "i.qkv", "i.out", "i.ffn_in", "i.ffn_out", uint8 blobs of
+            ``pack_linear``, and "i.attention_norm.weight", … float32 [C]; "i.mask" [H_i] where the model was packed
+            with a head mask that is not only 0 and 1. On the CPU, contiguous.
+
+    Raises:
+        ValueError: a blob of another size than its layer takes.
+    """
+
+    def __init__(self, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
+        self.shape, self.tensors = shape, tensors
+        self.dtype = tensors["word"].dtype  # of what comes out
+        weights = _WEIGHTS[shape.precision]
+        columns = (3 * shape.head_size, shape.hidden, shape.ffn, shape.hidden)
+        depths = (shape.hidden, shape.head_size, shape.hidden, shape.ffn)
+        layers = []
+        for i, heads in enumerate(shape.heads):
+            h = len(heads)
+            sizes = zip(_LINEARS, (columns[0] * h, *columns[1:]), (depths[0], depths[1] * h, *depths[2:]), strict=True)
+            linears = [self._linear(f"{i}.{name}", f, k) for name, f, k in sizes]
+            norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(_NORMS)]
+            layers.append((*linears, *norms, h, *shape.scales[i]))
+        self._encoder = backends.cpu().Encoder(
+            weights,
+            shape.hidden,
+            shape.head_size,
+            shape.ffn,
+            [self._table(name) for name in ("word", "position", "token_type")],
+            self._norm("norm", shape.eps[0]),
+            -1 if shape.padding_idx is None else shape.padding_idx,
+            layers,
+        )
+        self._mask = self._packed_mask()
+
+    def _linear(self, name: str, columns: int, depth: int) -> tuple[int, int, int, int]:
+        blob = self.tensors[name]
+        return blob.data_ptr(), blob.numel(), columns, depth
+
+    def _norm(self, name: str, eps: float) -> tuple[int, int, float]:
+        for part in ("weight", "bias"):
+            tensor = self.tensors[f"{name}.{part}"]
+            _check.tensor(OP, f"{name}.{part}", tensor, (self.shape.hidden,), (torch.float32,))
+        return self.tensors[f"{name}.weight"].data_ptr(), self.tensors[f"{name}.bias"].data_ptr(), eps
+
+    def _table(self, name: str) -> tuple[int, int, int]:
+        table = self.tensors.get(name)
+        if table is None:
+            return 0, 0, 0
+        _check.tensor(OP, name, table, ("rows", self.shape.hidden), tuple(_DTYPES))
+        return table.data_ptr(), table.shape[0], _DTYPES[table.dtype]
+
+    def _packed_mask(self) -> torch.Tensor | None:
+        """The factors [L, widest H_i] that the model was packed with, 1 where it was not."""
+        layers = range(len(self.shape.heads))
+        if not any(f"{i}.mask" in self.tensors for i in layers):
+            return None
+        mask = torch.ones(len(layers), self._widest)
+        for i in layers:
+            if f"{i}.mask" in self.tensors:
+                mask[i, : len(self.shape.heads[i])] = self.tensors[f"{i}.mask"]
+        return mask
+
+    @property
+    def _widest(self) -> int:
+        return max(map(len, self.shape.heads), default=0)
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        head_masks: Sequence[torch.Tensor | None] = (),
+        hidden_states: bool = False,
+        row_scales: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Hidden states [B, T, C] in the dtype of the embeddings, 0 at padding: the last, or with ``hidden_states``
+        the embeddings and the output of each layer.
+
+        Args:
+            input_ids: int64 or int32 [B, T].
+            attention_mask: [B, T], 0 = padding, anywhere in its row.
+            token_type_ids, position_ids: [B or 1, T].
+            head_masks: for each layer None or a factor for each of its heads [H_i].
+            row_scales: float32 [L, 2, B·T] to fill with the scale of each token's codes; for calibration.
+
+        Raises:
+            ValueError: an id, position or token type outside its table, by name.
+        """
+        batch, length = input_ids.shape
+        ids = input_ids.contiguous()
+        mask = None if attention_mask is None else attention_mask.contiguous()
+        if mask is not None and mask.is_floating_point():
+            mask = mask != 0  # −0 has a bit set
+        types = None if token_type_ids is None else token_type_ids.to(torch.int64).contiguous()
+        positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
+        factors = self._factors(head_masks)
+        count = len(self.shape.heads) + 1 if hidden_states else 1
+        outputs = [torch.empty(batch, length, self.shape.hidden, dtype=self.dtype) for _ in range(count)]
+        self._encoder.run(
+            ids.data_ptr(),
+            ids.dtype == torch.int64,
+            batch,
+            length,
+            0 if mask is None else mask.data_ptr(),
+            0 if mask is None else mask.element_size(),
+            0 if positions is None else positions.data_ptr(),
+            length if positions is not None and positions.shape[0] == batch else 0,
+            0 if types is None else types.data_ptr(),
+            length if types is not None and types.shape[0] == batch else 0,
+            0 if factors is None else factors.data_ptr(),
+            self._widest,
+            outputs[-1].data_ptr(),
+            _DTYPES[self.dtype],
+            [output.data_ptr() for output in outputs] if hidden_states else [],
+            0 if row_scales is None else row_scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return outputs
+
+    def _factors(self, head_masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """[L, widest H_i] of a call, on top of those that the model was packed with."""
+        if all(mask is None for mask in head_masks):
+            return self._mask
+        factors = torch.ones(len(self.shape.heads), self._widest)
+        for row, mask in zip(factors, head_masks, strict=True):
+            if mask is not None:
+                row[: mask.shape[0]] = mask
+        return factors if self._mask is None else factors * self._mask
+
+    def with_scales(self, scales: Sequence[tuple[float, float]]) -> PackedEncoder:
+        """The same weights with other scales of what out and ffn_out read, see ``Shape``."""
+        return PackedEncoder(self.shape._replace(scales=tuple(scales)), self.tensors)
+
+    # Files --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in self.tensors.items()}
+        save_file(tensors, path, {"format": FORMAT, "shape": json.dumps(self.shape._asdict())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> PackedEncoder:
+        """Map a file of ``save`` into memory: what is not used is not read, and processes share it.
+
+        Raises:
+            ValueError: not such a file, or one of another format, by name.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    _check.refuse(
+                        OP, "path", f"a file of format {FORMAT}", f"{str(path)!r} of {metadata.get('format')}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"{OP}: {str(path)!r} is truncated or no safetensors file: {error}") from error
+        fields = json.loads(metadata["shape"])
+        fields["heads"] = tuple(map(tuple, fields["heads"]))
+        fields["scales"] = tuple(map(tuple, fields["scales"]))
+        fields["eps"] = tuple(fields["eps"])
+        return cls(Shape(**fields), tensors)
+
+
+def pack_linear(
+    precision: str, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A linear layer [F, K] as a blob, uint8 [bytes].
+
+    Args:
+        precision: "int8" for codes int8 with scale float32 [F]; "bf16" or "fp32".
+        weight: [F, K], int8, float32 or (for bf16) bfloat16, any strides.
+        bias: [F] or None.
+    """
+    f, k = weight.shape
+    kind = _WEIGHTS[precision]
+    wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
+    if weight.dtype not in wanted:
+        weight = weight.to(wanted[0])
+    scale = None if scale is None else scale.to(torch.float32).contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    blob = torch.empty(backends.cpu().packed_bytes(kind, f, k), dtype=torch.uint8)
+    backends.cpu().pack_linear(
+        kind,
+        weight.data_ptr(),
+        weight.dtype == torch.float32,
+        weight.stride(0),
+        weight.stride(1),
+        0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        f,
+        k,
+        blob.data_ptr(),
+        blob.numel(),
+    )
+    return blob

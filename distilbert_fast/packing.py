@@ -1,0 +1,138 @@
+"""What an encoder is made of, and its weights laid out layer by layer in the precision that is asked for.
+
+Each layer's query, key and value become one matrix; heads that a mask sets to 0 leave the weights. A weight that is
+already what it shall be is shared with the model.
+
+Shapes: C hidden, H heads, D head size, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from distilbert_fast.ops import _check
+from distilbert_fast.ops.quantize import quantize
+
+OP = "engine"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
+
+
+# What a model is made of ------------------------------------------------------------------------------------
+
+
+class LayerModules(NamedTuple):
+    """One post-norm encoder layer. The linear layers are nn.Linear or hold int8 codes, see ``Int8Linear``."""
+
+    query: nn.Module  # [C] -> [H·D]
+    key: nn.Module
+    value: nn.Module
+    out: nn.Module  # [H·D] -> [C]
+    attention_norm: nn.LayerNorm
+    ffn_in: nn.Module  # [C] -> [F]
+    ffn_out: nn.Module  # [F] -> [C]
+    ffn_norm: nn.LayerNorm
+    heads: tuple[int, ...]  # the numbers of the heads that are left, of 0…H-1
+
+
+class EncoderModules(NamedTuple):
+    """The modules of a DistilBERT, BERT or RoBERTa encoder: erf-GELU, LayerNorm after the residual."""
+
+    word: nn.Embedding
+    position: nn.Embedding
+    token_type: nn.Embedding | None
+    norm: nn.LayerNorm
+    layers: Sequence[LayerModules]
+    num_heads: int
+    head_dim: int
+    padding_idx: int | None = None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
+
+
+# What they are packed into ----------------------------------------------------------------------------------
+
+
+class Linear(NamedTuple):
+    """y = x Wᵀ + b with W = weight [F, C], or W[f] = scale[f] · weight[f] where weight holds int8 codes."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None  # float32 [F]
+
+
+class Norm(NamedTuple):
+    weight: torch.Tensor  # [C]
+    bias: torch.Tensor  # [C]
+    eps: float
+
+
+class Layer(NamedTuple):
+    qkv: Linear  # [C] -> [3, H_l, D]
+    out: Linear  # [H_l, D] -> [C]
+    attention_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    ffn_norm: Norm
+    heads: tuple[int, ...]  # the numbers of its H_l heads
+    mask: torch.Tensor | None  # [H_l], where the model was packed with a head mask that is not only 0 and 1
+
+
+# Packing ----------------------------------------------------------------------------------------------------
+
+
+def pack_layer(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
+    out, ffn_in, ffn_out = (_pack(linear, precision) for linear in (layer.out, layer.ffn_in, layer.ffn_out))
+    query, key, value = (_pack(linear, precision) for linear in (layer.query, layer.key, layer.value))
+    heads = layer.heads
+    if mask is not None:
+        kept = mask.nonzero().flatten()
+        columns = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
+        query, key, value = (_rows(linear, columns) for linear in (query, key, value))
+        out = out._replace(weight=out.weight.index_select(1, columns))
+        heads, mask = tuple(heads[i] for i in kept.tolist()), mask[kept]
+        mask = None if bool((mask == 1).all()) else mask
+    return Layer(
+        _concatenate(query, key, value),
+        out,
+        pack_norm(layer.attention_norm),
+        ffn_in,
+        ffn_out,
+        pack_norm(layer.ffn_norm),
+        heads,
+        mask,
+    )
+
+
+def _pack(linear: Any, precision: str | None) -> Linear:
+    """Weights of one linear layer, shared with the module if it has the precision asked for."""
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if weight.dtype == torch.int8:
+        if precision not in (None, "int8"):
+            _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
+        return Linear(weight[0], bias, linear.weight_scale)
+    if precision is None:
+        return Linear(weight, bias, None)
+    if precision == "int8":
+        codes, scale = quantize(weight)
+        return Linear(codes, bias, scale)
+    dtype = PRECISIONS[precision]
+    return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
+
+
+def _rows(linear: Linear, rows: torch.Tensor) -> Linear:
+    parts: list[Any] = [None if part is None else part.index_select(0, rows) for part in linear]
+    return Linear(*parts)
+
+
+def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
+    parts: list[Any] = list(zip(query, key, value, strict=True))
+    if any(len({part is None for part in three}) > 1 for three in parts):
+        _check.refuse(OP, "query, key and value of a layer", "all int8 or all float, with or without bias", "both")
+    joined: list[Any] = [None if three[0] is None else torch.cat(three) for three in parts]
+    return Linear(*joined)
+
+
+def pack_norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
