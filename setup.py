@@ -10,7 +10,7 @@ Neither includes a torch header nor links a torch library, so torch is not neede
     DISTILBERT_FAST_CUDA_ARCHS  such as 80;90a (default: those of DEFAULT_ARCHS that nvcc knows); PTX of the
                                 newest is added, for later GPUs
     CUDA_HOME                   nvcc is $CUDA_HOME/bin/nvcc, else the one on PATH
-    CXX, CXXFLAGS, LDFLAGS      the C++ compiler (g++ >= 9 or clang++ >= 10) and flags put before ours
+    CXX, CXXFLAGS, LDFLAGS      the C++ compiler (g++ >= 11 or clang++ >= 12) and flags put before ours
     MAX_JOBS                    how many compilers run at once (default: ninja's choice)
 
 Objects and the ninja file stay in build/native-<python>-<platform>, so that the next build compiles only what
@@ -50,14 +50,17 @@ DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 suspects its own intrinsics
-TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512} if IS_X86 else {"tier_scalar": []}
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512, "tier_amx": AMX}
+if not IS_X86:
+    TIER_FLAGS = {"tier_scalar": []}
 
 # Compiled first, so that an unsuitable compiler gets one message instead of a screen of errors.
 PROBE = """
 #ifdef __clang__
-static_assert(__clang_major__ >= 10, "this clang is too old");
+static_assert(__clang_major__ >= 12, "this clang is too old");
 #else
-static_assert(__GNUC__ >= 9, "this gcc is too old");
+static_assert(__GNUC__ >= 11, "this gcc is too old");
 #endif
 #include <optional>
 #include <string_view>
@@ -90,7 +93,7 @@ class Compiler:
 
 def find_compiler() -> Compiler:
     """The C++ compiler of CXX, else the first of g++, c++ and clang++; it must compile the probe."""
-    needed = "a C++17 compiler, g++ >= 9 or clang++ >= 10, is needed"
+    needed = "a C++17 compiler, g++ >= 11 or clang++ >= 12, is needed"
     command = shlex.split(os.environ.get("CXX", ""))
     command = command or [name for name in ("g++", "c++", "clang++") if shutil.which(name)][:1]
     if not command:

@@ -230,9 +230,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "int8_linear",
       [](Address x, int64_t x_row_stride, int64_t x_column_stride, Address x_scale, int64_t x_scale_stride,
-         Address blob, int64_t blob_bytes, int64_t rows, int64_t columns, int64_t k, bool gelu, Address residual,
-         int64_t residual_stride, bool residual_is_bfloat16, Address out, int output, Address out_scale,
-         int64_t out_scale_stride, int threads) {
+         Address blob, int64_t blob_bytes, Address scale, Address bias, int64_t rows, int64_t columns, int64_t k,
+         bool gelu, Address residual, int64_t residual_stride, bool residual_is_bfloat16, Address out, int output,
+         Address out_scale, int64_t out_scale_stride, int threads) {
         const Int8Linear call = {at<const int8_t>(x),
                                  x_row_stride,
                                  x_column_stride,
@@ -240,6 +240,8 @@ PYBIND11_MODULE(_cpu, m) {
                                  x_scale_stride,
                                  at<const uint8_t>(blob),
                                  blob_bytes,
+                                 at<const float>(scale),
+                                 at<const float>(bias),
                                  rows,
                                  columns,
                                  k,
@@ -254,7 +256,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         int8_linear(call, threads);
       },
-      "Linear layer on int8 codes and packed weights, its result float or int8 codes");
+      "Linear layer on int8 codes and packed weights, with scales and biases of its own; floats or int8 codes");
 
   m.def(
       "quantize",

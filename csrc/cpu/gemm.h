@@ -39,7 +39,7 @@ struct PackedLinear {
 
 enum class Activation : int {
   none,
-  gelu,       // x Φ(x) by a relative error of 2e-7
+  gelu,       // x Φ(x), Φ by an absolute error of 2e-8
   gelu_fast,  // Φ by an absolute error of 4e-5: for a result that is quantized to int8 next
 };
 

@@ -13,7 +13,16 @@ void require(bool holds, const char* expected, const std::string& given) {
   if (!holds) throw std::invalid_argument(std::string("pack: ") + expected + ", got " + given);
 }
 
-int64_t element_bytes(Weights kind) { return kind == Weights::int8 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
+// A column of weights: groups of 32 bits lie 64 bytes apart, a block behind 16 of them.
+template <class T, class Read>
+void fill_column(uint8_t* column, int64_t k, const Read& read) {
+  constexpr int64_t group = 4 / sizeof(T);
+  for (int64_t c = 0; c < k; c += group) {
+    T values[group] = {};
+    for (int64_t i = 0; i < group && c + i < k; ++i) values[i] = read(c + i);
+    std::memcpy(column + c / group / 16 * kBlockBytes + c / group % 16 * 64, values, sizeof values);
+  }
+}
 
 int64_t padded(int64_t columns) { return round_up(columns, kPanelColumns); }
 
@@ -53,31 +62,30 @@ void pack_linear(Weights kind, const PackSource& source, int64_t columns, int64_
                  int64_t blob_bytes) {
   const PackedLinear packed = checked_linear(kind, blob, blob_bytes, columns, k);
   require(source.weights != nullptr || columns * k == 0, "weights must point to memory", "null");
+  if (blob_bytes == 0) return;
   std::memset(blob, 0, static_cast<size_t>(blob_bytes));
   int32_t* sums = const_cast<int32_t*>(packed.column_sums);
   float* scale = const_cast<float*>(packed.scale);
   float* bias = const_cast<float*>(packed.bias);
-  const int64_t group = block_elements(kind) / 16, size = element_bytes(kind);
 
   for (int64_t f = 0; f < columns; ++f) {
     uint8_t* column =
         blob + f / kPanelColumns * packed.panel_bytes() + f % kPanelColumns / 16 * kHalfBytes + f % 16 * 4;
+    const auto at = [&](int64_t c) { return f * source.row_stride + c * source.column_stride; };
     uint32_t sum = 0;
-    for (int64_t c = 0; c < k; ++c) {
-      const int64_t at = f * source.row_stride + c * source.column_stride;
-      const int64_t g = c / group;
-      uint8_t* to = column + g / 16 * kBlockBytes + g % 16 * 64 + c % group * size;
-      if (kind == Weights::int8) {
-        const int8_t w = static_cast<const int8_t*>(source.weights)[at];
+    if (kind == Weights::int8) {
+      fill_column<int8_t>(column, k, [&](int64_t c) {
+        const int8_t w = static_cast<const int8_t*>(source.weights)[at(c)];
         sum += static_cast<uint32_t>(static_cast<int32_t>(w));
-        *to = static_cast<uint8_t>(w);
-      } else if (kind == Weights::float32) {
-        std::memcpy(to, static_cast<const float*>(source.weights) + at, 4);
-      } else {
-        const uint16_t w = source.is_float32 ? to_bfloat16(static_cast<const float*>(source.weights)[at]).bits
-                                             : static_cast<const uint16_t*>(source.weights)[at];
-        std::memcpy(to, &w, 2);
-      }
+        return w;
+      });
+    } else if (kind == Weights::float32) {
+      fill_column<float>(column, k, [&](int64_t c) { return static_cast<const float*>(source.weights)[at(c)]; });
+    } else if (source.is_float32) {
+      fill_column<uint16_t>(
+          column, k, [&](int64_t c) { return to_bfloat16(static_cast<const float*>(source.weights)[at(c)]).bits; });
+    } else {
+      fill_column<uint16_t>(column, k, [&](int64_t c) { return static_cast<const uint16_t*>(source.weights)[at(c)]; });
     }
     sums[f] = static_cast<int32_t>(sum);
     scale[f] = source.scale == nullptr ? 1.0f : source.scale[f];

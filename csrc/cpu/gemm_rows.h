@@ -90,6 +90,9 @@ void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t
   const int64_t rows = row_end - row_begin;
   const int64_t tiles = (rows + Tile::rows - 1) / Tile::rows;
   alignas(64) typename Tile::Sum sums[Tile::rows * Tile::columns];
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < call.block_ranges; ++i) blocks += call.blocks[i].end - call.blocks[i].begin;
+  const bool all_blocks = blocks == call.weights.blocks;  // else nobody knows the sums of the columns
   for (int64_t i = panel_begin; i < panel_end; ++i) {
     const int64_t panel = call.panels == nullptr ? i : call.panels[i];
     const int64_t next = i + 1 == panel_end ? -1 : call.panels == nullptr ? i + 1 : call.panels[i + 1];
@@ -102,8 +105,8 @@ void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t
       for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height
         const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
         run_tile<Tile, Tile::rows>(static_cast<int>(end - begin), a + begin * a_stride, a_stride,
-                                   b + half / 16 * kHalfBytes, call.weights.column_sums + column, call.blocks,
-                                   call.block_ranges, prefetch, sums);
+                                   b + half / 16 * kHalfBytes, all_blocks ? call.weights.column_sums + column : nullptr,
+                                   call.blocks, call.block_ranges, prefetch, sums);
         prefetch.next += prefetch.lines * 64 * call.weights.blocks;
         finish<Tile>(call, sums, row_begin + begin, end - begin, column);
       }

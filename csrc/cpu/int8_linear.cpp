@@ -1,9 +1,12 @@
 #include "int8_linear.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "gemm_pack.h"
 #include "isa.h"
@@ -23,10 +26,23 @@ void check(const Int8Linear& call) {
           std::to_string(call.blob_bytes));
   require(0 <= call.output && call.output <= 2, "output must be 0 (float32), 1 (bfloat16) or 2 (codes)",
           std::to_string(call.output));
+  const int64_t widest = (call.columns > call.k ? call.columns : call.k) + 2 * kRowUnit;
+  require(
+      call.rows <= (int64_t{1} << 60) / widest - kRowUnit, "rows · columns and rows · k must fit in 60 bits",
+      std::to_string(call.rows) + " rows, " + std::to_string(call.columns) + " columns, k " + std::to_string(call.k));
+  const std::pair<const char*, int64_t> strides[] = {{"x_row_stride", call.x_row_stride},
+                                                     {"x_column_stride", call.x_column_stride},
+                                                     {"x_scale_stride", call.x_scale_stride},
+                                                     {"residual_stride", call.residual_stride},
+                                                     {"out_scale_stride", call.out_scale_stride}};
+  for (const auto& [name, stride] : strides) {
+    require(stride >= 0, std::string(name) + " must be 0 or more", std::to_string(stride));
+  }
   if (call.rows == 0 || call.columns == 0) return;
   require(call.x != nullptr || call.k == 0, "x must point to memory", "null");
   require(call.x_scale != nullptr, "x_scale must point to memory", "null");
   require(call.blob != nullptr, "packed weights must point to memory", "null");
+  require(call.scale != nullptr, "scale must point to memory", "null");
   require(call.out != nullptr, "out must point to memory", "null");
   require(call.output != 2 || call.out_scale != nullptr, "out_scale must point to memory", "null");
 }
@@ -40,12 +56,21 @@ void int8_linear(const Int8Linear& call, int threads) {
   check(call);
   if (call.rows == 0 || call.columns == 0) return;
   const Kernels& tier = kernels();
-  const PackedLinear weights = packed_linear(Weights::int8, call.blob, call.columns, call.k);
+  PackedLinear weights = packed_linear(Weights::int8, call.blob, call.columns, call.k);
+  const int64_t padded = weights.panel_count() * kPanelColumns;  // kernels load whole vectors
+  std::vector<float> scale_and_bias(static_cast<size_t>(2 * padded));
+  std::copy_n(call.scale, call.columns, scale_and_bias.data());
+  if (call.bias != nullptr) std::copy_n(call.bias, call.columns, scale_and_bias.data() + padded);
+  weights.scale = scale_and_bias.data();
+  weights.bias = scale_and_bias.data() + padded;
+
   const int64_t row_bytes = weights.blocks * 64;
-  const std::unique_ptr<uint8_t[]> a(new uint8_t[static_cast<size_t>((call.rows + kRowUnit) * row_bytes)]);
+  const std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>((call.rows + kRowUnit) * row_bytes + 64)]);
+  uint8_t* const a =
+      memory.get() + 64 - reinterpret_cast<uintptr_t>(memory.get()) % 64;  // a row in as few lines as can be
   const BlockRange all = {0, static_cast<int32_t>(weights.blocks)};
   const Gemm gemm = {weights,
-                     a.get(),
+                     a,
                      row_bytes,
                      call.x_scale,
                      call.x_scale_stride,
@@ -66,7 +91,7 @@ void int8_linear(const Int8Linear& call, int threads) {
   const int64_t copy_grain = 1 + (1 << 16) / (row_bytes + 1);
   parallel_rows(call.rows, copy_grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      uint8_t* out = a.get() + r * row_bytes;
+      uint8_t* out = a + r * row_bytes;
       const int8_t* x = call.x + r * call.x_row_stride;
       for (int64_t c = 0; c < call.k; ++c) out[c] = static_cast<uint8_t>(x[c * call.x_column_stride]) ^ tier.code_flip;
       std::memset(out + call.k, tier.code_flip, static_cast<size_t>(row_bytes - call.k));

@@ -12,8 +12,10 @@ struct Int8Linear {
   int64_t x_row_stride, x_column_stride;
   const float* x_scale;  // [rows], or one value by stride 0
   int64_t x_scale_stride;
-  const uint8_t* blob;  // from pack_linear
+  const uint8_t* blob;  // from pack_linear; the scales and biases in it are not read
   int64_t blob_bytes;
+  const float* scale;  // [columns]
+  const float* bias;   // [columns] or null
   int64_t rows, columns, k;
   bool gelu;
   const void* residual;  // [rows, columns] or null

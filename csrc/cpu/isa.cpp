@@ -97,7 +97,7 @@ std::vector<Tier> find_tiers() {
   }
   if (amx.empty() && !(saves(0x600e6) && tiles_permitted())) amx = "the operating system does not grant AMX tiles";
 
-  return {{"amx", &kernels_avx512, amx},
+  return {{"amx", &kernels_amx, amx},
           {"avx512_vnni", &kernels_avx512, avx512},
           {"avx2", &kernels_avx2, avx2},
           {"scalar", &kernels_scalar, ""}};

@@ -9,6 +9,7 @@
 #include "kernel_table.h"
 
 namespace distilbert_fast {
+namespace {
 
 constexpr Kernels table() {
   Kernels kernels = common_kernels();
@@ -16,6 +17,8 @@ constexpr Kernels table() {
   kernels.code_flip = 0x80;
   return kernels;
 }
+
+}  // namespace
 
 constexpr Kernels kernels_avx512 = table();
 

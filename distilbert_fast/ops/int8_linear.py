@@ -15,11 +15,13 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written
 from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._packed import packed_int8
 from distilbert_fast.ops.quantize import as_scale, quantize_reference
 
 OP = "int8_linear"
 MAX_COLUMNS = 2**31 // 128**2 - 1  # 131071 products of −128 by −128 still fit in int32
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OUTPUT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @torch.no_grad()
@@ -172,4 +174,49 @@ def _forward_torch(
     return y.to(out_dtype) if out_scale is None else quantize_reference(y, out_scale)[0]
 
 
-_FORWARD = {"torch": _forward_torch}
+# cpu --------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    blob = packed_int8(w_q)
+    w_scale = w_scale.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    backends.cpu().int8_linear(
+        x_q.data_ptr(),
+        *x_q.stride(),
+        x_scale.data_ptr(),
+        x_scale.stride(0) if x_scale.dim() else 0,
+        blob.data_ptr(),
+        blob.numel(),
+        w_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        x_q.shape[0],
+        w_q.shape[0],
+        x_q.shape[1],
+        gelu,
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        residual is not None and residual.dtype == torch.bfloat16,
+        y.data_ptr(),
+        _OUTPUT_CODE[y.dtype],
+        0 if out_scale is None else out_scale.data_ptr(),
+        out_scale.stride(0) if out_scale is not None and out_scale.dim() else 0,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}

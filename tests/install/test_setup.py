@@ -190,11 +190,11 @@ def test_architectures(machine):
 def test_no_compiler(machine):
     (machine.path / "g++").unlink()
     assert machine.refusal() == (
-        "distilbert-fast: a C++17 compiler, g++ >= 9 or clang++ >= 10, is needed, and there is none on PATH. Install "
+        "distilbert-fast: a C++17 compiler, g++ >= 11 or clang++ >= 12, is needed, and there is none on PATH. Install "
         "one (Debian: apt install g++) or name it in CXX."
     )
     assert machine.refusal(CXX="icpc -fast") == (
-        "distilbert-fast: a C++17 compiler, g++ >= 9 or clang++ >= 10, is needed, and there is no 'icpc' on PATH, "
+        "distilbert-fast: a C++17 compiler, g++ >= 11 or clang++ >= 12, is needed, and there is no 'icpc' on PATH, "
         "which CXX names."
     )
 
@@ -203,7 +203,7 @@ def test_a_compiler_that_is_too_old(machine):
     (machine.path / "old").write_text("#!/bin/sh\necho \"error: unrecognized option '-std=c++17'\"; exit 1\n")
     (machine.path / "old").chmod(0o755)
     assert machine.refusal(CXX="old") == (
-        "distilbert-fast: a C++17 compiler, g++ >= 9 or clang++ >= 10, is needed, and old failed on a few lines of "
+        "distilbert-fast: a C++17 compiler, g++ >= 11 or clang++ >= 12, is needed, and old failed on a few lines of "
         "C++17:\nerror: unrecognized option '-std=c++17'"
     )
 

@@ -1,0 +1,24 @@
+#include "vec_avx512.h"
+
+#include "vec_math.h"
+
+#include "gemm_amx.h"
+
+#include "kernel_table.h"
+
+namespace distilbert_fast {
+namespace {
+
+constexpr Kernels table() {
+  Kernels kernels = common_kernels();
+  kernels.gemm_int8 = gemm_amx<AmxInt8>;
+  kernels.gemm_bfloat16 = gemm_amx<AmxBFloat16>;
+  kernels.reads_bfloat16 = true;
+  return kernels;
+}
+
+}  // namespace
+
+constexpr Kernels kernels_amx = table();
+
+}  // namespace distilbert_fast

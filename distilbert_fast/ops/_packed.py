@@ -1,0 +1,57 @@
+"""Weights laid out for the native CPU kernels, once for each tensor and for as long as it lives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from distilbert_fast import backends
+
+INT8 = 0  # the code of its layout in csrc/cpu/gemm.h
+_VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a stacked weight
+
+
+class _Pack(NamedTuple):
+    blob: torch.Tensor  # uint8
+    storage: torch.UntypedStorage  # kept alive: no other weights can come to lie at its address
+
+
+# Tensor that owns the memory -> the view of it and its version -> pack. An entry dies with its tensor.
+_packs: MutableMapping[torch.Tensor, dict[tuple[Any, ...], _Pack]] = WeakIdKeyDictionary()
+_lock = threading.Lock()
+
+
+def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
+    """int8 [F, C] as ``pack_linear`` lays it out, uint8 [bytes]; its scales are 1 and its biases 0.
+
+    The pack is remembered with the tensor that owns the memory and made anew once torch has counted a change of it
+    (``_version``). torch counts none for what is written through ``.data`` or a NumPy array. Inference tensors have no
+    counter: they are packed every time.
+    """
+    if w_q.is_inference():
+        return _pack_int8(w_q)
+    owner = w_q if w_q._base is None else w_q._base
+    # Read before the pack is made: torch raises it after a write, so a pack made meanwhile is not found again.
+    version = w_q._version
+    key = (version, w_q.data_ptr(), w_q.storage_offset(), tuple(w_q.shape), w_q.stride())
+    with _lock:
+        packs = _packs.get(owner)
+        pack = None if packs is None else packs.get(key)
+    if pack is None:
+        pack = _Pack(_pack_int8(w_q), w_q.untyped_storage())
+        with _lock:
+            kept = [(k, p) for k, p in _packs.get(owner, {}).items() if k[0] == version and p.storage is pack.storage]
+            _packs[owner] = dict([*kept[1 - _VIEWS :], (key, pack)])
+    return pack.blob
+
+
+def _pack_int8(w_q: torch.Tensor) -> torch.Tensor:
+    f, c = w_q.shape
+    module = backends.cpu()
+    blob = torch.empty(module.packed_bytes(INT8, f, c), dtype=torch.uint8)
+    module.pack_linear(INT8, w_q.data_ptr(), False, *w_q.stride(), 0, 0, f, c, blob.data_ptr(), blob.numel())
+    return blob
