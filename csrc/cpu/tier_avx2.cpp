@@ -4,6 +4,8 @@
 
 #include "kl_div_rows.h"
 
+#include "linear_kl_div_rows.h"
+
 #include "matmul.h"
 
 #include "attention_heads.h"
@@ -12,6 +14,6 @@
 
 namespace distilbert_fast {
 
-const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward, attention_forward, attention_backward};
+const Kernels kernels_avx2 = {kl_div_forward, kl_div_backward, linear_kl_div, attention_forward, attention_backward};
 
 }  // namespace distilbert_fast
