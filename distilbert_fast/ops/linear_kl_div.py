@@ -243,17 +243,22 @@ def _by_chunks(
     ignore_index: int,
     sums: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """Fill what ``_forward`` returns, given as zeros."""
+    """Fill what ``_forward`` returns."""
     kl, ce, dh_sum, dW_sum, db_sum = sums
+    for x in (kl, ce, dh_sum, db_sum):
+        x.zero_()
     n, v = h_s.shape[0], W.shape[0]
+    begun = [False] * len(dW_sum)  # the largest of them is not even set to zero if it need not be
 
     def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
         if dh_sum.numel() > 0:
             dh_sum[loss].index_copy_(0, rows, G @ W)
         if dW_sum.numel() > 0 and h.dtype == dW_sum.dtype:
-            dW_sum[loss].addmm_(G.t(), h)
+            torch.addmm(dW_sum[loss], G.t(), h, beta=int(begun[loss]), out=dW_sum[loss])
         elif dW_sum.numel() > 0:
-            dW_sum[loss].add_(G.t() @ h)
+            product = G.t() @ h
+            dW_sum[loss].add_(product) if begun[loss] else dW_sum[loss].copy_(product)
+        begun[loss] = True
         if db_sum.numel() > 0:
             db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
 
@@ -278,6 +283,9 @@ def _by_chunks(
             add_gradients(0, part, h[: len(part)], losses.kl_gradient)
         if len(which) > 0 and len(losses.ce_gradient) > 0:
             add_gradients(1, chunk[which], h[which], losses.ce_gradient)
+    for loss, some in enumerate(begun):
+        if not some:
+            dW_sum[loss].zero_()
     kl /= max(1, len(rows_kl))
     ce /= labelled.sum().clamp(min=1)
     return sums
@@ -310,7 +318,7 @@ def _forward_torch(
     db: bool,
 ) -> tuple[torch.Tensor, ...]:
     call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    sums = tuple(x.zero_() for x in _forward_fake(*call))
+    sums = _forward_fake(*call)
     W, b = W_s.to(_work(h_s)), None if b_s is None else b_s.to(_work(h_s))
     W_t, b_t = W_t.to(_work(h_t)), None if b_t is None else b_t.to(_work(h_t))
     keep = "gradient" if dh or dW or db else "none"
@@ -362,10 +370,11 @@ def _forward_cpu(
 ) -> tuple[torch.Tensor, ...]:
     """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
     call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    sums = tuple(x.zero_() for x in _forward_fake(*call))
+    sums_kl, sums_ce, dh_sum, dW_sum, db_sum = _forward_fake(*call)
+    sums = sums_kl, sums_ce, dh_sum, backends.empty_cpu(dW_sum), db_sum
     rows, v = min(_chunk(W_s.shape[0], h_s.device), h_s.shape[0]), W_s.shape[0]
     wanted = dh or dW or db
-    student, teacher = h_s.new_empty((rows, v)), h_t.new_empty((rows, v))
+    student, teacher = (backends.empty_cpu(x.new_empty((rows, v))) for x in (h_s, h_t))
     ce_gradient = h_s.new_empty((rows if wanted and labels is not None else 0, v))
     kl, ce = h_s.new_empty(rows, dtype=torch.float32), h_s.new_empty(rows, dtype=torch.float32)
 
