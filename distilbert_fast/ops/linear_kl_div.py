@@ -255,9 +255,10 @@ def _by_chunks(
             dh_sum[loss].index_copy_(0, rows, G @ W)
         if dW_sum.numel() > 0 and h.dtype == dW_sum.dtype:
             torch.addmm(dW_sum[loss], G.t(), h, beta=int(begun[loss]), out=dW_sum[loss])
+        elif dW_sum.numel() > 0 and begun[loss]:
+            dW_sum[loss].add_(G.t() @ h)
         elif dW_sum.numel() > 0:
-            product = G.t() @ h
-            dW_sum[loss].add_(product) if begun[loss] else dW_sum[loss].copy_(product)
+            dW_sum[loss].copy_(G.t() @ h)
         begun[loss] = True
         if db_sum.numel() > 0:
             db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
