@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear_kl_div.h"
 #include "cpu/quantize.h"
 
 namespace py = pybind11;
@@ -349,6 +350,20 @@ PYBIND11_MODULE(_cpu, m) {
                            tokens, threads);
       },
       "Gradients of q, k, v and, where dm is not 0, of the head mask [batch, heads]");
+
+  m.def(
+      "linear_kl_div",
+      [](Address student, Address teacher, int student_dtype, int teacher_dtype, int64_t rows, int64_t kl_rows,
+         int64_t columns, double temperature, Address labels, bool gradient, Address kl, Address ce,
+         Address ce_gradient, int threads) {
+        py::gil_scoped_release release;
+        linear_kl_div(
+            {at<void>(student), at<const void>(teacher), static_cast<DType>(student_dtype),
+             static_cast<DType>(teacher_dtype), rows, kl_rows, columns, temperature, at<const int64_t>(labels), nullptr,
+             gradient, at<float>(kl), at<float>(ce), at<void>(ce_gradient)},
+            threads);
+      },
+      "Losses of rows of logits; the gradient of the KL over the student's logits, that of the cross-entropy beside");
 
   py::class_<Encoder>(m, "Encoder", "A whole encoder; what its addresses name must outlive it")
       .def(py::init(&make_encoder))

@@ -65,6 +65,50 @@ def test_backward_refuses_missing_outputs():
     assert str(error.value) == "kl_div: dloss, stats and gradient must point to memory, got null"
 
 
+LABELS = torch.tensor([2, -1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": -1, "kl_rows": -1}, "linear_kl_div: rows must be 0 or more, got -1"),
+        ({"kl_rows": 3}, "linear_kl_div: kl_rows must be from 0 to rows, got 3"),
+        ({"columns": 0}, "linear_kl_div: columns must be 1 or more, got 0"),
+        ({"columns": 2**62}, "linear_kl_div: rows · columns must fit in 60 bits, got 2 · 4611686018427387904"),
+        ({"teacher_dtype": 7}, "linear_kl_div: dtype must be 0 (float32) or 1 (bfloat16), got 7"),
+        ({"temperature": 0.0}, "linear_kl_div: temperature must be finite and above 0, got 0.000000"),
+        ({"student": 0}, "linear_kl_div: student must point to logits, got null"),
+        ({"teacher": 0}, "linear_kl_div: teacher and kl must point to memory, got null"),
+        ({"ce": 0}, "linear_kl_div: ce must point to memory, got null"),
+        ({"ce_gradient": 0}, "linear_kl_div: ce_gradient must point to memory, got null"),
+        ({"columns": 2}, "linear_kl_div: labels must be from -1 (none) to columns - 1, got 2"),
+    ],
+)
+def test_linear_kl_div_refuses_before_touching_memory(changed, message):
+    values = {
+        "student": LOGITS.data_ptr(),
+        "teacher": LOGITS.data_ptr(),
+        "student_dtype": 0,
+        "teacher_dtype": 0,
+        "rows": 2,
+        "kl_rows": 1,
+        "columns": 3,
+        "temperature": 1.0,
+        "labels": LABELS.data_ptr(),
+        "gradient": True,
+        "kl": LOSS.data_ptr(),
+        "ce": LOSS.data_ptr(),
+        "ce_gradient": LOGITS.data_ptr(),
+        "threads": 1,
+    }
+    assert set(changed) <= set(values)
+    before = LOGITS.clone()
+    with pytest.raises(ValueError) as error:
+        _cpu.linear_kl_div(*{**values, **changed}.values())
+    assert str(error.value) == message
+    assert torch.equal(LOGITS, before)
+
+
 HEADS = torch.arange(24.0).view(3, 2, 4)  # [N, H, D]
 OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
 

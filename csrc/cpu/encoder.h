@@ -63,7 +63,7 @@ struct EncoderCall {
   void* out;  // [batch, length, C]; 0 at padding
   DType out_dtype;
   void* const* hidden_states;  // L + 1 times the like of out; null: not wanted
-  float* row_scales;           // [L, 2, batch · length]: of the codes of context and GELU, 0 at padding; null: not wanted
+  float* row_scales;  // [L, 2, batch · length]: of the codes of context and GELU, 0 at padding; null: not wanted
 };
 
 class Arena;

@@ -43,6 +43,24 @@ struct KlDivBackward {
   bool stream;
 };
 
+// Two matrices of logits, rows side by side. Rows [0, kl_rows) count for the KL, and only they have a teacher.
+struct LinearKlDivRows {
+  void* student;        // [rows, columns]; where gradients are wanted the rows of the KL become its gradient
+  const void* teacher;  // [kl_rows, columns]
+  DType student_dtype;
+  DType teacher_dtype;
+  int64_t rows;
+  int64_t kl_rows;
+  int64_t columns;
+  double temperature;
+  const int64_t* labels;  // [rows], −1 = does not count for the cross-entropy; null: none does
+  const int64_t* slots;   // [rows], the row of ce_gradient
+  bool gradient;
+  float* kl;          // [kl_rows]
+  float* ce;          // [rows]; null if labels is
+  void* ce_gradient;  // [rows with a label, columns], dtype of the student; null: not wanted
+};
+
 // Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
 // cu_seqlens is null: `length` tokens each, of which those with mask[b · length + i] count; a null mask counts all.
 struct AttentionSequences {
@@ -89,6 +107,7 @@ struct AttentionBackward {
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
+  void (*linear_kl_div)(const LinearKlDivRows&, int64_t begin, int64_t end);
   GemmKernel gemm_int8;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;

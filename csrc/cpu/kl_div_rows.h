@@ -86,6 +86,11 @@ RowSums sums(const S* s, const T* t, int64_t columns, float k) {
   return row;
 }
 
+inline float row_loss(const RowSums& row, double tau, float k) {
+  const double bits = k * row.w / row.z_t + std::log2(row.z_s) - std::log2(row.z_t);
+  return static_cast<float>(tau / k * bits);  // the rounded k, so that its rounding cancels
+}
+
 // gradient = a · 2^((s − m_s) k) − b · 2^((t − m_t) k)
 template <class S, class T>
 struct GradientRow {
@@ -142,8 +147,7 @@ void forward_rows(const KlDivForward& call, int64_t begin, int64_t end) {
       continue;
     }
     const RowSums row = sums(s, t, columns, k);
-    const double bits = k * row.w / row.z_t + std::log2(row.z_s) - std::log2(row.z_t);
-    call.loss[r] = static_cast<float>(tau / k * bits);  // the rounded k, so that its rounding cancels
+    call.loss[r] = row_loss(row, tau, k);
     if (stats) {
       stats[0] = row.m_s, stats[1] = static_cast<float>(row.z_s);
       stats[2] = row.m_t, stats[3] = static_cast<float>(row.z_t);

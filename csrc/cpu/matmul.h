@@ -22,19 +22,16 @@ inline void matmul_tile(MatmulA a, const float* b, int64_t b_stride, int64_t dep
                         const Sums& sums, const Out& out) {
   Vec low[R], high[R];
   const float* from = a.data + row * a.row;
-#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sums(row + r, column, low[r], high[r]);
   b += column;
   for (int64_t i = 0; i < depth; ++i, from += a.step, b += b_stride) {
     const Vec b_low = load(b), b_high = load(b + Vec::lanes);
-#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Vec x = broadcast(from[r * a.row]);
       low[r] = fma(x, b_low, low[r]);
       high[r] = fma(x, b_high, high[r]);
     }
   }
-#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) out(row + r, column, low[r], high[r]);
 }
 

@@ -29,7 +29,8 @@ void parallel_rows(int64_t rows, int64_t grain, int threads, const Body& body) {
 template <class Body>
 void parallel_rows(int64_t rows, int64_t grain, int threads, int64_t scratch_bytes, const Body& body) {
   const int64_t chunks = (rows + grain - 1) / grain;
-  threads = threads < 1 ? 1 : chunks < threads ? static_cast<int>(chunks) : threads;
+  if (chunks < threads) threads = static_cast<int>(chunks);
+  if (threads < 1) threads = 1;
   scratch_bytes = (scratch_bytes + 63) / 64 * 64;
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, static_cast<size_t>(scratch_bytes * threads + 64)) != 0) throw std::bad_alloc();

@@ -11,14 +11,15 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 
 from distilbert_fast.engine import PRECISIONS, Engine
+from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder
 from distilbert_fast.modeling.snapshot import Snapshot
 from distilbert_fast.ops import _check
@@ -28,7 +29,12 @@ OP = "optimize"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def optimize(model: Model, precision: str | None = None) -> Model:
+def optimize(
+    model: Model,
+    precision: str | None = None,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Model:
     """Accelerate a DistilBERT, BERT or RoBERTa model for inference, in place.
 
     Args:
@@ -37,6 +43,11 @@ def optimize(model: Model, precision: str | None = None) -> Model:
         precision: "fp32", "bf16", "fp16" or "int8" (dynamic scales, one a token and one a weight row) for the
             encoder's linear layers and attention; outputs and task head keep the dtype of the model. None: as
             the model is, so int8 where ``quantize_model`` made it so. Calling again changes it.
+        calibration: for int8 on a CPU, an iterable of texts or of batches (mappings with input_ids, as a DataLoader
+            gives them). What attention and GELU put out then gets one scale a layer, from the largest values seen,
+            instead of one a token: one pass over it less. A few hundred sentences of the kind to come will do.
+            LayerNorm's output keeps a scale for each token, which costs nothing. Lost when weights change.
+        tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
 
     Returns:
         ``model``: same object, parameters, config, signature and files.
@@ -54,10 +65,11 @@ def optimize(model: Model, precision: str | None = None) -> Model:
     at their version counters and addresses before each call finds out, and they are packed again. Only writes
     through ``parameter.data``, which torch does not count, are not seen: call ``optimize`` again after them.
 
-    Thread-safe. A deep copy or an unpickled model packs its own weights.
+    Thread-safe. A deep copy or an unpickled model packs its own weights, uncalibrated.
 
     Raises:
-        TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision.
+        TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision; a calibration
+            that holds nothing, or something else than texts or batches, or is given for a model that is not int8.
     """
     if precision is not None:
         _check.choice(OP, "precision", precision, tuple(PRECISIONS))
@@ -67,6 +79,8 @@ def optimize(model: Model, precision: str | None = None) -> Model:
     )
     accelerator = _Accelerator(precision, reads_padding)
     accelerator.pack(encoder)
+    if calibration is not None:
+        accelerator.calibrate(batches(calibration, model, tokenizer, OP))
     encoder._accelerator = accelerator
     encoder.__class__ = _with_forward(type(encoder), _encoder_forward)
     if model is not encoder:
@@ -80,6 +94,7 @@ class _Accelerator:
     def __init__(self, precision: str | None, reads_padding: bool) -> None:
         self.precision, self.reads_padding = precision, reads_padding
         self._packed: tuple[Snapshot, Engine] | None = None
+        self._calibrated = False
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,6 +112,11 @@ class _Accelerator:
         self._packed = snapshot, engine
         return snapshot, engine
 
+    def calibrate(self, calibration: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        if self._packed is not None:
+            snapshot, engine = self._packed
+            self._packed, self._calibrated = (snapshot, engine.calibrated(calibration)), True
+
     def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot | None, Engine | None]:
         """The current weights, packed; no engine if they have become something that it cannot run."""
         packed = self._packed
@@ -106,6 +126,9 @@ class _Accelerator:
             packed = self._packed
             if packed is not None and packed[0].holds(encoder):
                 return packed
+            if self._calibrated:
+                _warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
+                self._calibrated = False
             try:
                 return self.pack(encoder)
             except (TypeError, ValueError) as error:

@@ -15,7 +15,8 @@ L_ce and L_mlm of Sanh et al.: DistilBERT, a distilled version of BERT, arXiv:19
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -206,17 +207,100 @@ def _forward(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
     """kl, ce and, of the gradients asked for, those of the sums of row losses: of the KL and, with labels, of
     the cross-entropy: dh [1 or 2, N, C_s], dW [1 or 2, V, C_s], db [1 or 2, V].
     """
-    kernel = _FORWARD[backends.select(OP, h_s.device, h_s.dtype)]
+    kernel = _FORWARD[backends.select(OP, h_s.device, h_s.dtype, call[2].dtype)]
     with as_written(h_s.device):
         return kernel(h_s, *call)
 
 
-# torch ---------------------------------------------------------------------------------------------------------
+# Chunks --------------------------------------------------------------------------------------------------------
+
+
+class _Losses(NamedTuple):
+    """Of one chunk: sums of row losses, and where they are wanted gradients of these with respect to logits."""
+
+    kl: torch.Tensor
+    kl_gradient: torch.Tensor  # [rows of the KL, V] in the dtype of the projection
+    ce: torch.Tensor
+    ce_gradient: torch.Tensor  # [rows with a label, V]
+
+
+# From h_s [R, C_s], h_t [R_kl, C_t] of the first rows, and labels [R] with -1 = none, or None for no labels at all.
+_LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Losses]
 
 
 def _chunk(v: int, device: torch.device) -> int:
     """Rows projected at a time: enough for efficient products, few enough to be no burden (32 MB on a CPU)."""
     return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+
+
+def _by_chunks(
+    losses_of_chunk: _LossesOfChunk,
+    h_s: torch.Tensor,
+    W: torch.Tensor,
+    h_t: torch.Tensor,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    sums: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Fill what ``_forward`` returns."""
+    kl, ce, dh_sum, dW_sum, db_sum = sums
+    for x in (kl, ce, dh_sum, db_sum):
+        x.zero_()
+    n, v = h_s.shape[0], W.shape[0]
+    begun = [False] * len(dW_sum)  # the largest of them is not even set to zero if it need not be
+
+    def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
+        if dh_sum.numel() > 0:
+            dh_sum[loss].index_copy_(0, rows, G @ W)
+        if dW_sum.numel() > 0 and h.dtype == dW_sum.dtype:
+            torch.addmm(dW_sum[loss], G.t(), h, beta=int(begun[loss]), out=dW_sum[loss])
+        elif dW_sum.numel() > 0 and begun[loss]:
+            dW_sum[loss].add_(G.t() @ h)
+        elif dW_sum.numel() > 0:
+            dW_sum[loss].copy_(G.t() @ h)
+        begun[loss] = True
+        if db_sum.numel() > 0:
+            db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
+
+    distilled = torch.ones(n, dtype=torch.bool, device=h_s.device) if kd_mask is None else kd_mask
+    labelled = torch.zeros_like(distilled) if labels is None else labels != ignore_index
+    rows_kl = distilled.nonzero().flatten()
+    # Rows of the KL come first, so that in each chunk they are the first ones and the teacher projects no other.
+    rows = torch.cat([rows_kl, (labelled & ~distilled).nonzero().flatten()])
+    for begin in range(0, len(rows), _chunk(v, h_s.device)):
+        chunk = rows[begin : begin + _chunk(v, h_s.device)]
+        part = chunk[: max(0, len(rows_kl) - begin)]
+        h = h_s[chunk].to(W.dtype)  # [R, C_s]
+        which = labelled[chunk].nonzero().flatten()
+        targets = None
+        if labels is not None and len(which) > 0:
+            _check_labels(labels[chunk[which]], v, ignore_index)
+            targets = torch.where(labelled[chunk], labels[chunk], -1)
+        losses = losses_of_chunk(h, h_t[part], targets)
+        kl += losses.kl
+        ce += losses.ce
+        if len(part) > 0 and len(losses.kl_gradient) > 0:
+            add_gradients(0, part, h[: len(part)], losses.kl_gradient)
+        if len(which) > 0 and len(losses.ce_gradient) > 0:
+            add_gradients(1, chunk[which], h[which], losses.ce_gradient)
+    for loss, some in enumerate(begun):
+        if not some:
+            dW_sum[loss].zero_()
+    kl /= max(1, len(rows_kl))
+    ce /= labelled.sum().clamp(min=1)
+    return sums
+
+
+def _check_labels(labels: torch.Tensor, v: int, ignore_index: int) -> None:
+    """Checked where the values can be read for free."""
+    if labels.device.type == "cpu":
+        wrong = labels[(labels < 0) | (labels >= v)]
+        if len(wrong) > 0:
+            _check.refuse(OP, "labels", f"in [0, V = {v}) or ignore_index = {ignore_index}", int(wrong[0]))
+
+
+# torch ---------------------------------------------------------------------------------------------------------
 
 
 def _forward_torch(
@@ -235,58 +319,92 @@ def _forward_torch(
     db: bool,
 ) -> tuple[torch.Tensor, ...]:
     call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    kl, ce, dh_sum, dW_sum, db_sum = (x.zero_() for x in _forward_fake(*call))
-    n, v = h_s.shape[0], W_s.shape[0]
+    sums = _forward_fake(*call)
     W, b = W_s.to(_work(h_s)), None if b_s is None else b_s.to(_work(h_s))
     W_t, b_t = W_t.to(_work(h_t)), None if b_t is None else b_t.to(_work(h_t))
-
-    def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
-        if dh:
-            dh_sum[loss].index_copy_(0, rows, G @ W)
-        if dW and h.dtype == dW_sum.dtype:
-            dW_sum[loss].addmm_(G.t(), h)
-        elif dW:
-            dW_sum[loss].add_(G.t() @ h)
-        if db:
-            db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
-
-    distilled = torch.ones(n, dtype=torch.bool, device=h_s.device) if kd_mask is None else kd_mask
-    labelled = torch.zeros_like(distilled) if labels is None else labels != ignore_index
-    rows_kl = distilled.nonzero().flatten()
-    # Rows of the KL come first, so that in each chunk they are the first ones and the teacher projects no other.
-    rows = torch.cat([rows_kl, (labelled & ~distilled).nonzero().flatten()])
     keep = "gradient" if dh or dW or db else "none"
-    for begin in range(0, len(rows), _chunk(v, h_s.device)):
-        chunk = rows[begin : begin + _chunk(v, h_s.device)]
-        h = h_s[chunk].to(W.dtype)  # [R, C_s]
+
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor | None) -> _Losses:
         s = F.linear(h, W, b)  # [R, V]
-        part = chunk[: max(0, len(rows_kl) - begin)]
-        if len(part) > 0:
-            t = F.linear(h_t[part].to(W_t.dtype), W_t, b_t)
-            row_losses, G = _kl_div_forward(s[: len(part)], t, None, temperature, False, keep)
-            kl += row_losses.sum()
+        zero, nothing = sums[0].new_zeros(()), s[:0]
+        kl, kl_gradient, ce, ce_gradient = zero, nothing, zero, nothing
+        if len(h_t) > 0:
+            t = F.linear(h_t.to(W_t.dtype), W_t, b_t)
+            row_losses, kept = _kl_div_forward(s[: len(h_t)], t, None, temperature, False, keep)
+            kl = row_losses.sum()
+            kl_gradient = kept if keep == "gradient" else nothing
+        if targets is not None:
+            which = (targets >= 0).nonzero().flatten()
+            columns = targets[which][:, None]  # [rows with a label, 1]
+            log_p = torch.log_softmax(s[which], dim=1, dtype=sums[1].dtype)
+            ce = -log_p.gather(1, columns).sum()
             if keep == "gradient":
-                add_gradients(0, part, h[: len(part)], G)
-        which = labelled[chunk].nonzero().flatten()
-        if labels is not None and len(which) > 0:
-            targets = _targets(labels[chunk[which]], v, ignore_index)
-            log_p = torch.log_softmax(s[which], dim=1, dtype=ce.dtype)
-            ce -= log_p.gather(1, targets).sum()
-            if keep == "gradient":
-                G = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0))
-                add_gradients(1, chunk[which], h[which], G.to(s.dtype))
-    kl /= max(1, len(rows_kl))
-    ce /= labelled.sum().clamp(min=1)
-    return kl, ce, dh_sum, dW_sum, db_sum
+                ce_gradient = log_p.exp_().scatter_add_(1, columns, log_p.new_full(columns.shape, -1.0)).to(s.dtype)
+        return _Losses(kl, kl_gradient, ce, ce_gradient)
+
+    return _by_chunks(losses, h_s, W, h_t, kd_mask, labels, ignore_index, sums)
 
 
-def _targets(labels: torch.Tensor, v: int, ignore_index: int) -> torch.Tensor:
-    """[R, 1] for gather and scatter, checked where the values can be read for free."""
-    if labels.device.type == "cpu":
-        wrong = labels[(labels < 0) | (labels >= v)]
-        if len(wrong) > 0:
-            _check.refuse(OP, "labels", f"in [0, V = {v}) or ignore_index = {ignore_index}", int(wrong[0]))
-    return labels[:, None]
+# cpu -----------------------------------------------------------------------------------------------------------
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
 
 
-_FORWARD = {"torch": _forward_torch}
+def _project(h: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
+
+
+def _forward_cpu(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    dh: bool,
+    dW: bool,
+    db: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
+    sums_kl, sums_ce, dh_sum, dW_sum, db_sum = _forward_fake(*call)
+    sums = sums_kl, sums_ce, dh_sum, backends.empty_cpu(dW_sum), db_sum
+    rows, v = min(_chunk(W_s.shape[0], h_s.device), h_s.shape[0]), W_s.shape[0]
+    wanted = dh or dW or db
+    student, teacher = (backends.empty_cpu(x.new_empty((rows, v))) for x in (h_s, h_t))
+    ce_gradient = h_s.new_empty((rows if wanted and labels is not None else 0, v))
+    kl, ce = h_s.new_empty(rows, dtype=torch.float32), h_s.new_empty(rows, dtype=torch.float32)
+
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor | None) -> _Losses:
+        r, r_kl = len(h), len(h_t)
+        s = _project(h, W_s, b_s, student[:r])
+        if r_kl > 0:
+            _project(h_t, W_t, b_t, teacher[:r_kl])
+        backends.cpu().linear_kl_div(
+            student.data_ptr(),
+            teacher.data_ptr(),
+            _DTYPE_CODE[s.dtype],
+            _DTYPE_CODE[teacher.dtype],
+            r,
+            r_kl,
+            v,
+            temperature,
+            0 if targets is None else targets.data_ptr(),
+            wanted,
+            kl.data_ptr(),
+            ce.data_ptr(),
+            ce_gradient.data_ptr(),
+            torch.get_num_threads(),
+        )
+        labelled = 0 if targets is None else int((targets >= 0).sum())
+        ce_sum = ce[:r].sum() if labelled > 0 else ce.new_zeros(())
+        return _Losses(kl[:r_kl].sum(), s[: r_kl if wanted else 0], ce_sum, ce_gradient[:labelled])
+
+    return _by_chunks(losses, h_s, W_s, h_t, kd_mask, labels, ignore_index, sums)
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distilbert_fast
-from distilbert_fast import linear_kl_div
+from distilbert_fast import backends, linear_kl_div
 from distilbert_fast.ops import linear_kl_div as op
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out
@@ -69,6 +69,31 @@ def chunk(request, monkeypatch):
     return request.param
 
 
+def places() -> list[tuple[str, str | None]]:
+    """(backend, instruction set) of all that can run here on a CPU."""
+    found: list = [("torch", None)]
+    if backends.availability("cpu").ok:
+        found += [("cpu", isa) for isa in backends.cpu().available_isas()]
+    return found
+
+
+def named(place, dtypes=()):
+    return "-".join([*filter(None, place), *(str(dtype)[6:] for dtype in dtypes)])
+
+
+@pytest.fixture(params=places(), ids=named)
+def place(request):
+    """Whatever can compute float32 and bfloat16 here."""
+    name, isa = request.param
+    before = backends.cpu().isa() if isa else None
+    if isa:
+        backends.cpu().set_isa(isa)
+    with distilbert_fast.backend(name):
+        yield request.param
+    if isa:
+        backends.cpu().set_isa(before)
+
+
 # Accuracy ----------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +102,12 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+SERVED = [
+    pytest.param(place, dtypes, id=named(place, dtypes))
+    for place, dtypes in itertools.product(places(), DTYPES)
+    if place[0] == "torch" or {str(dtype)[6:] for dtype in dtypes} <= set(backends.KERNELS["linear_kl_div"][place[0]])
 ]
 
 
@@ -95,15 +126,15 @@ def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True) -> None:
         assert_twice_rule(*compared, what)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
+@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
 @pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 2), (13, 31), (29, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_losses_and_gradients(n, v, dtypes, bias, chunk):
+def test_losses_and_gradients(n, v, dtypes, bias, chunk, place):
     assert_as_good_as_torch(n, v, *dtypes, bias)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
-def test_many_columns(dtypes, monkeypatch):
+@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
+def test_many_columns(dtypes, monkeypatch, place):
     monkeypatch.setattr(op, "_chunk", lambda v, device: 32)
     assert_as_good_as_torch(40, 3001, *dtypes)
 
@@ -168,6 +199,30 @@ def test_nothing_counted(n, labels):
     assert [x.shape for x in found] == [(), (), (n, 6), (7, 6), (7,)]
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counted=st.lists(st.tuples(st.booleans(), st.integers(-1, 66)), max_size=9),
+    v=st.integers(1, 67),
+    size=st.integers(1, 4),
+    temperature=st.floats(0.5, 10),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+)
+def test_random_rows_in_float32_and_bfloat16(place, counted, v, size, temperature, dtypes):
+    n = len(counted)
+    tensors = sides(n, v, dtype=dtypes[0], teacher_dtype=dtypes[1])
+    kd_mask = torch.tensor([mask for mask, _ in counted], dtype=torch.bool)
+    labels = torch.tensor([min(label, v - 1) for _, label in counted], dtype=torch.int64)
+    expected = results(linear_kl_div_reference, double(tensors), temperature, kd_mask, labels, ignore_index=-1)
+    tensors[0][~kd_mask & (labels == -1)] = math.nan
+    tensors[3][~kd_mask] = math.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_chunk", lambda v, device: size)
+        found = results(linear_kl_div, tensors, temperature, kd_mask, labels, ignore_index=-1)
+    tolerance = {"rtol": 0.1, "atol": 0.1} if torch.bfloat16 in dtypes else {"rtol": 1e-4, "atol": 1e-5}
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, **tolerance)
+
+
 def test_without_labels_the_cross_entropy_is_zero():
     tensors = sides(5, 7, dtype=torch.float64)
     found = results(linear_kl_div, tensors, 2.0)
@@ -175,10 +230,11 @@ def test_without_labels_the_cross_entropy_is_zero():
     close(found, results(linear_kl_div_reference, tensors, 2.0))
 
 
-def test_only_counted_rows_are_projected(monkeypatch):
+def test_only_counted_rows_are_projected(monkeypatch, place):
     projected = []
-    original = F.linear
-    monkeypatch.setattr(F, "linear", lambda h, *a: projected.append(tuple(h.shape)) or original(h, *a))
+    module, name = (F, "linear") if place[0] == "torch" else (op, "_project")
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda h, *a: projected.append(tuple(h.shape)) or original(h, *a))
     monkeypatch.setattr(op, "_chunk", lambda v, device: 4)
     kd_mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([IGNORE, 1, 2, IGNORE, IGNORE, IGNORE, 3, 0, IGNORE, IGNORE])
@@ -224,7 +280,7 @@ def test_tied_weights():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk):
+def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, place):
     tensors, (kd_mask, labels) = sides(9, 7), rows(9, 7)
     kd_mask[3], labels[3], kd_mask[:3], labels[4] = True, IGNORE, True, 2
     clean = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
@@ -241,7 +297,7 @@ def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(layout, dtype):
+def test_layouts(layout, dtype, place):
     tensors, (kd_mask, labels) = sides(9, 33, 16, 16, dtype=dtype), rows(9, 33)
     expected = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     placed = [lay_out(x, layout) if x.dim() == 2 else lay_out(x[:, None], layout)[:, 0] for x in tensors]
@@ -252,7 +308,7 @@ def test_layouts(layout, dtype):
     assert all(torch.equal(x, y) for x, y in zip(placed, before, strict=True))
 
 
-def test_backward_twice_changes_nothing():
+def test_backward_twice_changes_nothing(place):
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
     leaves = [x.clone().requires_grad_(i < 3) for i, x in enumerate(tensors)]
     kl, ce = linear_kl_div(*leaves, 2.0, kd_mask, labels)
@@ -267,13 +323,44 @@ def test_backward_twice_changes_nothing():
     assert all(torch.equal(x, y) for x, y in zip(leaves, tensors, strict=True))
 
 
-def test_same_bits_every_run(monkeypatch):
+def test_same_bits_every_run(monkeypatch, place):
     monkeypatch.setattr(op, "_chunk", lambda v, device: 16)
     tensors, (kd_mask, labels) = sides(70, 501, 32, 32), rows(70, 501)
     first = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     for _ in range(3):
         again = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("isa", [isa for name, isa in places() if isa])
+def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(isa):
+    """The products around them are torch's."""
+    n, n_kl, v = 23, 17, 5003
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(n, v, generator=generator) for _ in range(2))
+    labels = torch.randint(0, v, (n,), generator=generator).masked_fill(torch.arange(n) % 3 == 0, -1)
+    tier = backends.cpu().isa()
+
+    def everything(threads):
+        out = [s.clone(), torch.empty(n_kl), torch.empty(n), torch.empty(int((labels >= 0).sum()), v)]
+        pointers = [x.data_ptr() for x in out]
+        backends.cpu().linear_kl_div(
+            pointers[0], t.data_ptr(), 0, 0, n, n_kl, v, 2.0, labels.data_ptr(), True, *pointers[1:], threads
+        )
+        return out
+
+    try:
+        backends.cpu().set_isa(isa)
+        first = everything(1)
+        for threads in (2, 3, 1, 5):
+            assert all(torch.equal(x, y) for x, y in zip(everything(threads), first, strict=True))
+    finally:
+        backends.cpu().set_isa(tier)
+    assert torch.equal(first[0][n_kl:], s[n_kl:]), "rows without a teacher stay logits"
+    kept = labels >= 0
+    torch.testing.assert_close(first[2][kept], F.cross_entropy(s[kept], labels[kept], reduction="none"))
+    assert (first[2][~kept] == 0).all()
+    torch.testing.assert_close(first[3], s[kept].softmax(dim=1) - F.one_hot(labels[kept], v))
 
 
 def test_accumulation_over_two_halves_is_the_whole():
@@ -424,12 +511,12 @@ def test_float16_with_a_loss_scale():
 
 
 def test_chunks_go_through_kl_div(monkeypatch):
-    """So its native kernels serve here too."""
+    """So the kernels of kl_div serve where this op has none."""
     seen = []
     original = op._kl_div_forward
     monkeypatch.setattr(op, "_chunk", lambda v, device: 4)
     monkeypatch.setattr(op, "_kl_div_forward", lambda s, *a: seen.append((tuple(s.shape), a[-1])) or original(s, *a))
-    tensors = sides(9, 7)
+    tensors = sides(9, 7, dtype=torch.float16)
     linear_kl_div(*tensors, 2.0)
     tensors[1].requires_grad_()
     linear_kl_div(*tensors, 2.0)

@@ -1,0 +1,91 @@
+// The two vocabulary losses of linear_kl_div on one row of logits s, and their gradients:
+//
+//     kl = τ² Σ p_t (log p_t − log p_s), p = softmax(logits / τ)       d kl / d s = τ (p_s − p_t), written over s
+//     ce = −log softmax(s)[label]                                      d ce / d s = softmax(s) − onehot(label)
+//
+// The row stays in L2 from its first pass to its last: sums of kl_div_rows.h, maximum and sum at τ = 1, gradient of the
+// cross-entropy into memory of its own, gradient of the KL in place. Included after kl_div_rows.h.
+#pragma once
+
+namespace distilbert_fast {
+namespace {
+
+// max x and Σ 2^((x − max x) k), added in blocks as in kl_div.
+template <class S>
+double exponential_sum(const S* x, int64_t columns, float k, float& top) {
+  constexpr int64_t lanes = Vec::lanes;
+  Vec m = broadcast(kLowest);
+  int64_t i = 0;
+  for (; i + lanes <= columns; i += lanes) m = maximum(m, load(x + i));
+  if (i < columns) m = maximum(m, load_first(x + i, columns - i, kLowest));
+  top = largest(m);
+  const Vec vm = broadcast(top), vk = broadcast(k);
+  double total = 0;
+  for (int64_t block = 0; block < columns; block += kBlock) {
+    const int64_t end = block + smaller(kBlock, columns - block);
+    Vec z = broadcast(0);
+    for (i = block; i + lanes <= end; i += lanes) z = add(z, exp2(mul(sub(load(x + i), vm), vk)));
+    if (i < end) z = add(z, exp2(mul(sub(load_first(x + i, end - i, kNone), vm), vk)));
+    total += sum(z);
+  }
+  return total;
+}
+
+template <class S>
+float element(const S* x) {
+  return largest(load_first(x, 1, kNone));
+}
+
+// Returns the loss; writes the gradient where there is memory for it.
+template <class S>
+float cross_entropy_row(const S* s, int64_t columns, int64_t label, S* gradient) {
+  constexpr int64_t lanes = Vec::lanes;
+  const float k = static_cast<float>(kLog2e);
+  float top;
+  const double z = exponential_sum(s, columns, k, top);
+  const double below = static_cast<double>(top) - element(s + label);
+  if (gradient) {
+    const Vec vm = broadcast(top), vk = broadcast(k), inverse = broadcast(static_cast<float>(1 / z));
+    const auto p = [&](Vec x) { return mul(exp2(mul(sub(x, vm), vk)), inverse); };
+    int64_t i = 0;
+    for (; i + lanes <= columns; i += lanes) store(gradient + i, p(load(s + i)));
+    if (i < columns) store_first(gradient + i, p(load_first(s + i, columns - i, 0)), columns - i);
+    const Vec at_label = sub(p(load_first(s + label, 1, 0)), broadcast(1));
+    store_first(gradient + label, at_label, 1);
+  }
+  return static_cast<float>(below + std::log2(z) / kLog2e);
+}
+
+template <class S, class T>
+void linear_kl_div_rows(const LinearKlDivRows& call, int64_t begin, int64_t end) {
+  const int64_t columns = call.columns;
+  const double tau = call.temperature;
+  const float k = static_cast<float>(kLog2e / tau);
+  for (int64_t r = begin; r < end; ++r) {
+    S* s = static_cast<S*>(call.student) + r * columns;
+    if (call.labels && call.labels[r] >= 0) {
+      S* gradient = call.ce_gradient ? static_cast<S*>(call.ce_gradient) + call.slots[r] * columns : nullptr;
+      call.ce[r] = cross_entropy_row(s, columns, call.labels[r], gradient);
+    } else if (call.ce) {
+      call.ce[r] = 0;
+    }
+    if (r >= call.kl_rows) continue;
+    const T* t = static_cast<const T*>(call.teacher) + r * columns;
+    const RowSums row = sums(s, t, columns, k);
+    call.kl[r] = row_loss(row, tau, k);
+    if (call.gradient) {
+      const GradientRow<S, T> out(s, t, k, row.m_s, row.z_s, row.m_t, row.z_t, tau);
+      out.write(s, columns, false);
+    }
+  }
+}
+
+inline void linear_kl_div(const LinearKlDivRows& call, int64_t begin, int64_t end) {
+  static constexpr RowsFunction<LinearKlDivRows> instances[2][2] = {
+      {linear_kl_div_rows<float, float>, linear_kl_div_rows<float, bfloat16>},
+      {linear_kl_div_rows<bfloat16, float>, linear_kl_div_rows<bfloat16, bfloat16>}};
+  instances[static_cast<int>(call.student_dtype)][static_cast<int>(call.teacher_dtype)](call, begin, end);
+}
+
+}  // namespace
+}  // namespace distilbert_fast
