@@ -152,9 +152,9 @@ PackedLinear linear(Weights weights, const LinearArguments& arguments) {
   return checked_linear(weights, at<const uint8_t>(blob), bytes, columns, k);
 }
 
-// qkv, out, ffn in, ffn out, the two norms, heads, the static scales: see EncoderLayer.
+// qkv, out, ffn in, ffn out, the two norms, heads, the static scales and factors: see EncoderLayer.
 using LayerArguments = std::tuple<LinearArguments, LinearArguments, LinearArguments, LinearArguments, NormArguments,
-                                  NormArguments, int64_t, float, float>;
+                                  NormArguments, int64_t, float, float, Address>;
 
 std::unique_ptr<Encoder> make_encoder(int weights, int64_t hidden, int64_t head_size, int64_t ffn,
                                       const std::array<TableArguments, 3>& tables, const NormArguments& first_norm,
@@ -169,10 +169,11 @@ std::unique_ptr<Encoder> make_encoder(int weights, int64_t hidden, int64_t head_
                         norm(first_norm),
                         padding_idx,
                         {}};
-  for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, context_scale, ffn_scale] : layers) {
+  for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, context_scale, ffn_scale, ffn_factors] :
+       layers) {
     model.layers.push_back({linear(model.weights, qkv), linear(model.weights, out), linear(model.weights, ffn_in),
                             linear(model.weights, ffn_out), norm(attention_norm), norm(ffn_norm), heads, context_scale,
-                            ffn_scale});
+                            ffn_scale, at<const float>(ffn_factors)});
   }
   return std::make_unique<Encoder>(std::move(model));
 }
@@ -372,7 +373,7 @@ PYBIND11_MODULE(_cpu, m) {
           [](Encoder& encoder, Address ids, bool ids_are_int64, int64_t batch, int64_t length, Address mask,
              int64_t mask_bytes, Address position_ids, int64_t position_stride, Address token_type_ids,
              int64_t token_type_stride, Address head_mask, int64_t head_mask_stride, Address out, int out_dtype,
-             const std::vector<Address>& hidden_states, Address row_scales, int threads) {
+             const std::vector<Address>& hidden_states, Address largest, int threads) {
             std::vector<void*> states;
             for (const Address state : hidden_states) states.push_back(at<void>(state));
             const EncoderCall call = {at<const void>(ids),
@@ -390,7 +391,7 @@ PYBIND11_MODULE(_cpu, m) {
                                       at<void>(out),
                                       dtype(out_dtype),
                                       states.empty() ? nullptr : states.data(),
-                                      at<float>(row_scales)};
+                                      at<float>(largest)};
             py::gil_scoped_release release;
             encoder.run(call, threads);
           },

@@ -22,7 +22,7 @@ from distilbert_fast import backends
 from distilbert_fast.layers import Tokens
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
-from distilbert_fast.packed_encoder import PackedEncoder, Shape, pack_linear
+from distilbert_fast.packed_encoder import PackedEncoder, Shape, pack_linear, static_linear
 from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 
 __all__ = ["PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
@@ -115,23 +115,29 @@ class Engine:
         Raises:
             ValueError: no batch; an engine that is not int8, or that only ops can run.
         """
-        packed = self.packed
-        if packed is None or packed.shape.precision != "int8" or not all(self.heads):
-            _check.refuse(OP, "model", "int8 on a CPU, with heads in each layer, to be calibrated", "another")
-        packed = packed.with_scales([(0.0, 0.0)] * len(self.heads))
-        largest: torch.Tensor | None = None
+        packed, model = self.packed, self._model
+        if packed is None or model is None or packed.shape.precision != "int8":
+            _check.refuse(OP, "model", "an int8 one on a CPU, not from a file, to be calibrated", "another")
+        dynamic = packed.with_scales([(0.0, 0.0)] * len(self.heads)) if any(map(any, packed.shape.scales)) else packed
+        largest, count = packed.largest(), 0
         for batch in batches:
-            ids = batch["input_ids"]
-            scales = torch.zeros(len(self.heads), 2, ids.numel())
-            packed.run(ids, batch.get("attention_mask"), batch.get("token_type_ids"), row_scales=scales)
-            seen = scales.amax(dim=2) if ids.numel() else scales.new_zeros(len(self.heads), 2)
-            largest = seen if largest is None else torch.maximum(largest, seen)
-        if largest is None:
-            _check.refuse(OP, "calibration", "at least one batch", "none")
-        if not bool(((largest > 0) & largest.isfinite()).all()):
-            _check.refuse(OP, "calibration", "batches with finite activations that are not all 0", largest.tolist())
-        scaled = packed.with_scales([(context, ffn) for context, ffn in largest.tolist()])
-        return Engine(scaled, self._model, self._precision, self._masks)
+            dynamic.run(batch["input_ids"], batch.get("attention_mask"), batch.get("token_type_ids"), largest=largest)
+            count += batch["input_ids"].numel()
+        if count == 0:
+            _check.refuse(OP, "calibration", "at least one batch with a token", "none")
+        if not bool(largest.isfinite().all()):
+            _check.refuse(OP, "calibration", "batches with finite activations", "others")
+        scales, tensors = [], {}
+        for i, layer in enumerate(model.layers):
+            seen = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
+            linear = layer.ffn_out
+            weight = linear.weight.detach()
+            if weight.dtype == torch.int8:
+                weight = weight[0] * linear.weight_scale[:, None]
+            blob, scale, factors = static_linear(weight, linear.bias, seen[1])
+            tensors |= {f"{i}.ffn_out": blob, f"{i}.ffn_factors": factors}
+            scales.append((float(seen[0].amax()) / 127 if self.heads[i] else 0.0, scale))
+        return Engine(packed.with_scales(scales, tensors), model, self._precision, self._masks)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

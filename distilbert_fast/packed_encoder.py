@@ -9,7 +9,7 @@ Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-fo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops.quantize import quantize
 
 OP = "engine"
 FORMAT = "distilbert_fast.encoder.1"
@@ -48,7 +49,8 @@ class PackedEncoder:
         tensors: "word", "position" and, if there is one, "token_type" [rows, C], float32 or bfloat16; "norm.weight"
             and "norm.bias" [C]; for each layer i "i.qkv", "i.out", "i.ffn_in", "i.ffn_out", uint8 blobs of
             ``pack_linear``, and "i.attention_norm.weight", … float32 [C]; "i.mask" [H_i] where the model was packed
-            with a head mask that is not only 0 and 1. On the CPU, contiguous.
+            with a head mask that is not only 0 and 1; "i.ffn_factors" where a scale is given for what ffn_out reads:
+            what makes GELU's results codes, float32 [F in whole panels]. On the CPU, contiguous.
 
     Raises:
         ValueError: a blob of another size than its layer takes.
@@ -66,7 +68,10 @@ class PackedEncoder:
             sizes = zip(_LINEARS, (columns[0] * h, *columns[1:]), (depths[0], depths[1] * h, *depths[2:]), strict=True)
             linears = [self._linear(f"{i}.{name}", f, k) for name, f, k in sizes]
             norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(_NORMS)]
-            layers.append((*linears, *norms, h, *shape.scales[i]))
+            factors = tensors.get(f"{i}.ffn_factors")
+            if factors is not None:
+                _check.tensor(OP, "ffn_factors", factors, (_whole_panels(shape.ffn),), (torch.float32,))
+            layers.append((*linears, *norms, h, *shape.scales[i], 0 if factors is None else factors.data_ptr()))
         self._encoder = backends.cpu().Encoder(
             weights,
             shape.hidden,
@@ -119,7 +124,7 @@ class PackedEncoder:
         position_ids: torch.Tensor | None = None,
         head_masks: Sequence[torch.Tensor | None] = (),
         hidden_states: bool = False,
-        row_scales: torch.Tensor | None = None,
+        largest: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states [B, T, C] in the dtype of the embeddings, 0 at padding: the last, or with ``hidden_states``
         the embeddings and the output of each layer.
@@ -129,7 +134,7 @@ class PackedEncoder:
             attention_mask: [B, T], 0 = padding, anywhere in its row.
             token_type_ids, position_ids: [B or 1, T].
             head_masks: for each layer None or a factor for each of its heads [H_i].
-            row_scales: float32 [L, 2, B·T] to fill with the scale of each token's codes; for calibration.
+            largest: float32 ``largest()``, raised to the magnitudes of what out and ffn_out read, by channel.
 
         Raises:
             ValueError: an id, position or token type outside its table, by name.
@@ -160,7 +165,7 @@ class PackedEncoder:
             outputs[-1].data_ptr(),
             _DTYPES[self.dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
-            0 if row_scales is None else row_scales.data_ptr(),
+            0 if largest is None else largest.data_ptr(),
             torch.get_num_threads(),
         )
         return outputs
@@ -175,9 +180,15 @@ class PackedEncoder:
                 row[: mask.shape[0]] = mask
         return factors if self._mask is None else factors * self._mask
 
-    def with_scales(self, scales: Sequence[tuple[float, float]]) -> PackedEncoder:
-        """The same weights with other scales of what out and ffn_out read, see ``Shape``."""
-        return PackedEncoder(self.shape._replace(scales=tuple(scales)), self.tensors)
+    def largest(self) -> torch.Tensor:
+        """Zeros for ``run`` to raise: for each layer the channels of attention [H·D] and those of GELU [F]."""
+        return torch.zeros(len(self.shape.heads), self._widest * self.shape.head_size + self.shape.ffn)
+
+    def with_scales(
+        self, scales: Sequence[tuple[float, float]], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> PackedEncoder:
+        """The same with other scales of what out and ffn_out read, see ``Shape``, and other tensors for some."""
+        return PackedEncoder(self.shape._replace(scales=tuple(scales)), self.tensors | dict(tensors or {}))
 
     # Files --------------------------------------------------------------------------------------------------
 
@@ -212,6 +223,41 @@ class PackedEncoder:
         fields["scales"] = tuple(map(tuple, fields["scales"]))
         fields["eps"] = tuple(fields["eps"])
         return cls(Shape(**fields), tensors)
+
+
+def _whole_panels(columns: int) -> int:
+    return -(-columns // 32) * 32
+
+
+def static_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, largest: torch.Tensor
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """An int8 linear layer [F, K] whose operand gets one scale, s, for all tokens.
+
+    A few channels of GELU's results are far larger than the others. Each channel k is divided by d_k before it is
+    quantized, and its column of the weights multiplied by it: y = Σ_k (x_k / d_k) · (w_fk · d_k). With α = 0.9 of the
+    range of activations moved into the weights,
+
+        d_k = max|x_k|^α / max|w_k|^(1 − α),      s = max_k (max|x_k| / d_k) / 127.
+
+    Xiao, Lin, Seznec, Wu, Demouth, Han: SmoothQuant, arXiv:2211.10438, §4.
+
+    Args:
+        weight: float [F, K].
+        bias: [F] or None.
+        largest: max|x_k| [K] seen while calibrating.
+
+    Returns:
+        The blob; s; the factors 1 / (s · d_k) that make codes, float32 [K in whole panels].
+    """
+    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was never seen alive
+    w = weight.to(torch.float32).abs().amax(dim=0)
+    d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
+    scale = float((x / d).max()) / 127
+    codes, rows = quantize(weight.to(torch.float32) * d)
+    factors = torch.zeros(_whole_panels(x.shape[0]))
+    factors[: x.shape[0]] = 1 / (scale * d)
+    return pack_linear("int8", codes, rows, bias), scale, factors
 
 
 def pack_linear(

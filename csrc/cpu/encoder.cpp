@@ -20,6 +20,12 @@ void require(bool holds, const std::string& expected, const std::string& given) 
   if (!holds) throw std::invalid_argument("engine: " + expected + ", got " + given);
 }
 
+int64_t widest(const EncoderModel& model) {
+  int64_t heads = 0;
+  for (const EncoderLayer& layer : model.layers) heads = std::max(heads, layer.heads);
+  return heads;
+}
+
 // What a layer computes under the head mask of a call: all of it, or not the columns and blocks of heads that are 0.
 struct LiveHeads {
   const float* mask = nullptr;      // [heads]; null: all 1
@@ -80,7 +86,7 @@ class Walk {
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       emit(i);
       layer(model_.layers[i], live_[i]);
-      if (call_.row_scales != nullptr) note_scales(i);
+      if (call_.largest != nullptr) note_largest(i);
     }
     emit(model_.layers.size());
   }
@@ -113,7 +119,7 @@ class Walk {
                 live.out_blocks);
     normalize(layer.attention_norm);
     if (flow_.codes && layer.ffn_scale > 0) {
-      project_codes(layer.ffn_in, x_operand(), at_.ffn_codes, &layer.ffn_scale);
+      project_codes(layer.ffn_in, x_operand(), at_.ffn_codes, layer.ffn_factors);
     } else {
       project(layer.ffn_in, x_operand(), flow_.codes ? Activation::gelu_fast : Activation::gelu, at_.ffn, nullptr);
       quantize(at_.ffn, model_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale);
@@ -148,13 +154,13 @@ class Walk {
     multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, panels);
   }
 
-  void project_codes(const PackedLinear& weights, const Operand& a, const Rows& out, const float* scale) {
+  void project_codes(const PackedLinear& weights, const Operand& a, const Rows& out, const float* factors) {
     Gemm gemm = {};
     gemm.activation = Activation::gelu_fast;
     gemm.out = out.data;
     gemm.out_stride = out.stride;
     gemm.output = Output::codes;
-    gemm.out_scale = scale;
+    gemm.out_factors = factors;
     gemm.out_flip = tier_.code_flip;
     multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, nullptr);
   }
@@ -281,14 +287,26 @@ class Walk {
     team_.wait();
   }
 
-  void note_scales(size_t index) {
-    const auto [begin, end] = team_.share(chunk_.tokens);
-    for (const float* scale : {at_.context_scale, at_.ffn_scale}) {
-      const size_t row = 2 * index + (scale == at_.ffn_scale ? 1 : 0);
-      float* out = call_.row_scales + row * static_cast<size_t>(call_.batch * call_.length);
-      for (int64_t r = begin; r < end; ++r) out[plan_.places[chunk_.first_token + r]] = scale[r];
+  // For calibration, which is in no hurry.
+  void note_largest(size_t index) {
+    if (team_.rank == 0) {
+      const int64_t wide = widest(model_) * model_.head_size;
+      float* out = call_.largest + index * static_cast<size_t>(wide + model_.ffn);
+      static std::mutex mutex;
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int64_t r = 0; r < chunk_.tokens; ++r) {
+        raise(at_.context.row(r), model_.layers[index].heads * model_.head_size, out);
+        raise(at_.ffn.row(r), model_.ffn, out + wide);
+      }
     }
     team_.wait();
+  }
+  void raise(const uint8_t* row, int64_t columns, float* out) const {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float x = flow_.low_is_bfloat16 ? to_float(reinterpret_cast<const bfloat16*>(row)[c])
+                                            : reinterpret_cast<const float*>(row)[c];
+      if (!(std::fabs(x) <= out[c])) out[c] = std::fabs(x);  // a NaN too
+    }
   }
 
   const EncoderModel& model_;
@@ -336,6 +354,7 @@ Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
     fits("out", layer.out, model_.hidden, wide);
     fits("ffn_in", layer.ffn_in, model_.ffn, model_.hidden);
     fits("ffn_out", layer.ffn_out, model_.hidden, model_.ffn);
+    require(layer.ffn_scale == 0 || layer.ffn_factors != nullptr, "ffn_factors must point to memory", "null");
   }
 }
 
@@ -347,11 +366,10 @@ void Encoder::run(const EncoderCall& call, int threads) {
   require(call.batch * call.length <= INT32_MAX, "batch · length must fit in 31 bits",
           std::to_string(call.batch) + " · " + std::to_string(call.length));
   if (call.batch * call.length == 0) return;
-  if (call.row_scales != nullptr) {
-    const bool dynamic = std::all_of(model_.layers.begin(), model_.layers.end(), [](const EncoderLayer& layer) {
-      return layer.heads > 0 && layer.context_scale == 0 && layer.ffn_scale == 0;
-    });
-    require(model_.weights == Weights::int8 && dynamic, "row_scales must be asked of int8 layers that find scales",
+  if (call.largest != nullptr) {
+    const bool dynamic = std::all_of(model_.layers.begin(), model_.layers.end(),
+                                     [](const EncoderLayer& layer) { return layer.ffn_scale == 0; });
+    require(model_.weights == Weights::int8 && dynamic, "layers must be int8 and find scales to be calibrated",
             "others");
   }
   require(call.ids != nullptr, "input_ids must point to memory", "null");

@@ -31,6 +31,7 @@ struct EncoderLayer {
   int64_t heads;
   float context_scale;  // of the codes that `out` reads, and those that ffn_out reads; 0: each row finds its own
   float ffn_scale;
+  const float* ffn_factors;  // [F padded], with a given ffn_scale: codes of GELU's y are y · factor, by channel
 };
 
 struct EmbeddingTable {
@@ -63,7 +64,7 @@ struct EncoderCall {
   void* out;  // [batch, length, C]; 0 at padding
   DType out_dtype;
   void* const* hidden_states;  // L + 1 times the like of out; null: not wanted
-  float* row_scales;  // [L, 2, batch · length]: of the codes of context and GELU, 0 at padding; null: not wanted
+  float* largest;  // [L, widest · D + F]: raised to the magnitudes that out and ffn_out read, by channel; or null
 };
 
 class Arena;

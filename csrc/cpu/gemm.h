@@ -70,7 +70,8 @@ struct Gemm {
   uint8_t out_flip;          // codes are stored XOR this
   const BlockRange* blocks;  // what of K to read
   int64_t block_ranges;
-  const int32_t* panels;  // which panels to compute; null: all
+  const int32_t* panels;     // which panels to compute; null: all
+  const float* out_factors;  // for codes: of the columns [F padded], what y is multiplied by instead of 1 / out_scale
 };
 
 // Rows [row_begin, row_end) in panels [panel_begin, panel_end) of the list. The scratch is gemm_scratch_bytes large.

@@ -29,7 +29,7 @@ void finish_as(const Gemm& call, const typename Tile::Sum* sums, int64_t row, in
   for (int64_t r = row; r < row + rows; ++r, sums += Tile::columns) {
     Vec a_scale = broadcast(1.0f), codes_per_unit = broadcast(0.0f);
     if (Tile::quantized) a_scale = broadcast(call.a_scale[r * call.a_scale_stride]);
-    if (call.output == Output::codes) {
+    if (call.output == Output::codes && call.out_factors == nullptr) {
       codes_per_unit = broadcast(inverse_of(call.out_scale[r * call.out_scale_stride]));
     }
     for (int64_t c = 0; c < columns; c += Vec::lanes) {
@@ -53,7 +53,7 @@ void finish_as(const Gemm& call, const typename Tile::Sum* sums, int64_t row, in
         n == Vec::lanes ? store(out, y) : store_first(out, y, n);
       } else {
         uint8_t* out = static_cast<uint8_t*>(call.out) + at;
-        y = mul(y, codes_per_unit);
+        y = mul(y, call.out_factors == nullptr ? codes_per_unit : load(call.out_factors + f));
         n == Vec::lanes ? store_codes(out, y, call.out_flip) : store_codes_first(out, y, call.out_flip, n);
       }
     }
