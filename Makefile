@@ -36,7 +36,7 @@ test: $(TEST) ## run the tests; ARGS go to pytest
 check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/* tests/kernels/cuda_on_cpu/*)
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/*)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layering.py tests/install/test_contents.py
 

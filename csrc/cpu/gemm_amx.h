@@ -13,21 +13,15 @@
 namespace distilbert_fast {
 namespace {
 
-// All eight tiles are 16 rows of 64 bytes for as long as this lives, on the thread that made it.
-class Tiles {
- public:
-  Tiles() {
-    uint8_t configuration[64] = {1};  // the palette
-    for (int i = 0; i < 8; ++i) {
-      configuration[16 + 2 * i] = 64;  // bytes of a row, in 16 bits
-      configuration[48 + i] = 16;      // rows
-    }
-    tile_configure(configuration);
+// All eight tiles are 16 rows of 64 bytes from here on, on this thread, until it releases them.
+inline void configure_tiles() {
+  uint8_t configuration[64] = {1};  // the palette
+  for (int i = 0; i < 8; ++i) {
+    configuration[16 + 2 * i] = 64;  // bytes of a row, in 16 bits
+    configuration[48 + i] = 16;      // rows
   }
-  ~Tiles() { tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+  tile_configure(configuration);
+}
 
 struct AmxInt8 {
   using Sum = int32_t;
@@ -110,7 +104,8 @@ void multiply_tiles(const Gemm& call, const uint8_t* a, const uint8_t* b, Prefet
 
 template <class Format>
 void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, uint8_t*) {
-  const Tiles tiles;
+  if (row_begin == row_end) return;
+  configure_tiles();
   alignas(64) typename Format::Sum sums[2][kRowUnit * Format::columns];
   Unfinished<Format> before = {&call};
   int64_t blocks = 0;
@@ -127,13 +122,17 @@ void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t pane
     for (int64_t row = row_begin; row < row_end; row += kRowUnit, buffer ^= 1) {
       const int64_t rows = row_end - row < kRowUnit ? row_end - row : kRowUnit;
       const uint8_t* a = call.a + row * call.a_stride;
-      const auto multiply = rows > kAmxRows ? multiply_tiles<Format, true> : multiply_tiles<Format, false>;
-      multiply(call, a, b, prefetch, rows_a_block, before, sums[buffer]);
+      if (rows > kAmxRows) {
+        multiply_tiles<Format, true>(call, a, b, prefetch, rows_a_block, before, sums[buffer]);
+      } else {
+        multiply_tiles<Format, false>(call, a, b, prefetch, rows_a_block, before, sums[buffer]);
+      }
       prefetch.next += prefetch.lines * 64 * call.weights.blocks;
       before = {&call, sums[buffer], row, rows, panel * kPanelColumns};
     }
   }
   before.some(before.rows);
+  tile_release();
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ template <class Tile>
 void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t row_begin, int64_t row_end,
                    int64_t panel_begin, int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
+  if (rows == 0) return;
   const int64_t tiles = (rows + Tile::rows - 1) / Tile::rows;
   alignas(64) typename Tile::Sum sums[Tile::rows * Tile::columns];
   int64_t blocks = 0;

@@ -134,6 +134,7 @@ def test_int8_sums_are_exact_for_every_row_count(fill):
 def test_any_call(seed):
     """Shapes, strides, parts of the rows, of K and of the panels, and an epilogue, drawn at random."""
     draw = random.Random(seed)
+    torch.manual_seed(seed)
     kind, n, k, f = draw.choice(WEIGHTS), draw.randint(1, 100), draw.randint(1, 300), draw.randint(1, 150)
     row_begin = draw.choice([0, draw.randint(0, n - 1)])
     given = layer(kind, n, k, f, seed, row_begin)
@@ -168,7 +169,7 @@ def test_any_call(seed):
     )  # fmt: skip
 
     size = given.x.abs() @ given.w.abs().t() if kind != INT8 else want.abs() + 10  # what rounding is relative to
-    error = 2e-6 * size + (6e-5 * before.abs() if activation == GELU_FAST else 0) + 1e-6
+    error = 2e-6 * size + (6e-5 * before.abs() + 1.5e-4 if activation == GELU_FAST else 0) + 1e-6
     if dtype == torch.uint8:
         codes = (out.int() ^ flip).to(torch.uint8).view(torch.int8).int()
         ideal = quantize_reference(want.float(), out_scale)[0].int()
@@ -186,6 +187,14 @@ def test_no_blocks_leave_the_bias(kind):
     given, out = layer(kind, 37, 70, 40), torch.empty(37, 40)
     given.run(out, block_ranges=0)
     assert torch.equal(out, given.bias.expand(37, 40))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_no_rows_and_no_panels_write_nothing(kind):
+    given, out = layer(kind, 37, 70, 70), torch.full((37, 70), 99.0)
+    given.run(out, row_begin=5, row_end=5)
+    given.run(out, panel_begin=2, panel_end=2)
+    assert (out == 99).all()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

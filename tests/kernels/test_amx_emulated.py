@@ -1,0 +1,92 @@
+"""The AMX tier on a machine without AMX, and every tier under the address and undefined behaviour sanitizers.
+
+A copy of the checkout is built with amx_emulated/tiles.h in the place of the instructions, and with `amx` among the
+tiers that can run; then tests of the GEMM kernels and of ops run inside it. Speed, and what the compiler makes of the
+real instructions, are not seen here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilbert_fast import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATED = Path("tests/kernels/amx_emulated")
+NEEDED = ("setup.py", "pyproject.toml", "csrc", "distilbert_fast", "kernels", "tests")
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
+
+pytestmark = [
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulation needs g++ on x86-64"
+    ),
+    pytest.mark.skipif(
+        "avx512_vnni" in backends.cpu().missing_isas(),
+        reason=f"the AMX tier holds AVX-512: {backends.cpu().missing_isas().get('avx512_vnni')}",
+    ),
+]
+
+
+def make_checkout(folder: Path, **environment: str) -> None:
+    """A copy of the checkout with emulated tiles, its module built in place; with what ROOT has built, if it may."""
+    for name in (*NEEDED, "build") if not environment else NEEDED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "lib.*", "bdist.*")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, folder / name)
+    for path in (ROOT / EMULATED).iterdir():
+        shutil.copyfile(path, folder / "csrc/cpu" / path.name)
+    isa = folder / "csrc/cpu/isa.cpp"
+    text = isa.read_text()
+    assert text.count('{"amx", &kernels_amx, amx}') == 1
+    isa.write_text(text.replace('{"amx", &kernels_amx, amx}', '{"amx", &kernels_amx, avx512}'))  # needs no more
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "MAX_JOBS": "2", "DISTILBERT_FAST_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+
+
+def run_tests(folder: Path, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert " passed" in done.stdout
+
+
+def test_the_amx_tier_on_emulated_tiles(tmp_path):
+    make_checkout(tmp_path)
+    run_tests(tmp_path, "tests/kernels/test_gemm.py", "tests/ops/test_int8_linear.py", "-k", "amx and not hypothesis")
+
+
+def test_every_tier_under_sanitizers(tmp_path):
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no libasan")
+    compiler = tmp_path / "g++-O1"  # setup.py's own -O3 would make the build last twice as long
+    compiler.write_text('#!/bin/bash\nexec g++ "${@/#-O3/-O1}"\n')
+    compiler.chmod(0o755)
+    make_checkout(tmp_path, CXX=str(compiler), CXXFLAGS=SANITIZE, LDFLAGS=SANITIZE)
+    run_tests(
+        tmp_path,
+        "tests/kernels/test_gemm.py",
+        "tests/ops/test_int8_linear.py",
+        "-k",
+        "test_gemm or not torch",
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS="detect_leaks=0",
+    )
