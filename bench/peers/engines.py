@@ -117,6 +117,8 @@ def _torch() -> list[Spec]:
     kinds = {"int8-pt2e": "Pt2e", "int8-torchao": "TorchAo", "bf16": "Inductor", "fp32": "Inductor"}
     for suffix, cpp_wrapper in (("", False), ("-cpp", True)):
         for name, kind in kinds.items():
+            if kind == "TorchAo" and cpp_wrapper:
+                continue  # far behind PT2E: not worth its compilation
             options: dict[str, Any] = {"cpp_wrapper": cpp_wrapper}
             if kind == "Inductor":
                 options["precision"] = name
