@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from distilbert_fast import backends
-from distilbert_fast.layers import Tokens
+from distilbert_fast.layers import Int8Linear, Tokens
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
-from distilbert_fast.packed_encoder import PackedEncoder, Shape, pack_linear, static_linear
+from distilbert_fast.packed_encoder import PackedEncoder, Room, Shape, pack_linear, static_linear
 from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 
 __all__ = ["PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
@@ -280,16 +281,25 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
         return None
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     tensors |= {"norm.weight": _row(model.norm.weight), "norm.bias": _row(model.norm.bias)}
-    kinds, heads, eps, ffn = set(), [], [model.norm.eps], 0
+    hidden, size = model.word.weight.shape[1], model.head_dim
+    ffn = model.layers[0].ffn_in.weight.shape[-2] if model.layers else 1
+    kinds = {_kind(linear, precision) for layer in model.layers for linear in layer if isinstance(linear, _LINEARS)}
+    kind = kinds.pop() if kinds else "fp32"
+    if kinds or kind is None:
+        return None
+    left = [
+        len(layer.heads) if mask is None else int(mask.count_nonzero())
+        for layer, mask in zip(model.layers, masks, strict=True)
+    ]
+    sizes = [((3 * n * size, hidden), (hidden, n * size), (ffn, hidden), (hidden, ffn)) for n in left]
+    room = Room(kind, [size for layer in sizes for size in layer])
+    heads, eps = [], [model.norm.eps]
     for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
-        layer = pack_layer(modules, model.head_dim, precision, mask)
+        layer = pack_layer(modules, size, precision, mask)
         for name in ("qkv", "out", "ffn_in", "ffn_out"):
             linear = getattr(layer, name)
-            kind = "int8" if linear.scale is not None else _KINDS.get(linear.weight.dtype)
-            kinds.add(kind)
-            if kind is None or len(kinds) > 1:
-                return None
-            tensors[f"{i}.{name}"] = pack_linear(kind, linear.weight, linear.scale, linear.bias)
+            blob = room.blob(*linear.weight.shape)
+            tensors[f"{i}.{name}"] = pack_linear(kind, linear.weight, linear.scale, linear.bias, blob)
         for name in ("attention_norm", "ffn_norm"):
             norm = getattr(layer, name)
             tensors |= {f"{i}.{name}.weight": _row(norm.weight), f"{i}.{name}.bias": _row(norm.bias)}
@@ -297,16 +307,20 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
         if layer.mask is not None:
             tensors[f"{i}.mask"] = _row(layer.mask)
         heads.append(layer.heads)
-        ffn = layer.ffn_in.weight.shape[0]
-    kind = kinds.pop() if kinds else "fp32"
-    hidden, scales = model.word.weight.shape[1], ((0.0, 0.0),) * len(heads)
-    return PackedEncoder(
-        Shape(kind, hidden, model.head_dim, model.num_heads, ffn, model.padding_idx, tuple(heads), tuple(eps), scales),
-        tensors,
-    )
+    scales = ((0.0, 0.0),) * len(heads)
+    shape = Shape(kind, hidden, size, model.num_heads, ffn, model.padding_idx, tuple(heads), tuple(eps), scales)
+    return PackedEncoder(shape, tensors)
+
+
+def _kind(linear: nn.Module, precision: str | None) -> str | None:
+    """What the weights of a layer become; None: nothing that the C++ encoder knows."""
+    if linear.weight.dtype == torch.int8 or precision == "int8":
+        return "int8" if precision in (None, "int8") else None
+    return precision or _KINDS.get(linear.weight.dtype)
 
 
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_LINEARS = (nn.Linear, Int8Linear)
 
 
 def _row(x: torch.Tensor) -> torch.Tensor:

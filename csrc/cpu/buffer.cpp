@@ -14,8 +14,6 @@
 namespace distilbert_fast {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
 struct Spare {
   std::mutex mutex;
   void* data = nullptr;
@@ -29,16 +27,16 @@ Spare& spare() {
 
 int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+}  // namespace
+
 void* allocate(int64_t capacity, int64_t alignment) {
   void* data = nullptr;
   if (posix_memalign(&data, static_cast<size_t>(alignment), static_cast<size_t>(capacity)) != 0) throw std::bad_alloc();
 #ifdef __linux__
-  if (alignment == kHugePage) madvise(data, static_cast<size_t>(capacity), MADV_HUGEPAGE);  // a hint: may be refused
+  if (alignment >= kHugePage) madvise(data, static_cast<size_t>(capacity), MADV_HUGEPAGE);  // a hint: may be refused
 #endif
   return data;
 }
-
-}  // namespace
 
 Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
   if (bytes < 1) throw std::invalid_argument("Buffer: bytes must be 1 or more, got " + std::to_string(bytes));

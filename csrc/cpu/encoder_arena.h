@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "buffer.h"
 #include "encoder.h"
 #include "kernels.h"
 
@@ -52,9 +52,8 @@ class Arena {
       : flow_(flow), rows_(rows), sets_(sets), scratch_bytes_(round_up(scratch_bytes, 4096)), threads_(threads) {
     Buffers unused;
     set_bytes_ = round_up(lay_out(model, nullptr, &unused), 4096);
-    bytes_ = set_bytes_ * sets + scratch_bytes_ * threads;
-    data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(bytes_)));
-    if (data_ == nullptr) throw std::bad_alloc();
+    bytes_ = round_up(set_bytes_ * sets + scratch_bytes_ * threads, kHugePage);
+    data_ = static_cast<uint8_t*>(allocate(bytes_, kHugePage));
     std::memset(data_, 0, static_cast<size_t>(set_bytes_ * sets));
   }
   ~Arena() { std::free(data_); }

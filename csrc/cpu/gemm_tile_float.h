@@ -53,7 +53,10 @@ struct FloatTile {
           for (int i = 0; i < Format::parts; ++i) {
             Vec weights[kTileVecs];
 #pragma GCC unroll 4
-            for (int v = 0; v < kTileVecs; ++v) weights[v] = Format::part(group_vec(w + g * 64, v), i);
+            for (int v = 0; v < kTileVecs; ++v) {
+              weights[v] = Format::part(group_vec(w + g * 64, v), i);
+              hold(weights[v]);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
               const Vec activation = broadcast(reinterpret_cast<const float*>(x + r * a_stride)[g * Format::parts + i]);

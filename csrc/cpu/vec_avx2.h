@@ -93,6 +93,9 @@ inline Vec from_int32(const int32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
+// In a register from here on: not to be loaded again by each instruction that reads it.
+inline void hold(Vec& x) { __asm__("" : "+x"(x.v)); }
+
 // Of pairs of bfloat16, the elements at even and at odd places.
 inline Vec even_of_pairs(const void* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)), 16))};

@@ -78,6 +78,9 @@ inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec from_int32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 
+// In a register from here on: not to be loaded again by each instruction that reads it.
+inline void hold(Vec& x) { __asm__("" : "+v"(x.v)); }
+
 // Of pairs of bfloat16, the elements at even and at odd places.
 inline Vec even_of_pairs(const void* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
 inline Vec odd_of_pairs(const void* p) {

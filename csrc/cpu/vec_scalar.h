@@ -92,6 +92,9 @@ inline Vec from_int32(const int32_t* p) {
   return {__builtin_convertvector(x, Floats)};
 }
 
+// In a register from here on: not to be loaded again by each instruction that reads it.
+inline void hold(Vec&) {}
+
 // Of pairs of bfloat16, the elements at even and at odd places.
 inline Bits load_bits(const void* p) {
   Bits bits;
