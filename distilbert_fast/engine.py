@@ -118,7 +118,8 @@ class Engine:
         packed, model = self.packed, self._model
         if packed is None or model is None or packed.shape.precision != "int8":
             _check.refuse(OP, "model", "an int8 one on a CPU, not from a file, to be calibrated", "another")
-        dynamic = packed.with_scales([(0.0, 0.0)] * len(self.heads)) if any(map(any, packed.shape.scales)) else packed
+        dynamic = _pack(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
+        assert dynamic is not None
         largest, count = packed.largest(), 0
         for batch in batches:
             dynamic.run(batch["input_ids"], batch.get("attention_mask"), batch.get("token_type_ids"), largest=largest)

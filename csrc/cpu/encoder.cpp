@@ -12,6 +12,7 @@
 #include "encoder_plan.h"
 #include "isa.h"
 #include "team.h"
+#include "threads.h"
 
 namespace distilbert_fast {
 namespace {
@@ -374,7 +375,7 @@ void Encoder::run(const EncoderCall& call, int threads) {
   }
   require(call.ids != nullptr, "input_ids must point to memory", "null");
   require(call.out != nullptr || call.hidden_states != nullptr, "an output must point to memory", "null");
-  threads = std::max(threads, 1);
+  threads = std::max(usable_threads(threads), 1);
 
   const Plan plan = make_plan(model_, call, threads);
   zero_padding(model_, call, plan);

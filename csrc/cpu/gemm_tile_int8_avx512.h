@@ -7,6 +7,47 @@
 namespace distilbert_fast {
 namespace {
 
+#define DISTILBERT_FAST_INLINE inline __attribute__((always_inline))
+
+// Sums of R rows and 32 columns. Members, not an array: gcc keeps these in registers, and not every array.
+template <int R>
+struct Int8Sums {
+  Int8Sums<R - 1> before;
+  __m512i low, high;
+
+  DISTILBERT_FAST_INLINE void start(__m512i from_low, __m512i from_high) {
+    before.start(from_low, from_high);
+    low = from_low;
+    high = from_high;
+  }
+  // Row r is at rows[r / 3] + (r % 3) · stride: three rows by one pointer and what an address can say, for there are
+  // not enough registers for a pointer each.
+  DISTILBERT_FAST_INLINE void add(const uint8_t* const (&rows)[4], int64_t stride, int64_t at, __m512i w0, __m512i w1) {
+    before.add(rows, stride, at, w0, w1);
+    // In assembly, and in this order: left to itself gcc 12 loads w0 and w1 anew for each row, or spills sums.
+    const uint8_t* group = rows[(R - 1) / 3] + (R - 1) % 3 * stride + at;
+    __m512i codes;
+    __asm__ volatile(
+        "vpbroadcastd %[group], %[codes]\n\t"
+        "vpdpbusd %[w0], %[codes], %[low]\n\t"
+        "vpdpbusd %[w1], %[codes], %[high]"
+        : [codes] "=&v"(codes), [low] "+v"(low), [high] "+v"(high)
+        : [group] "m"(*reinterpret_cast<const uint32_t(*)>(group)), [w0] "v"(w0), [w1] "v"(w1));
+  }
+  DISTILBERT_FAST_INLINE void write(int32_t* out) const {
+    before.write(out);
+    _mm512_store_si512(out + (R - 1) * 32, low);
+    _mm512_store_si512(out + (R - 1) * 32 + 16, high);
+  }
+};
+
+template <>
+struct Int8Sums<0> {
+  void start(__m512i, __m512i) {}
+  void add(const uint8_t* const (&)[4], int64_t, int64_t, __m512i, __m512i) {}
+  void write(int32_t*) const {}
+};
+
 struct Int8Tile {
   using Sum = int32_t;
   static constexpr bool quantized = true;
@@ -27,39 +68,42 @@ struct Int8Tile {
     return sum;
   }
 
+  static __m512i start(const uint8_t* b, const int32_t* column_sums, const BlockRange* ranges, int64_t range_count) {
+    const __m512i added = column_sums != nullptr ? _mm512_slli_epi32(_mm512_loadu_si512(column_sums), 7)
+                                                 : added_by(b, ranges, range_count);
+    return _mm512_sub_epi32(_mm512_setzero_si512(), added);
+  }
+
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t* column_sums,
                   const BlockRange* ranges, int64_t range_count, Prefetch prefetch, int32_t* out) {
-    __m512i sum[R][2];
-    for (int v = 0; v < 2; ++v) {
-      const __m512i added = column_sums != nullptr ? _mm512_slli_epi32(_mm512_loadu_si512(column_sums + v * 16), 7)
-                                                   : added_by(b + v * kHalfBytes, ranges, range_count);
-      for (int r = 0; r < R; ++r) sum[r][v] = _mm512_sub_epi32(_mm512_setzero_si512(), added);
-    }
+    Int8Sums<R> sums;
+    sums.start(start(b, column_sums, ranges, range_count),
+               start(b + kHalfBytes, column_sums == nullptr ? nullptr : column_sums + 16, ranges, range_count));
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
       const uint8_t* w = b + ranges[i].begin * kBlockBytes;
-      for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k, x += a_block_bytes, w += kBlockBytes) {
+      const uint8_t* rows[4] = {x, x + 3 * a_stride, x + 6 * a_stride, x + 9 * a_stride};
+      for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
         prefetch.some();
+        for (int quarter = 0; quarter < 4; ++quarter, w += 256) {
+          // Not to be known for what it was, lest the compiler makes a pointer for each row of it after all.
+          __asm__("" : "+r"(a_stride));
 #pragma GCC unroll 4
-        for (int g = 0; g < 16; ++g) {
-          const __m512i w0 = _mm512_loadu_si512(w + g * 64), w1 = _mm512_loadu_si512(w + g * 64 + kHalfBytes);
-#pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) {
-            int32_t group;
-            __builtin_memcpy(&group, x + r * a_stride + g * 4, 4);
-            const __m512i codes = _mm512_set1_epi32(group);
-            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, w0);
-            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], codes, w1);
+          for (int g = 0; g < 4; ++g) {
+            sums.add(rows, a_stride, g * 4, _mm512_loadu_si512(w + g * 64),
+                     _mm512_loadu_si512(w + g * 64 + kHalfBytes));
           }
+          for (const uint8_t*& row : rows) row += 16;
         }
+        w += kHalfBytes;
       }
     }
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) _mm512_store_si512(out + r * columns + v * 16, sum[r][v]);
-    }
+    sums.write(out);
   }
 };
+
+#undef DISTILBERT_FAST_INLINE
 
 }  // namespace
 }  // namespace distilbert_fast

@@ -7,12 +7,15 @@
 #include <memory>
 #include <new>
 
+#include "threads.h"
+
 namespace distilbert_fast {
 
 // body(begin, end) over [0, rows) in chunks of `grain` rows. One thread stays outside OpenMP: a process forked after a
 // parallel region could not enter another.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t grain, int threads, const Body& body) {
+  threads = usable_threads(threads);
   if (threads <= 1 || rows <= grain) {
     body(0, rows);
     return;
@@ -28,6 +31,7 @@ void parallel_rows(int64_t rows, int64_t grain, int threads, const Body& body) {
 // body(begin, end, scratch) likewise, with scratch_bytes of 64 byte aligned memory for each thread.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t grain, int threads, int64_t scratch_bytes, const Body& body) {
+  threads = usable_threads(threads);
   const int64_t chunks = (rows + grain - 1) / grain;
   if (chunks < threads) threads = static_cast<int>(chunks);
   if (threads < 1) threads = 1;

@@ -1,0 +1,58 @@
+"""A small encoder of plain modules with odd sizes, and what it computes in plain torch, one sequence at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distilbert_fast.engine import EncoderModules, LayerModules
+from distilbert_fast.layers import Int8Linear
+
+C, H, D, FF, V, P = 30, 3, 10, 37, 50, 20
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]])
+
+
+def make(layers=2, types=2, padding_idx=None, int8=False, bias=True, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+
+    def linear(c, f):
+        made = nn.Linear(c, f, bias, dtype=dtype)
+        return Int8Linear.from_linear(made) if int8 else made
+
+    def norm():
+        made = nn.LayerNorm(C, eps=1e-12, dtype=dtype)
+        nn.init.normal_(made.weight, 1.0, 0.2), nn.init.normal_(made.bias, 0.0, 0.2)
+        return made
+
+    stack = [
+        LayerModules(
+            *(linear(C, C) for _ in range(4)), norm(), linear(C, FF), linear(FF, C), norm(), heads=tuple(range(H))
+        )
+        for _ in range(layers)
+    ]
+    tables = [nn.Embedding(rows, C, dtype=dtype) if rows else None for rows in (V, P, types)]
+    return EncoderModules(*tables, norm(), stack, H, D, padding_idx)
+
+
+def reference(model, ids, mask=None, types=None, positions=None, head_mask=None):
+    """[B, T, C] one sequence at a time, in the dtype of the modules; 0 at padding."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    head_mask = torch.ones(len(model.layers), H) if head_mask is None else head_mask.expand(len(model.layers), H)
+    positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions.expand_as(ids)
+    types = torch.zeros_like(ids) if types is None else types
+    out = torch.zeros(*ids.shape, C, dtype=model.word.weight.dtype)
+    for b in range(ids.shape[0]):
+        real = mask[b].bool()
+        x = model.word(ids[b, real]) + model.position(positions[b, real])
+        if model.token_type is not None:
+            x = x + model.token_type(types[b, real])
+        x = model.norm(x)
+        for layer, factors in zip(model.layers, head_mask, strict=True):
+            q, k, v = (f(x).view(-1, H, D).transpose(0, 1) for f in (layer.query, layer.key, layer.value))
+            p = (q @ k.transpose(1, 2) / D**0.5).softmax(-1)  # [H, t, t]
+            context = (p @ v * factors[:, None, None].to(v.dtype)).transpose(0, 1).flatten(1)
+            x = layer.attention_norm(layer.out(context) + x)
+            x = layer.ffn_norm(layer.ffn_out(F.gelu(layer.ffn_in(x))) + x)
+        out[b, real] = x
+    return out
