@@ -86,6 +86,7 @@ void int8_linear(const Int8Linear& call, int threads) {
                      0,
                      &all,
                      1,
+                     nullptr,
                      nullptr};
 
   const int64_t copy_grain = 1 + (1 << 16) / (row_bytes + 1);

@@ -27,7 +27,7 @@ OUT = (torch.float32, torch.bfloat16, torch.uint8)
 FIELDS = (
     "weights blob columns k a a_stride a_scale a_scale_stride activation residual residual_stride residual_is_bfloat16"
     " out out_stride output out_scale out_scale_stride out_flip blocks block_ranges panels"
-    " row_begin row_end panel_begin panel_end"
+    " out_factors row_begin row_end panel_begin panel_end"
 )
 
 
@@ -159,6 +159,7 @@ def test_any_call(seed):
     dtype, flip = draw.choice(OUT), draw.choice([0, 0x80])
     room = torch.full((n + 2, f + 7), 99, dtype=dtype)
     out, out_scale = room[1:-1, 3:-4], torch.rand(n) * 0.05 + 0.01
+    factors = draw.choice([None, torch.rand(up(f, 32)) * 50 + 10])  # of columns, in the place of 1 / out_scale
     pairs = torch.tensor(ranges, dtype=torch.int32)
     listed = torch.tensor(chosen, dtype=torch.int32)
     given.run(
@@ -166,13 +167,17 @@ def test_any_call(seed):
         panel_end=len(chosen), activation=activation, residual=0 if residual is None else residual.data_ptr(),
         residual_stride=f + 3, residual_is_bfloat16=int(residual is not None and residual.dtype == torch.bfloat16),
         out_scale=out_scale.data_ptr(), out_scale_stride=1, out_flip=flip,
+        out_factors=0 if factors is None else factors.data_ptr(),
     )  # fmt: skip
 
     size = given.x.abs() @ given.w.abs().t() if kind != INT8 else want.abs() + 10  # what rounding is relative to
     error = 2e-6 * size + (6e-5 * before.abs() + 1.5e-4 if activation == GELU_FAST else 0) + 1e-6
     if dtype == torch.uint8:
         codes = (out.int() ^ flip).to(torch.uint8).view(torch.int8).int()
-        ideal = quantize_reference(want.float(), out_scale)[0].int()
+        if factors is None:
+            ideal = quantize_reference(want.float(), out_scale)[0].int()
+        else:
+            ideal = (want * factors[:f].double()).clamp(-127, 127).round().int()
         wrong = (codes - ideal).abs() > 1
     else:
         wrong = (out.double() - want).abs() > error + (want.abs() / 128 if dtype == torch.bfloat16 else 0)

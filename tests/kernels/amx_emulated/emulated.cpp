@@ -42,6 +42,7 @@ struct GemmArguments {
   const BlockRange* blocks;
   int64_t block_ranges;
   const int32_t* panels;
+  const float* out_factors;
   int64_t row_begin, row_end, panel_begin, panel_end;
 };
 
@@ -65,7 +66,8 @@ __attribute__((visibility("default"))) void emulated_gemm(const GemmArguments& x
                      static_cast<uint8_t>(x.out_flip),
                      x.blocks,
                      x.block_ranges,
-                     x.panels};
+                     x.panels,
+                     x.out_factors};
   std::vector<uint8_t> scratch(static_cast<size_t>(gemm_scratch_bytes(packed.blocks)));
   const Kernels& tier = kernels();
   const GemmKernel kernel = weights == Weights::int8       ? tier.gemm_int8
