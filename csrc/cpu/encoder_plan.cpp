@@ -10,7 +10,7 @@ namespace distilbert_fast {
 namespace {
 
 // A chunk's activations stay in a core's second cache, and yet each weight serves this many tokens on its way there.
-constexpr int64_t kChunkTokens = 256;
+constexpr int64_t kChunkTokens = 128;
 // Below this a thread would spend longer fetching all weights than multiplying with them.
 constexpr int64_t kTokensToGoAlone = 96;
 // Going alone wastes what the fullest thread has more than the others; sharing wastes about this.
