@@ -88,7 +88,7 @@ def test_every_tier_under_sanitizers(tmp_path):
     ]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("g++ has no libasan")
-    compiler = tmp_path / "g++-O0"  # setup.py's own -O3 would make the build last ten times as long
+    compiler = tmp_path / "g++-O0"  # setup.py's own -O3 would make the build last minutes
     compiler.write_text('#!/bin/bash\nexec g++ "${@/#-O3/-O0}"\n')
     compiler.chmod(0o755)
     make_checkout(tmp_path, CXX=str(compiler), CXXFLAGS=SANITIZE, LDFLAGS=SANITIZE)
