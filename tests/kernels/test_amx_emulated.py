@@ -70,7 +70,14 @@ def run_tests(folder: Path, *arguments: str, **environment: str) -> None:
 
 def test_the_amx_tier_on_emulated_tiles(tmp_path):
     make_checkout(tmp_path)
-    run_tests(tmp_path, "tests/kernels/test_gemm.py", "tests/ops/test_int8_linear.py", "-k", "amx")
+    run_tests(
+        tmp_path,
+        "tests/kernels/test_gemm.py",
+        "tests/ops/test_int8_linear.py",
+        "tests/test_packed_encoder.py",
+        "-k",
+        "amx",
+    )
 
 
 def test_every_tier_under_sanitizers(tmp_path):
@@ -81,16 +88,18 @@ def test_every_tier_under_sanitizers(tmp_path):
     ]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("g++ has no libasan")
-    compiler = tmp_path / "g++-O0"  # setup.py's own -O3 would make the build last ten times as long
+    compiler = tmp_path / "g++-O0"  # setup.py's own -O3 would make the build last minutes
     compiler.write_text('#!/bin/bash\nexec g++ "${@/#-O3/-O0}"\n')
     compiler.chmod(0o755)
     make_checkout(tmp_path, CXX=str(compiler), CXXFLAGS=SANITIZE, LDFLAGS=SANITIZE)
     run_tests(
         tmp_path,
         "tests/kernels/test_gemm.py",
+        "tests/test_packed_encoder.py",
         *sorted(f"tests/ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_*.py")),
         "-k",
-        "(test_gemm or native or touch or layout or no_rows or no_columns) and not billion and not losses",
+        "(test_gemm or packed_encoder or native or touch or layout or no_rows or no_columns)"
+        " and not billion and not losses and not fork",
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
     )
