@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -129,10 +129,11 @@ class Engine:
             _check.refuse(OP, "calibration", "at least one batch with a token", "none")
         if not bool(largest.isfinite().all()):
             _check.refuse(OP, "calibration", "batches with finite activations", "others")
-        scales, tensors = [], {}
+        scales: list[tuple[float, float]] = []
+        tensors: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(model.layers):
             seen = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
-            linear = layer.ffn_out
+            linear: Any = layer.ffn_out
             weight = linear.weight.detach()
             if weight.dtype == torch.int8:
                 weight = weight[0] * linear.weight_scale[:, None]
@@ -241,6 +242,7 @@ class Engine:
         if self.token_type is not None:
             given = token_type_ids is not None
             types = tokens.rows(token_type_ids.expand(batch, length)) if given else torch.zeros_like(ids)
+        assert tokens.cu_seqlens is not None
         states = ops.run(ids, tokens.rows(positions), types, tokens.cu_seqlens, masks, hidden_states)
         return [tokens.padded(state) for state in states]
 
@@ -282,7 +284,8 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     tensors |= {"norm.weight": _row(model.norm.weight), "norm.bias": _row(model.norm.bias)}
     hidden, size = model.word.weight.shape[1], model.head_dim
-    ffn = model.layers[0].ffn_in.weight.shape[-2] if model.layers else 1
+    first: Any = model.layers[0].ffn_in if model.layers else None
+    ffn: int = first.weight.shape[-2] if first is not None else 1
     kinds = {_kind(linear, precision) for layer in model.layers for linear in layer if isinstance(linear, _LINEARS)}
     kind = kinds.pop() if kinds else "fp32"
     if kinds or kind is None:
@@ -312,7 +315,7 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
     return PackedEncoder(shape, tensors)
 
 
-def _kind(linear: nn.Module, precision: str | None) -> str | None:
+def _kind(linear: Any, precision: str | None) -> str | None:
     """What the weights of a layer become; None: nothing that the C++ encoder knows."""
     if linear.weight.dtype == torch.int8 or precision == "int8":
         return "int8" if precision in (None, "int8") else None
