@@ -122,7 +122,7 @@ class Walk {
     if (flow_.codes && layer.ffn_scale > 0) {
       project_codes(layer.ffn_in, x_operand(), at_.ffn_codes, layer.ffn_factors);
     } else {
-      project(layer.ffn_in, x_operand(), flow_.codes ? Activation::gelu_fast : Activation::gelu, at_.ffn, nullptr);
+      project(layer.ffn_in, x_operand(), Activation::gelu, at_.ffn, nullptr);
       quantize(at_.ffn, model_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale);
     }
     add_product(layer.ffn_out, operand(at_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale),
