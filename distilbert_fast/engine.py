@@ -23,6 +23,7 @@ from distilbert_fast import backends
 from distilbert_fast.layers import Int8Linear, Tokens
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._rows import parameter
 from distilbert_fast.packed_encoder import PackedEncoder, Room, Shape, pack_linear, static_linear
 from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 
@@ -282,7 +283,7 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
     if not known or precision == "fp16" or not backends.availability("cpu").ok:
         return None
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    tensors |= {"norm.weight": _row(model.norm.weight), "norm.bias": _row(model.norm.bias)}
+    tensors |= {"norm.weight": parameter(model.norm.weight.detach()), "norm.bias": parameter(model.norm.bias.detach())}
     hidden, size = model.word.weight.shape[1], model.head_dim
     first: Any = model.layers[0].ffn_in if model.layers else None
     ffn: int = first.weight.shape[-2] if first is not None else 1
@@ -305,10 +306,13 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
             tensors[f"{i}.{name}"] = pack_linear(kind, linear.weight, linear.scale, linear.bias, blob)
         for name in ("attention_norm", "ffn_norm"):
             norm = getattr(layer, name)
-            tensors |= {f"{i}.{name}.weight": _row(norm.weight), f"{i}.{name}.bias": _row(norm.bias)}
+            tensors |= {
+                f"{i}.{name}.weight": parameter(norm.weight),
+                f"{i}.{name}.bias": parameter(norm.bias),
+            }
             eps.append(norm.eps)
         if layer.mask is not None:
-            tensors[f"{i}.mask"] = _row(layer.mask)
+            tensors[f"{i}.mask"] = parameter(layer.mask)
         heads.append(layer.heads)
     scales = ((0.0, 0.0),) * len(heads)
     shape = Shape(kind, hidden, size, model.num_heads, ffn, model.padding_idx, tuple(heads), tuple(eps), scales)
@@ -324,7 +328,3 @@ def _kind(linear: Any, precision: str | None) -> str | None:
 
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _LINEARS = (nn.Linear, Int8Linear)
-
-
-def _row(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(torch.float32).contiguous()

@@ -17,12 +17,12 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._rows import DTYPE_CODE, parameter
 from distilbert_fast.ops.quantize import quantize
 
 OP = "engine"
 FORMAT = "distilbert_fast.encoder.1"
 _WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LINEARS = ("qkv", "out", "ffn_in", "ffn_out")
 _NORMS = ("attention_norm", "ffn_norm")
 
@@ -98,8 +98,8 @@ class PackedEncoder:
         table = self.tensors.get(name)
         if table is None:
             return 0, 0, 0
-        _check.tensor(OP, name, table, ("rows", self.shape.hidden), tuple(_DTYPES))
-        return table.data_ptr(), table.shape[0], _DTYPES[table.dtype]
+        _check.tensor(OP, name, table, ("rows", self.shape.hidden), tuple(DTYPE_CODE))
+        return table.data_ptr(), table.shape[0], DTYPE_CODE[table.dtype]
 
     def _packed_mask(self) -> torch.Tensor | None:
         """The factors [L, widest H_i] that the model was packed with, 1 where it was not."""
@@ -163,7 +163,7 @@ class PackedEncoder:
             0 if factors is None else factors.data_ptr(),
             self._widest,
             outputs[-1].data_ptr(),
-            _DTYPES[self.dtype],
+            DTYPE_CODE[self.dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
             0 if largest is None else largest.data_ptr(),
             torch.get_num_threads(),
@@ -303,8 +303,8 @@ def pack_linear(
     wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
     if weight.dtype not in wanted:
         weight = weight.to(wanted[0])
-    scale = None if scale is None else scale.to(torch.float32).contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    scale = None if scale is None else parameter(scale)
+    bias = None if bias is None else parameter(bias)
     if blob is None:
         blob = torch.empty(backends.cpu().packed_bytes(kind, f, k), dtype=torch.uint8)
     backends.cpu().pack_linear(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import torch
 
 import distilbert_fast
-from bench.peers.engines import Job, NotAvailableError
+from bench.peers.engines import Job
 from bench.peers.with_torch import caller, load
 from bench.peers.workloads import Batch, calibration
 
@@ -19,8 +18,6 @@ class Optimized:
         self.model = load(model, torch.float32)
         options = {}
         if static:
-            if "calibration" not in inspect.signature(distilbert_fast.optimize).parameters:
-                raise NotAvailableError("this version's optimize() takes no calibration")
             config = self.model.config
             options["calibration"] = [
                 {"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.int64)}

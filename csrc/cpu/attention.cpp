@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 
 #include "attention_scratch.h"
+#include "check.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -15,7 +15,7 @@ namespace {
 constexpr double kGrainProducts = 1 << 20;  // work worth waking a thread for
 
 void require(bool holds, const std::string& expected, const std::string& given) {
-  if (!holds) throw std::invalid_argument("attention: " + expected + ", got " + given);
+  if (!holds) refuse("attention", expected, given);
 }
 
 void check_offsets(const AttentionSequences& sequences, int64_t tokens) {

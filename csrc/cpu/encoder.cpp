@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "attention.h"
 #include "bfloat16.h"
+#include "check.h"
 #include "encoder_arena.h"
 #include "encoder_plan.h"
 #include "isa.h"
@@ -18,7 +18,7 @@ namespace distilbert_fast {
 namespace {
 
 void require(bool holds, const std::string& expected, const std::string& given) {
-  if (!holds) throw std::invalid_argument("engine: " + expected + ", got " + given);
+  if (!holds) refuse("engine", expected, given);
 }
 
 int64_t widest(const EncoderModel& model) {

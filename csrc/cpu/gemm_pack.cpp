@@ -1,16 +1,16 @@
 #include "gemm_pack.h"
 
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "bfloat16.h"
+#include "check.h"
 
 namespace distilbert_fast {
 namespace {
 
 void require(bool holds, const char* expected, const std::string& given) {
-  if (!holds) throw std::invalid_argument(std::string("pack: ") + expected + ", got " + given);
+  if (!holds) refuse("pack", expected, given);
 }
 
 // A column of weights: groups of 32 bits lie 64 bytes apart, a block behind 16 of them.

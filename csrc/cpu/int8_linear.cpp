@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "gemm_pack.h"
 #include "isa.h"
 #include "parallel.h"
@@ -16,7 +16,7 @@ namespace distilbert_fast {
 namespace {
 
 void require(bool holds, const std::string& expected, const std::string& given) {
-  if (!holds) throw std::invalid_argument("int8_linear: " + expected + ", got " + given);
+  if (!holds) refuse("int8_linear", expected, given);
 }
 
 void check(const Int8Linear& call) {

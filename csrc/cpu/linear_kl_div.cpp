@@ -1,20 +1,18 @@
 #include "linear_kl_div.h"
 
 #include <cmath>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace distilbert_fast {
 namespace {
 
-constexpr int64_t kGrainElements = 32768;  // work worth waking a thread for
-
 void require(bool holds, const char* expected, const std::string& given) {
-  if (!holds) throw std::invalid_argument(std::string("linear_kl_div: ") + expected + ", got " + given);
+  if (!holds) refuse("linear_kl_div", expected, given);
 }
 
 void check(const LinearKlDivRows& call) {
