@@ -7,7 +7,6 @@ another, nothing spilled.
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ triton = pytest.importorskip("triton")
 if backends.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import cubin  # noqa: E402
 
 from distilbert_fast.kernels import kl_div as kernels  # noqa: E402
 
@@ -48,38 +46,10 @@ def compiled(kernel, arch, student, teacher, aligned=True, absent=()):
     constants = kernels.configuration(logits[student], logits[teacher], logits[student])
     warps = constants.pop("num_warps")
     constants |= {"ALIGNED": aligned, **dict.fromkeys(absent)}
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(names)
-            if name not in constants and types[name].startswith("*")
-        },
-    )
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return cubin.compiled(kernel, arch, types, constants, num_warps=warps)
 
 
-def resources(cubin, path):
-    """What cuobjdump says one thread needs: {"REG": registers, "STACK": bytes, "LOCAL": bytes, ...}."""
-    path.write_bytes(cubin)
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
-
-
-def loops(ptx):
-    """The basic blocks that jump back to their own label."""
-    for block in re.split(r"^(?=\$L__BB)", ptx, flags=re.MULTILINE)[1:]:
-        label = block.split(":")[0]
-        if re.search(rf"bra(\.uni)?\s+{re.escape(label)};", block):
-            yield block
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", cubin.ARCHS)
 @pytest.mark.parametrize(
     "name, student, teacher, absent",
     [
@@ -93,14 +63,14 @@ def loops(ptx):
 def test_machine_code(name, student, teacher, absent, arch, tmp_path):
     program = compiled(getattr(kernels, f"_kl_div_{name}_kernel"), arch, student, teacher, absent=absent)
     ptx = program.asm["ptx"]
-    need = resources(program.asm["cubin"], tmp_path / "kernel.cubin")
+    need = cubin.resources(program, tmp_path)
     assert need["LOCAL"] == 0 and ".local" not in ptx
     assert need["STACK"] <= 8, "more than one pointer is parked outside the loops"
     assert need["REG"] * 256 * 2 <= 65536, "less than two rows fit on a multiprocessor"
     assert program.metadata.shared <= 8192
     assert not re.search(r"\b(atom|red)\.", ptx), "an order of additions that changes from run to run"
 
-    row_loops = list(loops(ptx))
+    row_loops = list(cubin.loops(ptx))
     passes = {"fwd": 1 if "gradient" in absent else 2, "bwd": 1}[name]
     assert sum("ld.global" in loop for loop in row_loops) == passes
     for loop in row_loops:

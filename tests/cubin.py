@@ -1,0 +1,68 @@
+"""Compile Triton kernels for GPUs that this machine does not have, and read what became of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHS = (80, 90, 100)  # A100, H100 and H200, B200
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory that a block may take
+
+
+def compiled(
+    kernel: Any,
+    arch: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    misaligned: Collection[str] = (),
+    **options: Any,
+) -> Any:
+    """Compile a kernel for an architecture, as a launch with these arguments would.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        arch: such as 90.
+        types: Triton's type of each argument, "*bf16", "i32" …; names that the kernel lacks are passed over.
+        constants: arguments that are constexpr or, None, absent.
+        misaligned: pointers (and integers) that are not promised to be multiples of 16 bytes (of 16); pointers are
+            otherwise, integers only if their type is written "i32:16" or "i64:16".
+        options: num_warps, num_stages …
+    """
+    names = kernel.arg_names
+    plain = {name: type.removesuffix(":16") for name, type in types.items()}
+    divisible = {name for name, type in types.items() if type.startswith("*") or type.endswith(":16")}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else plain[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name not in constants and name in divisible and name not in misaligned
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
+
+
+def resources(program: Any, folder: Path) -> dict[str, int]:
+    """What cuobjdump says one thread needs: {"REG": registers, "STACK": bytes, "LOCAL": bytes, ...}."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(program.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+
+
+def loops(ptx: str) -> Iterator[str]:
+    """The basic blocks that jump back to their own label."""
+    for block in re.split(r"^(?=\$L__BB)", ptx, flags=re.MULTILINE)[1:]:
+        label = block.split(":")[0]
+        if re.search(rf"bra(\.uni)?\s+{re.escape(label)};", block):
+            yield block
