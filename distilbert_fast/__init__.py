@@ -42,8 +42,11 @@ _HOME = {
     "optimize": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
-    "DistillationArguments": "distillation.trainer",
+    "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
+    "MlmObjective": "distillation.masked_lm",
+    "QaObjective": "distillation.objectives",
+    "TaskObjective": "distillation.objectives",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }
