@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distilbert_fast.distillation.losses import IGNORED
-from distilbert_fast.distillation.objectives import OP, VOCABULARY, Step, check_pair, full, need, tokens
+from distilbert_fast.distillation.objectives import OP, VOCABULARY, Step, check_pair, need, tokens
 from distilbert_fast.distillation.relations import relation_kl
 from distilbert_fast.distillation.schedule import Scheduled, at, is_zero
 from distilbert_fast.distillation.teacher import (
@@ -33,6 +33,7 @@ from distilbert_fast.distillation.teacher import (
     Projection,
     Teacher,
     encode,
+    full,
     hidden_rows,
     last_attention_inputs,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from distilbert_fast.distillation.losses import IGNORED, task_loss
 from distilbert_fast.distillation.relations import EXCLUDED
 from distilbert_fast.distillation.schedule import Scheduled, at, bounds, is_zero
-from distilbert_fast.distillation.teacher import Batch, Teacher, inputs_of, only
+from distilbert_fast.distillation.teacher import Batch, Teacher, full, inputs_of, only
 from distilbert_fast.ops.kl_div import kl_div
 
 OP = "DistillationTrainer"
@@ -231,11 +231,6 @@ def tokens(batch: Batch) -> Tensor:
     ids = need(batch, "input_ids")
     mask = batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-
-
-def full(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def is_regression(model: Any) -> bool:

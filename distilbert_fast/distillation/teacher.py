@@ -93,7 +93,7 @@ class Projection(NamedTuple):
         return total
 
     def _squared_error(self, h_s: Tensor, h_t: Tensor, projection: torch.nn.Linear) -> Tensor:
-        return (projection(h_s).float() - torch.nn.functional.linear(h_t, self.W, self.b).float()).square().sum()
+        return (full(projection(h_s)) - full(torch.nn.functional.linear(h_t, self.W, self.b))).square().sum()
 
 
 class ModelTeacher:
@@ -160,6 +160,11 @@ _LABELS = {"labels", "start_positions", "end_positions"}
 
 def only(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: inputs[name] for name in names if name in inputs}
+
+
+def full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def encode(encoder: Any, batch: Batch, hidden_states: bool = False) -> Any:
