@@ -205,7 +205,7 @@ def _family_and_head(teacher: PreTrainedModel) -> tuple[str, str]:
 
 def _refuse_features(teacher: PreTrainedModel, made: str) -> None:
     config = teacher.config
-    kind = made.replace("ert", "ERT")
+    kind = "RoBERTa" if made == "Roberta" else "DistilBERT"
     for feature, allowed in (
         ("is_decoder", False),
         ("add_cross_attention", False),
