@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import TrainingArguments
@@ -109,10 +109,12 @@ class DistillationArguments(TrainingArguments):
             _refuse("label_smoothing_factor", f"0 for objective {self.objective}", self.label_smoothing_factor)
 
 
-def own_settings(args: DistillationArguments) -> dict[str, Any]:
-    """What DistillationArguments adds to TrainingArguments."""
-    base = {field.name for field in fields(TrainingArguments)}
-    return {field.name: getattr(args, field.name) for field in fields(args) if field.name not in base}
+def settings_of(args: DistillationArguments) -> dict[str, Any]:
+    """The settings that the objective reads; "task", the first there was, goes without saying."""
+    of_mlm = (*_ALPHAS.values(), "kd_positions", "hidden_loss", "layer_map", "relation_heads")
+    read = ("temperature", *(of_mlm if args.objective == "mlm" else ("alpha",)))
+    objective = {} if args.objective == "task" else {"objective": args.objective}
+    return objective | {name: getattr(args, name) for name in read}
 
 
 def objective_of(args: DistillationArguments, student: Any, teacher: Any) -> Objective:

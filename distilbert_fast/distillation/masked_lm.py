@@ -150,7 +150,7 @@ class MlmObjective:
         soft = (
             answer.soft_targets(rows)
             if answer is not None and taught
-            else Projection(h.detach(), head.projection.weight, head.projection.bias)  # no row of it is projected
+            else Projection.of(h, head.projection)  # no row of it is projected
         )
         kd_mask = torch.full(rows.shape, "kl" in self.names, device=rows.device)
         kl, mlm = soft.losses(h, head.projection, at(self.temperature, progress), kd_mask, labels)

@@ -76,10 +76,15 @@ class Projection(NamedTuple):
     W: Tensor
     b: Tensor | None
 
+    @classmethod
+    def of(cls, h: Tensor, projection: torch.nn.Linear) -> Projection:
+        """Without gradient."""
+        bias = projection.bias
+        return cls(h.detach(), projection.weight.detach(), None if bias is None else bias.detach())
+
     def losses(
         self, h: Tensor, projection: torch.nn.Linear, temperature: float, kd_mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # both sides' parameters are views of a dtype of their own; the op casts under autocast
         kl, ce = linear_kl_div(
             h, projection.weight, projection.bias, self.h, self.W, self.b, temperature, kd_mask, labels
         )
@@ -128,9 +133,10 @@ class ModelAnswer:
         return self.model(**only(self.batch, inputs_of(self.model)))
 
     def soft_targets(self, rows: Tensor) -> Projection:
+        head = vocabulary_head(self.model, "teacher")
         with torch.no_grad():
-            head = vocabulary_head(self.model, "teacher")
-            return Projection(head.transform(self.hidden(rows)), head.projection.weight, head.projection.bias)
+            h = head.transform(self.hidden(rows))  # [R, C_t]
+        return Projection.of(h, head.projection)
 
     def hidden(self, rows: Tensor, layer: int = -1) -> Tensor:
         return hidden_rows(self._encode(), rows, layer)

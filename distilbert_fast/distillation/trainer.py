@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, own_settings
+from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, settings_of
 from distilbert_fast.distillation.checkpoint import ResumableTrainer
 from distilbert_fast.distillation.objectives import Objective, Step
 from distilbert_fast.distillation.teacher import ModelTeacher, Teacher
@@ -182,7 +182,7 @@ class DistillationTrainer(ResumableTrainer):
         """What must be the same to resume; the teacher's weights are part of it."""
         return (
             super().resume_settings()
-            | {f"args.{name}": value for name, value in own_settings(self.args).items()}
+            | {f"args.{name}": value for name, value in settings_of(self.args).items()}
             | {
                 "objective": repr(self.objective) if self._given_objective else None,
                 "teacher": None if self.teacher is None else self.teacher.describe(),
