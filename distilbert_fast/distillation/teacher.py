@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from distilbert_fast.distillation.checkpoint import describe_model
+from distilbert_fast.distillation.losses import IGNORED
 from distilbert_fast.modeling.encoder import encoder_layers
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops.linear_kl_div import linear_kl_div
@@ -88,7 +89,7 @@ class Projection(NamedTuple):
         kl, ce = linear_kl_div(
             h, projection.weight, projection.bias, self.h, self.W, self.b, temperature, kd_mask, labels
         )
-        return kl * kd_mask.sum(), ce * (labels != -100).sum()
+        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
         total = h.new_zeros(())

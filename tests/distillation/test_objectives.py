@@ -414,6 +414,8 @@ BAD = [
      "take its place), got 16 and 32", {"student": narrow}),
     (MlmObjective(cos=0, relation=1, relation_heads=32), "relation_heads must divide both hidden sizes, 16 and 32, "
      "got 32", {"student": narrow}),
+    (MlmObjective(kd_positions="all"), "kd_positions must be one of 'real', 'masked', got 'all'", {}),
+    (MlmObjective(hidden_loss="l1"), "hidden_loss must be one of 'mse', 'cosine', got 'l1'", {}),
     (deeper(), "layer_map must be pairs of 0 to 1 and 0 to 1, got []", {}),
     (deeper(layer_map=((0, 2),)), "layer_map must be pairs of 0 to 1 and 0 to 1, got [(0, 2)]", {}),
     (MlmObjective(), "model must be a DistilBERT, BERT or RoBERTa for masked LM, got BertForSequenceClassification",
