@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distilbert_fast.distillation.rows import Flat
 from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
@@ -225,6 +226,9 @@ class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.id > 0:
+            return
         epoch, first = int(self._epoch), 0
         for table in self._rows.iter(batch_size=_STREAM_CHUNK):
             examples = range(first, first := first + len(table))
@@ -259,10 +263,9 @@ def _pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tens
 
 def _masked(table: pa.Table, masking: Masking, epoch: int, examples: Sequence[int]) -> list[dict[str, Any]]:
     """Rows of an Arrow table, masked together."""
-    column = table["input_ids"].combine_chunks()
-    lengths = table["length"].to_numpy()
-    both = masking.batch(column.flatten().to_numpy(), lengths, epoch, examples)
-    ids, labels = (torch.from_numpy(flat).split(lengths.tolist()) for flat in both)
+    rows = Flat.of(table["input_ids"])
+    both = masking.batch(rows.ids, rows.lengths, epoch, examples)
+    ids, labels = (torch.from_numpy(flat).split(rows.lengths.tolist()) for flat in both)
     return [
         {"input_ids": of_row, "labels": labels_of_row, "length": len(of_row), "example": example}
         for of_row, labels_of_row, example in zip(ids, labels, examples, strict=True)
