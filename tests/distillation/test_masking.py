@@ -277,3 +277,32 @@ def test_batches(rows):
     assert "example" not in pad_collator(Tokenizer())(
         [{"input_ids": item["input_ids"], "labels": item["labels"]} for item in items]
     )
+
+
+def test_training(rows, tmp_path):
+    """Batches of rows of a length, without reading a row to learn it; what a resumed run must find unchanged."""
+    import transformers
+    from distillation import tiny
+
+    from distilbert_fast.distillation.checkpoint import ResumableTrainer
+
+    class Unread(MaskedDataset):
+        def __getitems__(self, indices):
+            raise AssertionError("a row was read")
+
+    def trainer(kind, seed=0):
+        model = tiny.teacher("MaskedLM", vocab_size=V, max_position_embeddings=40)
+        args = tiny.arguments(
+            tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=3, max_steps=6
+        )
+        dataset = kind(rows, masking(seed=seed))
+        return ResumableTrainer(model, args, pad_collator(Tokenizer()), train_dataset=dataset)
+
+    of_nothing = trainer(Unread)
+    grouped = of_nothing._get_train_sampler().sampler
+    assert isinstance(grouped, transformers.trainer_pt_utils.LengthGroupedSampler)
+    assert grouped.lengths == rows["length"][:] and sorted(grouped) == list(range(10))
+    output = trainer(MaskedDataset).train()
+    assert output.global_step == 6 and np.isfinite(output.training_loss)
+    described = [trainer(MaskedDataset, seed).resume_settings()["train_dataset"] for seed in (0, 0, 1)]
+    assert described[0] == described[1] != described[2]
