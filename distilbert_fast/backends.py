@@ -37,7 +37,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "codebook_linear": {},
 }
 
-ISA_TIERS = ("amx", "avx512_vnni", "avx2", "scalar")
+ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx2", "scalar")
 
 
 class BackendError(RuntimeError):
