@@ -31,6 +31,7 @@ _HOME = {
     "BackendError": "backends",
     "backend": "backends",
     # models
+    "Engine": "engine",
     "DistilBertForMaskedLM": "modeling.distilbert",
     "DistilBertForMultipleChoice": "modeling.distilbert",
     "DistilBertForQuestionAnswering": "modeling.distilbert",
@@ -40,6 +41,7 @@ _HOME = {
     "Int8Config": "modeling.quantizer",
     "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",
+    "pack_encoder": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
     "DistillationArguments": "distillation.trainer",
