@@ -63,3 +63,16 @@ def online_softmax(x, m, z, c):
     e = tl.exp2(below * (c / UNIT))
     shrink = tl.exp2((m - new_m) * c)
     return new_m, z * shrink + tl.sum(e, axis=1), below, e, shrink
+
+
+@triton.jit
+def to_int8(x, r):
+    """round(clamp(x · r, −127, 127)), ties to even, and 0 where x · r is NaN. x fp32, r fp32 that broadcasts to it.
+
+    In [2^23, 2^24) a float32 is an integer: adding 1.5 · 2^23 rounds as the hardware rounds a sum, and leaves the
+    code, in two's complement, in the low byte. The clamp between product and sum keeps them from becoming one FMA.
+    """
+    product = x * r
+    product = tl.where(product == product, product, 0.0)
+    shifted = tl.minimum(tl.maximum(product, -127.0), 127.0) + 12582912.0
+    return shifted.to(tl.int32, bitcast=True).to(tl.int8)
