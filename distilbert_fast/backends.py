@@ -33,7 +33,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "int8_linear": {"cpu": ("float32", "bfloat16")},
     "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "cosine_loss": {"cpu": ("float32", "bfloat16")},
+    "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "codebook_linear": {},
 }
 
