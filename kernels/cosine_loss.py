@@ -38,7 +38,7 @@ def _load_pair(
     return rows, columns, present, counted, s, t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cosine_loss_fwd_kernel(
     student,  # [N, C], rows student_stride elements apart
     teacher,  # [N, C]
@@ -66,7 +66,7 @@ def _cosine_loss_fwd_kernel(
     tl.store(stats + 3 * rows + 2, b, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cosine_loss_bwd_kernel(
     student,  # student … mask: as in forward
     teacher,

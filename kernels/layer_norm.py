@@ -50,7 +50,7 @@ def _normalize(h, inside, C, eps):
     return (d - lacking[:, None]) * rstd[:, None], m + lacking, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd_kernel(
     a,  # [N, C] or, with ids, a table [a_height, C]; rows a_stride elements apart
     b,  # likewise, or None
@@ -98,7 +98,7 @@ def _layer_norm_fwd_kernel(
         tl.store(y_q + out, quantize_rows(result, rows, counted, scale, scale_stride, found), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd_kernel(
     dy,  # [N, C], rows dy_stride elements apart
     a,  # a … c_stride: as in forward
@@ -263,10 +263,9 @@ def _multiprocessors(device: torch.device) -> int:
 def _terms(terms: Sequence[torch.Tensor | None], ids: Sequence[torch.Tensor | None]) -> dict[str, object]:
     arguments: dict[str, object] = {}
     for i, name in enumerate("abc"):
-        term = terms[i] if i < len(terms) else None
-        arguments[name] = term
-        arguments[f"{name}_ids"] = None if term is None else ids[i]
-        arguments[f"{name}_height"] = 0 if term is None else term.shape[0]
+        term, named = (terms[i], ids[i]) if i < len(terms) else (None, None)
+        arguments |= {name: term, f"{name}_ids": named}
+        arguments[f"{name}_height"] = 0 if named is None else term.shape[0]
         arguments[f"{name}_stride"] = 0 if term is None else term.stride(0)
     return arguments
 

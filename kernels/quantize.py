@@ -14,7 +14,7 @@ from distilbert_fast.kernels import tuning
 from distilbert_fast.kernels.common import quantize_rows, row_configs, row_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _quantize_kernel(
     x,  # [N, C], rows x_stride elements apart
     scale,  # fp32, scale_stride elements apart, or None: each row's own
