@@ -46,6 +46,10 @@ _HOME = {
     "quantize_model": "compression.quantize",
     "DistillationArguments": "distillation.trainer",
     "DistillationTrainer": "distillation.trainer",
+    "MaskedDataset": "distillation.masking",
+    "Masking": "distillation.masking",
+    "load_corpus": "distillation.data",
+    "pad_collator": "distillation.masking",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }
