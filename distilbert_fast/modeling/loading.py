@@ -1,4 +1,4 @@
-"""Read a sequence classifier from a checkpoint, and say plainly why a checkpoint cannot be used.
+"""Read a model with a task head from a checkpoint, and say plainly why a checkpoint cannot be used.
 
 Only safetensors files are read: a pickle can run any code when it is loaded.
 """
@@ -19,7 +19,12 @@ FAMILIES = {"bert": "BERT", "roberta": "RoBERTa", "distilbert": "DistilBERT"}  #
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
-_HEAD = ("classifier.", "pre_classifier.", "bert.pooler.")  # what fine-tuning may start at random
+# What of a head may start at random, to be trained.
+_HEADS = {
+    "SequenceClassification": ("classifier.", "pre_classifier.", "bert.pooler."),
+    "MaskedLM": ("cls.predictions.", "lm_head.", "vocab_"),
+    "QuestionAnswering": ("qa_outputs.",),
+}
 
 
 class CheckpointError(ValueError):
@@ -74,27 +79,42 @@ def load_classifier(
 
     Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from distilbert_fast.modeling import register
-
-    register()  # so that an int8 checkpoint is understood
-    directory = locate(source)
     labels: dict[str, Any] = {}
     if label_names is not None:
         labels = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
-            "ignore_mismatched_sizes": True,  # judged below
+            "ignore_mismatched_sizes": True,  # judged by load_with_head
         }
+    return load_with_head(source, "SequenceClassification", new_head, **labels)[:2]
+
+
+def load_with_head(
+    source: str | Path, head: str, new_head: bool = False, **config: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """A model with a head and its tokenizer, as `load_classifier`, and the tensors of the head that started at random.
+
+    Args:
+        source: directory or hub id.
+        head: "SequenceClassification", "MaskedLM" or "QuestionAnswering".
+        new_head: whether tensors of the head that are missing may start at random.
+        **config: for `from_pretrained`.
+    """
+    import torch
+    import transformers
+
+    from distilbert_fast.modeling import register
+
+    register()  # so that an int8 checkpoint is understood
+    directory = locate(source)
     with _without_report(), without_bars():
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **labels
+        model, loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+            directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config
         )
     absent = sorted([*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])])
-    absent = [name for name in absent if not (new_head and name.startswith(_HEAD))]
+    random = tuple(name for name in absent if new_head and name.startswith(_HEADS[head]))
+    absent = [name for name in absent if name not in random]
     if absent:
         raise CheckpointError(
             f"checkpoint: {str(source)!r} lacks {len(absent)} tensors that {type(model).__name__} needs, or has them "
@@ -104,13 +124,13 @@ def load_classifier(
         raise CheckpointError(
             f"checkpoint: {str(source)!r} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if not 0 < len(tokenizer) <= model.config.vocab_size:
         raise CheckpointError(
             f"checkpoint: {str(source)!r}: expected a tokenizer of 1 to {model.config.vocab_size} tokens, as many as "
             f"the model has embeddings, got {len(tokenizer)}"
         )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, random
 
 
 def _download(name: str) -> Path:
