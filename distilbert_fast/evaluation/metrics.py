@@ -46,6 +46,13 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
     return float(multiclass_f1_score(logits, labels, num_classes=logits.shape[1], average="macro"))
 
 
+def matthews(logits: Tensor, labels: Tensor) -> float:
+    """Matthews' correlation of predicted and true classes, -1 to 1; 0 is chance, also for a constant answer."""
+    from torchmetrics.functional.classification import multiclass_matthews_corrcoef
+
+    return float(multiclass_matthews_corrcoef(logits, labels, num_classes=logits.shape[1]))
+
+
 def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
     """The share of rows where student and teacher [N, labels] choose the same class, right or wrong."""
     return accuracy(logits, teacher_logits.argmax(dim=1))
