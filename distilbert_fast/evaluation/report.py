@@ -31,13 +31,13 @@ def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
             ("macro-F1", lambda row: f"{row['macro_f1']:.1%}"),
             ("agreement with the teacher", lambda row: f"{row['agreement']:.1%}"),
             ("KL from the teacher, nats", lambda row: f"{row['kl_from_teacher']:.3f}"),
-            ("parameters", lambda row: _large(row["parameters"])),
-            ("weight file", lambda row: f"{_large(row['file_bytes'])}B"),
+            ("parameters", lambda row: large(row["parameters"])),
+            ("weight file", lambda row: f"{large(row['file_bytes'])}B"),
         )
     }
     for title, key in (("ms, batch 1", "latency_ms"), ("sentences/s, batch 32", "throughput")):
         for library, called in LIBRARIES.items():
-            shown[f"{title}, {called}"] = [_timing(row[key][library], ranges) for row in models.values()]
+            shown[f"{title}, {called}"] = [timing(row[key][library], ranges) for row in models.values()]
     return [["", *models], *([title, *cells] for title, cells in shown.items())]
 
 
@@ -183,12 +183,12 @@ def plot(content: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def _timing(measured: Mapping[str, float], ranges: bool) -> str:
+def timing(measured: Mapping[str, float], ranges: bool) -> str:
     median, low, high = (_three_digits(measured[key]) for key in ("median", "low", "high"))
     return f"{median} ({low} to {high})" if ranges else median
 
 
-def _large(value: float) -> str:
+def large(value: float) -> str:
     return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
 
 

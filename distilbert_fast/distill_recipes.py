@@ -1,0 +1,467 @@
+"""Distil a teacher into a student, from text to a model with its card: masked language modelling, a task, or answers.
+
+The recipe is DistilBERT's (Sanh, Debut, Chaumond, Wolf, arXiv:1910.01108): a student of the teacher's own layers;
+τ = 2; KL, MLM and cosine losses weighted 5, 2, 1; AdamW with betas (0.9, 0.98) and eps 1e-6, gradients clipped at 5,
+5 % linear warm-up and linear decay, 3 epochs. docs/distillation.md says what is done otherwise than there, and why.
+
+    teacher → student (and its rivals, one after another) → speed → report
+
+Each is a stage of a `RunDirectory`: a command that was killed goes on from its newest complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from distilbert_fast.distill_jobs import STUDENT, Job, Variant
+from distilbert_fast.recipes import (
+    CHECKPOINTS,
+    RecipeError,
+    console,
+    find_teacher,
+    length_grouped,
+    machine,
+    seed_all,
+)
+from distilbert_fast.stages import RunDirectory, write_file
+
+TEACHER, CORPUS, DATA, SPEED = "teacher", "corpus", "data.json", "speed.json"
+REPORT = ("report.md", "report.json", "losses.png")
+_NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        epochs: passes over the training rows; None for a teacher: 0 if it has its head, else the job's.
+        max_steps: stop after so many optimizer steps; 0: after the epochs.
+        batch_size: rows an optimizer step.
+        micro_batch: rows computed at a time; gradients add up to those of the whole batch.
+        learning_rate: peak of AdamW's.
+        warmup: share of the steps over which it rises; then it falls linearly to 0.
+        weight_decay: of AdamW.
+        bf16: compute in bfloat16 where autocast does.
+        seed: of what starts at random, the order of the rows, masks and dropout.
+    """
+
+    epochs: float | None = 3.0
+    max_steps: int = 0
+    batch_size: int = 256
+    micro_batch: int = 32
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+
+    def check(self, what: str) -> None:
+        """Raise RecipeError for a number out of range."""
+        for name, good, expected in (
+            ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
+            ("max_steps", self.max_steps >= 0, "0 or more"),
+            ("micro_batch", self.micro_batch >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("batch_size", self.batch_size % min(self.micro_batch, self.batch_size) == 0, "a multiple of micro_batch"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+        ):
+            if not good:
+                raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
+
+    def arguments(self, path: Path, rows: int) -> dict[str, Any]:
+        """For TrainingArguments."""
+        import torch
+
+        micro = min(self.micro_batch, self.batch_size)
+        steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
+        return {
+            "output_dir": str(path),
+            "num_train_epochs": self.epochs or 1,
+            "max_steps": self.max_steps or -1,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.batch_size // micro,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": math.ceil(self.warmup * steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.98,
+            "adam_epsilon": 1e-6,
+            "max_grad_norm": 5.0,
+            "bf16": self.bf16,
+            "save_strategy": "steps",
+            "save_steps": max(1, min(250, steps // 8)),
+            "save_total_limit": 1,
+            "logging_steps": max(1, steps // 100),
+            "seed": self.seed,
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **length_grouped(),
+        }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the student; see `student_from_teacher`."""
+
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    architecture: str = "distilbert"
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `distill` does with a job.
+
+    Attributes:
+        student: how it is trained.
+        teacher: how the teacher is, if it has to be.
+        train_body: the teacher is trained as a whole; False: only its new head (for "mlm").
+        shape: of the student.
+        objective: settings of `DistillationArguments`, such as temperature and the alphas.
+        compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
+    """
+
+    student: Training = field(default_factory=Training)
+    teacher: Training = field(default_factory=lambda: Training(epochs=None))
+    train_body: bool = True
+    shape: Shape = field(default_factory=Shape)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    compare: Sequence[str] = ()
+
+
+def distill(
+    job: Job,
+    output: str | Path,
+    teacher: str | Path | None = None,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Distil a teacher on a job, and report what came of it.
+
+    Args:
+        job: data and metrics, from `distill_jobs`.
+        output: directory for `teacher/`, `student/` (models with tokenizer; the student with a model card), a
+            directory for each variant, report.md, report.json, losses.png. Killed at any moment, the same call
+            continues; with more to compare, it adds that.
+        teacher: directory or hub id of a BERT, RoBERTa or DistilBERT; by default the one in the extra `demo`.
+        recipe: training, losses and the student's shape.
+        overwrite: see `RunDirectory`.
+        command: what the report names as the command that made it.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        RecipeError: data, teacher or a setting that cannot be used.
+        StageError: an output directory that holds something else.
+    """
+    from distilbert_fast.modeling.loading import fingerprint, without_bars
+
+    recipe = recipe or Recipe()
+    recipe.student.check("student")
+    recipe.teacher.check("teacher")
+    if recipe.student.epochs is None or recipe.student.epochs + recipe.student.max_steps == 0:
+        raise RecipeError(f"distill: student epochs: expected above 0, got {recipe.student.epochs}")
+    source = find_teacher(teacher, "distill")
+    known = {variant.name: variant for variant in job.variants}
+    if unknown := [name for name in recipe.compare if name not in known]:
+        raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
+    variants = [STUDENT, *_distinct([known[name] for name in recipe.compare if name != STUDENT.name], recipe)]
+    settings = {
+        "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+        "data": job.describe(),
+        "student_training": dataclasses.asdict(recipe.student),
+        "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
+        "shape": dataclasses.asdict(recipe.shape),
+        "objective": dict(recipe.objective),
+    }
+    say = console()
+    names = (TEACHER, *known, CORPUS, DATA, CHECKPOINTS, SPEED, *REPORT)
+    with without_bars():
+        _check_models(job, source, recipe)
+        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite) as run:
+            flow = _Flow(run, source, job, recipe, say)
+            say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")
+            with _refused():
+                job.prepare(flow.tokenizer(), run.path)
+            if run.result(DATA, job.describe) != job.describe():
+                raise RecipeError(
+                    f"distill: data: {str(run.path)!r} was made from other data of that name; choose another directory"
+                )
+            results = {}
+            steps: list[tuple[str, str, Callable[[Path], Mapping[str, Any]]]] = [
+                (TEACHER, "the teacher", flow.teach),
+                *((v.name, f"the student, {v.title}", _of(flow.distil, v)) for v in variants),
+            ]
+            for number, (name, title, build) in enumerate(steps, start=1):
+                done = ": done before" if run.is_complete(name) else ""
+                say(f"[{number}/{len(steps) + 1}] {title}{done}")
+                results[name] = run.directory(name, build)
+                run.discard(f"{CHECKPOINTS}/{name}")
+            run.discard(CHECKPOINTS)
+            say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
+            measured = run.result(SPEED, flow.measure)
+            return _write_report(run, say, job, settings, results, measured, command or "distilbert_fast.distill(...)")
+
+
+def _write_report(
+    run: RunDirectory, say: Any, job: Job, settings: Any, results: Any, measured: Any, command: str
+) -> dict[str, Any]:
+    from distilbert_fast.evaluation import distillation_report as report
+
+    content = {
+        "command": command,
+        "kind": job.kind,
+        "settings": settings,
+        "data": job.describe(),
+        "metrics": [list(metric) for metric in job.metrics],
+        "models": results,
+        **measured,
+    }
+    for name, written in report.files(content).items():
+        write_file(run.path / name, written)
+    for name, written in report.card_files(content, STUDENT.name).items():
+        write_file(run.path / STUDENT.name / name, written)
+    say(report.table(content), f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}")
+    return content
+
+
+class _Flow:
+    """The stages; each builds its directory or its numbers from those before it."""
+
+    def __init__(self, run: RunDirectory, source: Path, job: Job, recipe: Recipe, say: Callable[..., None]):
+        self.run, self.source, self.job, self.recipe, self.say = run, source, job, recipe, say
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.source)
+
+    def teach(self, path: Path) -> dict[str, Any]:
+        training = self.recipe.teacher
+        seed_all(training.seed)
+        model, tokenizer, random = self._load(self.source, new_head=training.epochs != 0, **self.job.config)
+        needed = self.job.teacher_epochs if random else 0.0
+        epochs = needed if training.epochs is None else training.epochs
+        made: dict[str, Any] = {"title": "teacher", "seconds": 0.0, "losses": []}
+        if epochs or (random and training.max_steps):
+            if not self.recipe.train_body:
+                _freeze(model.base_model)
+            what = "all of it" if self.recipe.train_body else "its head alone"
+            self.say(f"      trained on labels, {what}; {len(random)} tensors of the head start at random")
+            made |= self._train(TEACHER, model, None, dataclasses.replace(training, epochs=epochs), self.job.untaught)
+        return made | self._save(path, model, tokenizer, None)
+
+    def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
+        from distilbert_fast.distillation.student import student_from_teacher
+
+        training = self.recipe.student
+        seed_all(training.seed)
+        teacher, tokenizer, _ = self._load(self.run.path / TEACHER)
+        student, made_of = student_from_teacher(teacher, **dataclasses.asdict(self.recipe.shape))
+        if variant.random:
+            student = type(student)(copy.deepcopy(student.config)).to(teacher.device)
+        objective = _merged(self.recipe, variant)
+        taught = teacher if _is_taught(self.job.kind, objective) else None
+        made = self._train(variant.name, student, taught, training, objective)
+        start = "random" if variant.random or not made_of.layers else f"layers {', '.join(map(str, made_of.layers))}"
+        return made | {"title": variant.title, "start": start} | self._save(path, student, tokenizer, teacher)
+
+    def measure(self) -> dict[str, Any]:
+        """Speed of teacher and student, by transformers and on the engine, in turns."""
+        import torch
+
+        from distilbert_fast import backends
+        from distilbert_fast.evaluation import speed
+        from distilbert_fast.modeling.optimize import optimize
+
+        models = {}
+        for name in (TEACHER, STUDENT.name):
+            models[f"{name} transformers"] = self.job.timed(self._load(self.run.path / name)[0])
+            models[f"{name} optimize()"] = optimize(self.job.timed(self._load(self.run.path / name)[0]))
+        device = next(next(iter(models.values())).parameters()).device
+        single, batched = (
+            [{key: x.to(device) for key, x in batch.items()} for batch in self.job.batches(size, rows)]
+            for size, rows in ((1, 32), (32, 128))
+        )
+        measured = {
+            "latency_ms": speed.latency(models, single, turns=5),
+            "throughput": speed.throughput(models, batched, turns=5),
+        }
+        rows = sum(len(batch["input_ids"]) for batch in batched)
+        return {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "environment": backends.report(),
+            "inputs": {
+                "latency_rows": len(single),
+                "throughput_rows": rows,
+                "mean_tokens": sum(int(batch["attention_mask"].sum()) for batch in batched) / rows,
+                "threads": torch.get_num_threads(),
+                "device": str(device),
+            },
+            "speed": {
+                key: {name: dataclasses.asdict(value) for name, value in by_name.items()}
+                for key, by_name in measured.items()
+            },
+        }
+
+    def _load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
+        from distilbert_fast.modeling.loading import load_with_head
+
+        return load_with_head(source, self.job.head, new_head, **config)
+
+    def _train(
+        self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        from transformers import ProgressCallback
+
+        from distilbert_fast.distillation.checkpoint import newest_complete_checkpoint
+        from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
+
+        rows = self.job.rows()
+        path = self.run.path / CHECKPOINTS / name
+        arguments = DistillationArguments(objective=self.job.kind, **training.arguments(path, len(rows)), **objective)
+        trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_progress_bar())
+        checkpoint = newest_complete_checkpoint(path)
+        if checkpoint:
+            self.say(f"      continuing from {Path(checkpoint).name}")
+        start = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint="auto")
+        parts = ("step", "loss", *trainer.objective.names)
+        return {
+            "seconds": time.perf_counter() - start,
+            "resumed": checkpoint is not None,
+            "steps": result.global_step,
+            "objective": dict(objective),
+            "losses": [
+                {key: entry[key] for key in parts if key in entry}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+        }
+
+    def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
+        """Save, read back, and judge what was read, as it is and with int8 linear layers."""
+        import torch
+        from safetensors import SafetensorError
+
+        from distilbert_fast.evaluation import speed
+        from distilbert_fast.modeling.loading import FAMILIES
+        from distilbert_fast.modeling.optimize import optimize
+
+        try:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        except SafetensorError as error:  # what a full disk raises there
+            raise OSError(f"distill: could not save {str(path)!r}: {error}; the finished stages are kept") from error
+        kept = model.state_dict()
+        model, _, _ = self._load(path)
+        lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
+        if lost:
+            raise RuntimeError(f"distill: {str(path)!r}: tensors read back differ from those saved: {', '.join(lost)}")
+        row = {
+            "architecture": FAMILIES[model.config.model_type],
+            "layers": model.config.num_hidden_layers,
+            "parameters": speed.parameters(model),
+            "file_bytes": speed.file_bytes(path),
+            "quality": self.job.evaluate(model, teacher),
+        }
+        return row | {"int8": self.job.evaluate(optimize(model, "int8"), teacher)}
+
+
+def _check_models(job: Job, source: Path, recipe: Recipe) -> None:
+    """Refuse now, not after the training, what teacher, student and losses cannot be together."""
+    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
+    from distilbert_fast.distillation.student import student_from_teacher
+    from distilbert_fast.distillation.teacher import ModelTeacher
+    from distilbert_fast.modeling.loading import load_with_head
+
+    with _refused():
+        teacher, _, _ = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
+        student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
+        arguments = DistillationArguments(
+            objective=job.kind, **recipe.student.arguments(source, 1), **_merged(recipe, STUDENT)
+        )
+        objective_of(arguments, student, teacher).check(student, ModelTeacher(teacher))
+    positions = student.config.max_position_embeddings
+    if not 4 <= job.max_length <= positions:
+        raise RecipeError(
+            f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
+        )
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What the parts below say of a user's input, as an error of the recipe."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"distill: {error}") from error
+
+
+def _merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
+    return {**recipe.objective, **variant.objective}
+
+
+def _distinct(variants: Sequence[Variant], recipe: Recipe) -> list[Variant]:
+    """Without those that differ from the student in nothing: no loss can be left out twice."""
+    student = _merged(recipe, STUDENT)
+    return [v for v in variants if v.random or _merged(recipe, v) != student]
+
+
+def _is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
+    from distilbert_fast.distillation.arguments import DistillationArguments
+    from distilbert_fast.distillation.schedule import is_zero
+
+    defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
+    names = [name for name in _NEEDS_TEACHER if (name == "alpha") == (kind != "mlm")]
+    return not all(is_zero(objective.get(name, defaults[name])) for name in names)
+
+
+def _freeze(body: Any) -> None:
+    """No gradient and no dropout: a new head learns from the states that the body will have."""
+    import torch
+
+    body.requires_grad_(False)
+    for module in body.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _of(build: Callable[[Variant, Path], Mapping[str, Any]], variant: Variant) -> Callable[[Path], Mapping[str, Any]]:
+    return lambda path: build(variant, path)
+
+
+def _progress_bar() -> Any:
+    """Trainer's bar, with the losses in it instead of on lines of their own."""
+    from transformers import ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+                shown = {key: f"{value:.3f}" for key, value in logs.items() if key in _SHOWN}
+                self.training_bar.set_postfix(shown, refresh=False)
+
+    return Bar()
+
+
+_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation"}

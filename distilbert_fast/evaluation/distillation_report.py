@@ -1,0 +1,217 @@
+"""What a distillation leaves to read: report.md, report.json, a plot of its losses, and the student's model card.
+
+All come from one dict, whose layout is that of report.json: `command`, `kind`, `settings`, `data`, `metrics` (name,
+title, whether it is a share), `models` (name -> row: title, start, objective, losses, quality, int8, parameters ...),
+`date`, `machine`, `environment`, `inputs` and `speed`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.evaluation.report import large, timing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PLOT = "losses.png"
+_PIPELINES = {"mlm": "fill-mask", "task": "text-classification", "qa": "question-answering"}
+_READING = {
+    "mlm": "MLM loss in nats a masked token, on held-out rows masked once, 15 % of their tokens, all tokens alike; KL "
+    "from the teacher in nats a token at temperature 1; 1 - cos of the last hidden states.",
+    "task": "Agreement: the share of sentences for which it chooses the teacher's class; KL from the teacher in nats.",
+    "qa": "F1 and exact match in percent, as SQuAD counts them.",
+}
+_HEADS = {"mlm": "MaskedLM", "task": "SequenceClassification", "qa": "QuestionAnswering"}
+
+
+def files(content: Mapping[str, Any]) -> dict[str, bytes]:
+    """The report's files by name."""
+    return {
+        "report.json": json.dumps(content, indent=2).encode() + b"\n",
+        PLOT: plot(content),
+        "report.md": "\n".join(["# Distillation", "", *_body(content)]).encode(),
+    }
+
+
+def card_files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
+    """The model card of a student and the plot that it shows."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    row = content["models"][student]
+    source = content["settings"]["teacher"].partition(" (")[0]
+    results = [
+        EvalResult(
+            task_type=_PIPELINES[content["kind"]],
+            dataset_type="text",
+            dataset_name=content["data"]["name"],
+            metric_type=name,
+            metric_value=round(row["quality"][name], 6),
+        )
+        for name, _, _ in content["metrics"]
+        if name in row["quality"]
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_PIPELINES[content["kind"]],
+        base_model=source if source.count("/") == 1 and not source.startswith((".", "/")) else None,
+        tags=["distillation", "distilbert_fast"],
+        model_name=student,
+        eval_results=results,
+    )
+    text = [
+        f"# {row['layers']}-layer {row['architecture']}, distilled",
+        "",
+        f"Distilled from {source} with distilbert_fast.",
+        "",
+        *_body(content),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import distilbert_fast",
+        f"from transformers import AutoModelFor{_HEADS[content['kind']]}, AutoTokenizer",
+        "",
+        f'model = AutoModelFor{_HEADS[content["kind"]]}.from_pretrained("{student}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{student}")',
+        "model = distilbert_fast.optimize(model)  # the same answers, faster",
+        "```",
+    ]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n")
+    return {"README.md": str(card).encode(), PLOT: plot(content)}
+
+
+def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """A model in a row: what it is, its losses' weights, how good it is, and with int8 linear layers; titles first."""
+    metrics = content["metrics"]
+    head = ["", "starts from", "layers", "parameters", *(title for _, title, _ in metrics)]
+    first = metrics[0]
+    table = [[*head, f"{first[1]}, int8"]]
+    for row in content["models"].values():
+        cells = [_shown(row["quality"].get(name), share) for name, _, share in metrics]
+        table.append(
+            [
+                row["title"],
+                row.get("start", ""),
+                str(row["layers"]),
+                large(row["parameters"]),
+                *cells,
+                _shown(row["int8"].get(first[0]), first[2]),
+            ]
+        )
+    return table
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """`quality_rows` for a terminal, without what is the same for most models."""
+    from rich import box
+    from rich.table import Table
+
+    head, *body = [[row[0], *row[4:]] for row in quality_rows(content)]
+    result = Table(title=f"{content['kind']}: {content['data']['name']}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        result.add_column(name, justify="right" if i else "left")
+    for row in body:
+        result.add_row(*row)
+    return result
+
+
+def plot(content: Mapping[str, Any]) -> bytes:
+    """A PNG: the losses of every model over its steps, a panel for each loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = {name: row for name, row in content["models"].items() if row["losses"]}
+    kinds = list(dict.fromkeys(key for row in trained.values() for entry in row["losses"] for key in entry))
+    kinds = [kind for kind in kinds if kind != "step"] or ["loss"]
+    figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for row in trained.values():
+            entries = [entry for entry in row["losses"] if kind in entry]
+            if entries:
+                label = row["title"]
+                axes.plot([e["step"] for e in entries], [e[kind] for e in entries], label=label, linewidth=1.2)
+        axes.set_title("weighted sum" if kind == "loss" else kind)
+        axes.set_xlabel("optimizer step")
+        axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    return png.getvalue()
+
+
+def _body(content: Mapping[str, Any]) -> Iterator[str]:
+    machine, inputs, environment = content["machine"], content["inputs"], content["environment"]
+    versions = {name: version for name, version in environment["versions"].items() if version}
+    yield from (
+        f"Made by `{content['command']}` on {content['date']}.",
+        "",
+        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, {machine['system']}; {inputs['threads']} threads, "
+        f"device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
+        f"- **Versions:** Python {environment['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        *(f"- **Data, {name}:** {value}" for name, value in content["data"].items() if value is not None),
+        "",
+        "## Evaluation",
+        "",
+        *_markdown(quality_rows(content)),
+        "",
+        f'{_READING[content["kind"]]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
+        "",
+        f"![losses over time]({PLOT})",
+        "",
+        "## Speed",
+        "",
+        *_markdown(_speed_rows(content)),
+        "",
+        f"Median over turns in which all models come by, range in brackets, on the evaluation data: "
+        f"{inputs['latency_rows']} rows at batch 1, {inputs['throughput_rows']} at batch 32, "
+        f"{inputs['mean_tokens']:.0f} tokens on average"
+        + ("; encoders without head." if content["kind"] == "mlm" else "."),
+        "",
+        "## Recipe",
+        "",
+        *(line for row in content["models"].values() for line in _training(row)),
+        "",
+        *(f"- {name}: {_flat(value)}" for name, value in content["settings"].items()),
+    )
+
+
+def _training(row: Mapping[str, Any]) -> Iterator[str]:
+    if row["losses"]:
+        resumed = " since it was continued" if row["resumed"] else ""
+        last = ", ".join(f"{name} {value:.3f}" for name, value in row["losses"][-1].items() if name != "step")
+        objective = _flat(row["objective"]) or "the defaults"
+        spent = f"{row['steps']} steps in {row['seconds']:.0f} s{resumed}"
+        yield f"- **{row['title']}**: {spent}; {objective}; at last {last}"
+
+
+def _speed_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    speeds = content["speed"]
+    return [
+        ["", "ms, batch 1", "rows/s, batch 32"],
+        *([name, *(timing(speeds[key][name], ranges=True) for key in speeds)] for name in speeds["latency_ms"]),
+    ]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    head, *body = rows
+    yield "| " + " | ".join(head) + " |"
+    yield "|---|" + "---:|" * (len(head) - 1)
+    yield from ("| " + " | ".join(row) + " |" for row in body)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(entry)}" for key, entry in value.items() if entry is not None)
+    return str(value)
+
+
+def _shown(value: float | None, share: bool) -> str:
+    return "" if value is None else f"{value:.1%}" if share else f"{value:.3f}"
