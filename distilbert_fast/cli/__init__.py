@@ -6,17 +6,18 @@ else is a bug and shows its trace. Heavy libraries load only when a command need
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distilbert_fast import recipes
+from distilbert_fast.cli import distill
+from distilbert_fast.cli.errors import plain_errors
 
 app = typer.Typer(
     name="distilbert-fast",
@@ -29,27 +30,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(distill.app, name="distill")
 
 
 def main() -> None:
     """Run the command line."""
     app()
-
-
-@contextlib.contextmanager
-def _plain_errors(when_interrupted: str) -> Iterator[None]:
-    """One line on stderr for what a user can mend: input, disk, a forced backend. A bug keeps its trace."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {when_interrupted}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        ours = type(error).__module__.partition(".")[0] == "distilbert_fast"
-        if not ours and not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,7 +63,7 @@ def env(
 
     What cannot run is shown with the reason.
     """
-    with _plain_errors("nothing was changed"):
+    with plain_errors("nothing was changed"):
         from distilbert_fast import backends
 
         report = backends.report()
@@ -157,7 +143,7 @@ def demo(
     ] = False,
 ) -> None:
     """See `help` above."""
-    with _plain_errors("the same command continues"):
+    with plain_errors("the same command continues"):
         recipes.demo(
             output,
             teacher=teacher,

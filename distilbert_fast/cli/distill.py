@@ -1,0 +1,356 @@
+"""`distilbert-fast distill mlm|task|qa`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distilbert_fast.cli.errors import plain_errors
+from distilbert_fast.distill_recipes import Recipe, Shape, Training
+
+if TYPE_CHECKING:
+    from distilbert_fast.distill_jobs import Job
+
+app = typer.Typer(
+    help="""\
+Distil a teacher into a student: by masked language modelling, on a task, or on questions.
+
+The recipe is DistilBERT's: the student is made of the teacher's own layers and learns from its soft answers, the \
+labels and, with mlm, its hidden states. What is written: the teacher (with its head trained first, if it had none), \
+the student with a model card, and a report with losses, sizes, speed and evaluation.
+
+Interrupt it whenever you like: the same command continues where it was.
+""",
+    no_args_is_help=True,
+)
+
+# What commands have in common.
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
+]
+_Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
+]
+_EvalData = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data.")
+]
+_Ablate = Annotated[
+    bool, typer.Option("--ablate", help="Also train the students that lack something, and compare them in one table.")
+]
+_Baseline = Annotated[
+    bool, typer.Option("--baseline", help="Also fine-tune the same student without its teacher, to compare.")
+]
+
+_TRAINING = "Training the student"
+_Epochs = Annotated[float, typer.Option(help="Passes over the rows.", rich_help_panel=_TRAINING)]
+_MaxSteps = Annotated[
+    int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=_TRAINING)
+]
+_BatchSize = Annotated[int, typer.Option(help="Rows an optimizer step.", rich_help_panel=_TRAINING)]
+_MicroBatch = Annotated[int, typer.Option(help="Rows computed at a time; gradients add up.", rich_help_panel=_TRAINING)]
+_Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)]
+_Warmup = Annotated[float, typer.Option(help="Share of the steps that it rises.", rich_help_panel=_TRAINING)]
+_WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAINING)]
+_Bf16 = Annotated[
+    bool, typer.Option("--bf16", help="Compute in bfloat16, teacher and student.", rich_help_panel=_TRAINING)
+]
+_Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropout.", rich_help_panel=_TRAINING)]
+
+_LOSSES = "Losses: numbers, or schedules such as linear:2:1"
+_Temperature = Annotated[str, typer.Option(help="τ of the KL divergence.", rich_help_panel=_LOSSES)]
+_Alpha = Annotated[str, typer.Option(help="Weight of KL; the labels have 1 - alpha.", rich_help_panel=_LOSSES)]
+
+_TEACHING = "Training the teacher"
+_TeacherEpochs = Annotated[
+    float | None,
+    typer.Option(help="By default: none if it has its head, else some.", rich_help_panel=_TEACHING),
+]
+_TeacherSteps = Annotated[
+    int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=_TEACHING)
+]
+_TeacherLr = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TEACHING)]
+_TeacherBatch = Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TEACHING)]
+
+_SHAPE = "The student's shape"
+_Layers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|I,J,…", help="Depth, or which of the teacher's layers; by default half.", rich_help_panel=_SHAPE
+    ),
+]
+_Architecture = Annotated[str, typer.Option(help="distilbert or roberta.", rich_help_panel=_SHAPE)]
+_HiddenSize = Annotated[
+    int | None, typer.Option(help="Another width; the student then starts at random.", rich_help_panel=_SHAPE)
+]
+_NumHeads = Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_SHAPE)]
+_Intermediate = Annotated[int | None, typer.Option(help="Width of the feed-forward layers.", rich_help_panel=_SHAPE)]
+
+
+@app.command(
+    epilog="""\
+[bold]Examples[/bold]
+
+A general student from text; the teacher gets an MLM head first if it has none:
+
+    distilbert-fast distill mlm --teacher ./my-bert --data 'corpus/*.txt' -o runs/general
+
+What each loss and the start from the teacher's layers are worth, each at equal steps:
+
+    distilbert-fast distill mlm --data corpus.txt --max-steps 500 --ablate -o runs/ablation
+"""
+)
+def mlm(
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="FILES", help=".txt, .jsonl, .parquet, .csv or .tsv; a glob; or a hub data set."),
+    ],
+    output: _Output = Path("distilled"),
+    teacher: _Teacher = None,
+    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    packing: Annotated[
+        str, typer.Option(help="full_sentences fills rows with sentences, lines makes a row of each.")
+    ] = "full_sentences",
+    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
+    min_length: Annotated[int, typer.Option(help="Drop rows of fewer tokens.")] = 12,
+    holdout: Annotated[float, typer.Option(help="Share of the rows to evaluate on.")] = 0.02,
+    mask_probability: Annotated[float, typer.Option(help="Share of tokens that are masked.")] = 0.15,
+    smoothing: Annotated[float, typer.Option(help="How much rare tokens are masked more often; 0: not.")] = 0.7,
+    ablate: _Ablate = False,
+    epochs: _Epochs = 3.0,
+    max_steps: _MaxSteps = 0,
+    batch_size: _BatchSize = 256,
+    micro_batch: _MicroBatch = 32,
+    lr: _Lr = 5e-4,
+    warmup: _Warmup = 0.05,
+    weight_decay: _WeightDecay = 0.0,
+    bf16: _Bf16 = False,
+    seed: _Seed = 0,
+    temperature: _Temperature = "2.0",
+    alpha_ce: Annotated[str, typer.Option(help="KL to the teacher's vocabulary.", rich_help_panel=_LOSSES)] = "5.0",
+    alpha_mlm: Annotated[str, typer.Option(help="Cross-entropy of masked tokens.", rich_help_panel=_LOSSES)] = "2.0",
+    alpha_cos: Annotated[str, typer.Option(help="1 - cosine of hidden states.", rich_help_panel=_LOSSES)] = "1.0",
+    alpha_mse: Annotated[str, typer.Option(help="Squared error of logits.", rich_help_panel=_LOSSES)] = "0.0",
+    alpha_hidden: Annotated[str, typer.Option(help="Hidden states by layer.", rich_help_panel=_LOSSES)] = "0.0",
+    alpha_relation: Annotated[str, typer.Option(help="MiniLMv2's relations.", rich_help_panel=_LOSSES)] = "0.0",
+    kd_positions: Annotated[
+        str, typer.Option(help="KL over real tokens, or masked ones.", rich_help_panel=_LOSSES)
+    ] = "real",
+    hidden_loss: Annotated[str, typer.Option(help="mse or cosine.", rich_help_panel=_LOSSES)] = "mse",
+    layer_map: Annotated[
+        str, typer.Option(help="0:1,1:3,… for --alpha-hidden; by default even.", rich_help_panel=_LOSSES)
+    ] = "",
+    relation_heads: Annotated[int, typer.Option(help="0: the teacher's.", rich_help_panel=_LOSSES)] = 0,
+    teacher_epochs: _TeacherEpochs = None,
+    teacher_steps: _TeacherSteps = 0,
+    teacher_lr: _TeacherLr = 1e-3,
+    teacher_batch_size: _TeacherBatch = 64,
+    train_body: Annotated[
+        bool, typer.Option("--train-body", help="Train all of it, not the new head alone.", rich_help_panel=_TEACHING)
+    ] = False,
+    layers: _Layers = "",
+    architecture: _Architecture = "distilbert",
+    hidden_size: _HiddenSize = None,
+    num_heads: _NumHeads = None,
+    intermediate_size: _Intermediate = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Distil a general student by masked language modelling on text, as DistilBERT was made."""
+
+    def job() -> Job:
+        from distilbert_fast.distill_jobs import MlmJob
+
+        return MlmJob(
+            data, text_column, split, packing, max_length, min_length, holdout, mask_probability, smoothing, seed
+        )
+
+    objective = {
+        "temperature": temperature,
+        "alpha_ce": alpha_ce,
+        "alpha_mlm": alpha_mlm,
+        "alpha_cos": alpha_cos,
+        "alpha_mse": alpha_mse,
+        "alpha_hidden": alpha_hidden,
+        "alpha_relation": alpha_relation,
+        "kd_positions": kd_positions,
+        "hidden_loss": hidden_loss,
+        "layer_map": layer_map,
+        "relation_heads": relation_heads,
+    }
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
+    shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
+    _distill(job, output, teacher, student, taught, train_body, shape, objective, ablate, False, overwrite)
+
+
+@app.command(
+    epilog="""\
+[bold]Examples[/bold]
+
+Sentences in files with the columns sentence and label; the teacher is fine-tuned on them first:
+
+    distilbert-fast distill task --teacher ./my-bert --data train.tsv --eval-data dev.tsv --baseline
+
+A teacher that knows the task is taken as it is:
+
+    distilbert-fast distill task --teacher textattack/bert-base-uncased-SST-2 --task glue/sst2
+"""
+)
+def task(
+    output: _Output = Path("distilled"),
+    teacher: _Teacher = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TSV, CSV, JSONL or Parquet with the columns sentence and label."),
+    ] = None,
+    eval_data: _EvalData = None,
+    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = 128,
+    baseline: _Baseline = False,
+    ablate: _Ablate = False,
+    epochs: _Epochs = 3.0,
+    max_steps: _MaxSteps = 0,
+    batch_size: _BatchSize = 32,
+    micro_batch: _MicroBatch = 32,
+    lr: _Lr = 1e-4,
+    warmup: _Warmup = 0.05,
+    weight_decay: _WeightDecay = 0.0,
+    bf16: _Bf16 = False,
+    seed: _Seed = 0,
+    temperature: _Temperature = "2.0",
+    alpha: _Alpha = "0.5",
+    teacher_epochs: _TeacherEpochs = None,
+    teacher_steps: _TeacherSteps = 0,
+    teacher_lr: _TeacherLr = 5e-5,
+    teacher_batch_size: _TeacherBatch = 32,
+    layers: _Layers = "",
+    architecture: _Architecture = "distilbert",
+    hidden_size: _HiddenSize = None,
+    num_heads: _NumHeads = None,
+    intermediate_size: _Intermediate = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Distil a student that classifies text."""
+
+    def job() -> Job:
+        from distilbert_fast.distill_jobs import TaskJob
+        from distilbert_fast.evaluation.tasks import load_task
+
+        return TaskJob(load_task(task, data, eval_data, max_train_rows), max_length)
+
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
+    shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
+    objective = {"temperature": temperature, "alpha": alpha}
+    _distill(job, output, teacher, student, taught, True, shape, objective, ablate, baseline, overwrite)
+
+
+@app.command(
+    epilog="""\
+[bold]Example[/bold]
+
+    distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json --eval-data dev-v1.1.json
+"""
+)
+def qa(
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Questions with answers, a .json file of SQuAD 1.1's form.")
+    ],
+    output: _Output = Path("distilled"),
+    teacher: _Teacher = None,
+    eval_data: _EvalData = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a window: a question and what fits of its context.")] = 384,
+    stride: Annotated[int, typer.Option(help="Tokens by which windows overlap.")] = 128,
+    baseline: _Baseline = False,
+    ablate: _Ablate = False,
+    epochs: _Epochs = 3.0,
+    max_steps: _MaxSteps = 0,
+    batch_size: _BatchSize = 32,
+    micro_batch: _MicroBatch = 8,
+    lr: _Lr = 1e-4,
+    warmup: _Warmup = 0.05,
+    weight_decay: _WeightDecay = 0.0,
+    bf16: _Bf16 = False,
+    seed: _Seed = 0,
+    temperature: _Temperature = "2.0",
+    alpha: _Alpha = "0.5",
+    teacher_epochs: _TeacherEpochs = None,
+    teacher_steps: _TeacherSteps = 0,
+    teacher_lr: _TeacherLr = 5e-5,
+    teacher_batch_size: _TeacherBatch = 32,
+    layers: _Layers = "",
+    architecture: _Architecture = "distilbert",
+    hidden_size: _HiddenSize = None,
+    num_heads: _NumHeads = None,
+    intermediate_size: _Intermediate = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Distil a student that finds answers in a text."""
+
+    def job() -> Job:
+        from distilbert_fast.distill_jobs import QaJob
+        from distilbert_fast.evaluation.squad import load_squad
+
+        return QaJob(*load_squad(data, eval_data), max_length, stride)
+
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
+    shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
+    objective = {"temperature": temperature, "alpha": alpha}
+    _distill(job, output, teacher, student, taught, True, shape, objective, ablate, baseline, overwrite)
+
+
+def _distill(
+    make_job: Callable[[], Job],
+    output: Path,
+    teacher: str | None,
+    student: Training,
+    taught: Training,
+    train_body: bool,
+    shape: tuple[str, str, int | None, int | None, int | None],
+    objective: dict[str, Any],
+    ablate: bool,
+    baseline: bool,
+    overwrite: bool,
+) -> None:
+    from distilbert_fast import distill_recipes
+    from distilbert_fast.recipes import RecipeError
+
+    with plain_errors("the same command continues"):
+        try:
+            job = make_job()
+        except (ValueError, FileNotFoundError) as error:
+            raise RecipeError(str(error)) from error
+        compare = [v.name for v in job.variants] if ablate else ["without-teacher"] if baseline else []
+        distill_recipes.distill(
+            job,
+            output,
+            teacher,
+            Recipe(student, taught, train_body, _shape(*shape), objective, compare),
+            overwrite,
+            shlex.join(["distilbert-fast", *sys.argv[1:]]),
+        )
+
+
+def _shape(layers: str, architecture: str, hidden: int | None, heads: int | None, inner: int | None) -> Shape:
+    from distilbert_fast.recipes import RecipeError
+
+    try:
+        numbers = tuple(int(part) for part in layers.split(",") if part)
+    except ValueError:
+        raise RecipeError(f"distill: layers: expected a depth or layers such as 0,2,5, got {layers!r}") from None
+    depth = numbers[0] if len(numbers) == 1 and "," not in layers else None
+    return Shape(depth, numbers if "," in layers else None, architecture, hidden, heads, inner)
