@@ -1,0 +1,271 @@
+"""`distil` from input to model card, on a tiny BERT and tiny data: what it leaves behind is true and can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from demo_input import bert, sentences, tsv
+from safetensors.torch import load_file
+
+pytest.importorskip("datasets")
+pytest.importorskip("torchmetrics")
+
+from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
+from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
+from distilbert_fast.distillation.masking import MaskedDataset, Masking
+from distilbert_fast.evaluation.squad import load_squad
+from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.recipes import RecipeError
+from distilbert_fast.stages import StageError
+
+FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
+TEACHING = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("inputs")
+    bert(path / "bert")
+    (path / "text.txt").write_text("\n".join(text for text, _ in sentences(300, seed=3)))
+    tsv(path / "train.tsv", 160, seed=1)
+    tsv(path / "dev.tsv", 40, seed=2)
+    return path
+
+
+def mlm_job(inputs: Path, **changed) -> MlmJob:
+    return MlmJob([str(inputs / "text.txt")], **{"max_length": 16, "min_length": 4, "holdout": 0.1, **changed})
+
+
+def task_job(inputs: Path) -> TaskJob:
+    return TaskJob(load_task(data=inputs / "train.tsv", eval_data=inputs / "dev.tsv"), max_length=16)
+
+
+def mlm(inputs: Path, output: Path, compare=(), **changed):
+    recipe = Recipe(FAST, TEACHING, train_body=False, compare=compare, **changed)
+    return distill(mlm_job(inputs), output, inputs / "bert", recipe)
+
+
+@pytest.fixture(scope="module")
+def ablation(inputs):
+    """Output of an ablation, and what it reported."""
+    names = [variant.name for variant in MlmJob.variants]
+    return inputs / "mlm", mlm(inputs, inputs / "mlm", names)
+
+
+def same(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_an_ablation_leaves_every_student_and_nothing_else(ablation):
+    output, report = ablation
+    names = {variant.name for variant in MlmJob.variants}
+    there = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    files = {"teacher", "corpus", "data.json", "speed.json", "report.md", "report.json", "losses.png"}
+    assert there == names | files
+    assert set(report["models"]) == {"teacher", *names}
+    assert not [path for path in output.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    losses = {name: set(report["models"][name]["losses"][-1]) - {"step", "loss"} for name in names}
+    assert losses == {
+        "student": {"kl", "mlm", "cos"},
+        "without-kl": {"mlm", "cos"},
+        "without-cos": {"kl", "mlm"},
+        "without-mlm": {"kl", "cos"},
+        "random-init": {"kl", "mlm", "cos"},
+        "without-teacher": {"mlm"},
+    }
+    steps = {row["steps"] for name, row in report["models"].items() if name != "teacher"}
+    assert len(steps) == 1  # equal for all
+
+
+def test_the_teacher_got_a_head_and_kept_its_body(ablation, inputs):
+    output, report = ablation
+    body, teacher = (
+        load_file(inputs / "bert" / "model.safetensors"),
+        load_file(output / "teacher" / "model.safetensors"),
+    )
+    for name, tensor in teacher.items():
+        if name.startswith("bert."):
+            assert torch.equal(tensor, body[name.removeprefix("bert.")]), name
+    assert any(name.startswith("cls.predictions.transform") for name in teacher)
+    losses = [entry["mlm"] for entry in report["models"]["teacher"]["losses"]]
+    assert losses[-1] < losses[0]
+
+
+def test_the_held_out_loss_is_true(ablation):
+    """Computed again by transformers alone, from the rows and masks."""
+    import datasets
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    output, report = ablation
+    tokenizer = AutoTokenizer.from_pretrained(output / "teacher")
+    (corpus,) = (path for path in (output / "corpus").iterdir() if path.is_dir())
+    held = MaskedDataset(datasets.Dataset.from_file(str(corpus / "holdout.arrow")), Masking(tokenizer, None))
+    assert len(held) > 10
+    for name in ("teacher", "student", "without-teacher"):
+        model = AutoModelForMaskedLM.from_pretrained(output / name).eval()
+        total, count = 0.0, 0
+        for row in held:
+            with torch.no_grad():
+                logits = model(row["input_ids"][None]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, row["labels"], reduction="sum"))
+            count += int((row["labels"] != -100).sum())
+        quality = report["models"][name]["quality"]
+        assert quality["mlm"] == pytest.approx(total / count, rel=1e-4)
+        assert quality["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-3)
+        assert report["models"][name]["int8"]["mlm"] == pytest.approx(total / count, rel=0.05)
+
+
+def test_report_and_model_card_read_well(ablation):
+    from huggingface_hub import ModelCard
+
+    output, report = ablation
+    assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
+    card = ModelCard.load(output / "student" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "fill-mask"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["mlm"] == pytest.approx(report["models"]["student"]["quality"]["mlm"], abs=1e-5)
+    assert (output / "student" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    text = (output / "report.md").read_text()
+    for row in report["models"].values():
+        assert f"| {row['title']} | {row.get('start', '')} |" in text
+    for timings in report["speed"].values():
+        assert set(timings) == {f"{m} {lib}" for m in ("teacher", "student") for lib in ("transformers", "optimize()")}
+
+
+def test_again_does_nothing_anew_and_more_is_added(ablation, inputs, tmp_path):
+    few = tmp_path / "few"
+    mlm(inputs, few)
+    written = (few / "student" / "model.safetensors").stat().st_mtime_ns
+    report = mlm(inputs, few, ["without-kl"])
+    assert (few / "student" / "model.safetensors").stat().st_mtime_ns == written
+    assert set(report["models"]) == {"teacher", "student", "without-kl"}
+    assert same(few / "student", ablation[0] / "student")
+    assert same(few / "without-kl", ablation[0] / "without-kl")
+    with pytest.raises(StageError, match="holds a distill-mlm with other settings"):
+        mlm(inputs, few, objective={"alpha_cos": 2.0})
+
+
+def test_other_data_of_the_same_name_is_refused(inputs, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes((inputs / "text.txt").read_bytes())
+    recipe = Recipe(FAST, TEACHING, train_body=False)
+    job = {"max_length": 16, "min_length": 4, "holdout": 0.1}
+    distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+    text.write_text(text.read_text() + "\nthe old cat on my hammer")
+    with pytest.raises(RecipeError, match="was made from other data of that name"):
+        distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+
+
+def test_a_task_with_its_baseline(inputs, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    recipe = Recipe(FAST, TEACHING, objective={"alpha": 0.7}, compare=["without-teacher"])
+    report = distill(task_job(inputs), tmp_path / "out", inputs / "bert", recipe)
+    rows = sentences(40, seed=2)
+    for name, row in report["models"].items():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / name)
+        with torch.no_grad():
+            chosen = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text, _ in rows]
+        right = sum(model.config.id2label[c] == label for c, (_, label) in zip(chosen, rows, strict=True))
+        assert row["quality"]["accuracy"] == pytest.approx(right / 40)
+    assert set(report["models"]["student"]["losses"][0]) == {"step", "loss", "kl", "ce"}
+    assert set(report["models"]["without-teacher"]["losses"][0]) == {"step", "loss", "ce"}
+    assert "agreement" not in report["models"]["teacher"]["quality"]
+    # and a teacher that knows the task is taken as it is
+    again = distill(task_job(inputs), tmp_path / "again", tmp_path / "out" / "teacher", recipe)
+    assert again["models"]["teacher"]["losses"] == []
+    assert same(tmp_path / "again" / "teacher", tmp_path / "out" / "teacher")
+    assert same(tmp_path / "again" / "student", tmp_path / "out" / "student")
+
+
+def test_questions(inputs, tmp_path):
+    contexts = [text for text, _ in sentences(60, seed=5)]
+    named = {"cat", "dog", "horse", "hammer", "saw", "drill", "file", "goat", "otter", "mouse"}
+    paragraphs = []
+    for context in contexts:
+        words = [word for word in context.split() if word in named]
+        if words:
+            answer = {"text": words[0], "answer_start": f" {context} ".index(f" {words[0]} ")}
+            paragraphs.append({"context": context, "qas": [{"question": "one old", "answers": [answer]}]})
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    job = QaJob(*load_squad(tmp_path / "squad.json"), max_length=24, stride=4)
+    teaching = Training(epochs=12, batch_size=8, micro_batch=8, learning_rate=1e-2)
+    report = distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, teaching))
+    assert report["models"]["teacher"]["quality"]["f1"] > 50  # the first of the named words; chance is a tenth
+    assert set(report["models"]["student"]["quality"]) == {"exact_match", "f1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"student": Training(epochs=0)}, "student epochs: expected above 0, got 0"),
+        (
+            {"student": Training(batch_size=24, micro_batch=16)},
+            "student batch_size: expected a multiple of micro_batch",
+        ),
+        ({"student": Training(learning_rate=float("nan"))}, "student learning_rate: expected a finite number above 0"),
+        ({"teacher": Training(epochs=-1)}, "teacher epochs: expected 0 or more, got -1"),
+        ({"objective": {"alpha_cos": -1}}, "DistillationArguments: alpha_cos must be finite and 0 or more, got -1"),
+        ({"shape": Shape(num_layers=3)}, "student_from_teacher: num_layers must be 1 to 2, the teacher's depth, got 3"),
+        ({"shape": Shape(hidden_size=16)}, "the weight of cos must be 0 for a student of another hidden size"),
+        ({"compare": ["without-layers"]}, "compare: expected of without-kl, without-cos, without-mlm, random-init, "),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(inputs, tmp_path, changed, message):
+    with pytest.raises(RecipeError) as caught:
+        distill(mlm_job(inputs), tmp_path / "out", inputs / "bert", Recipe(**changed))
+    assert str(caught.value).startswith("distill: ") and message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
+    for number, (job, message) in enumerate(
+        [
+            (
+                mlm_job(inputs, max_length=65),
+                "distill: max_length: expected 4 to 64, the positions of the student, got 65",
+            ),
+            (mlm_job(inputs, holdout=0.0), "distill: holdout must leave a row to evaluate on, got 0.0"),
+            (MlmJob(["nowhere.txt"], max_length=16), "distill: load_corpus: source must be files that are there, got"),
+        ]
+    ):
+        with pytest.raises(RecipeError) as caught:
+            distill(job, tmp_path / str(number), inputs / "bert", Recipe(FAST, TEACHING))
+        assert str(caught.value).startswith(message)
+
+
+def test_variants_that_change_nothing_are_left_out(inputs, tmp_path):
+    """Where no KL is wanted, "without KL" is the student itself."""
+    report = mlm(inputs, tmp_path / "out", ["without-kl", "without-cos"], objective={"alpha_ce": 0.0})
+    assert set(report["models"]) == {"teacher", "student", "without-cos"}
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_models(tmp_path):
+    command = [sys.executable, "-m", "distillation.recipe_runs", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["killed"]["moments"] >= 4 and told["killed"]["writes"] >= 3  # one may have been quicker
+    whole, killed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed"))
+    for name, row in whole["models"].items():
+        assert same(tmp_path / "whole" / name, tmp_path / "killed" / name)
+        assert killed["models"][name]["losses"] == row["losses"]
+        assert killed["models"][name]["quality"] == row["quality"]
+    assert not list((tmp_path / "killed").glob(".*.partial"))
