@@ -34,6 +34,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "linear": {"cpu": ("float32",)},
     "codebook_linear": {},
 }
 
