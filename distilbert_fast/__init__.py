@@ -44,8 +44,11 @@ _HOME = {
     "pack_encoder": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
-    "DistillationArguments": "distillation.trainer",
+    "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
+    "MlmObjective": "distillation.masked_lm",
+    "QaObjective": "distillation.objectives",
+    "TaskObjective": "distillation.objectives",
     "MaskedDataset": "distillation.masking",
     "Masking": "distillation.masking",
     "load_corpus": "distillation.data",

@@ -9,7 +9,8 @@ What transformers' own Trainer does, and what is done here instead:
 - resuming a run that is finished trains one step more, if max_steps lies inside an epoch: here none;
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
-- evaluation draws from the random generators, so that evaluating more often changes the model: here not.
+- evaluation draws from the random generators, so that evaluating more often changes the model: here not;
+- a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
@@ -96,6 +97,15 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return len(self.sampler)  # type: ignore[arg-type]
 
 
+class _SetEpoch(TrainerCallback):
+    def __init__(self, dataset: Callable[[], Any]) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if hasattr(dataset := self.dataset(), "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
 class ResumableTrainer(Trainer):
     """``transformers.Trainer`` whose checkpoints are trusted only when complete, and hold no pickle.
 
@@ -118,6 +128,7 @@ class ResumableTrainer(Trainer):
                 raise ValueError(
                     f"{type(self).__name__}: args.{setting} must be off, got {getattr(self.args, setting)}"
                 )
+        self.add_callback(_SetEpoch(lambda: self.train_dataset))
         self._settings: dict[str, Any] = {}
         self._save_total_limit = self.args.save_total_limit
 

@@ -1,9 +1,7 @@
-"""A DistilBERT student made from the layers of a BERT, RoBERTa or DistilBERT teacher.
+"""A student made from the layers of a BERT, RoBERTa or DistilBERT teacher: a DistilBERT, or one of RoBERTa's shape.
 
-Sanh, Debut, Chaumond, Wolf: DistilBERT, arXiv:1910.01108, which starts the student from every other layer.
-    Two
-things that the original drops are kept: token_type[0], folded into the position embeddings, and the teacher's
-    head.
+Sanh, Debut, Chaumond, Wolf: DistilBERT, arXiv:1910.01108, which starts the student from every other layer. Two things
+that the original drops are kept: token_type[0], folded into the position embeddings, and the teacher's head.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,38 +19,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 OP = "student_from_teacher"
-_FAMILIES = ("Bert", "Roberta", "DistilBert")
+_FAMILIES = ("DistilBert", "Bert", "Roberta")
+_ARCHITECTURES = {"distilbert": "DistilBert", "roberta": "Roberta"}
 _STUDENT_EPS = 1e-12  # of every LayerNorm of the DistilBERT architecture, which has no setting for it
 
-# One layer; student: teacher.
-_LAYER = {
-    "attention.q_lin": "attention.self.query",
-    "attention.k_lin": "attention.self.key",
-    "attention.v_lin": "attention.self.value",
-    "attention.out_lin": "attention.output.dense",
-    "sa_layer_norm": "attention.output.LayerNorm",
-    "ffn.lin1": "intermediate.dense",
-    "ffn.lin2": "output.dense",
-    "output_layer_norm": "output.LayerNorm",
-}
-# The heads; student: teacher of the BERT family, teacher of the RoBERTa family.
-_HEADS: dict[str, dict[str, tuple[str, str]]] = {
-    "Model": {},
-    "ForMaskedLM": {
-        "vocab_transform": ("cls.predictions.transform.dense", "lm_head.dense"),
-        "vocab_layer_norm": ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
-        "vocab_projector": ("cls.predictions.decoder", "lm_head.decoder"),
-    },
-    "ForSequenceClassification": {
-        "pre_classifier": ("bert.pooler.dense", "classifier.dense"),
-        "classifier": ("classifier", "classifier.out_proj"),
-    },
-    "ForMultipleChoice": {
-        "pre_classifier": ("bert.pooler.dense", "roberta.pooler.dense"),
-        "classifier": ("classifier", "classifier"),
-    },
-    "ForTokenClassification": {"classifier": ("classifier", "classifier")},
-    "ForQuestionAnswering": {"qa_outputs": ("qa_outputs", "qa_outputs")},
+# The modules of one layer in DistilBERT, and in BERT and RoBERTa.
+_LAYER = (
+    ("attention.q_lin", "attention.self.query"),
+    ("attention.k_lin", "attention.self.key"),
+    ("attention.v_lin", "attention.self.value"),
+    ("attention.out_lin", "attention.output.dense"),
+    ("sa_layer_norm", "attention.output.LayerNorm"),
+    ("ffn.lin1", "intermediate.dense"),
+    ("ffn.lin2", "output.dense"),
+    ("output_layer_norm", "output.LayerNorm"),
+)
+# The modules of the heads in DistilBERT, BERT and RoBERTa; "": it has none.
+_HEADS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Model": (("", "pooler.dense", "pooler.dense"),),
+    "ForMaskedLM": (
+        ("vocab_transform", "cls.predictions.transform.dense", "lm_head.dense"),
+        ("vocab_layer_norm", "cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
+        ("vocab_projector", "cls.predictions.decoder", "lm_head.decoder"),
+        ("", "cls.predictions", "lm_head"),  # the decoder's bias under another name
+    ),
+    "ForSequenceClassification": (
+        ("pre_classifier", "bert.pooler.dense", "classifier.dense"),
+        ("classifier", "classifier", "classifier.out_proj"),
+    ),
+    "ForMultipleChoice": (
+        ("pre_classifier", "bert.pooler.dense", "roberta.pooler.dense"),
+        ("classifier", "classifier", "classifier"),
+    ),
+    "ForTokenClassification": (("classifier", "classifier", "classifier"),),
+    "ForQuestionAnswering": (("qa_outputs", "qa_outputs", "qa_outputs"),),
 }
 
 
@@ -62,7 +62,8 @@ class StudentReport:
 
     Attributes:
         teacher, student: class names.
-        layers: the teacher's layer behind each layer of the student.
+        num_layers: depth of the student.
+        layers: the teacher's layer behind each layer of the student; empty if the student starts at random.
         copied: each tensor of the student and where it comes from.
         left_out: tensors of the teacher that the student has no place for, whole layers as one entry.
         notes: in what the student differs from its teacher beyond depth.
@@ -71,6 +72,7 @@ class StudentReport:
 
     teacher: str
     student: str
+    num_layers: int
     layers: tuple[int, ...]
     copied: Mapping[str, str]
     left_out: tuple[str, ...]
@@ -81,9 +83,8 @@ class StudentReport:
     def __str__(self) -> str:
         share = self.student_parameters / self.teacher_parameters
         lines = [
-            f"{self.student} of {len(self.layers)} layers from {self.teacher}",
+            f"{self.student} of {self.num_layers} layers from {self.teacher}",
             f"parameters: {self.teacher_parameters:,} -> {self.student_parameters:,} ({share:.0%})",
-            "copied:",
         ]
         rows: dict[str, str] = {}
         for name, source in self.copied.items():
@@ -93,17 +94,23 @@ class StudentReport:
                 rows[f"{stem}{inside}{place}"] = f"layer {self.layers[int(place)]}"
             else:
                 rows[name] = source
-        width = max(map(len, rows))
-        lines += [f"  {name:<{width}}  <- {source}" for name, source in rows.items()]
-        for title, entries in (("left out:", self.left_out), ("differs:", self.notes)):
+        width = max(map(len, rows), default=0)
+        copied = [f"{name:<{width}}  <- {source}" for name, source in rows.items()]
+        for title, entries in (("copied:", copied), ("left out:", self.left_out), ("differs:", self.notes)):
             lines += [title, *(f"  {entry}" for entry in entries)] if entries else []
         return "\n".join(lines)
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, num_layers: int | None = None, layers: Sequence[int] | None = None
+    teacher: PreTrainedModel,
+    num_layers: int | None = None,
+    layers: Sequence[int] | None = None,
+    architecture: str = "distilbert",
+    hidden_size: int | None = None,
+    num_heads: int | None = None,
+    intermediate_size: int | None = None,
 ) -> tuple[PreTrainedModel, StudentReport]:
-    """Make a DistilBERT student out of a teacher's own tensors.
+    """Make a student out of a teacher's own tensors.
 
     Args:
         teacher: a transformers BERT, RoBERTa or DistilBERT model: the base model or the one for masked LM,
@@ -111,32 +118,76 @@ def student_from_teacher(
         num_layers: depth of the student; by default half the teacher's.
         layers: which of the teacher's layers, ascending; by default ``num_layers`` of them, evenly spaced
             from the first to the last (0, 2, 4, 7, 9, 11 of 12).
+        architecture: "distilbert", or "roberta" for a student of a BERT or RoBERTa teacher that keeps what
+            DistilBERT lacks: token types, the teacher's LayerNorm eps and a pooler with tanh.
+        hidden_size, num_heads, intermediate_size: widths other than the teacher's. None of its tensors fits
+            then, and the student starts at random (torch's generator). By default heads are as wide as the
+            teacher's, and the feed-forward layer is as many times as wide as hidden_size.
 
     Returns:
-        The student and what was copied. The student is transformers' own DistilBERT class with the teacher's
-        head, in float32, in eval mode, on the teacher's device; no tensor of it is left random.
+        The student and what was copied. The student is transformers' own class with the teacher's head, in
+        float32, in eval mode, on the teacher's device; unless its width is another, no tensor of it is random.
 
-    How close it starts: with all layers and an encoder whose LayerNorms have eps 1e-12 (BERT's) the hidden
-    states are the teacher's, for token_type_ids of 0: DistilBERT knows no other. The heads for masked LM,
-    token classification and question answering are exact too. Sequence classification and multiple choice are
-    not: they pool through tanh in BERT and ReLU in DistilBERT, see ``_fit_pooler``.
+    How close it starts: with all layers a student of RoBERTa's shape is its teacher. So are a DistilBERT's hidden
+    states, if the LayerNorms have eps 1e-12 (BERT's) and for token_type_ids of 0: DistilBERT knows no other. The
+    heads for masked LM, token classification and question answering are exact too. Sequence classification and
+    multiple choice are not: they pool through tanh in BERT and ReLU in DistilBERT, see ``_fit_pooler``.
 
     Raises:
         TypeError: the teacher is no such model.
-        ValueError: depth or layers out of range; a feature that DistilBERT lacks, by name.
+        ValueError: depth, layers or widths out of range; a feature that the student lacks, by name.
     """
     family, head = _family_and_head(teacher)
-    _refuse_features(teacher)
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(f"{OP}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
+    made = _ARCHITECTURES[architecture]
+    if family == "DistilBert" != made:
+        raise ValueError(f"{OP}: architecture must be distilbert for a DistilBert teacher, got {architecture!r}")
+    _refuse_features(teacher, made)
+    widths = _widths(teacher, family, made, hidden_size, num_heads, intermediate_size)
+    if widths and layers is not None:
+        raise ValueError(f"{OP}: layers must be None for a student of another width, got {list(layers)}")
     chosen = _choose_layers(teacher.config.num_hidden_layers, num_layers, layers)
 
+    config = _config(teacher, family, made, len(chosen))
+    for name, width in widths.items():
+        setattr(config, name, width)
+    student = _model(teacher, made, head, config)
+    if widths:
+        student.to(teacher.device).eval()
+        return student, _report(teacher, student, {}, family, made, ())
+    sources = _sources(teacher, student, family, made, head, chosen)
+    student.load_state_dict(_tensors(teacher, student, sources, family, made))
+    student.to(teacher.device).eval()
+    return student, _report(teacher, student, sources, family, made, chosen)
+
+
+def _model(teacher: PreTrainedModel, made: str, head: str, config: PreTrainedConfig) -> Any:
     import transformers
 
-    config = _config(teacher, family, len(chosen))
-    student = getattr(transformers, f"DistilBert{head}")(config)
-    sources = _sources(teacher, student, family, head, chosen)
-    student.load_state_dict(_tensors(teacher, student, sources, family))
-    student.to(teacher.device).eval()
-    return student, _report(teacher, student, sources, family, chosen)
+    # a base model has a pooler only if its teacher has one to copy
+    poolers = {"add_pooling_layer": teacher.pooler is not None} if (made, head) == ("Roberta", "Model") else {}
+    return getattr(transformers, f"{made}{head}")(config, **poolers).float()
+
+
+def _widths(
+    teacher: PreTrainedModel, family: str, made: str, hidden: int | None, heads: int | None, inner: int | None
+) -> dict[str, int]:
+    """The student's widths under the names of its config; empty if they are the teacher's."""
+    old = teacher.config
+    old_inner = old.hidden_dim if family == "DistilBert" else old.intermediate_size
+    hidden = old.hidden_size if hidden is None else hidden
+    heads = max(1, hidden * old.num_attention_heads // old.hidden_size) if heads is None else heads
+    inner = hidden * old_inner // old.hidden_size if inner is None else inner
+    for name, width in (("hidden_size", hidden), ("num_heads", heads), ("intermediate_size", inner)):
+        if width < 1:
+            raise ValueError(f"{OP}: {name} must be 1 or more, got {width}")
+    if hidden % heads:
+        raise ValueError(f"{OP}: num_heads must divide hidden_size {hidden}, got {heads}")
+    if (hidden, heads, inner) == (old.hidden_size, old.num_attention_heads, old_inner):
+        return {}
+    name = "hidden_dim" if made == "DistilBert" else "intermediate_size"
+    return {"hidden_size": hidden, "num_attention_heads": heads, name: inner}
 
 
 def _family_and_head(teacher: PreTrainedModel) -> tuple[str, str]:
@@ -152,8 +203,9 @@ def _family_and_head(teacher: PreTrainedModel) -> tuple[str, str]:
     )
 
 
-def _refuse_features(teacher: PreTrainedModel) -> None:
+def _refuse_features(teacher: PreTrainedModel, made: str) -> None:
     config = teacher.config
+    kind = "RoBERTa" if made == "Roberta" else "DistilBERT"
     for feature, allowed in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -161,7 +213,7 @@ def _refuse_features(teacher: PreTrainedModel) -> None:
     ):
         value = getattr(config, feature, allowed)
         if value != allowed:
-            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a DistilBERT, got {value!r}")
+            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a {kind}, got {value!r}")
 
 
 def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -179,18 +231,47 @@ def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | N
     return tuple(round(i * (depth - 1) / max(count - 1, 1)) for i in range(count))
 
 
-def _config(teacher: PreTrainedModel, family: str, num_layers: int) -> PreTrainedConfig:
+def _config(teacher: PreTrainedModel, family: str, made: str, num_layers: int) -> PreTrainedConfig:
     old = teacher.config
-    if family == "DistilBert":
+    if family == made:
         config = copy.deepcopy(old)
-        config.n_layers = num_layers
+        config.num_hidden_layers = num_layers
         return config
 
-    from transformers import DistilBertConfig
+    from transformers import DistilBertConfig, RobertaConfig
 
     classifier_dropout = getattr(old, "classifier_dropout", None)
+    common = {
+        name: getattr(old, name)
+        for name in (
+            "vocab_size",
+            "initializer_range",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "id2label",
+            "label2id",
+            "problem_type",
+        )
+    }
+    if made == "Roberta":
+        return RobertaConfig(
+            **common,
+            max_position_embeddings=old.max_position_embeddings + _first_position(teacher, made),
+            num_hidden_layers=num_layers,
+            num_attention_heads=old.num_attention_heads,
+            hidden_size=old.hidden_size,
+            intermediate_size=old.intermediate_size,
+            hidden_act=old.hidden_act,
+            hidden_dropout_prob=old.hidden_dropout_prob,
+            attention_probs_dropout_prob=old.attention_probs_dropout_prob,
+            classifier_dropout=classifier_dropout,
+            type_vocab_size=old.type_vocab_size,
+            layer_norm_eps=old.layer_norm_eps,
+        )
     return DistilBertConfig(
-        vocab_size=old.vocab_size,
+        **common,
         max_position_embeddings=old.max_position_embeddings - _first_position(teacher, family),
         n_layers=num_layers,
         n_heads=old.num_attention_heads,
@@ -201,14 +282,6 @@ def _config(teacher: PreTrainedModel, family: str, num_layers: int) -> PreTraine
         attention_dropout=old.attention_probs_dropout_prob,
         seq_classif_dropout=old.hidden_dropout_prob if classifier_dropout is None else classifier_dropout,
         qa_dropout=0.0,  # BERT has none there
-        initializer_range=old.initializer_range,
-        pad_token_id=old.pad_token_id,
-        bos_token_id=old.bos_token_id,
-        eos_token_id=old.eos_token_id,
-        tie_word_embeddings=old.tie_word_embeddings,
-        id2label=old.id2label,
-        label2id=old.label2id,
-        problem_type=old.problem_type,
     )
 
 
@@ -222,21 +295,21 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 
 def _sources(
-    teacher: PreTrainedModel, student: PreTrainedModel, family: str, head: str, layers: Sequence[int]
+    teacher: PreTrainedModel, student: PreTrainedModel, family: str, made: str, head: str, layers: Sequence[int]
 ) -> dict[str, str]:
     """Name of every tensor of the student: name of the teacher's tensor it is made from."""
     to, of = _base_prefix(student), _base_prefix(teacher)
     modules = {
         f"{to}embeddings.{name}": f"{of}embeddings.{name}"
-        for name in ("word_embeddings", "position_embeddings", "LayerNorm")
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
     }
-    encoder = "transformer" if family == "DistilBert" else "encoder"
     for place, layer in enumerate(layers):
-        for name, source in _LAYER.items():
-            source = name if family == "DistilBert" else source
-            modules[f"{to}transformer.layer.{place}.{name}"] = f"{of}{encoder}.layer.{layer}.{source}"
-    for name, (bert, roberta) in _HEADS[head].items():
-        modules[name] = {"Bert": bert, "Roberta": roberta, "DistilBert": name}[family]
+        for names in _LAYER:
+            name, source = (names[kind != "DistilBert"] for kind in (made, family))
+            modules[f"{to}{_stack(made)}.layer.{place}.{name}"] = f"{of}{_stack(family)}.layer.{layer}.{source}"
+    for in_head in _HEADS[head]:
+        name, source = (in_head[_FAMILIES.index(kind)] for kind in (made, family))
+        modules[name] = source
     sources = {}
     for tensor in student.state_dict():
         module, _, parameter = tensor.rpartition(".")
@@ -244,8 +317,17 @@ def _sources(
     return sources
 
 
+def _head_activation(family: str, hidden_act: str) -> str:
+    """Of the head for masked LM, which in RoBERTa does not follow the config."""
+    return "gelu" if family == "Roberta" else hidden_act
+
+
+def _stack(family: str) -> str:
+    return "transformer" if family == "DistilBert" else "encoder"
+
+
 def _tensors(
-    teacher: PreTrainedModel, student: PreTrainedModel, sources: Mapping[str, str], family: str
+    teacher: PreTrainedModel, student: PreTrainedModel, sources: Mapping[str, str], family: str, made: str
 ) -> dict[str, torch.Tensor]:
     """The student's tensors, made from the teacher's."""
     have = teacher.state_dict()
@@ -255,15 +337,16 @@ def _tensors(
         if source not in have:
             raise ValueError(f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none")
         tensor = have[source]
-        if name.endswith("position_embeddings.weight"):
+        if name.endswith("position_embeddings.weight") and family != made:
             tensor = tensor[_first_position(teacher, family) :]  # [P, C]
+            tensor = torch.nn.functional.pad(tensor, (0, 0, _first_position(student, made), 0))
         if tensor.shape != place.shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{OP}: teacher's {source} must be a float tensor {list(place.shape)} to become {name} of "
                 f"the student, got {str(tensor.dtype)[6:]} {list(tensor.shape)}"
             )
         tensors[name] = tensor.float()
-    if family != "DistilBert":
+    if family != made == "DistilBert":
         _fold_token_type(tensors, have)
         _fit_pooler(tensors)
     return tensors
@@ -297,32 +380,33 @@ def _report(
     student: PreTrainedModel,
     sources: Mapping[str, str],
     family: str,
+    made: str,
     layers: tuple[int, ...],
 ) -> StudentReport:
     old = teacher.config
     copied = dict(sources)
     left_out = {name for name in teacher.state_dict() if name not in copied.values()}
     notes = []
-    if family != "DistilBert":
+    if not copied:
+        config = student.config
+        notes.append(
+            f"starts at random: {config.hidden_size} wide with {config.num_attention_heads} heads, the teacher "
+            f"{old.hidden_size} with {old.num_attention_heads}"
+        )
+    elif family != made:
         (position,) = (name for name in copied if name.endswith("position_embeddings.weight"))
-        (token_type,) = (name for name in left_out if name.endswith("token_type_embeddings.weight"))
-        first = _first_position(teacher, family)
-        copied[position] += (f"[{first}:]" if first else "") + f" + {token_type}[0]"
-        left_out.remove(token_type)
-        if old.type_vocab_size > 1:
-            left_out.add(f"{token_type}[1:]")
-            notes.append("token types other than 0 are unknown to the student")
-        if old.layer_norm_eps != _STUDENT_EPS:
-            notes.append(f"LayerNorm eps is {_STUDENT_EPS:g}, the teacher's {old.layer_norm_eps:g}")
-        if "pre_classifier.bias" in copied:
-            copied["pre_classifier.bias"] += " + 1"
-            copied["classifier.bias"] += f" - {copied['classifier.weight']}.sum(dim=1)"
-            notes.append("pools through relu(z + 1) - 1 where the teacher has tanh(z)")
-        if family == "Roberta" and "vocab_transform.bias" in copied and old.hidden_act != "gelu":
-            notes.append(f"the head's activation is {old.hidden_act}, the teacher's gelu")
+        before, first = _first_position(student, made), _first_position(teacher, family)
+        copied[position] = (f"{before} rows of 0, " if before else "") + copied[position]
+        copied[position] += f"[{first}:]" if first else ""
+        if made == "DistilBert":
+            notes += _note_differences(teacher, position, copied, left_out)
+        acts = [_head_activation(kind, old.hidden_act) for kind in (made, family)]
+        if acts[0] != acts[1] and type(student).__name__.endswith("ForMaskedLM"):
+            notes.append(f"the head's activation is {acts[0]}, the teacher's {acts[1]}")
     return StudentReport(
         teacher=f"{type(teacher).__name__} of {old.num_hidden_layers} layers",
         student=type(student).__name__,
+        num_layers=student.config.num_hidden_layers,
         layers=layers,
         copied=copied,
         left_out=tuple(_by_layer(left_out)),
@@ -338,3 +422,21 @@ def _by_layer(names: Iterable[str]) -> list[str]:
     return sorted(
         entries, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     )
+
+
+def _note_differences(teacher: PreTrainedModel, position: str, copied: dict[str, str], left_out: set[str]) -> list[str]:
+    """What a DistilBERT makes of what it has no module for, into ``copied`` and ``left_out``; what it cannot be."""
+    old, notes = teacher.config, []
+    (token_type,) = (name for name in left_out if name.endswith("token_type_embeddings.weight"))
+    copied[position] += f" + {token_type}[0]"
+    left_out.remove(token_type)
+    if old.type_vocab_size > 1:
+        left_out.add(f"{token_type}[1:]")
+        notes.append("token types other than 0 are unknown to the student")
+    if old.layer_norm_eps != _STUDENT_EPS:
+        notes.append(f"LayerNorm eps is {_STUDENT_EPS:g}, the teacher's {old.layer_norm_eps:g}")
+    if "pre_classifier.bias" in copied:
+        copied["pre_classifier.bias"] += " + 1"
+        copied["classifier.bias"] += f" - {copied['classifier.weight']}.sum(dim=1)"
+        notes.append("pools through relu(z + 1) - 1 where the teacher has tanh(z)")
+    return notes

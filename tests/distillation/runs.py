@@ -223,26 +223,28 @@ def steps(output_dir: Path, size: int, accumulation: int) -> DistillationTrainer
     return trainer
 
 
-def processes(directory: Path) -> dict[str, Any]:
-    """The same steps in one process; in two, which exchange gradients through gloo; in two, resumed at the fifth."""
+def together(member: Callable[[], Any]) -> None:
+    """Two processes at the same work, which find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
-    def member(name: str, rank: int, port: int) -> DistillationTrainer:
+    def join(rank: int) -> Any:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return steps(directory / name, 2, 2)
+        return member()
 
-    def together(name: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        members = [child(lambda rank=rank: member(name, rank, port)) for rank in range(2)]
-        assert all([wait(process) for process in members])
+    members = [child(lambda rank=rank: join(rank)) for rank in range(2)]
+    assert all([wait(process) for process in members])
 
+
+def processes(directory: Path) -> dict[str, Any]:
+    """The same steps in one process; in two, which exchange gradients through gloo; in two, resumed at the fifth."""
     assert wait(child(lambda: steps(directory / "one", 8, 1)))
-    together("two")
+    together(lambda: steps(directory / "two", 2, 2))
     shutil.copytree(directory / "two", directory / "resumed")
     shutil.rmtree(directory / "resumed" / "checkpoint-5")
-    together("resumed")
+    together(lambda: steps(directory / "resumed", 2, 2))
     return {name: json.loads((directory / name / "logs.json").read_text()) for name in ("one", "two", "resumed")}
 
 

@@ -264,7 +264,92 @@ def test_report(bert_dir):
     assert any(line.split() == ["distilbert.transformer.layer.1", "<-", "layer", "2"] for line in lines)
 
 
+@pytest.mark.parametrize("teacher_family", ["Bert", "Roberta"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Model",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "ForMultipleChoice",
+    ],
+)
+def test_a_student_of_robertas_shape_is_its_teacher(teacher_family, head):
+    """Token types, eps, tanh and all."""
+    pad = {"pad_token_id": 1} if teacher_family == "Roberta" else {}
+    config = small(getattr(transformers, f"{teacher_family}Config"), layer_norm_eps=1e-5, type_vocab_size=2, **pad)
+    teacher = make(f"{teacher_family}{head}", config)
+    student, report = student_from_teacher(teacher, num_layers=4, architecture="roberta")
+    assert type(student) is getattr(transformers, f"Roberta{head}")
+    ids = torch.randint(3, 100, (4, 30), generator=torch.Generator().manual_seed(0))
+    ids[1, 9:], ids[2, 25:] = config.pad_token_id, config.pad_token_id
+    real = ids.ne(config.pad_token_id)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "token_type_ids": (torch.arange(30) > 5).expand(4, -1).int(),
+    }
+    if head == "ForMultipleChoice":
+        batch = {name: x.view(2, 2, 30) for name, x in batch.items()}
+    with torch.no_grad():
+        got, expected = (model(**batch).to_tuple() for model in (student, teacher))
+    for mine, theirs in zip(got, expected, strict=True):
+        if mine.shape[:2] == (4, 30):
+            mine, theirs = mine[real], theirs[real]
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+    assert set(report.copied) == set(student.state_dict()) and report.notes == () and report.left_out == ()
+    table, old = (model.base_model.embeddings.position_embeddings.weight for model in (student, teacher))
+    expected = torch.cat([torch.zeros(1, 32), old]) if teacher_family == "Bert" else old
+    assert torch.equal(table, expected) and student.config.max_position_embeddings == len(expected)
+
+
+def test_a_roberta_student_of_half_the_depth():
+    teacher = make("BertForMaskedLM", small())
+    student, report = student_from_teacher(teacher, architecture="roberta")
+    assert report.layers == (0, 3) and student.config.num_hidden_layers == 2
+    position = "1 rows of 0, bert.embeddings.position_embeddings.weight"
+    assert report.copied["roberta.embeddings.position_embeddings.weight"] == position
+    assert report.left_out == ("bert.encoder.layer.1", "bert.encoder.layer.2")
+    assert student.lm_head.decoder.weight is student.roberta.embeddings.word_embeddings.weight
+    assert "roberta.encoder.layer.1" in str(report)
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "roberta"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_a_student_of_another_width_starts_at_random(architecture, family):
+    teacher = make(f"{family}ForMaskedLM", small(getattr(transformers, f"{family}Config")))
+    torch.manual_seed(0)
+    student, report = student_from_teacher(teacher, num_layers=3, architecture=architecture, hidden_size=16)
+    config = student.config
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (16, 2, 3)
+    assert student.base_model.get_input_embeddings().weight.shape == (100, 16)
+    inner = config.hidden_dim if architecture == "distilbert" else config.intermediate_size
+    assert inner == 32
+    assert (report.copied, report.layers, report.num_layers) == ({}, (), 3)
+    assert report.notes == ("starts at random: 16 wide with 2 heads, the teacher 32 with 4",)
+    assert str(report).splitlines()[0].endswith(f"of 3 layers from {family}ForMaskedLM of 4 layers")
+    torch.manual_seed(0)
+    again, _ = student_from_teacher(teacher, num_layers=3, architecture=architecture, hidden_size=16)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, student.state_dict()[name]), name
+    ids = torch.randint(3, 100, (2, 9))
+    assert student(ids).logits.shape == (2, 9, 100)
+
+
+def test_widths_of_the_teacher_are_no_other_width():
+    teacher = make("BertModel", small())
+    widths = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
+    assert student_from_teacher(teacher, **widths)[1].layers == (0, 3)
+    assert student_from_teacher(teacher, intermediate_size=48)[1].layers == ()
+
+
 BAD = [
+    ({"architecture": "gpt"}, "architecture must be one of distilbert, roberta, got 'gpt'"),
+    ({"hidden_size": 0}, "hidden_size must be 1 or more, got 0"),
+    ({"hidden_size": 16, "num_heads": 3}, "num_heads must divide hidden_size 16, got 3"),
+    ({"hidden_size": 16, "layers": [0, 1]}, "layers must be None for a student of another width, got [0, 1]"),
     ({"num_layers": 0}, "num_layers must be 1 to 4, the teacher's depth, got 0"),
     ({"num_layers": 5}, "num_layers must be 1 to 4, the teacher's depth, got 5"),
     ({"layers": [0, 4]}, "layers must be ascending, of 0 to 3, got [0, 4]"),
@@ -310,9 +395,19 @@ def test_a_decoder_is_refused():
     )
 
 
+def test_a_distilbert_has_no_student_of_another_shape():
+    teacher = transformers.DistilBertModel(transformers.DistilBertConfig(dim=8, n_heads=1, n_layers=2, hidden_dim=8))
+    with pytest.raises(ValueError) as caught:
+        student_from_teacher(teacher, architecture="roberta")
+    assert str(caught.value) == (
+        "student_from_teacher: architecture must be distilbert for a DistilBert teacher, got 'roberta'"
+    )
+
+
 def test_a_base_model_without_pooler():
     teacher = transformers.BertModel(small(), add_pooling_layer=False)
     assert student_from_teacher(teacher)[1].layers == (0, 3)
+    assert student_from_teacher(teacher, architecture="roberta")[0].pooler is None
 
 
 def test_tensors_that_do_not_fit_are_named():

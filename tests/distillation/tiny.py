@@ -59,6 +59,31 @@ def rows(count: int, head: str = "SequenceClassification", seed: int = 0, pairs:
     return out
 
 
+def masked_rows(count: int, seed: int = 0, masked: float = 0.3) -> list[dict[str, list]]:
+    """Sentences in which each token is masked by chance: in some none, so that batches differ in what they count."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for row in rows(count, seed=seed):
+        ids, real = torch.tensor(row["input_ids"]), torch.tensor(row["attention_mask"]).bool()
+        chance = torch.rand(2, generator=generator) * 2 * masked  # differs by sentence
+        hidden = (torch.rand(LENGTH, generator=generator) < chance[0] * (chance[1] > 0.2 * masked)) & real
+        labels = ids.masked_fill(~hidden, -100)
+        out.append({**row, "input_ids": ids.masked_fill(hidden, 2).tolist(), "labels": labels.tolist()})
+    return out
+
+
+def drop_in(model: Any) -> Any:
+    """The same model by this package's class of the same name."""
+    import distilbert_fast
+
+    made = getattr(distilbert_fast, type(model).__name__)(model.config)
+    made.load_state_dict(model.state_dict())
+    for old, new in zip(model.modules(), made.modules(), strict=True):
+        if isinstance(new, torch.nn.Dropout):
+            new.p = old.p
+    return made
+
+
 def arguments(output_dir: Path, **settings: Any) -> DistillationArguments:
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     return DistillationArguments(output_dir=str(output_dir), **{**quiet, **settings})

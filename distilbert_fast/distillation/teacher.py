@@ -1,0 +1,202 @@
+"""What an objective asks of a teacher, and the teacher that is a model.
+
+A teacher answers a batch. The answer is asked for rows of the flattened batch [B·T], so that nothing is computed, kept
+or read where no loss looks. Another kind of teacher (an int8 engine, logits stored on disk) is another class with these
+methods; what its soft targets are, it says itself, by the loss that compares them with a student's rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from distilbert_fast.distillation.checkpoint import describe_model
+from distilbert_fast.distillation.losses import IGNORED
+from distilbert_fast.modeling.encoder import encoder_layers
+from distilbert_fast.modeling.vocabulary import vocabulary_head
+from distilbert_fast.ops.linear_kl_div import linear_kl_div
+
+Batch = Mapping[str, Tensor]
+
+
+class SoftTargets(Protocol):
+    """A teacher's distribution over the vocabulary for R rows."""
+
+    def losses(
+        self, h: Tensor, projection: torch.nn.Linear, temperature: float, kd_mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of τ² KL(teacher ‖ student) over kd_mask [R] and of −log p_student[label] over labels [R] ≠ -100.
+
+        The student's logits are projection(h), h [R, C_s]; they need never be stored.
+        """
+
+    def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
+        """Sum over all rows of Σ_v (student − teacher logit)². A teacher without all logits raises ValueError."""
+
+
+class Answer(Protocol):
+    """A teacher's answer to one batch, without gradient. ``rows`` are int64 places in the flattened [B·T]."""
+
+    def logits(self) -> Any:
+        """The output of the task head, as transformers returns it."""
+
+    def soft_targets(self, rows: Tensor) -> SoftTargets: ...
+
+    def hidden(self, rows: Tensor, layer: int = -1) -> Tensor:
+        """Hidden states [R, C_t] behind a layer, the last one by default."""
+
+    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, C_t] of the last layer."""
+
+
+class Teacher(Protocol):
+    @property
+    def model(self) -> Any:
+        """The transformers model that it is, to be checked against the student; None if it is none."""
+
+    def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
+        """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Called once before training."""
+
+    def describe(self) -> Any:
+        """What must be the same to resume a run, as JSON types."""
+
+    @property
+    def columns(self) -> Iterable[str]:
+        """The columns of a batch that it reads."""
+
+
+class Projection(NamedTuple):
+    """Soft targets as what makes them: logits = h Wᵀ + b; h [R, C_t], W [V, C_t], b [V] or None."""
+
+    h: Tensor
+    W: Tensor
+    b: Tensor | None
+
+    @classmethod
+    def of(cls, h: Tensor, projection: torch.nn.Linear) -> Projection:
+        """Without gradient."""
+        bias = projection.bias
+        return cls(h.detach(), projection.weight.detach(), None if bias is None else bias.detach())
+
+    def losses(
+        self, h: Tensor, projection: torch.nn.Linear, temperature: float, kd_mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kl, ce = linear_kl_div(
+            h, projection.weight, projection.bias, self.h, self.W, self.b, temperature, kd_mask, labels
+        )
+        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
+
+    def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
+        total = h.new_zeros(())
+        rows = max(1, 2**24 // len(self.W))  # 64 MB of logits at a time
+        for of_student, of_teacher in zip(h.split(rows), self.h.split(rows), strict=True):
+            total = total + checkpoint(self._squared_error, of_student, of_teacher, projection, use_reentrant=False)
+        return total
+
+    def _squared_error(self, h_s: Tensor, h_t: Tensor, projection: torch.nn.Linear) -> Tensor:
+        return (full(projection(h_s)) - full(torch.nn.functional.linear(h_t, self.W, self.b))).square().sum()
+
+
+class ModelTeacher:
+    """A transformers model, in eval mode and without gradients."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+
+    @property
+    def columns(self) -> set[str]:
+        return inputs_of(self.model)
+
+    def prepare(self, device: torch.device) -> None:
+        torch.nn.Module.to(self.model, device).eval()
+
+    def describe(self) -> Any:
+        return describe_model(self.model, weights=True)
+
+    def answer(self, batch: Batch, hidden_states: bool = False) -> ModelAnswer:
+        return ModelAnswer(self.model, batch, hidden_states)
+
+
+class ModelAnswer:
+    """The encoder or the whole model runs when first asked, once."""
+
+    def __init__(self, model: Any, batch: Batch, hidden_states: bool) -> None:
+        self.model, self.batch, self.hidden_states = model, batch, hidden_states
+        self._encoded: Any = None
+
+    @torch.no_grad()
+    def logits(self) -> Any:
+        return self.model(**only(self.batch, inputs_of(self.model)))
+
+    def soft_targets(self, rows: Tensor) -> Projection:
+        head = vocabulary_head(self.model, "teacher")
+        with torch.no_grad():
+            h = head.transform(self.hidden(rows))  # [R, C_t]
+        return Projection.of(h, head.projection)
+
+    def hidden(self, rows: Tensor, layer: int = -1) -> Tensor:
+        return hidden_rows(self._encode(), rows, layer)
+
+    @torch.no_grad()
+    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return last_attention_inputs(self.model.base_model, self._encode())
+
+    @torch.no_grad()
+    def _encode(self) -> Any:
+        if self._encoded is None:
+            self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
+        return self._encoded
+
+
+def model_of(teacher: Teacher | None) -> Any:
+    return None if teacher is None else teacher.model
+
+
+# What students and teachers that are models have in common ---------------------------------------------------------
+
+
+def inputs_of(model: torch.nn.Module) -> set[str]:
+    """Names that the model's forward spells out; what would vanish in its ``**kwargs`` is not among them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - _LABELS
+
+
+_LABELS = {"labels", "start_positions", "end_positions"}
+
+
+def only(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def encode(encoder: Any, batch: Batch, hidden_states: bool = False) -> Any:
+    """An encoder's output: ``last_hidden_state`` [B, T, C] and, if asked for, all ``hidden_states``."""
+    return encoder(**only(batch, inputs_of(encoder)), output_hidden_states=hidden_states, return_dict=True)
+
+
+def hidden_rows(encoded: Any, rows: Tensor, layer: int = -1) -> Tensor:
+    """[R, C] behind a layer; hidden_states[0] is what goes into the first one."""
+    states = encoded.last_hidden_state if layer == -1 else encoded.hidden_states[layer + 1]
+    return states.flatten(0, 1).index_select(0, rows)
+
+
+def last_attention_inputs(encoder: Any, encoded: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, C] of the last layer, computed anew from what went into it."""
+    attention: Any = encoder_layers(encoder)[-1].attention
+    x = encoded.hidden_states[-2]
+    if hasattr(attention, "q_lin"):  # DistilBERT
+        return attention.q_lin(x), attention.k_lin(x), attention.v_lin(x)
+    return attention.self.query(x), attention.self.key(x), attention.self.value(x)
