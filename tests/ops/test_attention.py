@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distilbert_fast
 from distilbert_fast import attention, backends, padded_attention
-from distilbert_fast.ops import attention as op
+from distilbert_fast.ops import _attention_backends
 from distilbert_fast.ops.attention import attention_reference
 from distilbert_fast.testing import assert_twice_rule
 
@@ -169,7 +169,7 @@ def test_reference_is_torchs_attention(scale):
 @pytest.mark.parametrize("scores", [1, 20, 2**18])
 def test_gradcheck(per_sequence, dropout_p, scores, monkeypatch):
     """In float64, whatever the tiles; a head of mask 0 among the others; the same dropout in each evaluation."""
-    monkeypatch.setattr(op, "_scores", lambda q: scores)
+    monkeypatch.setattr(_attention_backends, "_scores", lambda q: scores)
     cu_seqlens = cumulated((2, 0, 3, 3))
     qkv = projection(8, 2, 2).requires_grad_()
     head_mask = torch.tensor([0.7, 0.0], dtype=torch.float64)
@@ -413,7 +413,7 @@ def test_padding_anywhere_as_a_gpu_computes_it(batch):
             yield slice(0, q.shape[0]), slice(0, q.shape[1]), call.attention_mask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_runs", whole)
+        patch.setattr(_attention_backends, "_runs", whole)
         check_padded(*batch)
 
 
@@ -464,7 +464,7 @@ def recovered_dropout(cu_seqlens, q, k, p):
 
 @pytest.mark.parametrize("scores", [70, 2**18])
 def test_dropout_drops_and_scales(scores, monkeypatch, place):
-    monkeypatch.setattr(op, "_scores", lambda q: scores)
+    monkeypatch.setattr(_attention_backends, "_scores", lambda q: scores)
     p, cu_seqlens = 0.3, cumulated((16, 16, 16))
     q, k, _ = projection(48, 4, 16, torch.float32).unbind(1)
     dropped = recovered_dropout(cu_seqlens, q, k, p)
