@@ -38,6 +38,16 @@ def gradients_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
     return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(shape, dtype=accumulate(q))
 
 
+def kept_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for what forward keeps on a GPU: the output before the head mask if dm is wanted, and m and 1 / Z."""
+    stats = q.new_empty((2, q.shape[-2], math.prod(q.shape[:-2])), dtype=torch.float32)
+    return q.new_empty(q.shape if call.dm else 0), stats
+
+
+def nothing_like(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(0), q.new_empty((0, 0, 0), dtype=torch.float32)
+
+
 # torch -----------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +167,13 @@ def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 
 
 def _backward_torch(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    _o: torch.Tensor,
+    _stats: torch.Tensor,
+    call: Call,
 ) -> tuple[torch.Tensor, ...]:
     dq, dk, dv, dm = (x.zero_() for x in gradients_like(q, call))
     drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
@@ -256,7 +272,13 @@ def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) 
 
 
 def _backward_cpu(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    _o: torch.Tensor,
+    _stats: torch.Tensor,
+    call: Call,
 ) -> tuple[torch.Tensor, ...]:
     call = _in_order(call)
     dq, dk, dv, dm = gradients_like(q, call)
@@ -269,5 +291,55 @@ def _backward_cpu(
     return dq, dk, dv, dm
 
 
-FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
+# gpu -----------------------------------------------------------------------------------------------------------
+
+
+def _ready(q: torch.Tensor, call: Call) -> Call:
+    """The same call in order; its offsets are checked where nobody waits for them, in Triton's interpreter."""
+    if call.cu_seqlens is not None and q.device.type == "cpu":
+        _offsets(call.cu_seqlens, q.shape[0])
+    return _in_order(call)
+
+
+def _forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+    from distilbert_fast.kernels import attention as kernels
+
+    o = q.new_empty(q.shape)
+    kernels.attention_fwd(q, k, v, *_ready(q, call)[:6], o)
+    return o
+
+
+def _forward_keeping_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import attention as kernels
+
+    o = q.new_empty(q.shape)
+    unmasked, stats = kept_like(q, call)
+    kernels.attention_fwd(q, k, v, *_ready(q, call)[:6], o, unmasked if call.dm else None, stats)
+    return o, unmasked, stats
+
+
+def _backward_triton(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    call: Call,
+) -> tuple[torch.Tensor, ...]:
+    from distilbert_fast.kernels import attention_backward as kernels
+
+    if stats.shape[0] == 0:  # another backend served forward
+        o, unmasked, stats = _forward_keeping_triton(q, k, v, call)
+        o = unmasked if call.dm else o
+    dq, dk, dv, dm = gradients_like(q, call)
+    delta = stats.new_empty(stats.shape[1:])
+    kernels.attention_bwd(do, q, k, v, o, stats, *_ready(q, call)[:6], dq, dk, dv, dm if call.dm else None, delta)
+    return dq, dk, dv, dm
+
+
+FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+FORWARD_KEEPING = {"triton": _forward_keeping_triton}  # others make again in backward what they need
+BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

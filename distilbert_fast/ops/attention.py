@@ -22,7 +22,17 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._attention_backends import BACKWARD, FORWARD, OP, Call, accumulate, gradients_like
+from distilbert_fast.ops._attention_backends import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_KEEPING,
+    OP,
+    Call,
+    accumulate,
+    gradients_like,
+    kept_like,
+    nothing_like,
+)
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import operator
 
@@ -47,7 +57,7 @@ def attention(
             cu_seqlens[b + 1] - 1. Starts at 0, never decreases (a sequence may be empty), ends at N. The
             values are checked wherever the host reads them: always for CPU tensors.
         head_mask: m, float [H] or [B, H]; differentiable. None = 1. A head with m_h = 0 gives exact zeros
-            and, on the CPU, costs nothing unless the gradient of its mask is asked for.
+            and, except by torch on a GPU, costs nothing unless the gradient of its mask is asked for.
         dropout_p: chance in [0, 1) that a probability is dropped, drawn from torch's generator; the others
             are divided by 1 - dropout_p. There is no training flag: pass 0 to infer.
         scale: finite and above 0; None = 1 / sqrt(D).
@@ -174,8 +184,11 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.dropout_p, ctx.scale = dropout_p, scale
         ctx.dm = head_mask is not None and ctx.needs_input_grad[5]
-        ctx.save_for_backward(q, k, v, cu_seqlens, attention_mask, head_mask, seed)
-        return _forward(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
+        call = (cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
+        o, unmasked, stats = _forward_keeping(q, k, v, *call)
+        nothing_kept = stats.shape[0] == 0
+        ctx.save_for_backward(q, k, v, unmasked if ctx.dm or nothing_kept else o, stats, *call[:4])
+        return o
 
     @staticmethod
     @once_differentiable
@@ -201,23 +214,58 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> t
         return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
 
 
+def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    keeps = q.device.type != "meta" and backends.select(OP, q.device, q.dtype) in FORWARD_KEEPING
+    return q.new_empty(q.shape), *(kept_like(q, Call(*call)) if keeps else nothing_like(q))
+
+
+@operator(
+    f"attention_forward_keeping(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward_keeping_fake,
+)
+def _forward_keeping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    """The output, and for backward, where its backend reads them: the output before the head mask, if dm is wanted,
+    and the softmax statistics float32 [2, H, N]. Else both are empty."""
+    kernel = FORWARD_KEEPING.get(backends.select(OP, q.device, q.dtype))
+    if kernel is None:
+        return _forward(q, k, v, *call), *nothing_like(q)
+    with as_written(q.device):
+        return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
+
+
 def _backward_fake(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    *call: Any,
 ) -> tuple[torch.Tensor, ...]:
     return gradients_like(q, Call(*call))
 
 
 @operator(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_CALL})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    *call: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0]."""
+    """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0].
+
+    o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else behind it.
+    """
     kernel = BACKWARD[backends.select(OP, q.device, q.dtype)]
     with as_written(q.device):
-        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), Call(*call))
+        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), o, stats, Call(*call))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
