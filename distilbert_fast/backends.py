@@ -85,6 +85,11 @@ def cuda() -> Any:
     return _cuda
 
 
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Where a native CUDA entry queues its work: the device's number and torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
