@@ -17,19 +17,27 @@ import pytest
 from distilbert_fast import backends
 
 ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests/kernels/cuda_on_cpu"
 BUILD = ROOT / "build" / f"cuda_on_cpu-{sys.implementation.cache_tag}"
 LAUNCH = re.compile(r"(\w+(?:<[^;]*?>)?)\s*<<<(.*?)>>>\(", re.DOTALL)  # kernel<types><<<shape>>>(
 FLAGS = ["-std=c++17", "-O1", "-mf16c", "-fPIC", "-fvisibility=hidden"]
 
 
 def sources() -> list[Path]:
-    """What is compiled: the bindings, and a copy of each .cu whose launches are calls of the emulator."""
+    """What is compiled: the bindings, and copies of csrc/cuda in which launches are calls of the emulator.
+
+    Headers are copied too, but for those that the emulator has in their place.
+    """
     found = [ROOT / "csrc/bindings_cuda.cpp"]
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        found.append(BUILD / f"{source.stem}.cpp")
+    for source in sorted((ROOT / "csrc/cuda").iterdir()):
+        if (EMULATOR / source.name).exists():
+            continue
+        copy = BUILD / (f"{source.stem}.cpp" if source.suffix == ".cu" else source.name)
         text = LAUNCH.sub(r"emulated::launch(\1, \2, ", source.read_text())
-        if not found[-1].exists() or found[-1].read_text() != text:
-            found[-1].write_text(text)
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
+        if copy.suffix == ".cpp":
+            found.append(copy)
     return found
 
 
@@ -39,8 +47,7 @@ def build() -> Path:
     import pybind11
     from ninja import ninja_syntax
 
-    includes = [ROOT / "tests/kernels/cuda_on_cpu", ROOT / "csrc", ROOT / "csrc/cuda"]
-    includes += [pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [BUILD, EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     target = BUILD / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     with open(BUILD / "build.ninja", "w") as file:
         writer = ninja_syntax.Writer(file, width=10_000)

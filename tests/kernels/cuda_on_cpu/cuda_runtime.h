@@ -53,12 +53,16 @@ enum cudaError_t {
   cudaErrorMisalignedAddress,
   cudaErrorIllegalAddress,
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulated {
 
-constexpr int kDevices = 2;
+constexpr int kDevices = 2, kMultiprocessors = 2;
 constexpr unsigned char kPoison = 0xff;
 inline int device = 0, launch_device = -1;
 inline void* launch_stream = nullptr;
@@ -262,7 +266,16 @@ inline cudaError_t cudaSetDevice(int device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
   if (device < 0 || device >= emulated::kDevices) return cudaErrorInvalidDevice;
-  *value = which == cudaDevAttrComputeCapabilityMajor ? emulated::capability / 10 : emulated::capability % 10;
+  switch (which) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulated::capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulated::capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulated::kMultiprocessors;
+  }
   return cudaSuccess;
 }
 
