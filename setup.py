@@ -139,7 +139,8 @@ class Cuda:
         portable = [int(arch) for arch in self.archs if arch.isdigit()]
         if portable:
             targets.append((f"compute_{max(portable)}",) * 2)
-        return [f"-gencode=arch={virtual},code={real}" for virtual, real in targets]
+        features = ["-DDISTILBERT_FAST_SM90A"] if "90a" in self.archs else []  # launchers ask for it
+        return [*(f"-gencode=arch={virtual},code={real}" for virtual, real in targets), *features]
 
 
 def torch_versions() -> tuple[str, str]:

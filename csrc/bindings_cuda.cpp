@@ -3,6 +3,7 @@
 // "none".
 #include <pybind11/pybind11.h>
 
+#include "cuda/int8_linear.h"
 #include "cuda/kl_div.h"
 
 namespace py = pybind11;
@@ -52,4 +53,34 @@ PYBIND11_MODULE(_cuda, m) {
                         at<void>(stream));
       },
       "Gradient from saved statistics and the upstream gradient of each row");
+  m.def(
+      "int8_linear",
+      [](Address x, int64_t x_stride, Address x_scale, int64_t x_scale_stride, Address w, int64_t w_stride,
+         Address w_scale, Address bias, int bias_dtype, int64_t rows, int64_t columns, int64_t depth, bool gelu,
+         Address residual, int64_t residual_stride, int residual_dtype, Address y, int y_dtype, Address out_scale,
+         int64_t out_scale_stride, int device, Address stream) {
+        py::gil_scoped_release release;
+        int8_linear({at<const int8_t>(x),
+                     x_stride,
+                     at<const float>(x_scale),
+                     x_scale_stride,
+                     at<const int8_t>(w),
+                     w_stride,
+                     at<const float>(w_scale),
+                     at<const void>(bias),
+                     bias_dtype,
+                     rows,
+                     columns,
+                     depth,
+                     gelu,
+                     at<const void>(residual),
+                     residual_stride,
+                     residual_dtype,
+                     at<void>(y),
+                     y_dtype,
+                     at<const float>(out_scale),
+                     out_scale_stride},
+                    device, at<void>(stream));
+      },
+      "Linear layer of int8 codes: exact int32 sums, then scales, bias, GELU, residual, and floats or codes out");
 }

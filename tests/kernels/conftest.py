@@ -21,6 +21,7 @@ EMULATOR = ROOT / "tests/kernels/cuda_on_cpu"
 BUILD = ROOT / "build" / f"cuda_on_cpu-{sys.implementation.cache_tag}"
 LAUNCH = re.compile(r"(\w+(?:<[^;]*?>)?)\s*<<<(.*?)>>>\(", re.DOTALL)  # kernel<types><<<shape>>>(
 FLAGS = ["-std=c++17", "-O1", "-mf16c", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-DDISTILBERT_FAST_SM90A", "-D__CUDA_ARCH_FEAT_SM90_ALL"]
 
 
 def sources() -> list[Path]:

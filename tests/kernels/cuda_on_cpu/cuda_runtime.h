@@ -82,6 +82,11 @@ struct Copy {
   int group;
 };
 
+struct Product {
+  std::function<void()> compute;
+  int group;
+};
+
 enum class At { kStart, kWarp, kBarrier, kEnd };
 
 struct Thread {
@@ -89,10 +94,12 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   At at;
-  unsigned exchanges;                           // with the other lanes of its warp, so far
-  std::deque<Copy> copies;                      // on their way to shared memory, oldest first
-  int groups;                                   // of copies, committed
-  std::vector<std::function<void()>> products;  // asynchronous ones, oldest first
+  unsigned exchanges;            // with the other lanes of its warp, so far
+  std::deque<Copy> copies;       // on their way to shared memory, oldest first
+  int groups;                    // of copies, committed
+  bool unfenced;                 // copies have landed that asynchronous products may not see
+  std::deque<Product> products;  // asynchronous ones, oldest first
+  int product_groups;
 };
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
@@ -180,7 +187,8 @@ inline bool run_block(std::mt19937& random) {
     thread.context.uc_link = &scheduler;
     makecontext(&thread.context, enter, 0);
     thread.at = At::kStart;
-    thread.exchanges = thread.groups = 0;
+    thread.exchanges = thread.groups = thread.product_groups = 0;
+    thread.unfenced = false;
     thread.copies.clear();
     thread.products.clear();
   }

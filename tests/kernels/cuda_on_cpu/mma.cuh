@@ -26,6 +26,10 @@ inline emulated::OfWarp<const unsigned char*> matrix_rows(const void* row) {
   return rows;
 }
 
+inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(at) - emulated::shared.data);
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   const auto rows = matrix_rows(row);
   const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
@@ -108,6 +112,7 @@ void cp_async_wait() {
     const auto& copy = copies.front();
     std::memset(copy.to, 0, 16);
     if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+    emulated::me().unfenced = true;
     copies.pop_front();
   }
 }
