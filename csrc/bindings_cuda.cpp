@@ -5,6 +5,7 @@
 
 #include "cuda/int8_linear.h"
 #include "cuda/kl_div.h"
+#include "cuda/layer_norm.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;
@@ -83,4 +84,18 @@ PYBIND11_MODULE(_cuda, m) {
                     device, at<void>(stream));
       },
       "Linear layer of int8 codes: exact int32 sums, then scales, bias, GELU, residual, and floats or codes out");
+  m.def(
+      "layer_norm",
+      [](Address x, int64_t x_stride, Address residual, int64_t residual_stride, int dtype, Address weight,
+         Address bias, int parameter_dtype, int64_t rows, int64_t columns, double eps, Address y, Address mean,
+         Address rstd, Address codes, Address scale_out, Address scale_in, int64_t scale_in_stride, int device,
+         Address stream) {
+        py::gil_scoped_release release;
+        layer_norm(
+            {at<const void>(x), x_stride, at<const void>(residual), residual_stride, dtype, at<const void>(weight),
+             at<const void>(bias), parameter_dtype, rows, columns, eps, at<void>(y), at<float>(mean), at<float>(rstd),
+             at<int8_t>(codes), at<float>(scale_out), at<const float>(scale_in), scale_in_stride},
+            device, at<void>(stream));
+      },
+      "LayerNorm of the rows of x + residual, and their statistics or int8 codes");
 }

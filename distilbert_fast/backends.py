@@ -23,7 +23,8 @@ log = logging.getLogger("distilbert_fast")
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
-# device. The first entry that can run here serves; `torch` stands behind all of them.
+# device. The first entry that can run here serves; `torch` stands behind all of them. An op's backward has an entry of
+# its own where not every backend of the op has it.
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
@@ -31,7 +32,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("float32", "bfloat16")},
     "quantize": {"cpu": ("float32", "bfloat16")},
     "int8_linear": {"cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "layer_norm": {"cpu": ("float32", "bfloat16")},
+    "layer_norm": {"cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "layer_norm_backward": {"cpu": ("float32", "bfloat16")},
     "embedding": {"cpu": ("float32", "bfloat16")},
     "cosine_loss": {"cpu": ("float32", "bfloat16")},
     "codebook_linear": {},

@@ -124,6 +124,12 @@ __device__ __forceinline__ void store_vector(T* to, int64_t count, bool whole, c
 // int8 codes, as ops/quantize.py has them: each operation is rounded once, so that the bits are the reference's.
 constexpr float kSmallestScale = 0x1p-126f;  // the reciprocal of any scale from here up is finite
 
+// Of a row whose largest magnitude is given.
+__device__ __forceinline__ float scale_of(float largest) {
+  const float scale = __fdiv_rn(largest, 127.0f);
+  return scale < kSmallestScale ? 0.0f : scale;
+}
+
 __device__ __forceinline__ float inverse_of(float scale) {
   return scale >= kSmallestScale ? __fdiv_rn(1.0f, scale) : 0.0f;
 }
@@ -156,6 +162,21 @@ struct Sum {
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
 };
 
+// Of two magnitudes, compared as integers: NaN is above infinity.
+struct Larger {
+  __device__ __forceinline__ float operator()(float a, float b) const {
+    return __float_as_uint(a) > __float_as_uint(b) ? a : b;
+  }
+};
+
+// A value over all lanes of a warp, in each of them. The order is fixed.
+template <class Operation>
+__device__ __forceinline__ float warp_reduce(float x, Operation operation) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = operation(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
 // Each of n values over all threads of a block of whole warps. The order is fixed, so every thread of every run gets
 // the same bits.
 template <int n, class Operation>
@@ -165,10 +186,7 @@ __device__ void block_reduce(float (&x)[n], Operation operation) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      x[i] = operation(x[i], __shfl_xor_sync(0xffffffffu, x[i], offset));
-    }
+    x[i] = warp_reduce(x[i], operation);
     if (threadIdx.x % kWarp == 0) of_warp[i][warp] = x[i];
   }
   __syncthreads();

@@ -258,6 +258,12 @@ T __shfl_xor_sync(unsigned, T x, int lanes) {
   return emulated::exchange(x)[emulated::lane() ^ static_cast<unsigned>(lanes)];
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 
