@@ -23,8 +23,8 @@ struct Shape {
   static constexpr int rows = kRows, columns = kColumns, depth = kDepth, stages = kStages, threads = 128;
   static constexpr int warp_rows = rows / 2, warp_columns = columns / 2;
   static constexpr int stage_bytes = (rows + columns) * depth;
-  using Out = Epilogue<columns, threads>;
-  static constexpr size_t shared_bytes = stages * stage_bytes > Out::kBytes ? stages * stage_bytes : Out::kBytes;
+  static constexpr size_t shared_bytes = stages * stage_bytes;
+  static_assert(shared_bytes >= Staged<columns>::kBytes);
 };
 using Large = Shape<128, 128, 64, 4>;
 using Small = Shape<64, 64, 128, 3>;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void multiply(const unsigned char* x, const unsigned 
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::threads, 2) int8_linear_kernel(const Int8Linear call) {
+__global__ void __launch_bounds__(S::threads, 2) int8_linear_kernel(const __grid_constant__ Int8Linear call) {
   const unsigned across = static_cast<unsigned>((call.columns + S::columns - 1) / S::columns);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / across) * S::rows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.x % across) * S::columns;
@@ -88,26 +88,18 @@ __global__ void __launch_bounds__(S::threads, 2) int8_linear_kernel(const Int8Li
   }
   cp_async_wait<0>();
 
-  using Out = typename S::Out;
-  int32_t* const staged = reinterpret_cast<int32_t*>(memory);
-  const Out out(call, first_column);
-#pragma unroll 1
-  for (int pass = 0; pass < S::rows / Out::kRows; ++pass) {
-    __syncthreads();  // all have done with the memory
-    if (row / Out::kRows == pass) {
+  finish_tile<S::rows, S::columns, S::threads>(call, first_row, first_column, [&](int pass, const auto& staged) {
+    if (row / staged.kRows != pass) return;
 #pragma unroll
-      for (int i = 0; i < S::warp_rows / 16; ++i) {
+    for (int i = 0; i < S::warp_rows / 16; ++i) {
 #pragma unroll
-        for (int j = 0; j < S::warp_columns / 8; ++j) {
-          const int at_row = row % Out::kRows + 16 * i + lane / 4, at_column = column + 8 * j + 2 * (lane % 4);
-          Out::stage(staged, at_row, at_column, acc[i][j][0], acc[i][j][1]);
-          Out::stage(staged, at_row + 8, at_column, acc[i][j][2], acc[i][j][3]);
-        }
+      for (int j = 0; j < S::warp_columns / 8; ++j) {
+        const int at_row = row % staged.kRows + 16 * i + lane / 4, at_column = column + 8 * j + 2 * (lane % 4);
+        staged.put(at_row, at_column, acc[i][j][0], acc[i][j][1]);
+        staged.put(at_row + 8, at_column, acc[i][j][2], acc[i][j][3]);
       }
     }
-    __syncthreads();
-    out.write(staged, first_row + pass * Out::kRows);
-  }
+  });
 }
 
 int64_t tiles(const Int8Linear& call, int rows, int columns) {

@@ -17,9 +17,8 @@ namespace {
 constexpr char kOp[] = "int8_linear";
 constexpr int kRows = 128, kColumns = 128, kDepth = 128, kStages = 3, kThreads = 256;
 constexpr int kTileBytes = kRows * kDepth;  // of x_q, and as many of w_q
-using Out = Epilogue<kColumns, kThreads>;
 constexpr size_t kSharedBytes = kStages * 2 * kTileBytes;
-static_assert(kRows == kColumns && kSharedBytes >= Out::kBytes);
+static_assert(kRows == kColumns && kSharedBytes >= Staged<kColumns>::kBytes);
 
 // Describes codes to wgmma that lie as chunk_offset<128> has them, from a row that is a multiple of 8 on.
 [[maybe_unused]] __device__ __forceinline__ uint64_t descriptor(const void* codes) {
@@ -27,7 +26,7 @@ static_assert(kRows == kColumns && kSharedBytes >= Out::kBytes);
   return (shared_address(codes) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kBetween8Rows >> 4 << 32 | kSwizzled128 << 62;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) int8_linear_sm90_kernel(const Int8Linear call) {
+__global__ void __launch_bounds__(kThreads, 2) int8_linear_sm90_kernel(const __grid_constant__ Int8Linear call) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const unsigned across = static_cast<unsigned>((call.columns + kColumns - 1) / kColumns);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / across) * kRows;
@@ -65,23 +64,16 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_sm90_kernel(const Int
   }
   cp_async_wait<0>();
 
-  int32_t* const staged = reinterpret_cast<int32_t*>(memory);
-  const Out out(call, first_column);
-#pragma unroll 1
-  for (int pass = 0; pass < kRows / Out::kRows; ++pass) {
-    __syncthreads();  // all have done with the memory
-    if (warpgroup == pass) {
-      const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  finish_tile<kRows, kColumns, kThreads>(call, first_row, first_column, [&](int pass, const auto& staged) {
+    if (warpgroup != pass) return;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        const int column = 8 * j + 2 * (lane % 4);
-        Out::stage(staged, row, column, acc[4 * j], acc[4 * j + 1]);
-        Out::stage(staged, row + 8, column, acc[4 * j + 2], acc[4 * j + 3]);
-      }
+    for (int j = 0; j < kColumns / 8; ++j) {
+      const int column = 8 * j + 2 * (lane % 4);
+      staged.put(row, column, acc[4 * j], acc[4 * j + 1]);
+      staged.put(row + 8, column, acc[4 * j + 2], acc[4 * j + 3]);
     }
-    __syncthreads();
-    out.write(staged, first_row + pass * Out::kRows);
-  }
+  });
 #endif
 }
 

@@ -71,89 +71,82 @@ class TileLoader {
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
-// Accumulators leave through shared memory, kRows rows at a time, so that each thread finishes 8 neighbours of a row
-// and reads and writes device memory 16 bytes at a time. Its columns, and so their scales and bias, stay the same.
-template <int kColumns, int kThreads>
-class Epilogue {
- public:
+// Accumulators leave through shared memory, 64 rows at a time, so that each thread finishes 8 neighbours of a row and
+// reads and writes device memory 16 bytes at a time.
+template <int kColumns>
+struct Staged {
   static constexpr int kRows = 64;
   static constexpr int kPitch = kColumns + 8;  // 4 rows of a fragment fall into different banks
   static constexpr size_t kBytes = sizeof(int32_t) * kRows * kPitch;
+  int32_t* acc;
 
-  __device__ __forceinline__ Epilogue(const Int8Linear& call, int64_t first_column)
-      : call_(call), column_(first_column + kWidth * (threadIdx.x % kGroups)), count_(call.columns - column_) {
-    load_vector(call.w_scale + column_, count_, whole(call.w_scale, 0), w_scale_);
-    if (call.bias) {
-      with_type(call.bias_dtype, [&](auto type) {
-        const auto* bias = static_cast<const decltype(type)*>(call.bias);
-        load_vector(bias + column_, count_, whole(bias, 0), bias_);
-      });
-    }
+  // A fragment's neighbours in a row.
+  __device__ __forceinline__ void put(int row, int column, int32_t first, int32_t second) const {
+    *reinterpret_cast<Vector<int32_t, 2>*>(acc + row * kPitch + column) = {first, second};
   }
+};
 
-  // A fragment's neighbours in a row, into the staged tile.
-  static __device__ __forceinline__ void stage(int32_t* staged, int row, int column, int32_t first, int32_t second) {
-    *reinterpret_cast<Vector<int32_t, 2>*>(staged + row * kPitch + column) = {first, second};
-  }
+// The block's tile of y. put(pass, staged): a warp stages its accumulators, if rows [64 pass, 64 pass + 64) of the tile
+// hold them.
+template <int kTileRows, int kColumns, int kThreads, class Put>
+__device__ __forceinline__ void finish_tile(const Int8Linear& call, int64_t first_row, int64_t first_column, Put put) {
+  constexpr int n = 8, kGroups = kColumns / n, kRows = Staged<kColumns>::kRows;
+  const Staged<kColumns> staged{reinterpret_cast<int32_t*>(shared_memory())};
+  const int group = threadIdx.x % kGroups;
+  const int64_t column = first_column + n * group, count = call.columns - column;
+  const auto whole = [&](const auto* data, int64_t stride, int bytes = 16) {
+    return count >= n && aligned(data, stride * static_cast<int64_t>(sizeof *data), bytes);
+  };
 
-  // The staged rows, of which the first is `first_row`, are finished and written.
-  __device__ __forceinline__ void write(const int32_t* staged, int64_t first_row) const {
-    if (count_ <= 0) return;
-#pragma unroll 1
-    for (int r = threadIdx.x / kGroups; r < kRows && first_row + r < call_.rows; r += kThreads / kGroups) {
-      const auto acc =
-          *reinterpret_cast<const Vector<int32_t, kWidth>*>(staged + r * kPitch + kWidth * (threadIdx.x % kGroups));
-      const int64_t row = first_row + r;
-      const float x_scale = call_.x_scale[row * call_.x_scale_stride];
-      float y[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) y[i] = static_cast<float>(acc.at[i]) * x_scale * w_scale_[i] + bias_[i];
-      if (call_.gelu) {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) y[i] = gelu(y[i]);
-      }
-      if (call_.residual) add_residual(row, y);
-      store_row(row, y);
-    }
-  }
-
- private:
-  static constexpr int kWidth = 8, kGroups = kColumns / kWidth;
-
-  template <class T>
-  __device__ __forceinline__ bool whole(const T* data, int64_t stride) const {
-    return count_ >= kWidth && aligned(data, stride * static_cast<int64_t>(sizeof(T)));
-  }
-
-  __device__ __forceinline__ void add_residual(int64_t row, float (&y)[kWidth]) const {
-    with_type(call_.residual_dtype, [&](auto type) {
-      const auto* residual = static_cast<const decltype(type)*>(call_.residual);
-      float x[kWidth];
-      load_vector(residual + row * call_.residual_stride + column_, count_, whole(residual, call_.residual_stride), x);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) y[i] += x[i];
+  float w_scale[n], bias[n] = {};  // the same for all rows
+  load_vector(call.w_scale + column, count, whole(call.w_scale, 0), w_scale);
+  if (call.bias) {
+    with_type(call.bias_dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(call.bias);
+      load_vector(from + column, count, whole(from, 0), bias);
     });
   }
 
-  __device__ __forceinline__ void store_row(int64_t row, const float (&y)[kWidth]) const {
-    const int64_t at = row * call_.columns + column_;
-    if (call_.y_dtype == kInt8) {
-      const float r = inverse_of(call_.out_scale[row * call_.out_scale_stride]);
-      int8_t* const codes = static_cast<int8_t*>(call_.y);
-      store_codes(codes + at, count_, count_ >= kWidth && aligned(codes, call_.columns, kWidth), y, r);
-    } else {
-      with_type(call_.y_dtype, [&](auto type) {
-        auto* const out = static_cast<decltype(type)*>(call_.y);
-        store_vector(out + at, count_, whole(out, call_.columns), y);
-      });
+#pragma unroll 1
+  for (int pass = 0; pass < kTileRows / kRows; ++pass) {
+    __syncthreads();  // all have done with the memory
+    put(pass, staged);
+    __syncthreads();
+#pragma unroll 1
+    for (int r = threadIdx.x / kGroups; r < kRows; r += kThreads / kGroups) {
+      const int64_t row = first_row + pass * kRows + r;
+      if (row >= call.rows || count <= 0) break;
+      const auto acc = *reinterpret_cast<const Vector<int32_t, n>*>(staged.acc + r * staged.kPitch + n * group);
+      const float x_scale = call.x_scale[row * call.x_scale_stride];
+      float y[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) y[i] = static_cast<float>(acc.at[i]) * x_scale * w_scale[i] + bias[i];
+      if (call.gelu) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) y[i] = gelu(y[i]);
+      }
+      if (call.residual) {
+        with_type(call.residual_dtype, [&](auto type) {
+          const auto* from = static_cast<const decltype(type)*>(call.residual);
+          float x[n];
+          load_vector(from + row * call.residual_stride + column, count, whole(from, call.residual_stride), x);
+#pragma unroll
+          for (int i = 0; i < n; ++i) y[i] += x[i];
+        });
+      }
+      const int64_t at = row * call.columns + column;
+      if (call.y_dtype == kInt8) {
+        const float r_out = inverse_of(call.out_scale[row * call.out_scale_stride]);
+        auto* const to = static_cast<int8_t*>(call.y);
+        store_codes(to + at, count, whole(to, call.columns, n), y, r_out);
+      } else {
+        with_type(call.y_dtype, [&](auto type) {
+          auto* const to = static_cast<decltype(type)*>(call.y);
+          store_vector(to + at, count, whole(to, call.columns), y);
+        });
+      }
     }
   }
-
-  const Int8Linear& call_;
-  const int64_t column_;  // the thread's first
-  const int64_t count_;   // how many are there from it on
-  float w_scale_[kWidth];
-  float bias_[kWidth] = {};
-};
+}
 
 }  // namespace distilbert_fast

@@ -67,7 +67,8 @@ struct Row {
 
 // kKept vectors of a row for each lane of its warp; or none, and a block for each row.
 template <class T, class P, int kKept>
-__global__ void __launch_bounds__(kKept ? 32 * kWarpsPerBlock : kBlockThreads) layer_norm_kernel(const LayerNorm call) {
+__global__ void __launch_bounds__(kKept ? 32 * kWarpsPerBlock : kBlockThreads, kKept ? 3 : 2)
+    layer_norm_kernel(const __grid_constant__ LayerNorm call) {
   constexpr int n = 16 / sizeof(T);
   const int thread = kKept ? threadIdx.x % 32 : threadIdx.x, threads = kKept ? 32 : kBlockThreads;
   const int64_t at_once = static_cast<int64_t>(gridDim.x) * (kKept ? kWarpsPerBlock : 1);
