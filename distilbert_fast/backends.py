@@ -87,6 +87,10 @@ def cuda() -> Any:
     return _cuda
 
 
+# The codes by which native CUDA entries know a dtype.
+CUDA_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
 def device_and_stream(device: torch.device) -> tuple[int, int]:
     """Where a native CUDA entry queues its work: the device's number and torch's current stream on it."""
     return device.index, torch.cuda.current_stream(device).cuda_stream

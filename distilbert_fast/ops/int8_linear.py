@@ -221,12 +221,10 @@ def _forward_cpu(
 
 # cuda -------------------------------------------------------------------------------------------------------
 
-_CUDA_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-
 
 def _matrix_arguments(x: torch.Tensor | None) -> tuple[int, int, int]:
     """Address, row stride and dtype of a matrix whose rows are whole, or of none."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), _CUDA_CODE[x.dtype])
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), backends.CUDA_DTYPE[x.dtype])
 
 
 def _scale_arguments(scale: torch.Tensor | None) -> tuple[int, int]:
@@ -256,12 +254,12 @@ def _forward_cuda(
         *(w_q.data_ptr(), w_q.stride(0)),
         w_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _CUDA_CODE[bias.dtype],
+        0 if bias is None else backends.CUDA_DTYPE[bias.dtype],
         *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
         gelu,
         *_matrix_arguments(residual),
         y.data_ptr(),
-        _CUDA_CODE[y.dtype],
+        backends.CUDA_DTYPE[y.dtype],
         *_scale_arguments(out_scale),
         *backends.device_and_stream(x_q.device),
     )

@@ -373,8 +373,6 @@ def _backward_cpu(
 
 # cuda: forward only; backward is selected by a name of its own ------------------------------------------------
 
-_CUDA_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def _cuda(
     x: torch.Tensor,
@@ -396,8 +394,8 @@ def _cuda(
     backends.cuda().layer_norm(
         *(x.data_ptr(), x.stride(0)),
         *((0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
-        _CUDA_CODE[y.dtype],
-        *(weight.data_ptr(), bias.data_ptr(), _CUDA_CODE[weight.dtype]),
+        backends.CUDA_DTYPE[y.dtype],
+        *(weight.data_ptr(), bias.data_ptr(), backends.CUDA_DTYPE[weight.dtype]),
         *x.shape,
         eps,
         y.data_ptr(),

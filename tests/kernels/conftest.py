@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
 import platform
 import re
 import shutil
@@ -13,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from distilbert_fast import backends
 
@@ -91,3 +93,22 @@ def cuda_on_cpu(cuda_module, monkeypatch):
     yield emulator
     emulator.emulated_set_capability(80)
     emulator.emulated_set_max_blocks(0xFFFFFFFF)
+
+
+@pytest.fixture
+def fenced():
+    """A function that copies a matrix or a vector to where the next byte is on a page that must not be touched.
+
+    Who touches it ends the process: a crash is how this fails.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        size = x.numel() * x.element_size()
+        room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = mmap.mmap(-1, room + mmap.PAGESIZE)
+        fence = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + room
+        assert libc.mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+        return torch.frombuffer(pages, dtype=x.dtype, count=x.numel(), offset=room - size).view(x.shape).copy_(x)
+
+    return copy

@@ -132,6 +132,17 @@ def test_any_layout(kernel, layout, columns):
     assert torch.equal(laid, want)
 
 
+@pytest.mark.parametrize("c", [16, 37, 80])
+def test_no_byte_behind_a_tensor_is_touched(kernel, fenced, monkeypatch, c):
+    """Rows that start on 16-byte boundaries or not, and end in the middle of a chunk, a stage and a tile."""
+    n, c, f = kernel(5, c, 21)
+    *layer, bias, residual = (fenced(x) for x in arguments(n, c, f))
+    fake = op._forward_fake
+    monkeypatch.setattr(op, "_forward_fake", lambda *given: fenced(fake(*given)))
+    for out_scale in (None, fenced(torch.linspace(0.01, 0.1, n))):
+        run(*layer, bias, True, residual, out_scale)
+
+
 @pytest.mark.parametrize("n, c, f", [(0, 5, 3), (5, 3, 0), (3, 0, 5)])
 def test_nothing_in_one_dimension(n, c, f):
     *layer, bias, residual = arguments(n, c, f) if c else (

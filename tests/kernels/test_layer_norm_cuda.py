@@ -143,6 +143,19 @@ def test_any_layout(layout, dtype, c):
         assert torch.equal(ours, want)
 
 
+@pytest.mark.parametrize("c", [1, 37, 48, 1030])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_byte_behind_a_tensor_is_touched(fenced, monkeypatch, dtype, c):
+    tensors = [fenced(tensor) for tensor in arguments(3, c, dtype, dtype)]
+    for name in ("_forward_fake", "_forward_quantize_fake"):
+        fake = getattr(op, name)
+        monkeypatch.setattr(
+            op, name, lambda *given, fake=fake: tuple(fenced(x) if x.numel() else x for x in fake(*given))
+        )
+    quantized(tensors)
+    op._forward_cuda(*tensors, 1e-12, True)
+
+
 @pytest.mark.parametrize("n, c", [(0, 5), (5, 0), (0, 0)])
 def test_nothing_in_one_dimension(n, c):
     y, y_q, scale = quantized(arguments(n, c))
