@@ -1,9 +1,10 @@
 // int8_linear:   acc = x_q w_qᵀ exactly in int32;   y = gelu?(acc x_scale w_scale + bias) + residual, or its codes.
 //
-// One block makes one tile of y, with m16n8k32 products on the tensor cores. Tiles of x_q and w_q come kDepth columns
-// at a time, by asynchronous copies that run kStages − 1 tiles ahead, and leave shared memory as fragments without bank
-// conflicts. x_q is read once for each tile of columns, w_q (a few MB: it stays in L2) once for each tile of rows;
-// blocks that read the same rows of x_q run next to each other. The epilogue reads and writes each number once.
+// One block makes one tile of y, with m16n8k32 products on the tensor cores. Stages of kDepth columns of x_q and w_q
+// come by asynchronous copies that run two ahead, and leave shared memory as fragments without bank conflicts. Three
+// stages are 48 KB, so that two blocks share a multiprocessor of any architecture. x_q is read once for each tile of
+// columns, w_q (a few MB: it stays in L2) once for each tile of rows; blocks that read the same rows of x_q run next to
+// each other. The epilogue reads and writes each number once.
 //
 // Compute capability 9.0 has faster products of its own: int8_linear_sm90.cu.
 #include "int8_linear.h"
@@ -18,16 +19,16 @@ constexpr char kOp[] = "int8_linear";
 constexpr int64_t kMaxDepth = 131071;  // products of −128 by −128 that int32 can sum
 
 // Four warps share a tile of kRows × kColumns, each a quarter of it.
-template <int kRows, int kColumns, int kDepth, int kStages>
+template <int kRows, int kColumns, int kDepth>
 struct Shape {
-  static constexpr int rows = kRows, columns = kColumns, depth = kDepth, stages = kStages, threads = 128;
+  static constexpr int rows = kRows, columns = kColumns, depth = kDepth, stages = 3, threads = 128;
   static constexpr int warp_rows = rows / 2, warp_columns = columns / 2;
   static constexpr int stage_bytes = (rows + columns) * depth;
   static constexpr size_t shared_bytes = stages * stage_bytes;
-  static_assert(shared_bytes >= Staged<columns>::kBytes);
+  static_assert(shared_bytes >= Staged<columns>::kBytes && shared_bytes <= 48 << 10);
 };
-using Large = Shape<128, 128, 64, 4>;
-using Small = Shape<64, 64, 128, 3>;
+using Large = Shape<128, 128, 64>;
+using Small = Shape<64, 64, 128>;
 
 // The products of one stage, added to the warp's accumulators.
 template <class S, int kRowTiles, int kColumnTiles>
@@ -107,10 +108,9 @@ int64_t tiles(const Int8Linear& call, int rows, int columns) {
 }
 
 template <class S>
-void launch(const Int8Linear& call, int device, cudaStream_t stream) {
+void launch(const Int8Linear& call, cudaStream_t stream) {
   const int64_t blocks = tiles(call, S::rows, S::columns);
   require(blocks <= INT32_MAX, kOp, "y must be of at most 2^31 - 1 tiles", std::to_string(blocks));
-  allow_shared_memory<int8_linear_kernel<S>>(S::shared_bytes, device, kOp);
   int8_linear_kernel<S><<<static_cast<unsigned>(blocks), S::threads, S::shared_bytes, stream>>>(call);
 }
 
@@ -159,11 +159,11 @@ void int8_linear(const Int8Linear& call, int device, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   if (tiles(call, Large::rows, Large::columns) < multiprocessors) {
-    launch<Small>(call, device, queue);  // more and smaller tiles, to give every multiprocessor one
+    launch<Small>(call, queue);  // more and smaller tiles, to give every multiprocessor one
   } else if (int8_linear_sm90_built() && is_sm90(device)) {
     int8_linear_sm90(call, device, queue);
   } else {
-    launch<Large>(call, device, queue);
+    launch<Large>(call, queue);
   }
   check_cuda(cudaGetLastError(), kOp, "launch of the kernel");
 }
