@@ -23,8 +23,8 @@ log = logging.getLogger("distilbert_fast")
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
-# device. The first entry that can run here serves; `torch` stands behind all of them. An op's backward has an entry of
-# its own where not every backend of the op has it.
+# device. The first entry that can run here serves; `torch` stands behind all of them. Where a backend has only the
+# forward of an op, backward has an entry of its own.
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
@@ -226,6 +226,16 @@ def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
         BackendError: a forced backend cannot serve; the message says why.
     """
     return _choose(op, device.type, dtypes, forced())
+
+
+def select_backward(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend for the gradients of ``op``, by the entry ``<op>_backward`` of KERNELS.
+
+    A forced backend that has only a forward leaves backward to the free choice: what it kept serves any.
+    """
+    name, backward = forced(), f"{op}_backward"
+    forward_only = name in KERNELS[op] and name not in KERNELS[backward]
+    return _choose(backward, device.type, dtypes, None if forward_only else name)
 
 
 def _version(package: str) -> str | None:

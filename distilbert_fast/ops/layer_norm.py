@@ -151,9 +151,10 @@ def _accumulate(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if _sum_dtype(x, residual) == torch.float64 else torch.float32
 
 
-def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, op: str = OP) -> str:
+def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, backward: bool = False) -> str:
+    select = backends.select_backward if backward else backends.select
     dtypes = (x.dtype, weight.dtype) if residual is None else (x.dtype, weight.dtype, residual.dtype)
-    return backends.select(op, x.device, *dtypes)
+    return select(OP, x.device, *dtypes)
 
 
 def _forward_fake(
@@ -243,7 +244,7 @@ def _backward(
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dh [N, C] in the dtype of y; dw [C] and db [C] in that of the statistics."""
-    return _BACKWARD[_select(x, weight, residual, "layer_norm_backward")](dy, x, weight, residual, mean, rstd)
+    return _BACKWARD[_select(x, weight, residual, backward=True)](dy, x, weight, residual, mean, rstd)
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def _backward_cpu(
     return dh, dweight, dbias
 
 
-# cuda: forward only; backward is selected by a name of its own ------------------------------------------------
+# cuda: forward only -----------------------------------------------------------------------------------------
 
 
 def _cuda(

@@ -163,19 +163,24 @@ def test_nothing_in_one_dimension(n, c):
 
 
 def test_backward_is_another_backends(monkeypatch):
-    """CUDA C++ has forward only. Who forces it for a gradient is told so."""
+    """CUDA C++ has forward only: who forces it gets the gradients from whom free choice gives."""
     monkeypatch.setattr(backends, "availability", lambda name: backends.Availability(True, "as if"))
     monkeypatch.setattr(backends, "_runs_on", lambda name, device: True)
     backends._choose.cache_clear()
     x, weight, bias, residual = arguments(3, 40)
+    leaf = x.clone().requires_grad_()
     try:
         with backends.backend("cuda"):
-            y = op.layer_norm(x.requires_grad_(), weight, bias, residual)
-            with pytest.raises(backends.BackendError, match=r"^layer_norm_backward: .* has no cuda kernel$"):
-                y.sum().backward()
-        assert torch.equal(y, op._forward_cuda(x.detach(), weight, bias, residual, 1e-12, False)[0])
+            assert backends.select("layer_norm", x.device, x.dtype) == "cuda"
+            assert backends.select_backward("layer_norm", x.device, x.dtype) != "cuda"
+            y = op.layer_norm(leaf, weight, bias, residual)
+            y.backward(residual)
     finally:
         backends._choose.cache_clear()
+    want, mean, rstd = op._forward_cuda(x, weight, bias, residual, 1e-12, True)
+    assert torch.equal(y, want)
+    dh, _, _ = op._backward_torch(residual, x, weight, residual, mean, rstd)
+    torch.testing.assert_close(leaf.grad, dh)
 
 
 def test_device_and_stream(cuda_module, emulated):
