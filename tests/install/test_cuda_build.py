@@ -77,7 +77,7 @@ KERNELS = {
 def test_no_kernel_spills(build):
     """ptxas on every kernel for every architecture: no stack, no spilled register, and room for its blocks."""
     kernels = re.findall(
-        r"Compiling entry function '_ZN\w+?_\d+_(\w+)_cu_\w+' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"Compiling entry function '_ZN\w+?_\d+_([a-z]\w+)_cu_\w+' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         build[0],
         re.DOTALL,
