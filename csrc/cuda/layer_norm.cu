@@ -151,8 +151,7 @@ void check(const LayerNorm& call) {
   require(std::isfinite(call.eps) && call.eps > 0, kOp, "eps must be finite and above 0", text(call.eps));
   require(call.scale_in_stride == 0 || call.scale_in_stride == 1, kOp, "scale_in_stride must be 0 or 1",
           text(call.scale_in_stride));
-  if (call.rows == 0) return;
-  if (call.columns == 0) return;
+  if (call.rows == 0 || call.columns == 0) return;
   require(call.codes || !(call.scale_in || call.scale_out), kOp, "codes must point to memory where there is a scale",
           "null");
   require(!call.codes || !call.scale_out != !call.scale_in, kOp, "codes must come with scale_in or scale_out",

@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def sources() -> list[Path]:
     found = [ROOT / "csrc/bindings_cuda.cpp"]
     for source in sorted((ROOT / "csrc/cuda").iterdir()):
         if (EMULATOR / source.name).exists():
+            (BUILD / source.name).unlink(missing_ok=True)
             continue
         copy = BUILD / (f"{source.stem}.cpp" if source.suffix == ".cu" else source.name)
         text = LAUNCH.sub(r"emulated::launch(\1, \2, ", source.read_text())
@@ -55,7 +57,7 @@ def build() -> Path:
     with open(BUILD / "build.ninja", "w") as file:
         writer = ninja_syntax.Writer(file, width=10_000)
         writer.variable("builddir", str(BUILD))
-        writer.variable("flags", " ".join([*FLAGS, *(f"-I{path}" for path in includes)]))
+        writer.variable("flags", ninja_syntax.escape(shlex.join([*FLAGS, *(f"-I{path}" for path in includes)])))
         writer.rule("compile", "g++ $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         writer.rule("link", "g++ -shared $in -o $out")
         objects = [writer.build(str(BUILD / f"{path.stem}.o"), "compile", str(path))[0] for path in sources()]
