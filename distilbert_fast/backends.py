@@ -30,7 +30,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_kl_div": {"cpu": ("float32", "bfloat16")},
     "attention": {"cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "int8_linear": {"cpu": ("float32", "bfloat16")},
+    "int8_linear": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},

@@ -84,6 +84,12 @@ def to_int8(x, r):
 
 
 @triton.jit
+def gelu(x):
+    """x Φ(x) = x/2 (1 + erf(x/√2)), fp32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def largest_magnitude(x):
     """max |x| of each row of x fp32 [ROWS, BLOCK_C]. As integers NaN stands above ∞: one anywhere ends in it."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)

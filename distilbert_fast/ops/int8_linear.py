@@ -219,4 +219,25 @@ def _forward_cpu(
     return y
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+# gpu --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from distilbert_fast.kernels import int8_linear as kernels
+
+    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    kernels.int8_linear(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, y)
+    return y
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
