@@ -27,7 +27,7 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "linear_kl_div": {"cpu": ("float32", "bfloat16")},
+    "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "attention": {"cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "int8_linear": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},

@@ -429,4 +429,56 @@ def _forward_cpu(
     return _by_chunks(losses, h_s, W_s, h_t, kd_mask, labels, ignore_index, sums)
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+# gpu -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    dh: bool,
+    dW: bool,
+    db: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
+    teacher's, which nobody reads again, the cross-entropy's over the student's.
+    """
+    from distilbert_fast.kernels import linear_kl_div as kernels
+
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
+    sums = _forward_fake(*call)
+    W, W_t, v = W_s.to(_work(h_s)), W_t.to(_work(h_t)), W_s.shape[0]
+    rows, width = min(_chunk(v, h_s.device), h_s.shape[0]), kernels.width(v)
+    student, teacher = W.new_empty((rows, width)), W_t.new_empty((rows, width))
+    bias_s, bias_t = kernels.padded_bias(b_s, W, v), kernels.padded_bias(b_t, W_t, v)
+    wanted = dh or dW or db
+    kl_gradient = teacher if W_t.dtype == W.dtype else W.new_empty((rows if wanted else 0, width))
+    kl, ce = sums[0].new_empty(rows), sums[0].new_empty(rows)
+
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor) -> _Losses:
+        r, r_kl, r_ce = len(h), len(h_t), len(targets)
+        s, t = student[:r], teacher[:r_kl]  # [R, width], [R_kl, width]
+        for logits, hidden, weight in ((s, h, W), (t, h_t.to(W_t.dtype), W_t)):
+            logits[:, v:] = 0.0  # where the gradient of a non-finite row may stand
+            torch.mm(hidden, weight.t(), out=logits[:, :v])
+        dkl, dce = (kl_gradient[:r_kl], s[r - r_ce :]) if wanted else (None, None)
+        kernels.linear_kl_div_fwd(s, bias_s, t, bias_t, targets, v, temperature, kl, ce, dkl, dce)
+        nothing = s[:0, :v]
+        return _Losses(
+            kl[:r_kl].sum(),
+            nothing if dkl is None else dkl[:, :v],
+            ce[:r_ce].sum(),
+            nothing if dce is None else dce[:, :v],
+        )
+
+    return _by_chunks(losses, h_s, W, h_t, kd_mask, labels, ignore_index, sums)
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
