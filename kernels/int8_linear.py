@@ -244,7 +244,8 @@ def int8_linear(
         depth = block_c * max(1, triton.cdiv(blocks, splits))
         splits = max(1, triton.cdiv(c, depth))
         sums = y.new_empty((splits, n, f), dtype=torch.int32) if splits > 1 else None
-        _int8_linear_kernel[(min(tiles * splits, places * max(1, shared // _shared(config))),)](
+        resident = max(1, min(shared // _shared(config), 8 // config["num_warps"]))  # on a multiprocessor
+        _int8_linear_kernel[(min(tiles * splits, places * resident),)](
             x_q, w_q, sums, *operands, n, f, c, depth, *x_q.stride(), *w_q.stride(), *strides,
             GELU=gelu, WHOLE=c % block_c == 0 and f % block_f == 0, **config,
         )  # fmt: skip

@@ -20,10 +20,12 @@ import cubin  # noqa: E402
 
 from distilbert_fast.kernels import int8_linear as kernels  # noqa: E402
 
+MMA = r"mma\.sync\.aligned\.m16n8k32\.row\.col\S*\.s32\.s8\.s8\.s32"
+TCGEN05 = r"tcgen05\.mma\S*\.kind::i8"
 PRODUCT = {
-    80: r"mma\.sync\.aligned\.m16n8k32\.row\.col\S*\.s32\.s8\.s8\.s32",
+    80: MMA,
     90: r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
-    100: r"tcgen05\.mma\S*\.kind::i8",
+    100: MMA if triton.__version__.startswith("3.6.") else TCGEN05,  # 3.6 knows no int8 of the fifth generation
 }
 ATOMIC = r"\b(atom|red)\.global"
 COPY = r"cp\.async\.c[ag]\.shared\.global"

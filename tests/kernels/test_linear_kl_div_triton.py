@@ -311,7 +311,7 @@ def test_offsets_past_int32(tmp_path, far):
 @pytest.mark.gpu
 @needs_gpu
 def test_memory_does_not_grow_with_the_logits():
-    """Four times the rows add a few numbers a row, where stored logits would add 60 KB."""
+    """Four times the rows add a few hidden states a row; stored logits would add 60 KB a side."""
     v, c = 30522, 64
 
     def peak(n):
@@ -323,7 +323,7 @@ def test_memory_does_not_grow_with_the_logits():
         return torch.cuda.max_memory_allocated() - before
 
     few, many = peak(8192), peak(32768)
-    assert many - few < (32768 - 8192) * (10 * c + 100)
+    assert many - few < (32768 - 8192) * 30 * c
 
 
 @pytest.mark.gpu
@@ -342,10 +342,10 @@ def test_the_real_vocabulary():
 def test_the_host_waits_once():
     tensors, arguments = sides(9000, 3001, 64, 64, torch.bfloat16), (2.0, *rows(9000, 3001))
     triton(tensors, *arguments)  # compiles
-    with pytest.warns(UserWarning, match="synchroniz") as waits:
+    with pytest.warns(UserWarning, match="called a synchronizing") as waits:
         torch.cuda.set_sync_debug_mode("warn")
         try:
             triton(tensors, *arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+    assert len([wait for wait in waits if "called a synchronizing" in str(wait.message)]) == 1
