@@ -74,7 +74,7 @@ def _store_epilogue(
     tl.store(y + (rows * F)[:, None] + columns[None, :], values.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _int8_linear_kernel(
     x_q,  # int8 [N, C] of any strides
     w_q,  # int8 [F, C] of any strides
@@ -135,7 +135,7 @@ def _int8_linear_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def _int8_linear_sums_kernel(
     sums,  # int32 [SPLITS, N, F]
     x_scale,

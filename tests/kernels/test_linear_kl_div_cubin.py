@@ -39,7 +39,7 @@ def nothing_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(arch, student, teacher, changed, misaligned=()):
+def compiled(arch, student, teacher, changed):
     types = {
         **dict.fromkeys(["student", "student_bias", "kl_gradient", "ce_gradient"], f"*{student}"),
         **dict.fromkeys(["teacher", "teacher_bias"], f"*{teacher}"),
@@ -52,9 +52,8 @@ def compiled(arch, student, teacher, changed, misaligned=()):
     }
     constants = {"POWER": 2, **logits_configuration(kernels.width(30522), 2 if student == teacher == "bf16" else 4)}
     warps = constants.pop("num_warps")
-    return cubin.compiled(
-        kernels._linear_kl_div_fwd_kernel, arch, types, {**constants, **changed}, misaligned, num_warps=warps
-    )
+    kernel, rows = kernels._linear_kl_div_fwd_kernel, ("labels", "kl", "ce")
+    return cubin.compiled(kernel, arch, types, {**constants, **changed}, misaligned=rows, num_warps=warps)
 
 
 @pytest.mark.parametrize("arch", cubin.ARCHS)

@@ -107,7 +107,7 @@ def chunk(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", FLOAT_PAIRS, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
-@pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 31), (9, 64)])
+@pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 31)])
 def test_losses_and_gradients(n, v, dtypes, chunk):
     assert_as_good_as_torch(n, v, *dtypes)
 
