@@ -28,10 +28,10 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "linear_kl_div": {"cpu": ("float32", "bfloat16")},
+    "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "attention": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "int8_linear": {"cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm_backward": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},

@@ -219,6 +219,27 @@ def _forward_cpu(
     return y
 
 
+# triton -----------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from distilbert_fast.kernels import int8_linear as kernels
+
+    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    kernels.int8_linear(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, y)
+    return y
+
+
 # cuda -------------------------------------------------------------------------------------------------------
 
 
@@ -266,4 +287,4 @@ def _forward_cuda(
     return y
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "cuda": _forward_cuda}
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}
