@@ -26,7 +26,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Args:
         x: [..., C]; float32 on a CPU for a kernel of ours, anything that torch takes otherwise. Under
-            torch.autocast torch serves.
+            torch.autocast and torch.compile torch serves.
         weight: [F, C].
         bias: [F] or None.
 
@@ -37,7 +37,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: shapes that do not fit, by name.
     """
     served = (
-        x.dtype is weight.dtype is torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype is weight.dtype is torch.float32
         and x.device.type == weight.device.type == "cpu"
         and (bias is None or bias.dtype is torch.float32)
         and not torch.is_autocast_enabled("cpu")
