@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.gpu.measure import Case, Work, compiled, run
+from bench.gpu.measure import Case, Work, run
 from bench.gpu.records import Records, Where
 
 DTYPE = torch.bfloat16
@@ -59,9 +60,7 @@ def _forward_and_backward(
         return call
 
     def flex() -> Callable[..., torch.Tensor]:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        function = torch.compile(flex_attention, dynamic=False)
+        function = compiled_flex_attention()
         return by_sequences(lambda q, k, v: function(q, k, v))
 
     def flash() -> Callable[..., torch.Tensor]:
@@ -109,7 +108,14 @@ def _forward_and_backward(
     ):
         case = Case("attention", f"{name}, {shape}", work, "SDPA math", 0.05)
         case.ours(where, (DTYPE,), lambda way=way: way(ours))
-        with compiled():
-            for rival, (package, gpu, make) in rivals.items():
-                case.rival(where, rival, lambda make=make, way=way: way(make()), package, gpu)
-            run(case, where, records)
+        for rival, (package, gpu, make) in rivals.items():
+            case.rival(where, rival, lambda make=make, way=way: way(make()), package, gpu)
+        run(case, where, records)
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Compiled once a shape, with and without gradients."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

@@ -25,10 +25,10 @@ def int8_linear(where: Where, records: Records) -> None:
         for name, (c, f, requantize) in LAYERS.items():
             if not where.gpu:
                 c, f = c // 24, f // 24
-            _layer(where, records, rows, name, c, f, requantize)
+            _layer(where, records, rows, name, c, f, requantize, compiles=rows > 128 and name.startswith("FFN"))
 
 
-def _layer(where: Where, records: Records, n: int, name: str, c: int, f: int, requantize: bool) -> None:
+def _layer(where: Where, records: Records, n: int, name: str, c: int, f: int, requantize: bool, compiles: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(n, c, dtype=DTYPE, device=where.device)
     linear = torch.nn.Linear(c, f, dtype=DTYPE, device=where.device).requires_grad_(False)
@@ -80,9 +80,10 @@ def _layer(where: Where, records: Records, n: int, name: str, c: int, f: int, re
     case = Case("int8_linear", f"{name}, {n} x {c} to {f}", work, "_int_mm, eager", 0.05, read=values)
     case.ours(where, (DTYPE, DTYPE), lambda: ours)
     case.calls["_int_mm, eager"] = separate
+    case.rival(where, "bf16, cuBLAS", lambda: bf16, gpu=False)
     with compiled() as compile:
-        case.rival(where, "_int_mm, torch.compile", lambda: compile(separate))
-        case.rival(where, "torchao, x quantized too", torchao, "torchao")
-        case.rival(where, "bf16, cuBLAS", lambda: bf16, gpu=False)
-        case.rival(where, "bf16, torch.compile", lambda: compile(bf16))
+        if compiles or not where.gpu:  # the two largest layers: compiling all would take minutes
+            case.rival(where, "_int_mm, torch.compile", lambda: compile(separate))
+            case.rival(where, "torchao, x quantized too", torchao, "torchao")
+            case.rival(where, "bf16, torch.compile", lambda: compile(bf16))
         run(case, where, records)
