@@ -5,7 +5,7 @@ sequences: what is added are sequences of old tokens, PADDING long, which nobody
 another sequence, so the real ones come out as if they were alone among N' tokens.
 
     N'   16, 32 … 128, 160, 192, 224, 256, 320 …   four sizes an octave, up to LARGEST: at most a quarter more
-    S    a power of two
+    S    1, 2 … 8, 10, 12, 14, 16, 20 …            likewise, so that their mean length stays near the real one
 
 Graphs share one pool for what they compute in between, and so run one after another, in whatever streams they are
 asked for; what comes out is copied before the next one runs. The least recently used go first.
@@ -36,13 +36,18 @@ _STEP = 16
 
 def token_bucket(tokens: int) -> int:
     """The size N' that N ≥ 1 tokens are computed as."""
-    step = max(_STEP, 1 << max((tokens - 1).bit_length() - 3, 0))
-    return -(-tokens // step) * step
+    return _round_up(tokens, _STEP)
 
 
 def sequence_bucket(batch: int, padding: int) -> int:
     """The size S for B sequences and N' − N tokens of padding."""
-    return 1 << (batch + -(-padding // PADDING) - 1).bit_length()
+    return _round_up(batch + -(-padding // PADDING), 1)
+
+
+def _round_up(count: int, step: int) -> int:
+    """To the next of four sizes an octave, multiples of a step."""
+    step = max(step, 1 << max((count - 1).bit_length() - 3, 0))
+    return -(-count // step) * step
 
 
 class Layout(NamedTuple):
