@@ -55,6 +55,7 @@ def part(tmp_path, monkeypatch):
     return lambda name, seconds=60: Part(name, seconds, f"parts.bodies:{name}", "")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_reported_and_the_rest_goes_on(part, tmp_path):
     parts = [part("raises"), part("crashes"), part("stumbles"), part("good")]
     outcomes = {outcome.name: outcome for outcome in runner.run(parts, 200, tmp_path / "logs")}
@@ -72,6 +73,7 @@ def test_a_part_that_fails_is_reported_and_the_rest_goes_on(part, tmp_path):
     assert outcomes["stumbles"].records == [{"kind": "note", "text": "1"}, failure]
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_what_it_started(part, tmp_path, monkeypatch):
     """It writes before it hangs; the limit is long enough for that and shorter than what it waits for."""
     limits = []

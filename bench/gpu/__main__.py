@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(
         str, typer.Option(metavar="PARTS", help="Names or shell patterns, separated by commas; !PATTERN leaves out.")
     ] = "*",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The JSON. [default: bench/results/GPU.json]")
+        Path | None,
+        typer.Option(metavar="FILE", help="The JSON. [default: bench/results/GPU.json, without a GPU beside the logs]"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Budget of all parts together.")] = BUDGET,
     logs: Annotated[
@@ -67,7 +69,7 @@ def main(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = _gpu()
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     made = report.Report(
         machine={
@@ -76,8 +78,8 @@ def main(
             "versions": versions | {"CUDA": torch.version.cuda or "none"},
         }
     )
-    path = out or RESULTS / f"{report.file_stem(gpu or 'no gpu')}.json"
     folder = logs or Path(tempfile.mkdtemp(prefix="bench-gpu-"))
+    path = out or (RESULTS / f"{report.file_stem(gpu)}.json" if gpu else folder / "no-gpu.json")
     console = Console() if sys.stdout.isatty() else Console(width=160)
     starting = lambda part, limit: console.print(f"{part.name}: up to {limit:.0f} s", highlight=False)  # noqa: E731
     for outcome in runner.run(parts, seconds, folder, starting):
@@ -89,6 +91,12 @@ def main(
         console.print(table)
     console.print(f"\nwritten: {path}; what the parts said: {folder}", highlight=False)
     raise typer.Exit(0 if all(part["status"] == "done" for part in made.parts) and not made.failures else 1)
+
+
+def _gpu() -> str:
+    """Its name, asked for in another process: this one shall hold no memory of the device. Empty without one."""
+    program = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", program], text=True, capture_output=True).stdout.strip()
 
 
 def _version(package: str) -> str | None:
