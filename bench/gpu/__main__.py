@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 
+from bench.choose import chosen
 from bench.gpu import report, runner
 from bench.gpu.plan import BUDGET, PARTS
-from bench.peers.__main__ import chosen
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "torchao", "flash-attn")
@@ -48,11 +48,13 @@ def main(
     ] = "*",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The JSON. [default: bench/results/GPU.json, without a GPU beside the logs]"),
+        typer.Option(
+            metavar="FILE", help="The JSON (default: bench/results/GPU.json; without a GPU, beside the logs)."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Budget of all parts together.")] = BUDGET,
     logs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the parts' outputs go. [default: a temporary directory]")
+        Path | None, typer.Option(metavar="DIR", help="Where the parts' outputs go (default: a temporary directory).")
     ] = None,
 ) -> None:
     """Build, test, tune and measure on this machine's GPU, and say how near its limits each op comes.
