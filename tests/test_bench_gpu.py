@@ -130,6 +130,27 @@ def test_contenders_are_compared_and_missing_ones_named(tmp_path, monkeypatch):
     }
 
 
+class Timed(Where):
+    """A CPU that is timed as if it were a GPU."""
+
+    gpu = True
+
+
+def test_what_is_timed_is_recorded_with_its_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.contest.FLUSH_BYTES", 1 << 16)
+    x = torch.ones(64, 64)
+    resets = []
+    case = Case("quantize", "tiny", Work(moved_bytes=x.nbytes), "other", 0.01, lambda: resets.append(1))
+    case.ours(CPU, (torch.float32,), lambda: lambda: x * 2)
+    case.calls["other"] = lambda: x + x
+    measure.run(case, Timed(torch.device("cpu")), Records(tmp_path / "records"), rounds=3)
+    (record,) = Records(tmp_path / "records").read()
+    for contender in record["contenders"].values():
+        assert 0 < contender["low"] <= contender["median"] <= contender["high"] and contender["agrees"]
+        assert contender["peak_bytes"] >= 0
+    assert len(resets) > 2 * 3 and record["missing"] == {}
+
+
 def test_torn_lines_of_a_killed_part_are_left_out(tmp_path):
     records = Records(tmp_path / "records")
     assert records.read() == []
