@@ -129,9 +129,15 @@ class _Graph:
         self.inputs, self.output, self.replay = captured
         self.bytes = sum(x.nbytes for x in (*self.inputs, self.output) if x is not None)
         self._regular: tuple[int, int] | None = None  # shape of the batch whose layout the inputs hold
+        self._streams: set[torch.cuda.Stream] = set()  # that it ran in
 
     def fill(self, ids: torch.Tensor, layout: Callable[[], Layout], regular: tuple[int, int] | None) -> None:
         n, inputs = ids.shape[0], self.inputs
+        if ids.is_cuda and (stream := torch.cuda.current_stream()) not in self._streams:
+            for x in inputs:
+                if x is not None:
+                    x.record_stream(stream)  # once given back, its memory waits for what still runs there
+            self._streams.add(stream)
         inputs.ids[:n].copy_(ids)
         if regular is not None and regular == self._regular:
             return
