@@ -2,7 +2,11 @@
 // the device and stream to use, so the module needs neither torch nor a GPU to build and import. Address 0 stands for
 // "none".
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+
+#include "cuda/attention.h"
 #include "cuda/int8_linear.h"
 #include "cuda/kl_div.h"
 #include "cuda/layer_norm.h"
@@ -23,6 +27,37 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
                    int teacher_dtype, Address mask, int64_t rows, int64_t columns, double temperature) {
   return {at<const void>(student), at<const void>(teacher), student_stride, teacher_stride, student_dtype,
           teacher_dtype,           at<const bool>(mask),    rows,           columns,        temperature};
+}
+
+// Address and strides of sequences, tokens and heads.
+using Heads = std::array<int64_t, 4>;
+
+template <class Pointer>
+AttentionTensor<Pointer> heads_at(const Heads& x) {
+  return {reinterpret_cast<Pointer>(x[0]), x[1], x[2], x[3]};
+}
+
+// q, k, v, dtype, cu_seqlens, mask, tokens, length, batch, heads, head_size, head_mask, its stride, every_head, scale,
+// dropout_p, seed: see AttentionCall.
+using AttentionArguments = std::tuple<Heads, Heads, Heads, int, Address, Address, int64_t, int64_t, int64_t, int64_t,
+                                      int64_t, Address, int64_t, bool, double, double, Address>;
+
+AttentionCall attention_call(const AttentionArguments& arguments) {
+  const auto& [q, k, v, dtype, cu_seqlens, mask, tokens, length, batch, heads, head_size, head_mask, head_mask_stride,
+               every_head, scale, dropout_p, seed] = arguments;
+  return {{at<const int32_t>(cu_seqlens), at<const bool>(mask), tokens, length, batch},
+          heads,
+          head_size,
+          heads_at<const void*>(q),
+          heads_at<const void*>(k),
+          heads_at<const void*>(v),
+          dtype,
+          at<const float>(head_mask),
+          head_mask_stride,
+          every_head,
+          scale,
+          dropout_p,
+          at<const int64_t>(seed)};
 }
 
 }  // namespace
@@ -98,4 +133,24 @@ PYBIND11_MODULE(_cuda, m) {
             device, at<void>(stream));
       },
       "LayerNorm of the rows of x + residual, and their statistics or int8 codes");
+  m.def(
+      "attention_forward",
+      [](const AttentionArguments& arguments, Heads o, Heads unmasked, Address stats, int device, Address stream) {
+        const AttentionCall call = attention_call(arguments);
+        py::gil_scoped_release release;
+        attention_forward({call, heads_at<void*>(o), heads_at<void*>(unmasked), at<float>(stats)}, device,
+                          at<void>(stream));
+      },
+      "Attention of packed sequences (cu_seqlens, tokens) or of padded ones (mask or 0, length)");
+  m.def(
+      "attention_backward",
+      [](const AttentionArguments& arguments, Heads g, Heads o, Address stats, Address r, Heads dq, Heads dk, Heads dv,
+         Address dm, int device, Address stream) {
+        const AttentionCall call = attention_call(arguments);
+        py::gil_scoped_release release;
+        attention_backward({call, heads_at<const void*>(g), heads_at<const void*>(o), at<const float>(stats),
+                            at<float>(r), heads_at<void*>(dq), heads_at<void*>(dk), heads_at<void*>(dv), at<float>(dm)},
+                           device, at<void>(stream));
+      },
+      "Gradients of q, k, v and, where dm is not 0, of the head mask [batch, heads]");
 }

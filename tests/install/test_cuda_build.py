@@ -67,6 +67,8 @@ def test_needs_no_library_of_the_toolkit(module):
 
 # File -> its kernels for each architecture, and the registers with which as many blocks fit as it counts on.
 KERNELS = {
+    "attention": (2 * 3, 255),  # two dtypes, three head sizes; two blocks of 128 threads, here and in backward
+    "attention_backward": (2 * 2 * 3 + 1, 255),  # by queries and by keys, and for the mask
     "kl_div": (2 * 9, 64),  # forward and backward, three dtypes on either side; two blocks of 512 threads
     "int8_linear": (2, 255),  # large and small tiles; two blocks of 128
     "int8_linear_sm90": (1, 128),  # two blocks of 256
@@ -92,6 +94,11 @@ def test_no_kernel_spills(build):
 @pytest.mark.parametrize(
     ("file", "arch", "instructions"),
     [
+        *(
+            (file, arch, ["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "STG.E.128"])
+            for file in ("attention", "attention_backward")
+            for arch in ("80", "90a", "100")
+        ),
         *(("int8_linear", arch, ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128.ZFILL"]) for arch in ARCHS),
         ("int8_linear_sm90", "90a", ["IGMMA.64x128x32.S8.S8", "LDGSTS.E.BYPASS.128.ZFILL", "FENCE.VIEW.ASYNC"]),
         ("layer_norm", "80", ["LDG.E.128", "STG.E.128"]),
@@ -103,6 +110,7 @@ def test_instructions(build, file, arch, instructions):
     (code,) = build[1].parents[1].glob(f"build/native-*/csrc/cuda/{file}.cu.o")
     sass = succeed(triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", f"sm_{arch}", code, cwd=code.parent)
     assert not [name for name in instructions if name not in sass]
+    assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\b", sass)  # whose order nobody knows
 
 
 def test_hopper_has_its_products_only_there(build):

@@ -259,6 +259,16 @@ T __shfl_xor_sync(unsigned, T x, int lanes) {
   return emulated::exchange(x)[emulated::lane() ^ static_cast<unsigned>(lanes)];
 }
 
+inline uint32_t __ballot_sync(unsigned, int holds) {
+  const auto warp = emulated::exchange(holds != 0);
+  uint32_t lanes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) lanes |= uint32_t{warp[lane]} << lane;
+  return lanes;
+}
+
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
+
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
