@@ -29,7 +29,7 @@ _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "attention": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "attention": {"triton": _FLOAT, "cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
@@ -182,7 +182,10 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str | None:
+Unfit = tuple[tuple[str, str], ...]  # backends that cannot serve a call for what else is in it, and why
+
+
+def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...], unfit: Unfit) -> str | None:
     """Why backend ``name`` cannot serve this call; None if it can."""
     if name == "torch":
         return None
@@ -196,14 +199,14 @@ def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str |
     alien = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in KERNELS[op][name]]
     if alien:
         return f"its {op} takes {', '.join(KERNELS[op][name])}, not {', '.join(alien)}"
-    return None
+    return dict(unfit).get(name)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | None) -> str:
+def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | None, unfit: Unfit = ()) -> str:
     names = tuple(str(dtype)[6:] for dtype in dtypes)
     if name is not None:
-        obstacle = _obstacle(op, name, device, names)
+        obstacle = _obstacle(op, name, device, names, unfit)
         if obstacle:
             raise BackendError(f"{op}: backend {name!r} was forced but cannot serve: {obstacle}")
         return name
@@ -211,7 +214,7 @@ def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | N
     for candidate in KERNELS[op]:
         if not _runs_on(candidate, device) or (candidate == "triton" and device == "cpu"):
             continue  # the interpreter serves only who asks for it by name
-        obstacle = _obstacle(op, candidate, device, names)
+        obstacle = _obstacle(op, candidate, device, names, unfit)
         if obstacle is None:
             return candidate
         reasons.append(f"{candidate}: {obstacle}")
@@ -220,13 +223,13 @@ def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | N
     return "torch"
 
 
-def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The backend that serves ``op`` for tensors of these dtypes on this device.
+def select(op: str, device: torch.device, *dtypes: torch.dtype, unfit: Unfit = ()) -> str:
+    """The backend that serves ``op`` for tensors of these dtypes on this device and is not ``unfit`` for the call.
 
     Raises:
         BackendError: a forced backend cannot serve; the message says why.
     """
-    return _choose(op, device.type, dtypes, forced())
+    return _choose(op, device.type, dtypes, forced(), unfit)
 
 
 def select_backward(op: str, device: torch.device, *dtypes: torch.dtype) -> str:

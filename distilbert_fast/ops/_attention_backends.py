@@ -14,6 +14,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 
 OP = "attention"
+CUDA_HEAD_SIZE = 128  # the largest in csrc/cuda
 
 
 class Call(NamedTuple):
@@ -340,6 +341,98 @@ def _backward_triton(
     return dq, dk, dv, dm
 
 
-FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
-FORWARD_KEEPING = {"triton": _forward_keeping_triton}  # others make again in backward what they need
-BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}
+def _cuda_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Any, ...]:
+    """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
+    cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
+    return (
+        *(_heads_argument(x) for x in (q, k, v)),
+        backends.CUDA_DTYPE[q.dtype],
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if cu_seqlens is None else q.shape[0],
+        q.shape[1] if cu_seqlens is None else 0,
+        q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        *q.shape[-2:],
+        0 if head_mask is None else head_mask.data_ptr(),
+        0 if head_mask is None else head_mask.stride(0),
+        call.dm,
+        call.scale,
+        call.dropout_p,
+        0 if call.seed is None else call.seed.data_ptr(),
+    )
+
+
+def _launch_forward_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Call,
+    unmasked: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+) -> torch.Tensor:
+    call = _ready(q, call)
+    o = q.new_empty(q.shape)
+    backends.cuda().attention_forward(
+        _cuda_arguments(q, k, v, call),
+        _heads_argument(o),
+        (0, 0, 0, 0) if unmasked is None else _heads_argument(unmasked),
+        0 if stats is None else stats.data_ptr(),
+        *backends.device_and_stream(q.device),
+    )
+    return o
+
+
+def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+    return _launch_forward_cuda(q, k, v, call)
+
+
+def _forward_keeping_cuda(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    unmasked, stats = kept_like(q, call)
+    return _launch_forward_cuda(q, k, v, call, unmasked if call.dm else None, stats), unmasked, stats
+
+
+def _backward_cuda(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    call: Call,
+) -> tuple[torch.Tensor, ...]:
+    call = _ready(q, call)
+    if stats.shape[0] == 0:  # another backend served forward
+        o, unmasked, stats = _forward_keeping_cuda(q, k, v, call)
+        o = unmasked if call.dm else o
+    gradients = gradients_like(q, call)
+    r = stats.new_empty(stats.shape[1:])  # [H, N]
+    backends.cuda().attention_backward(
+        _cuda_arguments(q, k, v, call),
+        _heads_argument(do),
+        _heads_argument(o),
+        stats.data_ptr(),
+        r.data_ptr(),
+        *(_heads_argument(x) for x in gradients[:3]),
+        gradients[3].data_ptr() if call.dm else 0,
+        *backends.device_and_stream(q.device),
+    )
+    return gradients
+
+
+def backend_of(q: torch.Tensor) -> str:
+    """Who serves heads of this dtype and size."""
+    size = q.shape[-1]
+    unfit = (
+        ()
+        if size <= CUDA_HEAD_SIZE
+        else (("cuda", f"its attention takes heads of up to {CUDA_HEAD_SIZE}, not {size}"),)
+    )
+    return backends.select(OP, q.device, q.dtype, unfit=unfit)
+
+
+FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}
+# The others make again in backward what they need.
+FORWARD_KEEPING = {"triton": _forward_keeping_triton, "cuda": _forward_keeping_cuda}
+BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton, "cuda": _backward_cuda}

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._attention_backends import (
     BACKWARD,
@@ -29,6 +28,7 @@ from distilbert_fast.ops._attention_backends import (
     OP,
     Call,
     accumulate,
+    backend_of,
     gradients_like,
     kept_like,
     nothing_like,
@@ -209,13 +209,13 @@ def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any)
 @operator(f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> Tensor", _forward_fake)
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
     """The output, contiguous."""
-    kernel = FORWARD[backends.select(OP, q.device, q.dtype)]
+    kernel = FORWARD[backend_of(q)]
     with as_written(q.device):
         return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
 
 
 def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
-    keeps = q.device.type != "meta" and backends.select(OP, q.device, q.dtype) in FORWARD_KEEPING
+    keeps = q.device.type != "meta" and backend_of(q) in FORWARD_KEEPING
     return q.new_empty(q.shape), *(kept_like(q, Call(*call)) if keeps else nothing_like(q))
 
 
@@ -226,7 +226,7 @@ def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ca
 def _forward_keeping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
     """The output, and for backward, where its backend reads them: the output before the head mask, if dm is wanted,
     and the softmax statistics float32 [2, H, N]. Else both are empty."""
-    kernel = FORWARD_KEEPING.get(backends.select(OP, q.device, q.dtype))
+    kernel = FORWARD_KEEPING.get(backend_of(q))
     if kernel is None:
         return _forward(q, k, v, *call), *nothing_like(q)
     with as_written(q.device):
@@ -263,7 +263,7 @@ def _backward(
 
     o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else behind it.
     """
-    kernel = BACKWARD[backends.select(OP, q.device, q.dtype)]
+    kernel = BACKWARD[backend_of(q)]
     with as_written(q.device):
         return kernel(_rows(do), _rows(q), _rows(k), _rows(v), o, stats, Call(*call))
 
