@@ -31,6 +31,7 @@ _HOME = {
     "BackendError": "backends",
     "backend": "backends",
     # models
+    "Engine": "engine",
     "DistilBertForMaskedLM": "modeling.distilbert",
     "DistilBertForMultipleChoice": "modeling.distilbert",
     "DistilBertForQuestionAnswering": "modeling.distilbert",
@@ -40,6 +41,7 @@ _HOME = {
     "Int8Config": "modeling.quantizer",
     "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",
+    "pack_encoder": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
     "DistillationArguments": "distillation.arguments",
@@ -47,6 +49,10 @@ _HOME = {
     "MlmObjective": "distillation.masked_lm",
     "QaObjective": "distillation.objectives",
     "TaskObjective": "distillation.objectives",
+    "MaskedDataset": "distillation.masking",
+    "Masking": "distillation.masking",
+    "load_corpus": "distillation.data",
+    "pad_collator": "distillation.masking",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }
