@@ -3,7 +3,9 @@
 // "none".
 #include <pybind11/pybind11.h>
 
+#include "cuda/int8_linear.h"
 #include "cuda/kl_div.h"
+#include "cuda/layer_norm.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;
@@ -52,4 +54,48 @@ PYBIND11_MODULE(_cuda, m) {
                         at<void>(stream));
       },
       "Gradient from saved statistics and the upstream gradient of each row");
+  m.def(
+      "int8_linear",
+      [](Address x, int64_t x_stride, Address x_scale, int64_t x_scale_stride, Address w, int64_t w_stride,
+         Address w_scale, Address bias, int bias_dtype, int64_t rows, int64_t columns, int64_t depth, bool gelu,
+         Address residual, int64_t residual_stride, int residual_dtype, Address y, int y_dtype, Address out_scale,
+         int64_t out_scale_stride, int device, Address stream) {
+        py::gil_scoped_release release;
+        int8_linear({at<const int8_t>(x),
+                     x_stride,
+                     at<const float>(x_scale),
+                     x_scale_stride,
+                     at<const int8_t>(w),
+                     w_stride,
+                     at<const float>(w_scale),
+                     at<const void>(bias),
+                     bias_dtype,
+                     rows,
+                     columns,
+                     depth,
+                     gelu,
+                     at<const void>(residual),
+                     residual_stride,
+                     residual_dtype,
+                     at<void>(y),
+                     y_dtype,
+                     at<const float>(out_scale),
+                     out_scale_stride},
+                    device, at<void>(stream));
+      },
+      "Linear layer of int8 codes: exact int32 sums, then scales, bias, GELU, residual, and floats or codes out");
+  m.def(
+      "layer_norm",
+      [](Address x, int64_t x_stride, Address residual, int64_t residual_stride, int dtype, Address weight,
+         Address bias, int parameter_dtype, int64_t rows, int64_t columns, double eps, Address y, Address mean,
+         Address rstd, Address codes, Address scale_out, Address scale_in, int64_t scale_in_stride, int device,
+         Address stream) {
+        py::gil_scoped_release release;
+        layer_norm(
+            {at<const void>(x), x_stride, at<const void>(residual), residual_stride, dtype, at<const void>(weight),
+             at<const void>(bias), parameter_dtype, rows, columns, eps, at<void>(y), at<float>(mean), at<float>(rstd),
+             at<int8_t>(codes), at<float>(scale_out), at<const float>(scale_in), scale_in_stride},
+            device, at<void>(stream));
+      },
+      "LayerNorm of the rows of x + residual, and their statistics or int8 codes");
 }

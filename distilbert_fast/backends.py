@@ -23,17 +23,20 @@ log = logging.getLogger("distilbert_fast")
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
-# device. The first entry that can run here serves; `torch` stands behind all of them.
+# device. The first entry that can run here serves; `torch` stands behind all of them. Where a backend has only the
+# forward of an op, backward has an entry of its own.
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "linear_kl_div": {"cpu": ("float32", "bfloat16")},
-    "attention": {"cpu": ("float32", "bfloat16")},
+    "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "attention": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "int8_linear": {"cpu": ("float32", "bfloat16")},
-    "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "layer_norm": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "layer_norm_backward": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "linear": {"cpu": ("float32",)},
     "codebook_linear": {},
 }
 
@@ -83,6 +86,15 @@ def cuda() -> Any:
     import distilbert_fast._cuda as _cuda
 
     return _cuda
+
+
+# The codes by which native CUDA entries know a dtype.
+CUDA_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Where a native CUDA entry queues its work: the device's number and torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def interpreted() -> bool:
@@ -215,6 +227,16 @@ def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
         BackendError: a forced backend cannot serve; the message says why.
     """
     return _choose(op, device.type, dtypes, forced())
+
+
+def select_backward(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend for the gradients of ``op``, by the entry ``<op>_backward`` of KERNELS.
+
+    A forced backend that has only a forward leaves backward to the free choice: what it kept serves any.
+    """
+    name, backward = forced(), f"{op}_backward"
+    forward_only = name in KERNELS[op] and name not in KERNELS[backward]
+    return _choose(backward, device.type, dtypes, None if forward_only else name)
 
 
 def _version(package: str) -> str | None:

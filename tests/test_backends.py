@@ -56,6 +56,17 @@ def test_a_forced_backend_serves_and_is_undone():
     torch.testing.assert_close(kl_div(x, x.flip(0)), loss)
 
 
+def test_a_forced_backend_that_has_only_a_forward_leaves_backward_to_the_free_choice():
+    free = backends.select_backward("layer_norm", CPU, torch.float32)
+    assert "cuda" in backends.KERNELS["layer_norm"] and "cuda" not in backends.KERNELS["layer_norm_backward"]
+    with backend("cuda"):
+        assert backends.select_backward("layer_norm", CPU, torch.float32) == free == "cpu"
+    with backend("torch"):
+        assert backends.select_backward("layer_norm", CPU, torch.float32) == "torch"
+    with backend("cpu"), pytest.raises(BackendError, match=r"^layer_norm_backward: backend 'cpu' was forced"):
+        backends.select_backward("layer_norm", CPU, torch.float16)
+
+
 def test_forcing_is_undone_after_an_error():
     with pytest.raises(ZeroDivisionError), backend("torch"):
         raise ZeroDivisionError

@@ -10,7 +10,7 @@ What transformers' own Trainer does, and what is done here instead:
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
 - evaluation draws from the random generators, so that evaluating more often changes the model: here not;
-- several processes whose sampler has a ``set_epoch`` never call the dataset's: here before every epoch, everywhere.
+- a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch.
 """
 
 from __future__ import annotations

@@ -36,8 +36,10 @@ from distilbert_fast.distillation.teacher import (
     full,
     hidden_rows,
     last_attention_inputs,
+    model_of,
 )
 from distilbert_fast.modeling.vocabulary import vocabulary_head
+from distilbert_fast.ops import _check
 from distilbert_fast.ops.cosine_loss import cosine_loss
 
 LOSSES = ("kl", "mlm", "cos", "mse", "hidden", "relation")
@@ -76,6 +78,8 @@ class MlmObjective:
         return tuple(name for name in LOSSES if not is_zero(getattr(self, name)))
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
+        _check.choice(OP, "kd_positions", self.kd_positions, ("real", "masked"))
+        _check.choice(OP, "hidden_loss", self.hidden_loss, ("mse", "cosine"))
         vocabulary_head(student, OP)
         names = self.names
         if not names:
@@ -83,7 +87,7 @@ class MlmObjective:
         taught = [name for name in names if name != "mlm"]
         if teacher is None and taught:
             raise ValueError(f"{OP}: teacher must be given for {', '.join(taught)}, got None")
-        if (model := getattr(teacher, "model", None)) is None:
+        if (model := model_of(teacher)) is None:
             return
         check_pair(student, model, VOCABULARY)
         if {"kl", "mse"} & {*names}:
@@ -121,8 +125,7 @@ class MlmObjective:
         names, real = self.names, tokens(batch)
         deep = "relation" in names or "hidden" in names
         encoded = encode(student.base_model, batch, hidden_states=deep)
-        needed = names != ("mlm",) and teacher is not None
-        answer = teacher.answer(batch, hidden_states=deep) if needed and teacher is not None else None
+        answer = None if teacher is None or names == ("mlm",) else teacher.answer(batch, hidden_states=deep)
         losses: dict[str, Tensor] = {}
         if {"kl", "mlm", "mse"} & {*names}:
             losses |= self._vocabulary(student, encoded, answer, batch, progress)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from distilbert_fast.distillation.checkpoint import describe_model
+from distilbert_fast.distillation.losses import IGNORED
 from distilbert_fast.modeling.encoder import encoder_layers
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops.linear_kl_div import linear_kl_div
@@ -55,6 +56,10 @@ class Answer(Protocol):
 
 
 class Teacher(Protocol):
+    @property
+    def model(self) -> Any:
+        """The transformers model that it is, to be checked against the student; None if it is none."""
+
     def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
         """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
 
@@ -88,7 +93,7 @@ class Projection(NamedTuple):
         kl, ce = linear_kl_div(
             h, projection.weight, projection.bias, self.h, self.W, self.b, temperature, kd_mask, labels
         )
-        return kl * kd_mask.sum(), ce * (labels != -100).sum()
+        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
         total = h.new_zeros(())
@@ -105,7 +110,7 @@ class ModelTeacher:
     """A transformers model, in eval mode and without gradients."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
 
     @property
     def columns(self) -> set[str]:
@@ -150,6 +155,10 @@ class ModelAnswer:
         if self._encoded is None:
             self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
         return self._encoded
+
+
+def model_of(teacher: Teacher | None) -> Any:
+    return None if teacher is None else teacher.model
 
 
 # What students and teachers that are models have in common ---------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from distillation.ddp_runs import WAYS
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 LOSSES = ("loss", "kl", "mlm", "cos", "mse", "hidden", "relation")
 
 

@@ -56,8 +56,6 @@ def test_what_is_no_schedule(value):
         ({"alpha_cos": -1.0}, "alpha_cos must be finite and 0 or more, got -1.0"),
         ({"alpha_ce": "linear:5:inf"}, "alpha_ce must be finite and 0 or more, got linear:5:inf"),
         ({"objective": "lm"}, "objective must be one of task, qa, mlm, got lm"),
-        ({"kd_positions": "all"}, "kd_positions must be one of real, masked, got all"),
-        ({"hidden_loss": "l1"}, "hidden_loss must be one of mse, cosine, got l1"),
         ({"layer_map": "0-1"}, "layer_map must be pairs such as \"0:1,1:3\", got '0-1'"),
         ({"relation_heads": -1}, "relation_heads must be 0 or more, got -1"),
         (

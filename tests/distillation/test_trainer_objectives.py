@@ -107,9 +107,7 @@ def test_question_answering(tmp_path):
         row.pop("labels")
         row["start_positions"], row["end_positions"] = 2, 0
     args = tiny.arguments(tmp_path, objective="qa", learning_rate=1e-2, max_steps=8, logging_steps=1)
-    from datasets import Dataset
-
-    dataset = Dataset.from_list([{**row, "text": "not for a model"} for row in rows])
+    dataset = pytest.importorskip("datasets").Dataset.from_list([{**row, "text": "not for a model"} for row in rows])
     trainer = DistillationTrainer(student, teacher, args, dataset, eval_dataset=dataset)
     before = trainer.evaluate()
     trainer.train()
@@ -133,7 +131,7 @@ def test_regression(tmp_path):
 class Stored:
     """A teacher that knows a model's answers by the rows' examples: all that the protocol asks of another kind."""
 
-    columns = ("example",)
+    columns, model = ("example",), None
 
     def __init__(self, model, rows):
         self.kept = ModelTeacher(model)
@@ -186,6 +184,17 @@ def test_the_forward_of_a_student_is_its_own_again(tmp_path):
     assert trainer.model(ids).logits.shape == (2, 5, tiny.VOCABULARY)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_masked_lm_on_a_gpu(tmp_path, precision):
+    trainer = masked_lm(tmp_path, use_cpu=False, learning_rate=1e-2, num_train_epochs=8, **precision, **EVERY_LOSS)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["distilbert", "roberta"])
 def test_half_of_the_real_bert_by_masked_lm(tmp_path, bert_dir, tokenizer, architecture):
     """Real weights, real text; a head of random weights on both, which the student copied."""

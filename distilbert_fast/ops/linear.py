@@ -1,0 +1,111 @@
+"""linear: a dense layer for training, where the machine has a faster product than torch's.
+
+    y = x Wᵀ + b        dx = dy W        dW = dyᵀ x        db = Σ dy
+
+torch leaves float32 products on a CPU to MKL, which does not use the whole width of AMD's vector units. Weights are
+packed anew with every call, into the cache of the thread that multiplies with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check
+from distilbert_fast.ops._operator import operator
+
+OP = "linear"
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x Wᵀ + b, as ``torch.nn.functional.linear``, which serves wherever it is no slower.
+
+    Args:
+        x: [..., C]; float32 on a CPU for a kernel of ours, anything that torch takes otherwise. Under
+            torch.autocast and torch.compile torch serves.
+        weight: [F, C].
+        bias: [F] or None.
+
+    Returns:
+        [..., F].
+
+    Raises:
+        ValueError: shapes that do not fit, by name.
+    """
+    served = (
+        not torch.compiler.is_compiling()
+        and x.dtype is weight.dtype is torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and (bias is None or bias.dtype is torch.float32)
+        and not torch.is_autocast_enabled("cpu")
+        and backends.select(OP, x.device, x.dtype) == "cpu"
+        and (backends.forced() == "cpu" or backends.cpu().prefers_own_gemm())
+    )
+    if not served:
+        return F.linear(x, weight, bias)
+    _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), (torch.float32,))
+    if bias is not None:
+        _check.tensor(OP, "bias", bias, (weight.shape[0],), (torch.float32,))
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
+    return _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return (
+            _product(dy, weight.t(), None) if ctx.needs_input_grad[0] else None,
+            _product(dy.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
+            dy.sum(dim=0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _product_fake(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[0])
+
+
+@operator("linear_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", _product_fake)
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[M, F] = a [M, K] bᵀ + bias, b [F, K]; either may be a transposed view."""
+    return _PRODUCT[backends.select(OP, a.device, a.dtype)](a, b, bias)
+
+
+def _product_torch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(a, b, bias)
+
+
+def _touching(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its rows or its columns are whole, wherever they lie; else a contiguous copy."""
+    return x if 1 in x.stride() and min(x.stride()) >= 0 else x.contiguous()
+
+
+def _product_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    a, b = _touching(a), _touching(b)
+    out = backends.empty_cpu(_product_fake(a, b, bias))
+    backends.cpu().linear_product(
+        a.data_ptr(),
+        *a.stride(),
+        b.data_ptr(),
+        *b.stride(),
+        0 if bias is None else bias.contiguous().data_ptr(),
+        a.shape[0],
+        b.shape[0],
+        a.shape[1],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_PRODUCT = {"torch": _product_torch, "cpu": _product_cpu}
