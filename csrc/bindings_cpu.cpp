@@ -264,7 +264,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "linear_product",
       [](Address a, int64_t a_row, int64_t a_step, Address b, int64_t b_row, int64_t b_step, Address bias, int64_t rows,
-         int64_t columns, int64_t k, Address out, int threads) {
+         int64_t columns, int64_t k, Address out, bool add, int threads) {
         const LinearProduct call = {at<const float>(a),
                                     a_row,
                                     a_step,
@@ -275,7 +275,8 @@ PYBIND11_MODULE(_cpu, m) {
                                     rows,
                                     columns,
                                     k,
-                                    at<float>(out)};
+                                    at<float>(out),
+                                    add};
         py::gil_scoped_release release;
         linear_product(call, threads);
       },

@@ -102,7 +102,7 @@ void linear_product(const LinearProduct& call, int threads) {
                                     static_cast<int32_t>(std::min(blocks, block + kSumBlocks))};
           gemm.blocks = &range;
           gemm.weights.bias = bias.data() + first * kPanelColumns + (block == 0 ? 0 : padded);
-          gemm.residual = block == 0 ? nullptr : gemm.out;
+          gemm.residual = block == 0 && !call.add ? nullptr : gemm.out;
           tier.gemm_float32(gemm, row, stop, 0, last - first, nullptr);
         }
       }

@@ -15,6 +15,7 @@ struct LinearProduct {
   const float* bias;  // [columns] or null
   int64_t rows, columns, k;
   float* out;  // contiguous
+  bool add;    // to what out holds
 };
 
 // Throws std::invalid_argument before it touches memory.

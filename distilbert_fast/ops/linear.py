@@ -36,15 +36,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         ValueError: shapes that do not fit, by name.
     """
-    served = (
-        not torch.compiler.is_compiling()
-        and x.dtype is weight.dtype is torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and (bias is None or bias.dtype is torch.float32)
-        and not torch.is_autocast_enabled("cpu")
-        and backends.select(OP, x.device, x.dtype) == "cpu"
-        and (backends.forced() == "cpu" or backends.cpu().prefers_own_gemm())
-    )
+    served = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and _is_ours(x, weight, bias)
     if not served:
         return F.linear(x, weight, bias)
     _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), (torch.float32,))
@@ -58,15 +50,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return (
-            _product(dy, weight.t(), None) if ctx.needs_input_grad[0] else None,
-            _product(dy.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
+            product(dy, weight.t(), None) if ctx.needs_input_grad[0] else None,
+            product(dy.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
             dy.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
@@ -76,36 +68,51 @@ def _product_fake(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -
 
 
 @operator("linear_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", _product_fake)
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[M, F] = a [M, K] bᵀ + bias, b [F, K]; either may be a transposed view."""
-    return _PRODUCT[backends.select(OP, a.device, a.dtype)](a, b, bias)
+    if not _is_ours(a, b, bias):
+        return F.linear(a, b, bias)
+    return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias)), add=False)
 
 
-def _product_torch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(a, b, bias)
+def product_into(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add: bool = False
+) -> torch.Tensor:
+    """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous, all of one dtype. For other ops."""
+    if _is_ours(a, b, bias):
+        return _native(a, b, bias, out, add)
+    if bias is not None and not add:
+        return torch.addmm(bias, a, b.t(), out=out)
+    torch.addmm(out, a, b.t(), beta=int(add), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def _is_ours(*tensors: torch.Tensor | None) -> bool:
+    """Whether these are for the kernel: float32 on a CPU, where that is faster than torch, or forced."""
+    return all(x is None or (x.dtype is torch.float32 and x.device.type == "cpu") for x in tensors) and (
+        backends.select(OP, torch.device("cpu"), torch.float32) == "cpu"
+        and (backends.forced() == "cpu" or backends.cpu().prefers_own_gemm())
+    )
 
 
 def _touching(x: torch.Tensor) -> torch.Tensor:
     """x itself if its rows or its columns are whole, wherever they lie; else a contiguous copy."""
-    return x if 1 in x.stride() and min(x.stride()) >= 0 else x.contiguous()
+    return x if 1 in x.stride() else x.contiguous()
 
 
-def _product_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    a, b = _touching(a), _touching(b)
-    out = backends.empty_cpu(_product_fake(a, b, bias))
+def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> torch.Tensor:
+    a, b, bias = _touching(a), _touching(b), None if bias is None else bias.contiguous()
     backends.cpu().linear_product(
         a.data_ptr(),
         *a.stride(),
         b.data_ptr(),
         *b.stride(),
-        0 if bias is None else bias.contiguous().data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         a.shape[0],
         b.shape[0],
         a.shape[1],
         out.data_ptr(),
+        add,
         torch.get_num_threads(),
     )
     return out
-
-
-_PRODUCT = {"torch": _product_torch, "cpu": _product_cpu}

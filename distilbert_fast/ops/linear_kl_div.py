@@ -28,6 +28,7 @@ from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
 from distilbert_fast.ops.kl_div import kl_div_reference
+from distilbert_fast.ops.linear import product, product_into
 
 OP = "linear_kl_div"
 
@@ -271,7 +272,7 @@ def _by_chunks(
         if len(G) == 0:
             return
         if dh_sum.numel() > 0:
-            dh_sum[loss].index_copy_(0, rows, G @ W)
+            dh_sum[loss].index_copy_(0, rows, product(G, W.t(), None))
         if dW_sum.numel() > 0:
             _add_product(G.t(), h, dW_sum[loss], begun[loss])
         begun[loss] = True
@@ -301,7 +302,7 @@ def _by_chunks(
 def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, begun: bool) -> None:
     """total += a b, or total = a b if nothing has begun it: [V, C_s], float32 if a and b are bfloat16."""
     if b.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=int(begun), out=total)
+        product_into(total, a, b.t(), add=begun)
         return
     # On CUDA the product of a chunk leaves the tensor cores as they summed it, in float32.
     product = torch.mm(a, b, out_dtype=total.dtype) if b.device.type == "cuda" else a @ b
@@ -371,10 +372,6 @@ def _forward_torch(
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def _project(h: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
-
-
 def _forward_cpu(
     h_s: torch.Tensor,
     W_s: torch.Tensor,
@@ -402,9 +399,9 @@ def _forward_cpu(
 
     def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor) -> _Losses:
         r, r_kl, r_ce = len(h), len(h_t), len(targets)
-        s = _project(h, W_s, b_s, student[:r])
+        s = product_into(student[:r], h, W_s, b_s)
         if r_kl > 0:
-            _project(h_t, W_t, b_t, teacher[:r_kl])
+            product_into(teacher[:r_kl], h_t, W_t, b_t)
         labels_of_all = F.pad(targets, (r - r_ce, 0), value=-1)  # [R], -1 = none
         backends.cpu().linear_kl_div(
             student.data_ptr(),

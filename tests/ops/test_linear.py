@@ -127,7 +127,9 @@ def test_refuses(weight, bias, message):
         linear(torch.zeros(2, 4), weight, bias)
 
 
-NATIVE = dict(a=64, a_row=4, a_step=1, b=64, b_row=4, b_step=1, bias=0, rows=2, columns=3, k=4, out=64, threads=1)
+NATIVE = dict(
+    a=64, a_row=4, a_step=1, b=64, b_row=4, b_step=1, bias=0, rows=2, columns=3, k=4, out=64, add=False, threads=1
+)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,16 @@ NATIVE = dict(a=64, a_row=4, a_step=1, b=64, b_row=4, b_step=1, bias=0, rows=2, 
 def test_the_native_entry_refuses(name, value, message):
     with pytest.raises(ValueError, match=f"^linear: {message}$"):
         backends.cpu().linear_product(*(NATIVE | {name: value}).values())
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_into_memory(add, dtype, tier):
+    """As linear_kl_div does, chunk by chunk; without ``add`` what stood there, NaN even, is gone."""
+    a, b, bias = (x.to(dtype) for x in case(13, 900, 37))
+    before = torch.full((13, 37), 3.0 if add else float("nan"), dtype=dtype)
+    start = before.double() if add else 0.0
+    for given in (None, bias):
+        exact = start + F.linear(a.double(), b.double(), None if given is None else given.double())
+        torchs = F.linear(a, b, given) + (before if add else 0.0)
+        assert_twice_rule(op.product_into(before.clone(), a, b, given, add), torchs, exact)
