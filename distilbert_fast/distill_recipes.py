@@ -100,6 +100,7 @@ class Training:
             "adam_epsilon": 1e-6,
             "max_grad_norm": 5.0,
             "bf16": self.bf16,
+            "use_cpu": not torch.cuda.is_available(),  # or Trainer refuses bfloat16 there
             "save_strategy": "steps",
             "save_steps": max(1, min(250, steps // 8)),
             "save_total_limit": 1,
