@@ -159,7 +159,7 @@ def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     dtype = weights[0].dtype
     total = x[0].to(dtype) * weights[0]
     for weight, part in zip(weights[1:], x[1:], strict=True):
-        total = torch.addcmul(total, part.to(dtype), weight)
+        total.addcmul_(part.to(dtype), weight)
     return total
 
 
