@@ -44,9 +44,13 @@ _HOME = {
     "quantize_model": "compression.quantize",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
+    "MaskedDataset": "distillation.masking",
+    "Masking": "distillation.masking",
     "MlmObjective": "distillation.masked_lm",
     "QaObjective": "distillation.objectives",
     "TaskObjective": "distillation.objectives",
+    "load_corpus": "distillation.data",
+    "pad_collator": "distillation.masking",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }

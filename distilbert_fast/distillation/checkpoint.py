@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from distilbert_fast.distillation import manifest
@@ -255,7 +256,13 @@ class ResumableTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            # Trainer would read every row to learn its length
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            sampler: Any = LengthGroupedSampler(batch, lengths=dataset.lengths)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
         if sampler is None or hasattr(sampler, "set_epoch"):  # the latter is repeatable by itself
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -360,10 +367,12 @@ def describe_model(model: Any, weights: bool = False) -> dict[str, Any]:
 
 
 def _describe_dataset(dataset: Any) -> dict[str, Any] | None:
-    """Length and, where reading a row is repeatable, a digest of up to 64 evenly spaced rows."""
+    """Length and the dataset's own fingerprint; or, where reading a row is repeatable, a digest of up to 64 rows."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
     described: dict[str, Any] = {"rows": len(dataset)}
+    if hasattr(dataset, "fingerprint"):
+        return described | {"fingerprint": dataset.fingerprint}
     if hasattr(dataset, "with_format"):  # a datasets.Dataset: its stored rows, behind any transform
         dataset = dataset.with_format(None)
     elif not isinstance(dataset, Sequence):

@@ -1,6 +1,6 @@
-"""When a checkpoint directory is complete.
+"""When a directory, a checkpoint's or a corpus', is complete.
 
-A manifest lies in every checkpoint. It is written twice: first to say that saving began, and, once every
+A manifest lies in every one. It is written twice: first to say that saving began, and, once every
 other file is on the disk, to list them with size and SHA-256. The second writing (temporary file, fsync,
 rename, fsync of the directory) is one atomic step: a run killed or a machine stopped before it leaves a
 checkpoint that is known to be half-written, after it one that can be trusted.
@@ -46,7 +46,7 @@ def complete(checkpoint: Path, settings: dict[str, Any]) -> None:
         sync(file)
         files[file.relative_to(checkpoint).as_posix()] = {
             "size": file.stat().st_size,
-            "sha256": _sha256(file),
+            "sha256": sha256(file),
         }
     for directory in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint.parent):
         sync(directory)
@@ -77,7 +77,7 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["size"]:
             return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
-        if contents and _sha256(file) != entry["sha256"]:
+        if contents and sha256(file) != entry["sha256"]:
             return f"the contents of {name} do not fit their checksum"
     return None
 
@@ -194,7 +194,8 @@ def _files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
