@@ -50,8 +50,10 @@ DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 suspects its own intrinsics
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512, "tier_amx": AMX}
+TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512, "tier_avx512_bf16": AVX512_BF16}
+TIER_FLAGS["tier_amx"] = AMX
 if not IS_X86:
     TIER_FLAGS = {"tier_scalar": []}
 

@@ -29,15 +29,15 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear_kl_div": {"cpu": ("float32", "bfloat16")},
     "attention": {"cpu": ("float32", "bfloat16")},
-    "quantize": {"cpu": ("float32", "bfloat16")},
+    "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "int8_linear": {"cpu": ("float32", "bfloat16")},
-    "layer_norm": {"cpu": ("float32", "bfloat16")},
-    "embedding": {"cpu": ("float32", "bfloat16")},
-    "cosine_loss": {"cpu": ("float32", "bfloat16")},
+    "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "codebook_linear": {},
 }
 
-ISA_TIERS = ("amx", "avx512_vnni", "avx2", "scalar")
+ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx2", "scalar")
 
 
 class BackendError(RuntimeError):

@@ -1,4 +1,6 @@
-"""Pure functions on tiles that the Triton kernels share, and how a row of logits is cut into tiles.
+"""Pure functions on tiles that the Triton kernels share, and how rows are cut into tiles.
+
+A row of C hidden states fits in registers: a tile is [ROWS, BLOCK_C], whole rows, read once (``row_tile``).
 
 A row of V = 30522 two-byte logits starts at any multiple of 4 bytes, and a load of 16 bytes may not. So a row is
 its *body*, whole groups of GROUP columns that start at multiples of GROUP elements, and its *edges*, the fewer
@@ -12,11 +14,14 @@ Statistics are kept per lane and merged once a row, so that threads meet once a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: finite, so that a difference to it is never NaN
+SMALLEST_SCALE = tl.constexpr(2.0**-126)  # TINY of ops/quantize.py: the reciprocal of any scale from here up is finite
 UNIT = tl.constexpr(2.0**-20)  # exact factor under which 2^20 differences sum without overflow, be they to LOWEST
 
 
@@ -63,3 +68,62 @@ def online_softmax(x, m, z, c):
     e = tl.exp2(below * (c / UNIT))
     shrink = tl.exp2((m - new_m) * c)
     return new_m, z * shrink + tl.sum(e, axis=1), below, e, shrink
+
+
+@triton.jit
+def to_int8(x, r):
+    """round(clamp(x · r, −127, 127)), ties to even, and 0 where x · r is NaN. x fp32, r fp32 that broadcasts to it.
+
+    In [2^23, 2^24) a float32 is an integer: adding 1.5 · 2^23 rounds as the hardware rounds a sum, and leaves the
+    code, in two's complement, in the low byte. The clamp between product and sum keeps them from becoming one FMA.
+    """
+    product = x * r
+    product = tl.where(product == product, product, 0.0)
+    shifted = tl.minimum(tl.maximum(product, -127.0), 127.0) + 12582912.0
+    return shifted.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def largest_magnitude(x):
+    """max |x| of each row of x fp32 [ROWS, BLOCK_C]. As integers NaN stands above ∞: one anywhere ends in it."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_rows(x, rows, counted, scale, scale_stride, found):
+    """int8 codes of x fp32 [ROWS, BLOCK_C], 0 where there is no column, by the contract of ops/quantize.py.
+
+    Each row's scale is the given one, at ``scale``; where that is None its own, which is written to ``found``.
+    """
+    if scale is None:
+        step = tl.div_rn(largest_magnitude(x), 127.0)  # [ROWS]
+        step = tl.where(step < SMALLEST_SCALE, 0.0, step)
+        tl.store(found + rows, step, mask=counted)
+    else:
+        step = tl.load(scale + rows * scale_stride, mask=counted, other=1.0)
+    return to_int8(x, tl.where(step >= SMALLEST_SCALE, tl.div_rn(1.0, step), 0.0)[:, None])
+
+
+@triton.jit
+def row_tile(block, N, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Tile ``block`` of whole rows: rows [ROWS], columns [BLOCK_C], which rows exist [ROWS], which elements."""
+    rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_C)
+    counted = rows < N
+    return rows, columns, counted, counted[:, None] & (columns < C)[None, :]
+
+
+def row_configs(
+    C: int,
+    per_warp: int = 1024,
+    multiples: Sequence[tuple[int, int]] = ((1, 1), (2, 2), (4, 4), (2, 1), (1, 2), (1, 4)),
+) -> list[dict[str, int]]:
+    """Tiles of whole rows in registers, the best guess first.
+
+    A row of up to ``per_warp`` columns is one warp's own, so that no warp waits for another in a row's sums; short rows
+    share a warp, long ones take more. Each candidate is that with its rows and its warps multiplied.
+    """
+    block = max(1, triton.next_power_of_2(C))
+    rows, warps = max(1, per_warp // block), min(32, max(1, block // per_warp))
+    room = [(k, w) for k, w in multiples if w * warps <= 32 and k * rows * block <= 2 * per_warp * w * warps]
+    return [{"ROWS": k * rows, "BLOCK_C": block, "num_warps": w * warps} for k, w in room or [(1, 1)]]

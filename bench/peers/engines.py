@@ -215,6 +215,12 @@ def tcmalloc() -> str | None:
 
 _ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 FORCED_ISA: Mapping[str, Mapping[str, str]] = {
+    "avx512_bf16": {
+        "DISTILBERT_FAST_ISA": "avx512_bf16",
+        **dict.fromkeys(_ONEDNN, "AVX512_CORE_BF16"),
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E2",
+        "ATEN_CPU_CAPABILITY": "avx512",
+    },
     "avx512_vnni": {
         "DISTILBERT_FAST_ISA": "avx512_vnni",
         **dict.fromkeys(_ONEDNN, "AVX512_CORE_VNNI"),

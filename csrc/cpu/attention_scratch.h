@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kAttentionQueries = 24;  // computed at a time
 constexpr int64_t kAttentionPanel = 32;    // keys side by side in a panel of transposed keys [D, 32]
+constexpr int64_t kPairQueries = 32;       // computed at a time where products are of pairs of bfloat16
 
 constexpr int64_t whole_panels(int64_t n) { return (n + kAttentionPanel - 1) / kAttentionPanel * kAttentionPanel; }
 
@@ -23,7 +24,10 @@ struct AttentionSizes {
 
   int64_t forward() const {
     const int64_t keys = length * columns, values = length * columns;
-    return tokens + keys + values + kAttentionQueries * (columns + scores) + whole_panels(kAttentionQueries);
+    const int64_t floats = keys + values + kAttentionQueries * (columns + scores) + whole_panels(kAttentionQueries);
+    const int64_t output = kPairQueries * kAttentionPanel;
+    const int64_t pairs = (keys + values + kPairQueries * columns) / 2 + kPairQueries * scores + output + kPairQueries;
+    return tokens + (floats > pairs ? floats : pairs);
   }
   int64_t backward() const { return tokens + 5 * length * columns + 2 * kAttentionQueries * (columns + scores); }
 };

@@ -135,5 +135,48 @@ void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t pane
   tile_release();
 }
 
+// For attention_pairs.h. It reads and writes whole tiles of rows.
+struct TileProduct {
+  static void begin() { configure_tiles(); }
+  static void end() { tile_release(); }
+
+  static void multiply(const uint8_t* a, int64_t a_stride, int64_t rows, const uint8_t* panel, int64_t blocks,
+                       float* out, int64_t out_stride) {
+    rows > kAmxRows ? of_tiles<true>(a, a_stride, panel, blocks, out, out_stride * 4)
+                    : of_tiles<false>(a, a_stride, panel, blocks, out, out_stride * 4);
+  }
+
+ private:
+  template <bool kTwoTiles>
+  static void of_tiles(const uint8_t* a, int64_t a_stride, const uint8_t* panel, int64_t blocks, float* out,
+                       int64_t out_bytes) {
+    tile_zero<0>();
+    tile_zero<1>();
+    if constexpr (kTwoTiles) {
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    for (int64_t k = 0; k < blocks; ++k, a += kAmxRowBytes, panel += kBlockBytes) {
+      tile_load<6>(panel, kAmxRowBytes);
+      tile_load<4>(a, a_stride);
+      tile_multiply_bfloat16<0, 4, 6>();
+      tile_load<7>(panel + kHalfBytes, kAmxRowBytes);
+      tile_multiply_bfloat16<1, 4, 7>();
+      if constexpr (kTwoTiles) {
+        tile_load<5>(a + kAmxRows * a_stride, a_stride);
+        tile_multiply_bfloat16<2, 5, 6>();
+        tile_multiply_bfloat16<3, 5, 7>();
+      }
+    }
+    tile_store<0>(out, out_bytes);
+    tile_store<1>(out + 16, out_bytes);
+    if constexpr (kTwoTiles) {
+      float* below = out + kAmxRows * (out_bytes / 4);
+      tile_store<2>(below, out_bytes);
+      tile_store<3>(below + 16, out_bytes);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -1,4 +1,4 @@
-// Which instruction set tier this process uses: the highest that processor and operating system both grant, or the one
+// Which instruction set tier this process uses: the fastest that processor and operating system both grant, or the one
 // that was asked for.
 #pragma once
 

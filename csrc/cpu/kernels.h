@@ -130,6 +130,7 @@ extern const Kernels kernels_scalar;
 #ifndef DISTILBERT_FAST_SCALAR_ONLY
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;
 #endif
 

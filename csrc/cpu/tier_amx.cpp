@@ -6,6 +6,8 @@
 
 #include "kernel_table.h"
 
+#include "attention_pairs.h"
+
 namespace distilbert_fast {
 namespace {
 
@@ -14,6 +16,7 @@ constexpr Kernels table() {
   kernels.gemm_int8 = gemm_amx<AmxInt8>;
   kernels.gemm_bfloat16 = gemm_amx<AmxBFloat16>;
   kernels.reads_bfloat16 = true;
+  kernels.attention_forward = attention_pairs_forward<TileProduct>;
   return kernels;
 }
 

@@ -36,6 +36,7 @@ from distilbert_fast.distillation.teacher import (
     full,
     hidden_rows,
     last_attention_inputs,
+    model_of,
 )
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
@@ -86,7 +87,7 @@ class MlmObjective:
         taught = [name for name in names if name != "mlm"]
         if teacher is None and taught:
             raise ValueError(f"{OP}: teacher must be given for {', '.join(taught)}, got None")
-        if (model := getattr(teacher, "model", None)) is None:
+        if (model := model_of(teacher)) is None:
             return
         check_pair(student, model, VOCABULARY)
         if {"kl", "mse"} & {*names}:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distilbert_fast.distillation.losses import IGNORED, task_loss
 from distilbert_fast.distillation.relations import EXCLUDED
 from distilbert_fast.distillation.schedule import Scheduled, at, bounds, is_zero
-from distilbert_fast.distillation.teacher import Batch, Teacher, full, inputs_of, only
+from distilbert_fast.distillation.teacher import Batch, Teacher, full, inputs_of, model_of, only
 from distilbert_fast.ops.kl_div import kl_div
 
 OP = "DistillationTrainer"
@@ -72,7 +72,7 @@ class TaskObjective:
     def check(self, student: Any, teacher: Teacher | None) -> None:
         _check_classes(student)
         _need_teacher(self.alpha, teacher)
-        if (model := getattr(teacher, "model", None)) is not None:
+        if (model := model_of(teacher)) is not None:
             _check_classes(model)
             check_pair(student, model, _CLASSES)
 
@@ -113,7 +113,7 @@ class RegressionObjective:
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
         _need_teacher(self.alpha, teacher)
-        if (model := getattr(teacher, "model", None)) is not None:
+        if (model := model_of(teacher)) is not None:
             if not is_regression(model):
                 raise ValueError(f"{OP}: teacher must be a regression model like the student, got a classifier")
             check_pair(student, model, _CLASSES[:2])
@@ -146,9 +146,9 @@ class RegressionObjective:
 class QaObjective:
     """α · τ² KL(teacher ‖ student) + (1 − α) · CE for the start and the end of an answer, the mean of both.
 
-    The softmax runs over the places where an answer may be: not over the question and padding, whose logits no teacher
-    was trained on, but over the first token, which stands for "no answer". They are those of ``answer_mask`` (bool
-    [B, T]) and the first token; without that column, those of token type 1 but the last token, which is [SEP].
+    The softmax runs over the places where an answer may be, which the question and padding are not. They are those of
+    ``answer_mask`` (bool [B, T]) or, without that column, of token type 1 but the last token, which is [SEP]; and the
+    first token, [CLS], which stands for "no answer".
 
     A start or end outside of these places, such as one cut off, does not count for the CE.
     """
@@ -162,13 +162,13 @@ class QaObjective:
         return ("ce",) if is_zero(self.alpha) else ("kl", "ce")
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
-        models = [student, getattr(teacher, "model", student)]
-        for model in models:
-            if not type(model).__name__.endswith("ForQuestionAnswering"):
-                raise TypeError(f"{OP}: model and teacher must be for question answering, got {type(model).__name__}")
+        model = model_of(teacher)
+        for either in (student, student if model is None else model):
+            if not type(either).__name__.endswith("ForQuestionAnswering"):
+                raise TypeError(f"{OP}: model and teacher must be for question answering, got {type(either).__name__}")
         _need_teacher(self.alpha, teacher)
-        if teacher is not None and models[1] is not student:
-            check_pair(student, models[1], _CLASSES[1:2])
+        if model is not None:
+            check_pair(student, model, VOCABULARY)
 
     def weights(self, progress: float) -> tuple[float, ...]:
         return _split(self.alpha, progress)

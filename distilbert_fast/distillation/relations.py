@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distilbert_fast.ops.kl_div import kl_div
 
-# Far below any logit, yet finite: a probability of 0 on both sides then counts 0 in a KL divergence, not NaN.
-EXCLUDED = -1e4
+# Far below any logit at any temperature, yet finite: p = 0 on both sides counts 0 in a KL divergence, not NaN.
+EXCLUDED = -1e9
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v [B, T, C]
 

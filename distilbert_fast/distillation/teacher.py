@@ -56,6 +56,10 @@ class Answer(Protocol):
 
 
 class Teacher(Protocol):
+    @property
+    def model(self) -> Any:
+        """The transformers model that it is, to be checked against the student; None if it is none."""
+
     def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
         """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
 
@@ -106,7 +110,7 @@ class ModelTeacher:
     """A transformers model, in eval mode and without gradients."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
 
     @property
     def columns(self) -> set[str]:
@@ -151,6 +155,10 @@ class ModelAnswer:
         if self._encoded is None:
             self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
         return self._encoded
+
+
+def model_of(teacher: Teacher | None) -> Any:
+    return None if teacher is None else teacher.model
 
 
 # What students and teachers that are models have in common ---------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, settings_of
 from distilbert_fast.distillation.checkpoint import ResumableTrainer
 from distilbert_fast.distillation.objectives import Objective, Step
-from distilbert_fast.distillation.teacher import ModelTeacher, Teacher
+from distilbert_fast.distillation.teacher import ModelTeacher, Teacher, model_of
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -83,7 +83,7 @@ class DistillationTrainer(ResumableTrainer):
             )
         of: Teacher | None = ModelTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         self._given_objective = objective is not None
-        self.objective: Objective = objective or objective_of(args, model, getattr(of, "model", None))
+        self.objective: Objective = objective or objective_of(args, model, model_of(of))
         self.objective.check(model, of)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         # makes Trainer leave it to us to divide by the counts of a step

@@ -26,6 +26,7 @@ from distilbert_fast.ops import _check
 
 log = logging.getLogger("distilbert_fast")
 OP = "optimize"
+PACK = "pack_encoder"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -86,6 +87,31 @@ def optimize(
     if model is not encoder:
         model.__class__ = _with_forward(type(model), _head_forward)
     return model
+
+
+def pack_encoder(
+    model: PreTrainedModel,
+    precision: str | None = None,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> Engine:
+    """The encoder of a model as an ``Engine`` of its own, to be called, saved and loaded without transformers.
+
+        pack_encoder(model, "int8").save("encoder.safetensors")
+        Engine.load("encoder.safetensors")(input_ids, attention_mask)      # last hidden state [B, T, C]
+
+    Loading maps the file into memory: no weight is read before it is used, none is packed again.
+
+    Args:
+        model, precision, calibration, tokenizer: as for ``optimize``, which does the same in place.
+        head_mask: a fixed factor for each head, [H] or [L, H]; heads with 0 leave the weights.
+
+    Raises:
+        TypeError, ValueError: as ``optimize`` and ``Engine.from_model`` do.
+    """
+    engine = Engine.from_model(encoder_modules(find_encoder(model, PACK), PACK), precision, head_mask)
+    return engine if calibration is None else engine.calibrated(batches(calibration, model, tokenizer, PACK))
 
 
 class _Accelerator:

@@ -213,5 +213,32 @@ def _backward_cpu(
     return dstudent
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
+# gpu -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import cosine_loss as kernels
+
+    loss, stats = _forward_fake(student, teacher, mask)
+    kernels.cosine_loss_fwd(student, teacher, mask, EPSILON, loss, stats)
+    return loss, stats
+
+
+def _backward_triton(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    drows: torch.Tensor,
+    stats: torch.Tensor,
+) -> torch.Tensor:
+    from distilbert_fast.kernels import cosine_loss as kernels
+
+    dstudent = _backward_fake(student, teacher, mask, drows, stats)
+    kernels.cosine_loss_bwd(student, teacher, mask, drows, stats, dstudent)
+    return dstudent
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

@@ -61,8 +61,9 @@ def embedding(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name; on the
-            CPU also an id outside its table. On CUDA a look at the ids would wait for the device, so there
-            torch's own gather stops with a device-side assertion.
+            CPU also an id outside its table. On CUDA a look at the ids would wait for the device. There its row
+            of y is NaN, and so are the gradients that it takes part in; no memory outside a table is touched.
+            Where torch serves, its gather stops with a device-side assertion.
     """
     ids, tables = _check_arguments(
         OP, input_ids, position_ids, word, position, weight, bias, token_type_ids, token_type, eps
@@ -352,14 +353,21 @@ def _backward_torch(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     dh, dweight, dbias = normalize_backward(dy, _gather(ids, tables), weight, mean, rstd)
+    return dweight, dbias, _table_gradients(dh, ids, tables, wanted)
+
+
+def _table_gradients(
+    dh: torch.Tensor, ids: list[torch.Tensor], tables: list[torch.Tensor], wanted: list[bool]
+) -> list[torch.Tensor]:
+    """The rows of dh [N, C] added up by id: on CUDA sorted first, so the same bits every run, unlike index_add."""
     dtables = []
     for rows, table, want in zip(ids, tables, wanted, strict=True):
-        if want:  # the same bits every run, unlike index_add on CUDA
+        if want:
             dtable = torch.ops.aten.embedding_dense_backward(dh, rows, table.shape[0], -1, False)
             dtables.append(dtable.to(table.dtype))
         else:
             dtables.append(table.new_empty((0, table.shape[1])))
-    return dweight, dbias, dtables
+    return dtables
 
 
 # cpu --------------------------------------------------------------------------------------------------------
@@ -439,6 +447,70 @@ def _backward_cpu(
     return dweight, dbias, dtables
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
+# gpu --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    _check_ranges(OP, ids, tables)
+    y, mean, rstd = _forward_fake(weight, bias, ids, tables, eps, keep)
+    ids, tables = _neighbours(ids, tables)
+    kept = (mean, rstd) if keep else ()
+    kernels.normalize_fwd(tables, ids, weight.contiguous(), bias.contiguous(), eps, y, *kept)
+    return y, mean, rstd
+
+
+def _forward_quantize_triton(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    _check_ranges("embedding_quantize", ids, tables)
+    y, y_q, found = _forward_quantize_fake(weight, bias, ids, tables, eps, out_scale)
+    ids, tables = _neighbours(ids, tables)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    kernels.normalize_fwd(tables, ids, weight, bias, eps, y, y_q=y_q, scale=out_scale, found=found)
+    return y, y_q, found
+
+
+def _backward_triton(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    ids: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    dh = _rows.empty_like(dy, torch.float32)
+    dweight, dbias = mean.new_empty(weight.shape[0]), mean.new_empty(weight.shape[0])
+    ids, tables = _neighbours(ids, tables)
+    kept = weight.contiguous(), mean, rstd
+    kernels.normalize_bwd(_rows.rows(dy), tables, ids, *kept, dh if any(wanted) else None, dweight, dbias)
+    # The row of dh of an id outside its table is NaN; added to the table's nearest row, it is seen and harms no memory.
+    inside = [rows.clamp(0, table.shape[0] - 1) for rows, table in zip(ids, tables, strict=True)]
+    return dweight, dbias, _table_gradients(dh, inside, tables, wanted)
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+_FORWARD_QUANTIZE = {
+    "torch": _forward_quantize_torch,
+    "cpu": _forward_quantize_cpu,
+    "triton": _forward_quantize_triton,
+}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

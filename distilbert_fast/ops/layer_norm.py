@@ -371,6 +371,70 @@ def _backward_cpu(
     return dh, dweight, dbias
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-_FORWARD_QUANTIZE = {"torch": _forward_quantize_torch, "cpu": _forward_quantize_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}
+# gpu --------------------------------------------------------------------------------------------------------
+
+
+def _terms(x: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [_rows.rows(x), None if residual is None else _rows.rows(residual)]
+
+
+_NO_IDS = (None, None)
+
+
+def _forward_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    y, mean, rstd = _forward_fake(x, weight, bias, residual, eps, keep)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    kept = (mean, rstd) if keep else ()
+    kernels.normalize_fwd(_terms(x, residual), _NO_IDS, weight, bias, eps, y, *kept)
+    return y, mean, rstd
+
+
+def _forward_quantize_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    y, y_q, found = _forward_quantize_fake(x, weight, bias, residual, eps, out_scale)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    terms = _terms(x, residual)
+    kernels.normalize_fwd(terms, _NO_IDS, weight, bias, eps, y, y_q=y_q, scale=out_scale, found=found)
+    return y, y_q, found
+
+
+def _backward_triton(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import layer_norm as kernels
+
+    dh, dweight, dbias = _backward_fake(dy, x, weight, residual, mean, rstd)
+    terms = _terms(x, residual)
+    kernels.normalize_bwd(_rows.rows(dy), terms, _NO_IDS, weight.contiguous(), mean, rstd, dh, dweight, dbias)
+    return dh, dweight, dbias
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+_FORWARD_QUANTIZE = {
+    "torch": _forward_quantize_torch,
+    "cpu": _forward_quantize_cpu,
+    "triton": _forward_quantize_triton,
+}
+_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

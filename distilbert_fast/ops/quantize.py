@@ -113,4 +113,15 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
     return x_q, found
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+# gpu --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    from distilbert_fast.kernels import quantize as kernels
+
+    x_q, found = _forward_fake(x, scale)
+    kernels.quantize(_rows.rows(x), scale, x_q, found)
+    return x_q, found
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}

@@ -274,7 +274,7 @@ def test_even_layer_maps():
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def padded(rows, head):
+def padded(rows):
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     batch.pop("token_type_ids")
     return batch
@@ -284,7 +284,7 @@ def padded(rows, head):
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_tasks_are_their_definition(head, alpha):
     student, teacher = pair("distilbert", head)
-    batch = padded(tiny.rows(7, head), head)
+    batch = padded(tiny.rows(7, head))
     spec = {"kl": (0.0, 0), "ce": (0.0, 0)}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     s, t = student(**inputs).logits.flatten(0, -2), teacher(**inputs).logits.flatten(0, -2).detach()
@@ -305,7 +305,7 @@ def test_tasks_are_their_definition(head, alpha):
 def test_regression_is_its_definition(outputs):
     teacher = without_dropout(tiny.teacher(num_labels=outputs, problem_type="regression").double())
     student = without_dropout(tiny.student(teacher).double())
-    batch = padded(tiny.rows(5), "SequenceClassification")
+    batch = padded(tiny.rows(5))
     batch["labels"] = torch.randn((5, outputs) if outputs > 1 else (5,), dtype=torch.float64)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     s, t = student(**inputs).logits, teacher(**inputs).logits.detach()
@@ -318,6 +318,19 @@ def test_regression_is_its_definition(outputs):
     assert objective == RegressionObjective(0.4) and objective.weights(0.5) == (0.4, 0.6)
     objective.check(student, ModelTeacher(teacher))
     assert_same(objective, student, teacher, batch, spec)
+
+
+def test_regression_refuses_what_does_not_fit():
+    student = tiny.teacher(num_labels=1, seed=1)
+    with pytest.raises(ValueError) as caught:
+        RegressionObjective(0.5).check(student, ModelTeacher(tiny.teacher()))
+    assert str(caught.value) == (
+        "DistillationTrainer: teacher must be a regression model like the student, got a classifier"
+    )
+    batch = padded(tiny.rows(5)) | {"labels": torch.zeros(4)}
+    with pytest.raises(ValueError) as caught:
+        RegressionObjective(0.0)(student, None, batch, 0.0)
+    assert str(caught.value) == ("DistillationTrainer: labels must be 5 numbers, one for each that is predicted, got 4")
 
 
 def qa_batch():

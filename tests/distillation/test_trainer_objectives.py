@@ -131,7 +131,7 @@ def test_regression(tmp_path):
 class Stored:
     """A teacher that knows a model's answers by the rows' examples: all that the protocol asks of another kind."""
 
-    columns = ("example",)
+    columns, model = ("example",), None
 
     def __init__(self, model, rows):
         self.kept = ModelTeacher(model)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
-from distilbert_fast import optimize, quantize_model
+from distilbert_fast import Engine, optimize, pack_encoder, quantize_model
 from distilbert_fast.modeling import optimize as module
 
 TEXTS = [
@@ -58,6 +58,27 @@ def test_int8_models_are_calibrated_too(bert, tokenizer, encode):
     optimize(model, calibration=TEXTS, tokenizer=tokenizer)
     assert all(context > 0 and ffn > 0 for context, ffn in scales(model))
     assert F.cosine_similarity(encode(model), want).min() > 0.99
+
+
+@pytest.mark.parametrize("calibration", [None, TEXTS], ids=["dynamic", "static"])
+def test_an_encoder_is_packed_saved_and_loaded_with_the_bits_of_optimize(bert, tokenizer, calibration, tmp_path):
+    batch = tokenizer(TEXTS[:5], padding=True, return_tensors="pt")
+    pack_encoder(bert, "int8", calibration, tokenizer).save(tmp_path / "encoder.safetensors")
+    loaded = Engine.load(tmp_path / "encoder.safetensors")
+    model = optimize(copy.deepcopy(bert), "int8", calibration, tokenizer)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch), model(**batch).last_hidden_state)
+
+
+def test_an_encoder_is_packed_without_masked_heads(bert, tokenizer):
+    head_mask = torch.ones(bert.config.num_hidden_layers, bert.config.num_attention_heads)
+    head_mask[0, :4] = head_mask[2] = 0
+    batch = tokenizer(TEXTS[:5], padding=True, return_tensors="pt")
+    smaller, whole = pack_encoder(bert, head_mask=head_mask), pack_encoder(bert)
+    assert [len(heads) for heads in smaller.heads] == [8, 12, 0, 12, 12, 12]
+    torch.testing.assert_close(smaller(**batch), whole(**batch, head_mask=head_mask), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^engine: head_mask must be of shape \[12\] or \[6, 12\], got \[6\]$"):
+        pack_encoder(bert, head_mask=torch.ones(6))
 
 
 def test_changed_weights_find_their_scales_again(bert, tokenizer, encode, caplog):

@@ -118,7 +118,7 @@ def test_long_sequences_and_the_usual_heads(length, size, place, dtype):
 
 
 TOLERANCES = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.float32: {"rtol": 1e-4, "atol": 5e-5},  # scores of a scale of 1 differ by 30: gradients are what cancels
     torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
 }
 

@@ -1,0 +1,32 @@
+#include "vec_avx512.h"
+
+#include "vec_math.h"
+
+#include "gemm_rows.h"
+
+#include "gemm_tile_int8_avx512.h"
+
+#include "gemm_tile_pairs.h"
+
+#include "kernel_table.h"
+
+#include "attention_pairs.h"
+
+namespace distilbert_fast {
+namespace {
+
+constexpr Kernels table() {
+  Kernels kernels = common_kernels();
+  kernels.gemm_int8 = gemm<Int8Tile>;
+  kernels.code_flip = 0x80;
+  kernels.gemm_bfloat16 = gemm<PairTile>;
+  kernels.reads_bfloat16 = true;
+  kernels.attention_forward = attention_pairs_forward<PairProduct>;
+  return kernels;
+}
+
+}  // namespace
+
+constexpr Kernels kernels_avx512_bf16 = table();
+
+}  // namespace distilbert_fast
