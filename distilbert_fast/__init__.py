@@ -25,6 +25,7 @@ _HOME = {
     "layer_norm": "ops.layer_norm",
     "layer_norm_quantize": "ops.layer_norm",
     "linear_kl_div": "ops.linear_kl_div",
+    "linear_topk_kl_div": "ops.linear_topk_kl_div",
     "padded_attention": "ops.attention",
     "quantize": "ops.quantize",
     # where they run
