@@ -176,11 +176,12 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         rows: ``Corpus.train`` or ``Corpus.holdout``: columns input_ids and length.
         masking: hides the tokens.
-        epoch: the first; a held-out set stays at it and so is masked alike every time.
+        epoch: the first.
     """
 
     def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0) -> None:
-        self._rows = rows.with_format("arrow")
+        # to ask again for a format that is there would change the fingerprint
+        self._rows = rows if rows.format["type"] == "arrow" else rows.with_format("arrow")
         self.masking = masking
         self._epoch = torch.tensor(epoch).share_memory_()
 
@@ -198,6 +199,17 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Mask as in this epoch from now on, in workers too."""
         self._epoch.fill_(epoch)
 
+    def at_epoch(self, epoch: int) -> MaskedDataset:
+        """The same rows, masked alike every time: what to evaluate on.
+
+        (accelerate calls the ``set_epoch`` of what is evaluated, too, with how often that was done.)
+        """
+        return _OneEpoch(self._rows, self.masking, epoch)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -206,7 +218,12 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows at once: what a DataLoader calls."""
-        return _masked(self._rows[list(indices)], self.masking, int(self._epoch), indices)
+        return _masked(self._rows[list(indices)], self.masking, self.epoch, indices)
+
+
+class _OneEpoch(MaskedDataset):
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing changes."""
 
 
 class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -246,10 +263,11 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
     """
     if tokenizer.pad_token_id is None:
         refuse("pad_collator", "tokenizer", "one with a pad token", type(tokenizer).__name__)
-    return partial(_pad, pad_id=int(tokenizer.pad_token_id))
+    return partial(pad, pad_id=int(tokenizer.pad_token_id))
 
 
-def _pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """What ``pad_collator`` makes of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     width = -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
     inside = torch.arange(width) < lengths[:, None]  # [B, T]

@@ -306,3 +306,18 @@ def test_training(rows, tmp_path):
     assert output.global_step == 6 and np.isfinite(output.training_loss)
     described = [trainer(MaskedDataset, seed).resume_settings()["train_dataset"] for seed in (0, 0, 1)]
     assert described[0] == described[1] != described[2]
+
+
+def test_what_is_evaluated_on_is_masked_alike_every_time():
+    datasets = pytest.importorskip("datasets")
+    ids = [draw(20, seed).tolist() for seed in range(4)]
+    dataset = MaskedDataset(datasets.Dataset.from_dict({"input_ids": ids, "length": [20] * 4}), masking())
+    still = dataset.at_epoch(3)
+    dataset.set_epoch(3)
+    wanted = dataset[2]["input_ids"]
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        still.set_epoch(epoch)
+        assert torch.equal(still[2]["input_ids"], wanted) and still.epoch == 3
+    assert not torch.equal(dataset[2]["input_ids"], wanted)
+    assert still.fingerprint == dataset.fingerprint
