@@ -54,6 +54,7 @@ _HOME = {
     "Masking": "distillation.masking",
     "load_corpus": "distillation.data",
     "pad_collator": "distillation.masking",
+    "ModelTeacher": "distillation.teacher",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }
