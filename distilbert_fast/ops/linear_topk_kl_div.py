@@ -74,7 +74,11 @@ def linear_topk_kl_div(
     if device.type == "cpu" and bool(((ids < 0) | (ids >= W.shape[0])).any()):
         wrong = ids[(ids < 0) | (ids >= W.shape[0])]
         _check.refuse(OP, "ids", f"in [0, V = {W.shape[0]})", int(wrong[0]))
-    return _LinearTopKKLDiv.apply(h, W, b, ids, log_p.detach(), log_tail.detach(), float(temperature), mask)
+    call = h, W, b, ids, log_p.detach(), log_tail.detach(), float(temperature), mask
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, W, b))):
+        with as_written(device):
+            return _forward(*call, False, False, False)[0]
+    return _LinearTopKKLDiv.apply(*call)
 
 
 def linear_topk_kl_div_reference(
@@ -150,8 +154,10 @@ def _forward(
     for chunk in rows.split(_chunk(len(W), h.device)):
         x = h[chunk].to(work)  # [R, C]
         of_teacher = ids[chunk], log_p[chunk].to(accumulate), log_tail[chunk].to(accumulate)
-        loss, G = _losses(F.linear(x, W, b).to(accumulate) / temperature, *of_teacher)
+        loss, G = _losses(F.linear(x, W, b).to(accumulate) / temperature, *of_teacher, any(wanted))
         kl += loss * share
+        if G is None:
+            continue
         G = G.mul_(share / temperature).to(work)  # [R, V]
         if dh is not None:
             dh[chunk] = G @ W
@@ -163,9 +169,9 @@ def _forward(
 
 
 def _losses(
-    z: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, log_tail: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The KL summed over R rows, and its gradient for the student's logits over τ, z [R, V], written there."""
+    z: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, log_tail: torch.Tensor, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The KL summed over R rows, and its gradient for the student's logits over τ, z [R, V], written over these."""
     p, p_tail = log_p.exp(), log_tail.exp()
     mass = p.sum(dim=1) + p_tail  # 1, but for the rounding of what is given
     z -= z.amax(dim=1, keepdim=True)  # the sums of exponentials are then small, and so are their roundings
@@ -175,6 +181,8 @@ def _losses(
     lse = torch.logaddexp(top.logsumexp(dim=1), lse_rest)
     log_q, log_q_tail = top - lse[:, None], lse_rest - lse
     kl = _terms(p, log_p, log_q).sum() + _terms(p_tail, log_tail, log_q_tail).sum()
+    if not gradient:
+        return kl, None
     # q_v / q_tail; 0 where there is no tail
     G = rest.sub_(lse_rest.masked_fill(lse_rest == -torch.inf, 0.0)[:, None]).exp_()
     G.mul_((mass * log_q_tail.exp() - p_tail)[:, None])

@@ -69,6 +69,17 @@ def test_all_tokens_known_give_the_full_kl_and_fewer_a_bound_that_grows(temperat
     assert kls == sorted(kls) and kls[0] > 0
 
 
+def test_without_gradients_it_is_the_same_and_some_gradients_are_not_made():
+    of_teacher, _ = targets(7, 33, 5)
+    h, W, b = student(7, 33)
+    alone = linear_topk_kl_div(h, W, b, *of_teacher)
+    kl, _, dW, _ = results(linear_topk_kl_div, [h, W, b], *of_teacher)
+    assert torch.equal(alone, kl) and not alone.requires_grad
+    leaf = W.clone().requires_grad_()
+    (3 * linear_topk_kl_div(h, leaf, b, *of_teacher)).backward()
+    assert torch.equal(leaf.grad, dW)
+
+
 def test_gradcheck():
     for k in (3, 11):
         of_teacher, _ = targets(5, 11, k, 2.0)
