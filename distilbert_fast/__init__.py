@@ -45,6 +45,7 @@ _HOME = {
     "pack_encoder": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
+    "CachedTeacher": "distillation.teacher_cache",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
     "MlmObjective": "distillation.masked_lm",
@@ -55,6 +56,7 @@ _HOME = {
     "load_corpus": "distillation.data",
     "pad_collator": "distillation.masking",
     "ModelTeacher": "distillation.teacher",
+    "build_cache": "distillation.teacher_cache_build",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }

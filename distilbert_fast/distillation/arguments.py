@@ -87,6 +87,9 @@ class DistillationArguments(TrainingArguments):
             '"auto": the engine on a CPU, in the precision of the model.'
         },
     )
+    teacher_cache: str = field(
+        default="", metadata={"help": "mlm: directory of answers that build_cache wrote; no teacher runs."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +97,8 @@ class DistillationArguments(TrainingArguments):
             _refuse("objective", "one of task, qa, mlm", self.objective)
         if self.teacher_precision not in PRECISIONS:
             _refuse("teacher_precision", f"one of {', '.join(PRECISIONS)}", self.teacher_precision)
+        if self.teacher_cache and self.teacher_precision != "auto":
+            _refuse("teacher_precision", "auto with a teacher_cache", self.teacher_precision)
         for name in ("temperature", "alpha", *_ALPHAS.values()):
             value = getattr(self, name)
             try:

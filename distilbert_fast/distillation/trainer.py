@@ -12,6 +12,7 @@ from distilbert_fast.distillation.arguments import DistillationArguments, object
 from distilbert_fast.distillation.checkpoint import ResumableTrainer
 from distilbert_fast.distillation.objectives import Objective, Step
 from distilbert_fast.distillation.teacher import ModelTeacher, Teacher, model_of
+from distilbert_fast.distillation.teacher_cache import CachedTeacher
 from distilbert_fast.distillation.teacher_effect import teacher_effect
 from distilbert_fast.distillation.training_state import random_state, set_random_state
 
@@ -35,7 +36,8 @@ class DistillationTrainer(ResumableTrainer):
 
     A teacher that is a model is moved to the training device, kept in eval mode, and runs without gradients, in the
     precision of ``args.teacher_precision`` (see ``ModelTeacher``). One that was asked for by name is compared with the
-    model's own forward before the first step, and what it changes is logged (see ``teacher_effect``).
+    model's own forward before the first step, and what it changes is logged (see ``teacher_effect``). With
+    ``args.teacher_cache`` none runs: its answers are read from the disk (see ``CachedTeacher``).
 
     Every loss is a sum over rows divided by the count of its own rows in the whole optimizer step, over all
     accumulated batches and processes: 1×64, 4×16 and 2 processes × 32 give the same gradient. (Trainer alone does
@@ -49,7 +51,7 @@ class DistillationTrainer(ResumableTrainer):
     Args:
         model: the student.
         teacher: its teacher, a transformers model or any other ``Teacher``; None where no loss needs one, which is
-            plain training with the normalisation above.
+            plain training with the normalisation above. With a cache, None or the model that it must be of.
         args: the settings.
         train_dataset: rows with the columns of both models' inputs and labels; token_type_ids reach a teacher that
             has them even if the student has not. Its ``set_epoch``, if it has one, is called before each epoch.
@@ -245,11 +247,12 @@ def _teacher(
 ) -> Teacher | None:
     """What answers, as the settings say."""
     if teacher is not None and not isinstance(teacher, PreTrainedModel):
-        if (given := args.teacher_precision) != "auto":
-            raise ValueError(
-                f"DistillationTrainer: args.teacher_precision is for a teacher that is a model, got {given!r}"
-            )
+        for name, default in (("teacher_precision", "auto"), ("teacher_cache", "")):
+            if (given := getattr(args, name)) != default:
+                raise ValueError(f"DistillationTrainer: args.{name} is for a teacher that is a model, got {given!r}")
         return teacher
+    if args.teacher_cache:
+        return CachedTeacher(args.teacher_cache, train_dataset, teacher)
     return None if teacher is None else ModelTeacher(teacher, args.teacher_precision)
 
 

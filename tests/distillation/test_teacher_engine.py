@@ -179,6 +179,7 @@ def test_settings(tmp_path):
     assert json.loads(args.to_json_string())["teacher_precision"] == "int8"
     for settings, message in (
         ({"teacher_precision": "int4"}, "must be one of auto, model, fp32, bf16, fp16, int8, got int4"),
+        ({"teacher_precision": "bf16", "teacher_cache": "x"}, "must be auto with a teacher_cache, got bf16"),
     ):
         with pytest.raises(ValueError) as caught:
             tiny.arguments(tmp_path, **settings)
