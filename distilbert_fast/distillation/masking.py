@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distilbert_fast.distillation.losses import IGNORED
 from distilbert_fast.distillation.rows import Flat
 from distilbert_fast.ops._check import refuse
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-IGNORED = -100  # the label of a token that was not drawn
 _MULTIPLE = 8  # batches are padded to a multiple of this: whole tensor core tiles
 _STREAM_CHUNK = 64  # rows of a stream that are masked at once
 
@@ -169,9 +169,9 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     A row is {"input_ids": int64 [L], "labels": int64 [L], "length": L, "example": its number}.
 
     ``set_epoch`` must be called at the start of every epoch, a resumed one too, before its first batch is asked for,
-    such as in a callback's ``on_epoch_begin``; it reaches DataLoader workers that already run. A plain Trainer does
-    not see to it: accelerate forwards its ``set_epoch`` to the dataset only if no sampler takes it, and the one of
-    the default random order does, with several processes and in any resumed epoch.
+    as DistillationTrainer does; it reaches DataLoader workers that already run. A plain Trainer does not see to it:
+    accelerate forwards its ``set_epoch`` to the dataset only if no sampler takes it, and the one of the default
+    random order does, with several processes and in any resumed epoch.
 
     Args:
         rows: ``Corpus.train`` or ``Corpus.holdout``: columns input_ids and length.
@@ -258,8 +258,8 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
     Returns:
         A function of B rows to {"input_ids": int64 [B, T], "labels": int64 [B, T], "attention_mask": bool [B, T],
         "example": int64 [B]}: T is the longest length rounded up to a multiple of 8, padding has the tokenizer's
-        pad id, label −100 and mask False. "example" is there if the rows have it (Trainer drops it, unless
-        ``remove_unused_columns=False``).
+        pad id, label −100 and mask False. "example" is there if the rows have it (DistillationTrainer keeps
+        it; Trainer drops it, unless ``remove_unused_columns=False``).
     """
     if tokenizer.pad_token_id is None:
         refuse("pad_collator", "tokenizer", "one with a pad token", type(tokenizer).__name__)
