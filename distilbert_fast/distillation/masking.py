@@ -177,12 +177,16 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         rows: ``Corpus.train`` or ``Corpus.holdout``: columns input_ids and length.
         masking: hides the tokens.
         epoch: the first.
+        cycle: after so many epochs their masks come again: 1 for what is evaluated, whose ``set_epoch`` accelerate
+            calls too, with how often that was done; more for the epochs of a ``CachedTeacher``. None: never.
     """
 
-    def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0) -> None:
+    def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0, cycle: int | None = None) -> None:
+        if cycle is not None and cycle < 1:
+            refuse("MaskedDataset", "cycle", "1 or more, or None", cycle)
         # to ask again for a format that is there would change the fingerprint
         self._rows = rows if rows.format["type"] == "arrow" else rows.with_format("arrow")
-        self.masking = masking
+        self.masking, self.first, self.cycle = masking, epoch, cycle
         self._epoch = torch.tensor(epoch).share_memory_()
 
     @property
@@ -193,22 +197,20 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """Equal if rows and masking are: what a resumed run must find unchanged."""
-        return f"{self._rows._fingerprint}-{self.masking.fingerprint}"
+        cycle = "" if self.cycle is None else f"-{self.first}+{self.cycle}"
+        return f"{self.rows_fingerprint}-{self.masking.fingerprint}{cycle}"
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self._rows._fingerprint
 
     def set_epoch(self, epoch: int) -> None:
         """Mask as in this epoch from now on, in workers too."""
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(epoch if self.cycle is None else self.first + epoch % self.cycle)
 
     def at_epoch(self, epoch: int) -> MaskedDataset:
-        """The same rows, masked alike every time: what to evaluate on.
-
-        (accelerate calls the ``set_epoch`` of what is evaluated, too, with how often that was done.)
-        """
-        return _OneEpoch(self._rows, self.masking, epoch)
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
+        """The same rows, masked as in this epoch every time."""
+        return MaskedDataset(self._rows, self.masking, epoch, cycle=1)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -218,12 +220,7 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows at once: what a DataLoader calls."""
-        return _masked(self._rows[list(indices)], self.masking, self.epoch, indices)
-
-
-class _OneEpoch(MaskedDataset):
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing changes."""
+        return _masked(self._rows[list(indices)], self.masking, int(self._epoch), indices)
 
 
 class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):

@@ -74,8 +74,9 @@ class TopK(NamedTuple):
 class CachedTeacher:
     """A ``Teacher`` for ``MlmObjective``, of a directory that ``build_cache`` wrote.
 
-    It answers for the examples that the cache was made of: those of a MaskedDataset in its first epochs, and of a
-    held-out one if there was one. Batches need not say which they are, nor in which epoch.
+    It answers for the examples that the cache was made of: those of a MaskedDataset in its first epochs (longer runs go
+    through them again by its ``cycle``), and of a held-out one if there was one. Batches need not say which they are,
+    nor in which epoch.
 
     Args:
         directory: of the cache.
@@ -212,8 +213,7 @@ def fingerprint(teacher: PreTrainedModel) -> str:
 def describe_dataset(dataset: MaskedDataset) -> dict[str, Any]:
     """What decides which ids a teacher sees."""
     masking = dataset.masking
-    corpus = dataset.fingerprint.removesuffix(f"-{masking.fingerprint}")
-    return {"corpus": corpus, "masking": masking.fingerprint, "seed": masking.seed}
+    return {"corpus": dataset.rows_fingerprint, "masking": masking.fingerprint, "seed": masking.seed}
 
 
 def refuse_other_key(op: str, directory: Path, key: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -78,8 +78,8 @@ def build_cache(
         temperature: τ of the training.
         positions: "real" keeps a row for every token, "masked" for those that were drawn, about a seventh.
         hidden: keep last hidden states too, for the cosine loss.
-        epochs: masks of how many epochs, from 0 on.
-        held_out: what to evaluate on, masked alike every time: ``MaskedDataset(…).at_epoch(0)``.
+        epochs: masks of how many epochs, from 0 on. To train for more of them, give the dataset that ``cycle``.
+        held_out: what to evaluate on, masked alike every time: ``MaskedDataset(…, cycle=1)``.
         batch_size: examples that the teacher sees at once.
         device: where it runs; by default CUDA if there is one.
 
@@ -105,6 +105,8 @@ def build_cache(
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if not isinstance(given, MaskedDataset) and (name == "dataset" or given is not None):
             _check.refuse(OP, name, "a MaskedDataset", type(given).__name__, TypeError)
+    if held_out is not None and held_out.cycle != 1:
+        _check.refuse(OP, "held_out", "masked alike every time, with cycle=1", f"cycle={held_out.cycle}")
     if not len(dataset):
         _check.refuse(OP, "dataset", "of one example at least", "none")
     teacher.prepare(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -114,7 +116,7 @@ def build_cache(
         "precision": teacher.precision,
         **describe_dataset(dataset),
         "epochs": epochs,
-        "held_out": None if held_out is None else f"{held_out.fingerprint}-{held_out.epoch}",
+        "held_out": None if held_out is None else held_out.fingerprint,
         "temperature": float(temperature),
         "k": k,
         "positions": positions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +253,14 @@ def _teacher(
                 raise ValueError(f"DistillationTrainer: args.{name} is for a teacher that is a model, got {given!r}")
         return teacher
     if args.teacher_cache:
-        return CachedTeacher(args.teacher_cache, train_dataset, teacher)
+        cache = CachedTeacher(args.teacher_cache, train_dataset, teacher)
+        epochs = getattr(train_dataset, "cycle", None) or math.ceil(args.num_train_epochs)
+        if args.max_steps <= 0 and epochs > cache.key["epochs"]:
+            raise ValueError(
+                f"DistillationTrainer: args.num_train_epochs must be at most {cache.key['epochs']}, the epochs of "
+                f"the cache, or the cycle of train_dataset that many, got {epochs}"
+            )
+        return cache
     return None if teacher is None else ModelTeacher(teacher, args.teacher_precision)
 
 

@@ -45,10 +45,10 @@ def corpus(count=11, seed=0):
     return datasets.Dataset.from_dict({"input_ids": ids, "length": list(map(len, ids))}, FEATURES)
 
 
-def masked(count=11, seed=0, masking_seed=0, name="train"):
+def masked(count=11, seed=0, masking_seed=0, name="train", **settings):
     rows = corpus(count, seed)
     rows._fingerprint = f"{name}{seed}"
-    return MaskedDataset(rows, Masking(Tokenizer(), None, probability=0.4, seed=masking_seed))
+    return MaskedDataset(rows, Masking(Tokenizer(), None, probability=0.4, seed=masking_seed), **settings)
 
 
 def mlm(**settings):
@@ -205,6 +205,19 @@ def test_an_example_that_is_not_in_it_is_refused(tmp_path, model):
         teacher.answer(batch_of(dataset.at_epoch(2)))
 
 
+def test_examples_that_are_alike_have_one_answer(tmp_path, model):
+    """Of special tokens alone nothing is drawn, so their masks are alike as well."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [1, 5, 2], [1, 2]], "length": [2, 3, 2]}, FEATURES)
+    dataset = MaskedDataset(rows, Masking(Tokenizer(), None))
+    for positions in ("real", "masked"):
+        build_cache(model, dataset, tmp_path / positions, k=3, positions=positions, epochs=2)
+        answer = CachedTeacher(tmp_path / positions, dataset).answer(batch := batch_of(dataset))
+        counted = batch["attention_mask"] & ((batch["labels"] != -100) | (positions == "real"))
+        assert (
+            len(answer.soft_targets(counted.flatten().nonzero().flatten()).ids) == {"real": 7, "masked": 1}[positions]
+        )
+
+
 def test_only_drawn_rows_are_found_by_where_they_are(tmp_path, model):
     """A token that was drawn and stays does not show in the ids: the same ids with other rows are not found."""
     dataset = masked()
@@ -257,6 +270,10 @@ def test_what_a_cache_cannot_answer_is_refused_at_once(tmp_path, model):
         ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
         ({"positions": "all"}, "positions must be one of 'real', 'masked', got 'all'"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        (
+            {"held_out": masked(name="held out")},
+            "held_out must be masked alike every time, with cycle=1, got cycle=None",
+        ),
         ({"dataset": [1]}, "dataset must be a MaskedDataset, got list"),
         ({"dataset": masked(0)}, "dataset must be of one example at least, got none"),
     ],
@@ -351,9 +368,18 @@ def test_a_disk_that_is_too_small_or_full(tmp_path, model, monkeypatch):
 
 def trainer(output_dir, cache, model, dataset, held_out, **settings):
     torch.manual_seed(3)
-    settings |= {"objective": "mlm", "teacher_cache": str(cache), "learning_rate": 1e-2, "num_train_epochs": 2}
-    settings |= {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch"}
-    settings |= runs.length_grouped()
+    settings = {
+        "objective": "mlm",
+        "teacher_cache": str(cache),
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "epoch",
+        **runs.length_grouped(),
+        **settings,
+    }
     return DistillationTrainer(
         tiny.student(mlm()),
         model,
@@ -379,6 +405,11 @@ def test_training_by_a_cache_learns_evaluates_and_resumes_to_the_last_bit(tmp_pa
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
+    long = {"num_train_epochs": 3, "save_strategy": "no"}
+    with pytest.raises(ValueError, match=r"args.num_train_epochs must be at most 2, the epochs of the cache, .*got 3"):
+        trainer(tmp_path / "long", cache, None, dataset, held_out, **long)
+    trainer(tmp_path / "long", cache, None, masked(cycle=2), held_out, **long).train()
+
     mixed = trainer(tmp_path / "bf16", cache, None, dataset, held_out, bf16=True)
     mixed.train()
     assert mixed.evaluate()["eval_kl"] == pytest.approx(after["eval_kl"], rel=0.1)
@@ -390,6 +421,17 @@ def test_training_by_a_cache_learns_evaluates_and_resumes_to_the_last_bit(tmp_pa
         trainer(tmp_path / "third", cache, mlm(seed=5), dataset, held_out)
     with pytest.raises(ValueError, match=r"CachedTeacher: .* was made of masking .*; seed 0, not 4"):
         trainer(tmp_path / "third", cache, None, masked(masking_seed=4), held_out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_made_and_read_on_a_gpu(tmp_path, model):
+    dataset, held_out = masked(), masked(5, seed=1, name="held out").at_epoch(7)
+    cache = build_cache(model, dataset, tmp_path / "c", k=8, hidden=True, epochs=2, held_out=held_out)
+    training = trainer(tmp_path / "run", cache, None, dataset, held_out, use_cpu=False, bf16=True)
+    before = training.evaluate()["eval_loss"]
+    training.train()
+    assert training.evaluate()["eval_loss"] < before
 
 
 def test_the_real_bert(tmp_path, bert_dir, tokenizer):

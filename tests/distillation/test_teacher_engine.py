@@ -193,6 +193,23 @@ def test_settings(tmp_path):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_a_gpu(precision):
+    device = torch.device("cuda")
+    model = tiny.teacher("MaskedLM")
+    teacher, reference = ModelTeacher(model, precision), ModelTeacher(model, "model")
+    teacher.prepare(device)
+    batch = {name: x.to(device) for name, x in batch_of(tiny.masked_rows(12)).items()}
+    assert teacher.answer(batch).by_engine == (precision not in ("auto", "model"))
+    student = tiny.student(model).to(device)
+    for autocast in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            effect = teacher_effect(MlmObjective(2.0), student, teacher, reference, [batch])
+        assert abs(effect["kl"]) < 0.05 and abs(effect["loss_change"]) < 0.05
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_real_bert(bert_dir, tokenizer, precision):
     """Real weights below a masked-LM head of its own word embeddings: what a precision costs there."""

@@ -153,3 +153,18 @@ def test_bad_input(changed, error, message):
     with pytest.raises(error) as caught:
         linear_topk_kl_div(**call)
     assert str(caught.value) == f"linear_topk_kl_div: {message}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    (ids, *masses), _ = targets(40, 700, 64, 2.0)
+    of_teacher = [ids.cuda(), *(x.float().cuda() for x in masses)]
+    tensors = [x.cuda() for x in student(40, 700, dtype=dtype)]
+    mask = torch.arange(40, device="cuda") % 3 != 1
+    ours = results(linear_topk_kl_div, tensors, *of_teacher, 2.0, mask)
+    torchs = results(linear_topk_kl_div_reference, tensors, *of_teacher, 2.0, mask)
+    oracle = results(linear_topk_kl_div_reference, [x.double() for x in tensors], *of_teacher, 2.0, mask)
+    for what, *three in zip(("kl", "dh", "dW", "db"), ours, torchs, oracle, strict=True):
+        assert_twice_rule(*three, what)
