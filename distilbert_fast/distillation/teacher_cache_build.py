@@ -139,7 +139,6 @@ def build_cache(
         try:
             _write_shards(key, teacher, parts, batch_size)
             rows = _write_index(parts)
-            (partial / _KEY).unlink()
             manifest.complete(partial, {"key": key, "rows": rows})
         except Exception as error:
             raise_disk_error(error, f"{OP}: could not write {partial}", "its shards are kept, and gone on from")
@@ -184,6 +183,8 @@ def _begin(partial: Path, key: dict[str, Any]) -> None:
     begun = partial / _KEY
     if begun.exists():
         refuse_other_key(f"{OP} (delete it to start anew)", partial, json.loads(begun.read_text()), key)
+        for file in partial.glob("*.new"):  # what was being written
+            file.unlink()
     else:
         shutil.rmtree(partial, ignore_errors=True)
         manifest.begin(partial)
