@@ -24,7 +24,7 @@ PEERS := package
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test check bench peers clean package FORCE
+.PHONY: help demo test check bench peers gpu clean package FORCE
 
 help: ## print this
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -47,6 +47,9 @@ bench: $(BENCH) ## run the benchmarks; ARGS go to pytest
 
 peers: $(PEERS) ## run the encoder beside OpenVINO, ONNX Runtime, CTranslate2 and inductor; ARGS go to `python -m bench.peers`
 	$(PY) -m bench.peers $(ARGS)
+
+gpu: $(TEST) ## build, test, tune and measure on this machine's GPU; ARGS go to `python -m bench.gpu`
+	$(PY) -m bench.gpu $(ARGS)
 
 clean: ## remove what builds and tests leave behind, .venv too
 	rm -rf .venv build dist *.egg-info distilbert_fast/*.so distilbert_fast/_build_info.py

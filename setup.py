@@ -136,12 +136,16 @@ class Cuda:
     archs: tuple[str, ...] = ()
 
     def gencode(self) -> list[str]:
-        """Machine code for each architecture, and the newest one's PTX (never 90a's: it is for 90 alone)."""
+        """Machine code for each architecture, and the newest one's PTX (never 90a's: it is for 90 alone).
+
+        Launchers are told whether there is 90a's, as kernels that need it are empty in any other.
+        """
         targets = [(f"compute_{arch}", f"sm_{arch}") for arch in self.archs]
         portable = [int(arch) for arch in self.archs if arch.isdigit()]
         if portable:
             targets.append((f"compute_{max(portable)}",) * 2)
-        return [f"-gencode=arch={virtual},code={real}" for virtual, real in targets]
+        features = ["-DDISTILBERT_FAST_SM90A"] if "90a" in self.archs else []
+        return [*(f"-gencode=arch={virtual},code={real}" for virtual, real in targets), *features]
 
 
 def torch_versions() -> tuple[str, str]:

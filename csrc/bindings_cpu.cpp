@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "cpu/kl_div.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear.h"
 #include "cpu/linear_kl_div.h"
 #include "cpu/quantize.h"
 
@@ -260,6 +261,27 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Linear layer on int8 codes and packed weights, with scales and biases of its own; floats or int8 codes");
 
+  m.def(
+      "linear_product",
+      [](Address a, int64_t a_row, int64_t a_step, Address b, int64_t b_row, int64_t b_step, Address bias, int64_t rows,
+         int64_t columns, int64_t k, Address out, bool add, int threads) {
+        const LinearProduct call = {at<const float>(a),
+                                    a_row,
+                                    a_step,
+                                    at<const float>(b),
+                                    b_row,
+                                    b_step,
+                                    at<const float>(bias),
+                                    rows,
+                                    columns,
+                                    k,
+                                    at<float>(out),
+                                    add};
+        py::gil_scoped_release release;
+        linear_product(call, threads);
+      },
+      "A Bᵀ + bias of float32 matrices");
+  m.def("prefers_own_gemm", &prefers_own_gemm, "Whether torch's float32 products are slow on this processor");
   m.def(
       "quantize",
       [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, const CodesArguments& x_q,

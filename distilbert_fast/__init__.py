@@ -24,6 +24,7 @@ _HOME = {
     "kl_div": "ops.kl_div",
     "layer_norm": "ops.layer_norm",
     "layer_norm_quantize": "ops.layer_norm",
+    "linear": "ops.linear",
     "linear_kl_div": "ops.linear_kl_div",
     "linear_topk_kl_div": "ops.linear_topk_kl_div",
     "padded_attention": "ops.attention",

@@ -23,17 +23,20 @@ log = logging.getLogger("distilbert_fast")
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
-# device. The first entry that can run here serves; `torch` stands behind all of them.
+# device. The first entry that can run here serves; `torch` stands behind all of them. Where a backend has only the
+# forward of an op, backward has an entry of its own.
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "linear_kl_div": {"cpu": ("float32", "bfloat16")},
-    "attention": {"cpu": ("float32", "bfloat16")},
+    "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "attention": {"triton": _FLOAT, "cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "int8_linear": {"cpu": ("float32", "bfloat16")},
-    "layer_norm": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "layer_norm": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "layer_norm_backward": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "linear": {"cpu": ("float32",)},
     "codebook_linear": {},
 }
 
@@ -83,6 +86,15 @@ def cuda() -> Any:
     import distilbert_fast._cuda as _cuda
 
     return _cuda
+
+
+# The codes by which native CUDA entries know a dtype.
+CUDA_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Where a native CUDA entry queues its work: the device's number and torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def interpreted() -> bool:
@@ -170,7 +182,10 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str | None:
+Unfit = tuple[tuple[str, str], ...]  # backends that cannot serve a call for what else is in it, and why
+
+
+def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...], unfit: Unfit) -> str | None:
     """Why backend ``name`` cannot serve this call; None if it can."""
     if name == "torch":
         return None
@@ -184,14 +199,14 @@ def _obstacle(op: str, name: str, device: str, dtypes: tuple[str, ...]) -> str |
     alien = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in KERNELS[op][name]]
     if alien:
         return f"its {op} takes {', '.join(KERNELS[op][name])}, not {', '.join(alien)}"
-    return None
+    return dict(unfit).get(name)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | None) -> str:
+def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | None, unfit: Unfit = ()) -> str:
     names = tuple(str(dtype)[6:] for dtype in dtypes)
     if name is not None:
-        obstacle = _obstacle(op, name, device, names)
+        obstacle = _obstacle(op, name, device, names, unfit)
         if obstacle:
             raise BackendError(f"{op}: backend {name!r} was forced but cannot serve: {obstacle}")
         return name
@@ -199,7 +214,7 @@ def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | N
     for candidate in KERNELS[op]:
         if not _runs_on(candidate, device) or (candidate == "triton" and device == "cpu"):
             continue  # the interpreter serves only who asks for it by name
-        obstacle = _obstacle(op, candidate, device, names)
+        obstacle = _obstacle(op, candidate, device, names, unfit)
         if obstacle is None:
             return candidate
         reasons.append(f"{candidate}: {obstacle}")
@@ -208,13 +223,23 @@ def _choose(op: str, device: str, dtypes: tuple[torch.dtype, ...], name: str | N
     return "torch"
 
 
-def select(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The backend that serves ``op`` for tensors of these dtypes on this device.
+def select(op: str, device: torch.device, *dtypes: torch.dtype, unfit: Unfit = ()) -> str:
+    """The backend that serves ``op`` for tensors of these dtypes on this device and is not ``unfit`` for the call.
 
     Raises:
         BackendError: a forced backend cannot serve; the message says why.
     """
-    return _choose(op, device.type, dtypes, forced())
+    return _choose(op, device.type, dtypes, forced(), unfit)
+
+
+def select_backward(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend for the gradients of ``op``, by the entry ``<op>_backward`` of KERNELS.
+
+    A forced backend that has only a forward leaves backward to the free choice: what it kept serves any.
+    """
+    name, backward = forced(), f"{op}_backward"
+    forward_only = name in KERNELS[op] and name not in KERNELS[backward]
+    return _choose(backward, device.type, dtypes, None if forward_only else name)
 
 
 def _version(package: str) -> str | None:

@@ -4,7 +4,7 @@
                                                      → FFN in, GELU → FFN out → LayerNorm(+x) → x [N, C]
 
 Only the N real tokens are computed. On a CPU one call of the C++ encoder (packed_encoder.py) does it all; elsewhere,
-and for what that does not take, ops do it step by step (op_encoder.py).
+and for what that does not take, ops do it step by step (op_encoder.py), on a GPU captured as graphs (cuda_graphs.py).
 
 Shapes: B batch, T sequence, N tokens, L layers, C hidden, H heads, D head size, F feed-forward, V vocabulary.
 """
@@ -12,7 +12,7 @@ Shapes: B batch, T sequence, N tokens, L layers, C hidden, H heads, D head size,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,25 +20,34 @@ import torch
 from torch import nn
 
 from distilbert_fast import backends
+from distilbert_fast.cuda_graphs import GRAPHS, Graphs, Layout
 from distilbert_fast.layers import Int8Linear, Tokens
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._rows import parameter
+from distilbert_fast.ops.quantize import TINY
 from distilbert_fast.packed_encoder import PackedEncoder, Room, Shape, pack_linear, static_linear
 from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 
-__all__ = ["PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
+__all__ = ["GRAPHS", "PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
 
 
 class Encoded(NamedTuple):
     """Hidden states in the dtype of the embeddings, 0 at padded positions."""
 
-    last: torch.Tensor  # [B, T, C]
+    last: torch.Tensor  # [B, T, C]; [B, 1, C] of the first tokens if only those were asked for
     hidden_states: tuple[torch.Tensor, ...]  # L + 1 times [B, T, C] if asked for, else empty
 
 
 class Engine:
-    """An encoder's packed weights. Immutable and thread-safe: a call changes nothing in it."""
+    """An encoder's packed weights. Immutable and thread-safe: a call changes nothing in it that can be seen.
+
+    Args:
+        packed: for the C++ encoder, if that takes the model.
+        model, precision, masks: what ops need to pack it on their own.
+        scales: for each layer, of what ops quantize for out and ffn_out; None: each token finds its own.
+        graphs: how many CUDA graphs are kept.
+    """
 
     def __init__(
         self,
@@ -46,10 +55,14 @@ class Engine:
         model: EncoderModules | None = None,
         precision: str | None = None,
         masks: Sequence[torch.Tensor | None] = (),
+        scales: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]] = (),
+        graphs: int = GRAPHS,
     ) -> None:
-        self.packed = packed  # for the C++ encoder, if that takes the model
-        self._model, self._precision, self._masks = model, precision, masks
+        self.packed = packed
+        self._model, self._precision, self._masks, self._scales = model, precision, masks, scales
         self._ops: OpEncoder | None = None
+        self._graph_count = graphs
+        self.graphs: Graphs | None = None  # where it runs on a GPU
         self._lock = threading.Lock()
         if packed is not None:
             self.num_heads, self.padding_idx = packed.shape.num_heads, packed.shape.padding_idx
@@ -65,7 +78,11 @@ class Engine:
     @classmethod
     @torch.no_grad()
     def from_model(
-        cls, model: EncoderModules, precision: str | None = None, head_mask: torch.Tensor | None = None
+        cls,
+        model: EncoderModules,
+        precision: str | None = None,
+        head_mask: torch.Tensor | None = None,
+        graphs: int = GRAPHS,
     ) -> Engine:
         """Pack a model.
 
@@ -77,16 +94,21 @@ class Engine:
                 is float32 also for "bf16", unless the processor multiplies bfloat16 by itself (AMX).
             head_mask: a fixed factor for each head, [H] or [L, H]. A head with factor 0 is left out of the
                 weights: its columns of QKV and its rows of the output projection.
+            graphs: how many CUDA graphs are kept for calls on a GPU; 0 = none, every kernel is launched from the host.
+                See cuda_graphs.py for what bounds their memory.
 
         Raises:
-            TypeError, ValueError: an unknown precision; "fp32", "bf16" or "fp16" for a model that holds int8
-                codes; query, key and value of a layer partly int8; a head mask of another shape.
+            TypeError, ValueError: an unknown precision; a number of graphs below 0; "fp32", "bf16" or "fp16" for a
+                model that holds int8 codes; query, key and value of a layer partly int8; a head mask of another
+                shape.
         """
         if precision is not None:
             _check.choice(OP, "precision", precision, tuple(PRECISIONS))
+        if not isinstance(graphs, int) or graphs < 0:
+            _check.refuse(OP, "graphs", "a number from 0 on", graphs)
         heads = [layer.heads for layer in model.layers]
         masks = _head_masks(head_mask, model.num_heads, heads, model.word.weight.device)
-        return cls(_pack(model, precision, masks), model, precision, masks)
+        return cls(_pack(model, precision, masks), model, precision, masks, graphs=graphs)
 
     @classmethod
     def load(cls, path: str | Path) -> Engine:
@@ -118,18 +140,14 @@ class Engine:
             ValueError: no batch; an engine that is not int8, or that only ops can run.
         """
         packed, model = self.packed, self._model
-        if packed is None or model is None or packed.shape.precision != "int8":
-            _check.refuse(OP, "model", "an int8 one on a CPU, not from a file, to be calibrated", "another")
+        if packed is None:
+            return self._calibrated_ops(batches)
+        if model is None or packed.shape.precision != "int8":
+            _check.refuse(OP, "model", "an int8 one, not from a file, to be calibrated", "another")
         dynamic = _pack(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
         assert dynamic is not None
-        largest, count = packed.largest(), 0
-        for batch in batches:
-            dynamic.run(batch["input_ids"], batch.get("attention_mask"), batch.get("token_type_ids"), largest=largest)
-            count += batch["input_ids"].numel()
-        if count == 0:
-            _check.refuse(OP, "calibration", "at least one batch with a token", "none")
-        if not bool(largest.isfinite().all()):
-            _check.refuse(OP, "calibration", "batches with finite activations", "others")
+        largest = packed.largest()
+        _feed(batches, lambda given: dynamic.run(**given, largest=largest), largest)
         scales: list[tuple[float, float]] = []
         tensors: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(model.layers):
@@ -142,6 +160,22 @@ class Engine:
             tensors |= {f"{i}.ffn_out": blob, f"{i}.ffn_factors": factors}
             scales.append((float(seen[0].amax()) / 127 if self.heads[i] else 0.0, scale))
         return Engine(packed.with_scales(scales, tensors), model, self._precision, self._masks)
+
+    def _calibrated_ops(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Engine:
+        """The same for ops: int8 attention and GELU results of a layer get one scale for all channels."""
+        dynamic = Engine(None, self._modules(), self._precision, self._masks, graphs=0)
+        if not any(linear.scale is not None for layer in dynamic.layers for linear in (layer.out, layer.ffn_out)):
+            _check.refuse(OP, "model", "an int8 one, not from a file, to be calibrated", "another")
+        largest = torch.zeros(len(dynamic.layers), 2, device=self.word.device)
+        _feed(batches, lambda given: dynamic._run_ops(**given, largest=largest), largest)
+        scales = [
+            (
+                context if layer.out.scale is not None else None,
+                gelu if layer.ffn_in.scale is not None and layer.ffn_out.scale is not None else None,
+            )
+            for layer, (context, gelu) in zip(dynamic.layers, (largest / 127).clamp(min=TINY), strict=True)
+        ]
+        return Engine(None, self._model, self._precision, self._masks, scales, self._graph_count)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -163,8 +197,12 @@ class Engine:
                     pack_layer(layer, model.head_dim, self._precision, mask)
                     for layer, mask in zip(model.layers, self._masks, strict=True)
                 ]
+                for i, (context, gelu) in enumerate(self._scales):
+                    layers[i] = layers[i]._replace(context_scale=context, gelu_scale=gelu)
                 dtype = None if self._precision is None else PRECISIONS[self._precision]
                 self._ops = OpEncoder(model, layers, dtype or model.word.weight.dtype)
+                if model.word.weight.is_cuda and self._graph_count > 0:
+                    self.graphs = Graphs(self._ops, self._graph_count)
             return self._ops
 
     def __call__(
@@ -187,16 +225,22 @@ class Engine:
         position_ids: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
         hidden_states: bool = False,
+        rows: str = "all",
+        num_tokens: int | None = None,
     ) -> Encoded:
         """Run the encoder on the real tokens of a batch.
 
         Args:
             input_ids: int64 or int32 [B, T].
-            attention_mask: [B, T], 0 = padding, anywhere in its row. None: no padding.
+            attention_mask: [B, T], 0 = padding, anywhere in its row. None: no padding. May be on the CPU for ids on a
+                GPU: the host then need not wait to learn how many tokens there are.
             token_type_ids: [B or 1, T]; None is 0 everywhere. Only for a model that has token types.
             position_ids: [B or 1, T]; None counts from 0, or as RoBERTa counts.
             head_mask: factor of each head, [H] or [L, H], on top of the one the model was packed with.
             hidden_states: also return the embeddings and the output of each layer.
+            rows: "all", or "first" for each sequence's first token alone, as classifiers read it: the last layer
+                computes little else.
+            num_tokens: how many positions attention_mask counts, if known: the host then need not wait either.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
@@ -205,7 +249,12 @@ class Engine:
         _check.tensor(OP, "input_ids", input_ids, ("B", "T"), (torch.int64, torch.int32), device)
         batch, length = input_ids.shape
         if attention_mask is not None:
-            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, device)
+            elsewhere = getattr(attention_mask, "is_cpu", False)
+            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, None if elsewhere else device)
+        _check.choice(OP, "rows", rows, ("all", "first"))
+        first = rows == "first"
+        if first and hidden_states:
+            _check.refuse(OP, "hidden_states", "False where only the first rows are wanted", hidden_states)
         for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
             if ids is not None:
                 _check_broadcast(name, ids, input_ids)
@@ -216,39 +265,79 @@ class Engine:
         masks = _head_masks(head_mask, self.num_heads, self.heads, device)
         if self.packed is not None and backends.forced() in (None, "cpu"):
             states = self.packed.run(input_ids, attention_mask, token_type_ids, position_ids, masks, hidden_states)
+            if first:
+                states = [_first_rows(states[-1], attention_mask)]
         else:
-            states = self._run_ops(input_ids, attention_mask, token_type_ids, position_ids, masks, hidden_states)
+            given = (input_ids, attention_mask, token_type_ids, position_ids)
+            states = self._run_ops(*given, masks, hidden_states, first, num_tokens)
         return Encoded(states[-1], tuple(states) if hidden_states else ())
 
     def _run_ops(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        masks: Sequence[torch.Tensor | None],
-        hidden_states: bool,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        masks: Sequence[torch.Tensor | None] | None = None,
+        hidden_states: bool = False,
+        first: bool = False,
+        num_tokens: int | None = None,
+        largest: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         ops = self._op_encoder()
         batch, length = input_ids.shape
-        tokens = Tokens.packed(attention_mask, batch, length, input_ids.device)
-        if position_ids is not None:
-            positions = position_ids.expand(batch, length)
-        elif self.padding_idx is not None:
-            real = input_ids != self.padding_idx
-            positions = real.cumsum(dim=1) * real + self.padding_idx
+        tokens = Tokens.packed(attention_mask, batch, length, input_ids.device, num_tokens)
+        ids = tokens.rows(input_ids)  # [N]
+
+        def layout() -> Layout:
+            if position_ids is not None:
+                positions = position_ids.expand(batch, length)
+            elif self.padding_idx is not None:
+                real = input_ids != self.padding_idx
+                positions = real.cumsum(dim=1) * real + self.padding_idx
+            else:
+                positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+            types = None
+            if self.token_type is not None:
+                given = token_type_ids is not None
+                types = tokens.rows(token_type_ids.expand(batch, length)) if given else torch.zeros_like(ids)
+            assert tokens.cu_seqlens is not None
+            return Layout(tokens.rows(positions), types, tokens.cu_seqlens)
+
+        plain = not hidden_states and largest is None and all(mask is None for mask in masks or ())
+        if plain and self.graphs is not None and self.graphs.take(ids.shape[0]):
+            by_shape = attention_mask is None and token_type_ids is None and position_ids is None
+            by_shape = by_shape and self.padding_idx is None
+            states = [self.graphs.run(ids, batch, layout, first, (batch, length) if by_shape else None)]
         else:
-            positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        ids, types = tokens.rows(input_ids), None  # [N]
-        if self.token_type is not None:
-            given = token_type_ids is not None
-            types = tokens.rows(token_type_ids.expand(batch, length)) if given else torch.zeros_like(ids)
-        assert tokens.cu_seqlens is not None
-        states = ops.run(ids, tokens.rows(positions), types, tokens.cu_seqlens, masks, hidden_states)
-        return [tokens.padded(state) for state in states]
+            states = ops.run(ids, *layout(), masks, hidden_states, first, largest)
+        return [state[:, None] if first else tokens.padded(state) for state in states]
 
 
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *_check.FLOATS)
+
+
+def _first_rows(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, 1, C] of [B, T, C]: each sequence's first token, 0 where it has none."""
+    batch, length, hidden = x.shape
+    if attention_mask is None or length == 0:
+        return x[:, :1] if length > 0 else x.new_zeros(batch, 1, hidden)
+    place = (attention_mask != 0).to(torch.uint8).argmax(dim=1)  # [B]; of a sequence without tokens all rows are 0
+    return x[torch.arange(batch), place][:, None]
+
+
+def _feed(
+    batches: Iterable[Mapping[str, torch.Tensor]], run: Callable[[dict[str, Any]], object], largest: torch.Tensor
+) -> None:
+    """Run what is to be calibrated on."""
+    count = 0
+    for batch in batches:
+        run({name: batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids")})
+        count += batch["input_ids"].numel()
+    if count == 0:
+        _check.refuse(OP, "calibration", "at least one batch with a token", "none")
+    if not bool(largest.isfinite().all()):
+        _check.refuse(OP, "calibration", "batches with finite activations", "others")
 
 
 def _check_broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> None:

@@ -37,11 +37,17 @@ def unpad(x: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, 
     Raises:
         TypeError, ValueError: a mask that is no tensor, or not of the shape [B, T] of x.
     """
-    real = token_mask("unpad", attention_mask, x.shape[0], x.shape[1])
-    cu_seqlens = F.pad(real.sum(dim=1).cumsum(dim=0), (1, 0)).to(torch.int32)  # [B + 1]
-    indices = real.flatten().nonzero().flatten()  # [N]
+    cu_seqlens, indices = _places(token_mask("unpad", attention_mask, x.shape[0], x.shape[1]))
     rows = x.flatten(0, 1)  # [B·T, ...]
     return (rows if indices.shape[0] == rows.shape[0] else rows.index_select(0, indices)), cu_seqlens, indices
+
+
+def _places(real: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cu_seqlens and indices of ``unpad`` from bool [B, T]. On a GPU the host waits unless it knows the count."""
+    cu_seqlens = F.pad(real.sum(dim=1).cumsum(dim=0), (1, 0)).to(torch.int32)  # [B + 1]
+    real = real.flatten()
+    indices = real.nonzero() if count is None else torch.nonzero_static(real, size=count)  # [N, 1]
+    return cu_seqlens, indices.flatten()
 
 
 def pad(x: torch.Tensor, indices: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -78,11 +84,15 @@ class Tokens(NamedTuple):
     mask: torch.Tensor | None = None
 
     @classmethod
-    def packed(cls, mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> Tokens:
+    def packed(
+        cls, mask: torch.Tensor | None, batch: int, length: int, device: torch.device, count: int | None = None
+    ) -> Tokens:
+        """Of the positions where mask [B, T], on ``device`` or on the CPU, is not 0: ``count``, if the caller knows."""
         if mask is None:
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
             return cls(batch, length, cu_seqlens=starts)
-        _, cu_seqlens, indices = unpad(mask, mask)
+        places = _places(token_mask("unpad", mask, batch, length), count)
+        cu_seqlens, indices = (part.to(device, non_blocking=True) for part in places)
         return cls(batch, length, cu_seqlens=cu_seqlens, indices=indices)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, C hidden, H heads, D head size, F feed-forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,10 @@ class OpEncoder:
         positions: torch.Tensor,
         types: torch.Tensor | None,
         cu_seqlens: torch.Tensor,
-        head_masks: Sequence[torch.Tensor | None],
+        head_masks: Sequence[torch.Tensor | None] | None = None,
         hidden_states: bool = False,
+        first: bool = False,
+        largest: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states [N, C] of packed tokens in the dtype of the word table: the last, or the embeddings and the
         output of each layer.
@@ -53,13 +56,27 @@ class OpEncoder:
             ids, positions, types: [N]; types where the model has them.
             cu_seqlens: int32 [B + 1].
             head_masks: for each layer None or a factor for each of its heads [H_i].
+            first: of the last state only each sequence's first token, [B, C], 0 where it has none: in the last layer
+                nothing behind the attention is computed for the others. Not with ``hidden_states``.
+            largest: float32 [L, 2], raised to the largest magnitudes of what each layer's out and ffn_out read.
         """
+        rows = None
+        if first:
+            if ids.shape[0] == 0:
+                return [self.word.new_zeros(cu_seqlens.shape[0] - 1, self.word.shape[1])]
+            rows = cu_seqlens[:-1].clamp(max=ids.shape[0] - 1)  # [B]; any row will do where there is no token
         x, codes = self._embed(ids, positions, types)
         states = [x]
         for i, layer in enumerate(self.layers):
-            reader = self.layers[i + 1].qkv if i + 1 < len(self.layers) else None
-            x, codes = self._layer(layer, x, codes, cu_seqlens, head_masks[i], reader)
+            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            mask = None if head_masks is None else head_masks[i]
+            seen = None if largest is None else largest[i]
+            wanted = rows if following is None else None
+            x, codes = self._layer(layer, x, codes, cu_seqlens, mask, following and following.qkv, wanted, seen)
             states = [*states, x] if hidden_states else [x]
+        if rows is not None:
+            x = states[-1] if self.layers else states[-1].index_select(0, rows)
+            states = [x.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)]  # [B, C]
         return [state.to(self.word.dtype) for state in states]
 
     def _embed(
@@ -81,29 +98,59 @@ class OpEncoder:
         cu_seqlens: torch.Tensor,  # int32 [B+1]
         mask: torch.Tensor | None,
         reader: Linear | None,
+        rows: torch.Tensor | None = None,  # of x, [M]; None = all
+        largest: torch.Tensor | None = None,  # float32 [2]
     ) -> tuple[torch.Tensor, Codes | None]:
-        """x [N, C] after one layer, and its codes if ``reader``, the linear layer after it, wants them."""
+        """x [N or M, C] after one layer, and its codes if ``reader``, the linear layer after it, wants them."""
         if layer.heads:
             qkv = _linear(layer.qkv, x, codes).view(x.shape[0], 3, len(layer.heads), self.head_dim)
             if layer.mask is not None:
                 mask = layer.mask if mask is None else mask * layer.mask
             q, k, v = qkv.unbind(1)
-            context = attention(q, k, v, cu_seqlens, mask)  # [N, H_l, D]
-            y = _linear(layer.out, context.flatten(1))
+            context = attention(q, k, v, cu_seqlens, mask).flatten(1)  # [N, H_l·D]
+            if rows is not None:
+                context, x = context.index_select(0, rows), x.index_select(0, rows)  # [M, …]
+            _raise(largest, 0, context)
+            y = _linear(layer.out, context, scale=layer.context_scale)
         else:  # only its bias is left of the attention
+            x = x if rows is None else x.index_select(0, rows)
             y = torch.zeros_like(x) if layer.out.bias is None else layer.out.bias.expand_as(x)
         x, codes = _add_norm(y, x, layer.attention_norm, layer.ffn_in)
-        y = _linear(layer.ffn_out, _linear(layer.ffn_in, x, codes, "gelu"))
+        if layer.gelu_scale is None:
+            y = _linear(layer.ffn_in, x, codes, "gelu")
+            _raise(largest, 1, y)
+            y = _linear(layer.ffn_out, y)
+        else:  # the product's epilogue makes the codes
+            y = _int8_linear(layer.ffn_in, codes, "gelu", out_scale=layer.gelu_scale)
+            y = _int8_linear(layer.ffn_out, (y, layer.gelu_scale), out_dtype=x.dtype)
         return _add_norm(y, x, layer.ffn_norm, reader)
 
 
-def _linear(linear: Linear, x: torch.Tensor, codes: Codes | None = None, activation: str | None = None) -> torch.Tensor:
-    """y [N, F] of x [N, C]; a quantized layer reads the codes of x, made here if its producer did not."""
+def _linear(
+    linear: Linear,
+    x: torch.Tensor,
+    codes: Codes | None = None,
+    activation: str | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [N, F] of x [N, C]; a quantized layer reads the codes of x, made here if its producer did not, by ``scale`` or
+    by one a token.
+    """
     if linear.scale is None:
         y = F.linear(x, linear.weight, linear.bias)
         return F.gelu(y) if activation == "gelu" else y
-    x_q, x_scale = quantize(x) if codes is None else codes
-    return int8_linear(x_q, x_scale, linear.weight, linear.scale, linear.bias, activation, out_dtype=x.dtype)
+    return _int8_linear(linear, codes or quantize(x, scale), activation, out_dtype=x.dtype)
+
+
+def _int8_linear(linear: Linear, codes: Codes | None, activation: str | None = None, **out: Any) -> torch.Tensor:
+    assert codes is not None and linear.scale is not None
+    return int8_linear(*codes, linear.weight, linear.scale, linear.bias, activation, **out)
+
+
+def _raise(largest: torch.Tensor | None, place: int, x: torch.Tensor) -> None:
+    """Let ``largest[place]`` be at least the largest magnitude in x."""
+    if largest is not None and x.numel() > 0:
+        largest[place] = torch.maximum(largest[place], x.abs().amax().float())
 
 
 def _add_norm(y: torch.Tensor, x: torch.Tensor, norm: Norm, reader: Linear | None) -> tuple[torch.Tensor, Codes | None]:

@@ -77,6 +77,8 @@ class Layer(NamedTuple):
     ffn_norm: Norm
     heads: tuple[int, ...]  # the numbers of its H_l heads
     mask: torch.Tensor | None  # [H_l], where the model was packed with a head mask that is not only 0 and 1
+    context_scale: torch.Tensor | None = None  # float32 [], of what out reads; None: each token finds its own
+    gelu_scale: torch.Tensor | None = None  # of what ffn_out reads
 
 
 # Packing ----------------------------------------------------------------------------------------------------

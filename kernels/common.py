@@ -71,6 +71,34 @@ def online_softmax(x, m, z, c):
 
 
 @triton.jit
+def fold_divergence(s, t, valid, c, m_s, z_s, m_t, z_t, w):
+    """Fold tiles s, t [LANES, K] of two rows into each lane's maxima, sums and w = Σ exp2(c (t − m_t)) ((t − m_t) −
+    (s − m_s)), in UNITs. ``valid`` [LANES, 1] excludes lanes. Returns these five, and of s what online_softmax does.
+    """
+    new_m_s, z_s, s, e_s, shrink_s = online_softmax(s, m_s, z_s, c)
+    new_m_t, new_z_t, t, e_t, shrink = online_softmax(t, m_t, z_t, c)
+    # The older sum moves to the new maxima. Its weight comes first: 0 · huge is 0 where huge · Z may be inf.
+    w = shrink * w + (shrink * z_t) * ((m_t - new_m_t) - (m_s - new_m_s)) * UNIT
+    return new_m_s, z_s, new_m_t, new_z_t, w + tl.sum(tl.where(valid, e_t * (t - s), 0.0), axis=1), s, e_s, shrink_s
+
+
+@triton.jit
+def merge_lanes(m_s, z_s, m_t, z_t, w, c):
+    """What fold_divergence gathered in lanes, of the whole row."""
+    row_m_s, row_m_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
+    weight = tl.exp2((m_t - row_m_t) * c)
+    w = tl.sum(weight * w + (weight * z_t) * ((m_t - row_m_t) - (m_s - row_m_s)) * UNIT, axis=0)
+    z_s = tl.sum(tl.exp2((m_s - row_m_s) * c) * z_s, axis=0)
+    return row_m_s, z_s, row_m_t, tl.sum(weight * z_t, axis=0), w
+
+
+@triton.jit
+def divergence(z_s, z_t, w, temperature):
+    """τ² Σ p_t (log p_t − log p_s) of what merge_lanes returns."""
+    return temperature * (w / z_t / UNIT - temperature * tl.log(z_t / z_s))
+
+
+@triton.jit
 def to_int8(x, r):
     """round(clamp(x · r, −127, 127)), ties to even, and 0 where x · r is NaN. x fp32, r fp32 that broadcasts to it.
 
@@ -81,6 +109,12 @@ def to_int8(x, r):
     product = tl.where(product == product, product, 0.0)
     shifted = tl.minimum(tl.maximum(product, -127.0), 127.0) + 12582912.0
     return shifted.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def gelu(x):
+    """x Φ(x) = x/2 (1 + erf(x/√2)), fp32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -127,3 +161,9 @@ def row_configs(
     rows, warps = max(1, per_warp // block), min(32, max(1, block // per_warp))
     room = [(k, w) for k, w in multiples if w * warps <= 32 and k * rows * block <= 2 * per_warp * w * warps]
     return [{"ROWS": k * rows, "BLOCK_C": block, "num_warps": w * warps} for k, w in room or [(1, 1)]]
+
+
+def logits_configuration(columns: int, element_size: int) -> dict[str, int]:
+    """Tile and warps for rows of logits: loads of 16 bytes, 16 logits of each side a thread, at most 8 warps a row."""
+    group, tile = 16 // element_size, min(4096, max(512, triton.next_power_of_2(columns)))
+    return {"LANES": tile // group, "GROUP": group, "num_warps": tile // 512}

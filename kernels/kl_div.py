@@ -20,11 +20,13 @@ import triton.language as tl
 from distilbert_fast.kernels.common import (
     LOG2E,
     LOWEST,
-    UNIT,
     body_offset,
     body_tile,
+    divergence,
     edge_tile,
-    online_softmax,
+    fold_divergence,
+    logits_configuration,
+    merge_lanes,
     split_row,
 )
 
@@ -34,11 +36,8 @@ def _fold(student, teacher, columns, valid, c, m_s, z_s, m_t, z_t, w):
     """Pass 1 over one tile: fold it into the lanes' statistics [LANES] of both sides, w in UNITs."""
     s = tl.load(student + columns, mask=valid, other=float("-inf")).to(tl.float32)  # [LANES, K]
     t = tl.load(teacher + columns, mask=valid, other=float("-inf")).to(tl.float32)
-    new_m_s, z_s, s, _, _ = online_softmax(s, m_s, z_s, c)
-    new_m_t, new_z_t, t, e_t, shrink = online_softmax(t, m_t, z_t, c)
-    # The older sum moves to the new maxima. Its weight comes first: 0 · huge is 0 where huge · Z may be inf.
-    w = shrink * w + (shrink * z_t) * ((m_t - new_m_t) - (m_s - new_m_s)) * UNIT
-    return new_m_s, z_s, new_m_t, new_z_t, w + tl.sum(tl.where(valid, e_t * (t - s), 0.0), axis=1)
+    m_s, z_s, m_t, z_t, w, _, _, _ = fold_divergence(s, t, valid, c, m_s, z_s, m_t, z_t, w)
+    return m_s, z_s, m_t, z_t, w
 
 
 @triton.jit
@@ -111,21 +110,17 @@ def _kl_div_fwd_kernel(
         columns, valid = body_tile(block, body, LANES, GROUP)
         m_s, z_s, m_t, z_t, w = _fold(student, teacher, columns, valid, c, m_s, z_s, m_t, z_t, w)
 
-    row_m_s, row_m_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)  # the lanes become one row
-    weight = tl.exp2((m_t - row_m_t) * c)
-    w = tl.sum(weight * w + (weight * z_t) * ((m_t - row_m_t) - (m_s - row_m_s)) * UNIT, axis=0)
-    z_s = tl.sum(tl.exp2((m_s - row_m_s) * c) * z_s, axis=0)
-    z_t = tl.sum(weight * z_t, axis=0)
-    tl.store(rows + row, temperature * (w / z_t / UNIT - temperature * tl.log(z_t / z_s)))
+    m_s, z_s, m_t, z_t, w = merge_lanes(m_s, z_s, m_t, z_t, w, c)
+    tl.store(rows + row, divergence(z_s, z_t, w, temperature))
     if stats is not None:
-        _store_stats(stats + 4 * row, row_m_s, z_s, row_m_t, z_t)
+        _store_stats(stats + 4 * row, m_s, z_s, m_t, z_t)
     if gradient is not None:
         k_s, k_t = temperature * tl.load(scale) / z_s, temperature * tl.load(scale) / z_t
         for done in range(blocks):
             columns, valid = body_tile(blocks - 1 - done, body, LANES, GROUP)
-            _store_gradient(student, teacher, gradient, columns, valid, c, row_m_s, k_s, row_m_t, k_t)
+            _store_gradient(student, teacher, gradient, columns, valid, c, m_s, k_s, m_t, k_t)
         edges, valid = edge_tile(head, body, V, LANES, GROUP)
-        _store_gradient(student, teacher, gradient, edges, valid, c, row_m_s, k_s, row_m_t, k_t)
+        _store_gradient(student, teacher, gradient, edges, valid, c, m_s, k_s, m_t, k_t)
 
 
 @triton.jit
@@ -169,16 +164,10 @@ def _kl_div_bwd_kernel(
 
 
 def configuration(student: torch.Tensor, teacher: torch.Tensor, dstudent: torch.Tensor | None) -> dict[str, int]:
-    """Tile and warps by V and dtype: loads of 16 bytes, 16 logits of each side a thread, at most 8 warps a row."""
-    group = 16 // max(student.element_size(), teacher.element_size())
-    tile = min(4096, max(512, triton.next_power_of_2(student.shape[1])))
+    """Tile and warps, and whether all rows start at the same place between multiples of 16 bytes."""
+    tile = logits_configuration(student.shape[1], max(student.element_size(), teacher.element_size()))
     others = [teacher] if dstudent is None else [teacher, dstudent]
-    return {
-        "ALIGNED": all((x.stride(0) - student.stride(0)) % group == 0 for x in others),
-        "LANES": tile // group,
-        "GROUP": group,
-        "num_warps": tile // 512,
-    }
+    return {"ALIGNED": all((x.stride(0) - student.stride(0)) % tile["GROUP"] == 0 for x in others), **tile}
 
 
 def kl_div_fwd(

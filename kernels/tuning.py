@@ -2,7 +2,8 @@
 
 A launcher lists its candidates, the default first, and a key that says what they depend on (dtype, head size, a
 bucket of lengths …, never a batch size that changes with every call). ``tuned/sm_<arch>.json`` may name another
-candidate as the fastest for that key. Nothing is searched at a user's first call, unless DISTILBERT_FAST_AUTOTUNE=1.
+candidate as the fastest for that key. Nothing is searched at a user's first call, unless DISTILBERT_FAST_AUTOTUNE=1
+asks for what the table does not know, or =all for everything.
 """
 
 from __future__ import annotations
@@ -54,10 +55,34 @@ def pick(
     if device.type != "cuda":
         return candidates[0]
     arch = architecture(torch.cuda.current_device() if device.index is None else device.index)
-    known = table(arch).get(kernel, {}).get(key) or _searched.get((kernel, key, arch))
-    if known is None and os.environ.get("DISTILBERT_FAST_AUTOTUNE") == "1" and not _capturing():
+    search = os.environ.get("DISTILBERT_FAST_AUTOTUNE")
+    known = _searched.get((kernel, key, arch))
+    if known is None and search != "all":
+        known = table(arch).get(kernel, {}).get(key)
+    if known is None and search in ("1", "all") and not _capturing():
         known = _searched[kernel, key, arch] = fastest(candidates, run)
     return known or candidates[0]
+
+
+def searched(arch: int) -> dict[str, dict[str, Config]]:
+    """What searches of this process found for an architecture, as a table."""
+    found: dict[str, dict[str, Config]] = {}
+    for (kernel, key, measured), config in _searched.items():
+        if measured == arch:
+            found.setdefault(kernel, {})[key] = config
+    return found
+
+
+def write_table(arch: int, found: dict[str, dict[str, Config]]) -> Path:
+    """Put what was found into the table of an architecture, for processes to come; what else is in it stays."""
+    path = FOLDER / f"sm_{arch}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    merged = {kernel: known.get(kernel, {}) | found.get(kernel, {}) for kernel in {*known, *found}}
+    FOLDER.mkdir(exist_ok=True)
+    made = path.with_name(f".{path.name}")
+    made.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    made.replace(path)
+    return path
 
 
 def fastest(candidates: Sequence[Config], run: Callable[[Config], None]) -> Config:

@@ -19,7 +19,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared
 def compiled(
     kernel: Any,
     arch: int,
-    types: Mapping[str, str],
+    types: Mapping[str, str | tuple[str, ...]],
     constants: Mapping[str, Any],
     misaligned: Collection[str] = (),
     **options: Any,
@@ -29,26 +29,36 @@ def compiled(
     Args:
         kernel: a ``triton.jit`` function.
         arch: such as 90.
-        types: Triton's type of each argument, "*bf16", "i32" …; names that the kernel lacks are passed over.
+        types: Triton's type of each argument, "*bf16", "i32" …, or a named tuple of such; names that the kernel lacks
+            are passed over.
         constants: arguments that are constexpr or, None, absent.
         misaligned: pointers (and integers) that are not promised to be multiples of 16 bytes (of 16); pointers are
             otherwise, integers only if their type is written "i32:16" or "i64:16".
         options: num_warps, num_stages …
     """
     names = kernel.arg_names
-    plain = {name: type.removesuffix(":16") for name, type in types.items()}
-    divisible = {name for name, type in types.items() if type.startswith("*") or type.endswith(":16")}
+    parts = {  # where each type stands among the arguments
+        ((names.index(name),) if isinstance(type, str) else (names.index(name), place)): part
+        for name, type in types.items()
+        if name in names and name not in constants
+        for place, part in enumerate((type,) if isinstance(type, str) else type)
+    }
+    plain = {name: _plain(type) for name, type in types.items()}
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else plain[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
         attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(names)
-            if name not in constants and name in divisible and name not in misaligned
+            path: [["tt.divisibility", 16]]
+            for path, part in parts.items()
+            if (part.startswith("*") or part.endswith(":16")) and names[path[0]] not in misaligned
         },
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
+
+
+def _plain(type: Any) -> Any:
+    return type.removesuffix(":16") if isinstance(type, str) else type._make(map(_plain, type))
 
 
 def resources(program: Any, folder: Path) -> dict[str, int]:

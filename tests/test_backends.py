@@ -5,11 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distilbert_fast import BackendError, backend, backends, kl_div
+from distilbert_fast.ops._attention_backends import backend_of
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,17 @@ def test_a_forced_backend_serves_and_is_undone():
     torch.testing.assert_close(kl_div(x, x.flip(0)), loss)
 
 
+def test_a_forced_backend_that_has_only_a_forward_leaves_backward_to_the_free_choice():
+    free = backends.select_backward("layer_norm", CPU, torch.float32)
+    assert "cuda" in backends.KERNELS["layer_norm"] and "cuda" not in backends.KERNELS["layer_norm_backward"]
+    with backend("cuda"):
+        assert backends.select_backward("layer_norm", CPU, torch.float32) == free == "cpu"
+    with backend("torch"):
+        assert backends.select_backward("layer_norm", CPU, torch.float32) == "torch"
+    with backend("cpu"), pytest.raises(BackendError, match=r"^layer_norm_backward: backend 'cpu' was forced"):
+        backends.select_backward("layer_norm", CPU, torch.float16)
+
+
 def test_forcing_is_undone_after_an_error():
     with pytest.raises(ZeroDivisionError), backend("torch"):
         raise ZeroDivisionError
@@ -85,6 +98,41 @@ def test_a_forced_gpu_backend_without_a_gpu_says_why(name):
     with backend(name), pytest.raises(BackendError) as error:
         kl_div(torch.randn(2, 3), torch.randn(2, 3))
     assert str(error.value) == f"kl_div: backend {name!r} was forced but cannot serve: {reason}"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Choices as on a machine where every backend can run."""
+    backends._choose.cache_clear()
+    backends._warn_once.cache_clear()
+    monkeypatch.setattr(backends, "availability", lambda name: backends.Availability(True, ""))
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    yield torch.device("cuda")
+    backends._choose.cache_clear()
+
+
+def test_a_backend_unfit_for_a_call_is_passed_over(gpu, monkeypatch, caplog):
+    """Attention in CUDA C++ takes heads of up to 128 columns."""
+    monkeypatch.setitem(backends.KERNELS, "attention", {"cuda": ("bfloat16", "float16")})  # no Triton
+
+    def served(size):
+        return backend_of(SimpleNamespace(shape=(5, 2, size), device=gpu, dtype=torch.bfloat16))
+
+    with caplog.at_level(logging.WARNING, logger="distilbert_fast"):
+        assert [served(size) for size in (64, 128, 129)] == ["cuda", "cuda", "torch"]
+    reason = "its attention takes heads of up to 128, not 129"
+    assert [x.getMessage() for x in caplog.records] == [f"attention on cuda falls back to torch: cuda: {reason}"]
+    with backend("cuda"), pytest.raises(BackendError) as error:
+        served(129)
+    assert str(error.value) == f"attention: backend 'cuda' was forced but cannot serve: {reason}"
+
+
+def test_attention_in_triton_is_preferred(gpu):
+    assert backends.select("attention", gpu, torch.bfloat16) == "triton"
+    with backend("cuda"):
+        assert backends.select("attention", gpu, torch.bfloat16) == "cuda"
+        with pytest.raises(BackendError, match="its attention takes bfloat16, float16, not float32"):
+            backends.select("attention", gpu, torch.float32)
 
 
 def test_an_unknown_backend_is_refused():

@@ -124,6 +124,87 @@ def test_a_sequence_does_not_see_its_neighbours(ids):
     assert torch.equal(whole, engine(other, MASK))
 
 
+def op_engine(model, precision=None):
+    """Run by ops also where the C++ encoder could."""
+    return Engine(None, model, precision, [None] * len(model.layers))
+
+
+@pytest.mark.parametrize("ops", [False, True], ids=["packed", "ops"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_first_rows(precision, layers, ops, ids):
+    model = make(layers=layers)
+    engine = (op_engine if ops else Engine.from_model)(model, precision)
+    for mask in (None, MASK):
+        found = engine.encode(ids, mask, rows="first").last
+        assert found.shape == (4, 1, C)
+        same(found[:, 0], engine(ids, mask)[:, 0])  # every sequence of MASK begins with a token or has none
+    behind = torch.tensor([[0, 1, 1, 0, 0, 0]]).expand_as(ids)
+    same(engine.encode(ids, behind, rows="first").last[:, 0], engine(ids, behind)[:, 1])
+    assert engine.encode(ids[:0], rows="first").last.shape == (0, 1, C)
+    assert engine.encode(ids, torch.zeros_like(ids), rows="first").last.eq(0).all()
+
+
+def test_first_rows_of_heads_left_out(ids):
+    head_mask = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    for engine in (Engine.from_model(make(), head_mask=head_mask), Engine.from_model(make(), "fp16", head_mask)):
+        same(engine.encode(ids, MASK, rows="first").last[:, 0], engine(ids, MASK)[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_behind_the_last_attention_only_first_rows_are_computed(ids, monkeypatch):
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *a: (rows.append(x.shape[0]), linear(x, *a))[1])
+    op_engine(make()).encode(ids, rows="first")
+    assert rows == [24, 24, 24, 24, 24, 4, 4, 4]  # QKV, out and both of the FFN; twice
+
+
+def test_the_number_of_tokens_may_be_given(ids):
+    engine = op_engine(make())
+    assert torch.equal(engine.encode(ids, MASK, num_tokens=int(MASK.sum())).last, engine(ids, MASK))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_static_scales_of_ops(int8, ids):
+    model = make(int8=int8)
+    engine = op_engine(model, "int8")
+    batches = [{"input_ids": torch.randint(0, V, (8, 20))}, {"input_ids": ids, "attention_mask": MASK}]
+    static = engine.calibrated(batches)
+    for layer in static.layers:
+        assert layer.context_scale.shape == layer.gelu_scale.shape == () and layer.gelu_scale > 0
+    assert all(layer.context_scale is None for layer in engine.layers)
+    found = static(ids, MASK)
+    assert not torch.equal(found, engine(ids, MASK))
+    same(found, engine(ids, MASK), rtol=0, atol=0.1)
+    assert torch.equal(static.calibrated(batches)(ids, MASK), found)
+    largest = torch.zeros(2, 2)
+    with torch.no_grad():
+        for batch in batches:
+            engine._run_ops(**batch, largest=largest)
+    scales = torch.tensor([[layer.context_scale, layer.gelu_scale] for layer in static.layers])
+    same(scales * 127, largest, rtol=1e-6, atol=0)
+
+
+def test_static_scales_of_ops_without_heads(ids):
+    model = make()
+    engine = Engine(None, model, "int8", [torch.zeros(3), None])
+    static = engine.calibrated([{"input_ids": ids}])
+    same(static(ids), engine(ids), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "batches", "message"),
+    [
+        (None, [], "model must be an int8 one, not from a file, to be calibrated, got another"),
+        ("int8", [], "calibration must be at least one batch with a token, got none"),
+    ],
+)
+def test_calibration_of_ops_refuses(precision, batches, message):
+    with pytest.raises(ValueError) as error:
+        op_engine(make(), precision).calibrated(batches)
+    assert str(error.value) == f"engine: {message}"
+
+
 # Head masks ----------------------------------------------------------------------------------------------------
 
 HEAD_MASKS = [
@@ -223,6 +304,11 @@ BAD = {
     "no types": (
         lambda e: Engine.from_model(make(types=0))(IDS, None, IDS),
         "token_type_ids must be None, this model has no token types, got a tensor",
+    ),
+    "rows": (lambda e: e.encode(IDS, rows="last"), "rows must be one of 'all', 'first', got 'last'"),
+    "states of first rows": (
+        lambda e: e.encode(IDS, hidden_states=True, rows="first"),
+        "hidden_states must be False where only the first rows are wanted, got True",
     ),
     "precision": (
         lambda e: Engine.from_model(make(), "int4"),

@@ -207,15 +207,13 @@ def test_calibration_of_int8_modules_and_files(tmp_path):
     assert torch.equal(loaded(*ragged(5)), engine(*ragged(5)))
     with pytest.raises(ValueError) as error:
         loaded.calibrated(batches)
-    assert (
-        str(error.value) == "engine: model must be an int8 one on a CPU, not from a file, to be calibrated, got another"
-    )
+    assert str(error.value) == "engine: model must be an int8 one, not from a file, to be calibrated, got another"
 
 
 @pytest.mark.parametrize(
     ("precision", "batches", "message"),
     [
-        ("fp32", [], "engine: model must be an int8 one on a CPU, not from a file, to be calibrated, got another"),
+        ("fp32", [], "engine: model must be an int8 one, not from a file, to be calibrated, got another"),
         ("int8", [], "engine: calibration must be at least one batch with a token, got none"),
         (
             "int8",

@@ -13,9 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is importable from the checkout only
 
+from bench.choose import chosen
 from bench.peers import contest, engines, report, turns, worker
 from bench.peers import models as peer_models
-from bench.peers.__main__ import chosen
 from bench.peers.engines import ENGINES, PRECISIONS, NotAvailableError
 from bench.peers.workloads import BUCKETS, WORKLOADS, calibration
 

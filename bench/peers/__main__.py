@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bench.choose import chosen
 from bench.peers import contest, report
 from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS
 from bench.peers.models import MODELS, default_cache
@@ -115,22 +115,6 @@ def main(
     for table in report.tables(done):
         console.print(table)
     console.print(f"\nwritten: {path} and {path.with_suffix('.png').name}", highlight=False)
-
-
-def chosen(option: str, patterns: str, names: list[str]) -> list[str]:
-    """The names that a pattern matches and no !pattern does, in their own order."""
-    parts = [part.strip() for part in patterns.split(",") if part.strip()]
-    wanted = [part for part in parts if not part.startswith("!")] or ["*"]
-    unwanted = [part[1:] for part in parts if part.startswith("!")]
-    for part in (*wanted, *unwanted):
-        if not fnmatch.filter(names, part):
-            raise ValueError(f"{option}: expected some of {', '.join(names)}, got {part!r}")
-    return [
-        name
-        for name in names
-        if any(fnmatch.fnmatchcase(name, part) for part in wanted)
-        and not any(fnmatch.fnmatchcase(name, part) for part in unwanted)
-    ]
 
 
 def checked_models(names: list[str]) -> list[str]:

@@ -26,14 +26,16 @@ CALLS = (3, 200)
 class Worker:
     """A worker process, which gets CPU time only inside a call of this class."""
 
-    def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
-        """Start it and wait until its engine is built; NotAvailableError where that fails."""
+    def __init__(
+        self, given: Mapping[str, Any], environment: Mapping[str, str], log: Path, module: str = "bench.peers.worker"
+    ) -> None:
+        """Start ``module`` and wait until its engine is built; NotAvailableError where that fails."""
         self.log = log
         self.calls = 1
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.peers.worker", json.dumps(given)],
+                [sys.executable, "-m", module, json.dumps(given)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -48,13 +50,13 @@ class Worker:
             raise
 
     def load(self, workload: str, reference: Path) -> dict[str, Any]:
-        loaded = self._ask({"do": "load", "workload": workload, "reference": str(reference)})
+        loaded = self.ask({"do": "load", "workload": workload, "reference": str(reference)})
         low, high = CALLS
         self.calls = min(high, max(low, math.ceil(TURN_SECONDS / loaded["seconds"])))
         return loaded
 
     def turn(self) -> tuple[float, float]:
-        timed = self._ask({"do": "run", "calls": self.calls})
+        timed = self.ask({"do": "run", "calls": self.calls})
         return timed["seconds"], timed["cpu_seconds"]
 
     def end(self) -> None:
@@ -65,7 +67,7 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
-    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # it has ended: reading says how
             self.process.stdin.write(json.dumps(message).encode() + b"\n")

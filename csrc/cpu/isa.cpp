@@ -21,6 +21,8 @@ struct Tier {
 
 #ifdef DISTILBERT_FAST_SCALAR_ONLY
 
+bool is_amd() { return false; }
+
 std::vector<Tier> find_tiers() {
   const std::string reason = "this is not an x86-64 build";
   return {{"amx", nullptr, reason},
@@ -72,6 +74,8 @@ std::string lacking(std::initializer_list<Feature> features) {
   return names.empty() ? "" : "the processor lacks " + names;
 }
 
+bool is_amd() { return cpuid(0, 0).ebx == signature_AMD_ebx; }
+
 std::vector<Tier> find_tiers() {
   const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
   const uint64_t states = saved_states(one);
@@ -103,9 +107,8 @@ std::vector<Tier> find_tiers() {
   if (amx.empty() && !(saves(0x600e6) && tiles_permitted())) amx = "the operating system does not grant AMX tiles";
 
   // Intel's vector units take vdpbf16ps every second cycle: half the rate of float32 FMA. AMD's take two a cycle.
-  const bool full_rate = cpuid(0, 0).ebx == signature_AMD_ebx;
   return {{"amx", &kernels_amx, amx},
-          {"avx512_bf16", &kernels_avx512_bf16, bf16, full_rate},
+          {"avx512_bf16", &kernels_avx512_bf16, bf16, is_amd()},
           {"avx512_vnni", &kernels_avx512, avx512},
           {"avx2", &kernels_avx2, avx2},
           {"scalar", &kernels_scalar, ""}};
@@ -133,6 +136,8 @@ std::atomic<const Tier*>& in_use() {
 }  // namespace
 
 const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed)->kernels; }
+
+bool prefers_own_gemm() { return is_amd(); }
 
 std::string isa() { return in_use().load()->name; }
 

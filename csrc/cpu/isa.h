@@ -14,6 +14,8 @@ namespace distilbert_fast {
 const Kernels& kernels();
 
 std::string isa();
+// Whether torch's float32 products are slow on this processor: MKL takes AMD's only by halves.
+bool prefers_own_gemm();
 // Throws std::invalid_argument for an unknown tier or one that cannot run here, with the reason.
 void set_isa(const std::string& name);
 

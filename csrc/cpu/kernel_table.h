@@ -7,6 +7,7 @@
 #include "attention_heads.h"
 #include "cosine_loss_rows.h"
 #include "embedding_rows.h"
+#include "gemm_pack_rows.h"
 #include "gemm_tile_float.h"
 #include "kl_div_rows.h"
 #include "layer_norm_rows.h"
@@ -32,6 +33,8 @@ constexpr Kernels common_kernels() {
   kernels.cosine_loss_backward = cosine_loss_backward;
   kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
   kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
+  kernels.pack_panel = pack_panel;
+  kernels.copy_rows = copy_rows;
   return kernels;
 }
 

@@ -103,6 +103,12 @@ struct AttentionBackward {
   float* dm;                          // [batch, heads], zeros on entry; also where the head mask is 0; null: not wanted
 };
 
+// Element (r, i) at data[r · row + i · step]; one of the strides is 1.
+struct FloatMatrix {
+  const float* data;
+  int64_t row, step;
+};
+
 // One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
@@ -111,6 +117,8 @@ struct Kernels {
   GemmKernel gemm_int8;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;
+  void (*pack_panel)(const FloatMatrix& b, int64_t columns, int64_t k, float* out);
+  void (*copy_rows)(const FloatMatrix& a, int64_t rows, int64_t k, float* out, int64_t stride);
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);

@@ -33,6 +33,7 @@ from transformers.models.distilbert import modeling_distilbert
 from distilbert_fast.layers import LayerNorm, Tokens, attend, token_mask
 from distilbert_fast.modeling.heads import head_masks, prune
 from distilbert_fast.ops import _check
+from distilbert_fast.ops.linear import linear
 
 hf: Any = modeling_distilbert  # whose annotations are for padded batches
 
@@ -58,10 +59,10 @@ class DistilBertSelfAttention(hf.DistilBertSelfAttention):
         self, x: torch.Tensor, tokens: Tokens, head_mask: torch.Tensor | None, probabilities: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (x.shape[0], len(self.heads), self.attention_head_size)
-        q, k, v = (linear(x).view(shape) for linear in (self.q_lin, self.k_lin, self.v_lin))  # [M, H, D]
+        q, k, v = (_linear(module, x).view(shape) for module in (self.q_lin, self.k_lin, self.v_lin))  # [M, H, D]
         dropout_p = self.dropout.p if self.training else 0.0
         context, weights = attend(q, k, v, tokens, head_mask, dropout_p, probabilities)
-        return self.out_lin(context.flatten(1)), weights
+        return _linear(self.out_lin, context.flatten(1)), weights
 
 
 class TransformerBlock(hf.TransformerBlock):
@@ -79,6 +80,16 @@ class FFN(hf.FFN):
         if rows == 0 or x.shape[0] <= rows:
             return self.ff_chunk(x)
         return torch.cat([self.ff_chunk(chunk) for chunk in x.split(rows)])
+
+    def ff_chunk(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(_linear(self.lin2, self.activation(_linear(self.lin1, x))))
+
+
+def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(x), by the ``linear`` op if nothing but nn.Linear's own forward would run."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return module(x)
+    return linear(x, module.weight, module.bias)
 
 
 class Transformer(hf.Transformer):

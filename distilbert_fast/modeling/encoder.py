@@ -49,6 +49,18 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     return encoder
 
 
+_CLASSIFIERS = tuple(
+    getattr(module, f"{name}ForSequenceClassification")
+    for module, name in ((modeling_distilbert, "DistilBert"), (modeling_bert, "Bert"), (modeling_roberta, "Roberta"))
+)
+
+
+def reads_first_token(kind: type) -> bool:
+    """Whether models of this class read the encoder's output at position 0 alone."""
+    ours = kind.__module__.startswith("distilbert_fast.") and issubclass(kind, _CLASSIFIERS)
+    return ours or kind in _CLASSIFIERS
+
+
 def encoder_layers(encoder: Any) -> nn.ModuleList:
     return encoder.transformer.layer if isinstance(encoder, DistilBertModel) else encoder.encoder.layer
 

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 
-from distilbert_fast.engine import PRECISIONS, Engine
+from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.modeling.calibration import batches
-from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder
+from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder, reads_first_token
 from distilbert_fast.modeling.snapshot import Snapshot
 from distilbert_fast.ops import _check
 
@@ -35,6 +35,7 @@ def optimize(
     precision: str | None = None,
     calibration: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    cuda_graphs: int = GRAPHS,
 ) -> Model:
     """Accelerate a DistilBERT, BERT or RoBERTa model for inference, in place.
 
@@ -44,15 +45,18 @@ def optimize(
         precision: "fp32", "bf16", "fp16" or "int8" (dynamic scales, one a token and one a weight row) for the
             encoder's linear layers and attention; outputs and task head keep the dtype of the model. None: as
             the model is, so int8 where ``quantize_model`` made it so. Calling again changes it.
-        calibration: for int8 on a CPU, an iterable of texts or of batches (mappings with input_ids, as a DataLoader
+        calibration: for int8, an iterable of texts or of batches (mappings with input_ids, as a DataLoader
             gives them). What attention and GELU put out then gets one scale a layer, from the largest values seen,
             instead of one a token: one pass over it less. A few hundred sentences of the kind to come will do.
             LayerNorm's output keeps a scale for each token, which costs nothing. Lost when weights change.
         tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
+        cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 16,384 tokens, one for each size they
+            are rounded up to (see cuda_graphs.py); their inputs and outputs take 512 MiB at most. 0 = none.
 
     Returns:
         ``model``: same object, parameters, config, signature and files.
 
+    Where only first tokens are read, by ``…ForSequenceClassification``, the last layer computes little for the others.
     Hidden states at padded positions are 0. Padding is never computed, wherever in its row it stands.
     ``head_mask`` [H] or [L, H] is honoured (transformers 5 ignores it).
 
@@ -78,7 +82,7 @@ def optimize(
     reads_padding = type(model).__name__.endswith("ForQuestionAnswering") or getattr(
         encoder, "always_keep_padding", False
     )
-    accelerator = _Accelerator(precision, reads_padding)
+    accelerator = _Accelerator(precision, reads_padding, cuda_graphs)
     accelerator.pack(encoder)
     if calibration is not None:
         accelerator.calibrate(batches(calibration, model, tokenizer, OP))
@@ -117,14 +121,14 @@ def pack_encoder(
 class _Accelerator:
     """The packed weights of one encoder, and whether they are still what it holds."""
 
-    def __init__(self, precision: str | None, reads_padding: bool) -> None:
-        self.precision, self.reads_padding = precision, reads_padding
+    def __init__(self, precision: str | None, reads_padding: bool, graphs: int) -> None:
+        self.precision, self.reads_padding, self.graphs = precision, reads_padding, graphs
         self._packed: tuple[Snapshot, Engine] | None = None
         self._calibrated = False
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Accelerator, (self.precision, self.reads_padding)
+        return _Accelerator, (self.precision, self.reads_padding, self.graphs)
 
     def pack(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
         devices = {str(tensor.device) for tensor in encoder.parameters()}
@@ -134,7 +138,8 @@ class _Accelerator:
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         snapshot = Snapshot(encoder)
         with torch.inference_mode(False):
-            engine = Engine.from_model(encoder_modules(find_encoder(encoder, OP), OP), self.precision)
+            modules = encoder_modules(find_encoder(encoder, OP), OP)
+            engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
         self._packed = snapshot, engine
         return snapshot, engine
 
@@ -201,18 +206,21 @@ def _restore(kind: type, forward: Callable[..., Any]) -> PreTrainedModel:
 
 
 def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """A task head: padded positions are wanted where a label counts one."""
+    """A task head: padded positions are wanted where a label counts one, and by some only the first."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
     packed = "_accelerator" in vars(self.base_model)
     if packed and labels is not None and mask is not None and labels.shape == mask.shape:
         kwargs["keep_padding"] = torch.compiler.is_compiling() or bool(((labels != -100) & (mask == 0)).any())
+    if packed and reads_first_token(kind) and not self.base_model._forward_hooks:
+        kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
 
 
 def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     ours = kind.__module__.startswith("distilbert_fast.")  # takes keep_padding and any head_mask itself
+    kwargs.pop("first_rows", None)
     if not ours:
         kwargs.pop("keep_padding", None)
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -238,6 +246,7 @@ _KNOWN = {
     "position_ids",
     "head_mask",
     "keep_padding",
+    "first_rows",
     "output_attentions",
     "output_hidden_states",
     "return_dict",
@@ -273,12 +282,12 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
     if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
         _warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
         return None
+    num_tokens = None
     if attention_mask is not None:
-        real = attention_mask != 0
-        keep_padding = given.get("keep_padding", False) or accelerator.reads_padding
-        if bool(real.all()):
-            attention_mask = None
-        elif keep_padding or bool((real.any(1) & ~real[:, :1].any(1)).any()):
+        full, left, num_tokens = _padding(attention_mask != 0)
+        if full:
+            attention_mask = num_tokens = None
+        elif left or given.get("keep_padding", False) or accelerator.reads_padding:
             return None
 
     distilbert = isinstance(self, DistilBertModel)
@@ -289,8 +298,10 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
         given.get("position_ids"),
         head_mask,
         bool(hidden_states),
+        "first" if given.get("first_rows", False) and not hidden_states else "all",
+        num_tokens,
     )
-    last = encoded.last  # [B, T, C]
+    last = encoded.last  # [B, T, C] or, the first rows, [B, 1, C]
     if distilbert:
         output: Any = BaseModelOutput(last_hidden_state=last)
     else:
@@ -303,3 +314,13 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
 
 
 _FLAGS = ("output_attentions", "output_hidden_states")
+
+
+def _padding(real: torch.Tensor) -> tuple[bool, bool, int | None]:
+    """Of tokens bool [B, T]: whether all are; whether a sequence's first is not at position 0; on a GPU, how many."""
+    if real.is_cuda:  # three answers for one wait
+        left = (real.any(1) & ~real[:, :1].any(1)).any()
+        full, behind, count = torch.stack([real.all(), left, real.sum()]).tolist()
+        return bool(full), bool(behind), count
+    full = bool(real.all())
+    return full, not full and bool((real.any(1) & ~real[:, :1].any(1)).any()), None

@@ -15,19 +15,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._attention_backends import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_KEEPING,
+    OP,
+    Call,
+    accumulate,
+    backend_of,
+    gradients_like,
+    kept_like,
+    nothing_like,
+)
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import operator
 
-OP = "attention"
 PADDED = "padded_attention"
 
 
@@ -49,7 +57,7 @@ def attention(
             cu_seqlens[b + 1] - 1. Starts at 0, never decreases (a sequence may be empty), ends at N. The
             values are checked wherever the host reads them: always for CPU tensors.
         head_mask: m, float [H] or [B, H]; differentiable. None = 1. A head with m_h = 0 gives exact zeros
-            and, on the CPU, costs nothing unless the gradient of its mask is asked for.
+            and, except by torch on a GPU, costs nothing unless the gradient of its mask is asked for.
         dropout_p: chance in [0, 1) that a probability is dropped, drawn from torch's generator; the others
             are divided by 1 - dropout_p. There is no training flag: pass 0 to infer.
         scale: finite and above 0; None = 1 / sqrt(D).
@@ -144,7 +152,7 @@ def _attention(
     if head_mask is not None:
         per_sequence = isinstance(head_mask, torch.Tensor) and head_mask.dim() == 2
         _check.tensor(op, "head_mask", head_mask, (batch, heads) if per_sequence else (heads,), device=q.device)
-        head_mask = head_mask.to(_accumulate(q)).expand(batch, heads)
+        head_mask = head_mask.to(accumulate(q)).expand(batch, heads)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         _check.refuse(op, "dropout_p", "a number", type(dropout_p).__name__, TypeError)
     if not 0 <= dropout_p < 1:
@@ -176,8 +184,11 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.dropout_p, ctx.scale = dropout_p, scale
         ctx.dm = head_mask is not None and ctx.needs_input_grad[5]
-        ctx.save_for_backward(q, k, v, cu_seqlens, attention_mask, head_mask, seed)
-        return _forward(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
+        call = (cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
+        o, unmasked, stats = _forward_keeping(q, k, v, *call)
+        nothing_kept = stats.shape[0] == 0
+        ctx.save_for_backward(q, k, v, unmasked if ctx.dm or nothing_kept else o, stats, *call[:4])
+        return o
 
     @staticmethod
     @once_differentiable
@@ -186,25 +197,9 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, dm if ctx.dm else None, None, None, None
 
 
-class _Call(NamedTuple):
-    """All arguments but q, k, v: [N, H, D] with cu_seqlens, [B, T, H, D] without."""
-
-    cu_seqlens: torch.Tensor | None  # int32 [B + 1]
-    attention_mask: torch.Tensor | None  # bool [B, T]
-    head_mask: torch.Tensor | None  # [B, H] in the dtype of the arithmetic
-    seed: torch.Tensor | None  # int64 [1] if there is dropout
-    dropout_p: float
-    scale: float
-    dm: bool  # the gradient of the head mask is wanted, even where the mask is 0
-
-
 _CALL = (
     "Tensor? cu_seqlens, Tensor? attention_mask, Tensor? head_mask, Tensor? seed, float dropout_p, float scale, bool dm"
 )
-
-
-def _accumulate(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
@@ -214,267 +209,65 @@ def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any)
 @operator(f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> Tensor", _forward_fake)
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
     """The output, contiguous."""
-    kernel = _FORWARD[backends.select(OP, q.device, q.dtype)]
+    kernel = FORWARD[backend_of(q)]
     with as_written(q.device):
-        return kernel(_rows(q), _rows(k), _rows(v), _Call(*call))
+        return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
 
 
-def _backward_fake(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
-) -> tuple[torch.Tensor, ...]:
-    head_mask, wanted = _Call(*call).head_mask, _Call(*call).dm
-    dm = q.new_empty((0, 0) if head_mask is None or not wanted else head_mask.shape, dtype=_accumulate(q))
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dm
+def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    keeps = q.device.type != "meta" and backend_of(q) in FORWARD_KEEPING
+    return q.new_empty(q.shape), *(kept_like(q, Call(*call)) if keeps else nothing_like(q))
 
 
 @operator(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_forward_keeping(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward_keeping_fake,
+)
+def _forward_keeping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    """The output, and for backward, where its backend reads them: the output before the head mask, if dm is wanted,
+    and the softmax statistics float32 [2, H, N]. Else both are empty."""
+    kernel = FORWARD_KEEPING.get(backend_of(q))
+    if kernel is None:
+        return _forward(q, k, v, *call), *nothing_like(q)
+    with as_written(q.device):
+        return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
+
+
+def _backward_fake(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    *call: Any,
+) -> tuple[torch.Tensor, ...]:
+    return gradients_like(q, Call(*call))
+
+
+@operator(
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_CALL})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    stats: torch.Tensor,
+    *call: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0]."""
-    kernel = _BACKWARD[backends.select(OP, q.device, q.dtype)]
+    """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0].
+
+    o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else behind it.
+    """
+    kernel = BACKWARD[backend_of(q)]
     with as_written(q.device):
-        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), _Call(*call))
+        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), o, stats, Call(*call))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """Tokens and heads may lie anywhere; inside a head the kernels want neighbours."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-# torch -----------------------------------------------------------------------------------------------------
-
-
-class _Tile(NamedTuple):
-    """Some heads of b neighbouring sequences of one length t."""
-
-    sequences: slice  # of B
-    tokens: slice  # of N, or of T in the padded form
-    length: int
-    heads: slice | torch.Tensor
-    keys: torch.Tensor | None  # bool [b, t], False = padding between tokens
-
-    def at(self, x: torch.Tensor) -> torch.Tensor:
-        """Their part of [N, H, D] or [B, T, H, D], all heads: a view [b, t, H, D]."""
-        if x.dim() == 3:
-            return x[self.tokens].unflatten(0, (-1, self.length))
-        return x[self.sequences, self.tokens]
-
-    def read(self, x: torch.Tensor) -> torch.Tensor:
-        part = self.at(x)[:, :, self.heads]
-        if self.keys is not None:
-            part = part.masked_fill(~self.keys[:, :, None, None], 0)
-        return part.transpose(1, 2)  # [b, h, t, D]
-
-    def write(self, x: torch.Tensor, value: torch.Tensor, m: torch.Tensor | None) -> None:
-        """Store m · value [b, h, t, D], 0 at padding and wherever m is 0."""
-        if m is not None:
-            value = torch.where(m == 0, 0, m * value)
-        if self.keys is not None:
-            value = value.masked_fill(~self.keys[:, None, :, None], 0)
-        self.at(x)[:, :, self.heads] = value.transpose(1, 2).to(x.dtype)
-
-    def mask(self, head_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Their part of [B, H]: [b, h, 1, 1]."""
-        return None if head_mask is None else head_mask[self.sequences][:, self.heads, None, None]
-
-    def attended(self) -> torch.Tensor | None:
-        """Keys that count [b, 1, 1, t]; all where a sequence has none: softmax wants one, nobody reads it."""
-        if self.keys is None:
-            return None
-        return (self.keys | ~self.keys.any(dim=-1, keepdim=True))[:, None, None, :]
-
-
-def _offsets(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        _check.refuse(OP, "cu_seqlens", "0 at the start", offsets[0])
-    for b, (begin, end) in enumerate(itertools.pairwise(offsets)):
-        if end < begin:
-            _check.refuse(OP, "cu_seqlens", "non-decreasing", f"{end} after {begin} at {b + 1}")
-    if offsets[-1] != tokens:
-        _check.refuse(OP, "cu_seqlens", f"N = {tokens} at the end", offsets[-1])
-    return offsets
-
-
-def _runs(q: torch.Tensor, call: _Call) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-    """Sequences, tokens and keys of neighbours of the same length and, if padded, the same place."""
-    mask = call.attention_mask
-    b = 0
-    if call.cu_seqlens is not None:
-        offsets = _offsets(call.cu_seqlens, q.shape[0])
-        for _, run in itertools.groupby(end - begin for begin, end in itertools.pairwise(offsets)):
-            begin, b = b, b + len(list(run))
-            yield slice(begin, b), slice(offsets[begin], offsets[b]), None
-    elif mask is None or q.device.type != "cpu":  # a GPU computes padding sooner than it tells where it is
-        yield slice(0, q.shape[0]), slice(0, q.shape[1]), mask
-    elif mask.numel() > 0:
-        bits = mask.to(torch.uint8)
-        first, last = bits.argmax(dim=1), mask.shape[1] - bits.flip(1).argmax(dim=1)
-        count = mask.sum(dim=1)
-        last = torch.where(count > 0, last, first)
-        places = zip(first.tolist(), last.tolist(), (count < last - first).tolist(), strict=True)
-        for (start, end, holes), same in itertools.groupby(places):
-            begin, b = b, b + len(list(same))
-            yield slice(begin, b), slice(start, end), mask[begin:b, start:end] if holes else None
-
-
-def _tiles(q: torch.Tensor, call: _Call, scores: int | None) -> Iterator[_Tile]:
-    """What has to be computed, in tiles of about that many scores; None = as large as they come."""
-    for sequences, tokens, keys in _runs(q, call):
-        count = sequences.stop - sequences.start
-        length = tokens.stop - tokens.start
-        if q.dim() == 3 and count > 0:
-            length //= count
-        live = None
-        if call.head_mask is not None and not call.dm and q.device.type == "cpu":
-            live = (call.head_mask[sequences] != 0).any(dim=0).nonzero().flatten()
-        heads = q.shape[-2] if live is None else len(live)
-        if count * length * heads == 0:
-            continue
-        pairs = count * heads if scores is None else max(1, scores // length**2)
-        rows, columns = max(1, min(count, pairs // heads)), min(heads, pairs)
-        for b, h in itertools.product(range(0, count, rows), range(0, heads, columns)):
-            some = slice(sequences.start + b, min(sequences.start + b + rows, sequences.stop))
-            place = tokens
-            if q.dim() == 3:
-                place = slice(tokens.start + b * length, min(tokens.start + (b + rows) * length, tokens.stop))
-            head = slice(h, min(h + columns, heads))
-            part = None if keys is None else keys[b : b + rows]
-            yield _Tile(some, place, length, head if live is None else live[head], part)
-
-
-def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
-    o = q.new_zeros(q.shape)
-    drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
-    # Backward has to find again what is dropped here, tile by tile, so dropout wants its tiles.
-    for tile in _tiles(q, call, None if drop is None else _scores(q)):
-        q_t, k_t, v_t = tile.read(q), tile.read(k), tile.read(v)
-        if drop is None:
-            o_t = F.scaled_dot_product_attention(q_t, k_t, v_t, attn_mask=tile.attended(), scale=call.scale)
-        else:
-            q_t, k_t, v_t = (x.to(_accumulate(q)) for x in (q_t, k_t, v_t))
-            p = _probabilities(q_t, k_t, tile, call.scale)
-            o_t = (p * drop(p)) @ v_t
-        tile.write(o, o_t, tile.mask(call.head_mask))
-    return o
-
-
-def _backward_torch(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
-) -> tuple[torch.Tensor, ...]:
-    dq, dk, dv, dm = (x.zero_() for x in _backward_fake(do, q, k, v, *call))
-    drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
-    for tile in _tiles(q, call, _scores(q)):
-        q_t, k_t, v_t, g = (tile.read(x).to(_accumulate(q)) for x in (q, k, v, do))  # [b, h, t, D]
-        p = _probabilities(q_t, k_t, tile, call.scale)
-        dp = g @ v_t.mT  # [b, h, t, t]
-        dropped = p
-        if drop is not None:
-            z = drop(p)
-            dropped = p * z
-            dp *= z
-        r = (p * dp).sum(dim=-1, keepdim=True)  # [b, h, t, 1]
-        m = tile.mask(call.head_mask)
-        tile.write(dv, dropped.mT @ g, m)
-        ds = dp.sub_(r).mul_(p)
-        tile.write(dq, ds @ (k_t * call.scale), m)
-        tile.write(dk, ds.mT @ (q_t * call.scale), m)
-        if call.dm:
-            dm[tile.sequences, tile.heads] = r.sum(dim=(2, 3))
-    return dq, dk, dv, dm
-
-
-def _scores(q: torch.Tensor) -> int:
-    """Scores written out at a time: they stay in the cache of a CPU core, and cost a GPU few launches."""
-    return 2**18 if q.device.type == "cpu" else 2**26
-
-
-def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: _Tile, scale: float) -> torch.Tensor:
-    scores = (q * scale) @ k.mT  # [b, h, t, t]
-    keys = tile.attended()
-    return torch.softmax(scores if keys is None else scores.masked_fill_(~keys, -math.inf), dim=-1)
-
-
-class _Dropout:
-    """What to multiply probabilities by, 0 or 1 / (1 - p): the same series for the same seed."""
-
-    def __init__(self, seed: torch.Tensor, p: float) -> None:
-        self.p = p
-        self.generator = torch.Generator(seed.device).manual_seed(int(seed))
-
-    def __call__(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(like).bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p)
-
-
-# cpu -----------------------------------------------------------------------------------------------------------
-
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def _heads_argument(x: torch.Tensor) -> tuple[int, ...]:
-    """Address and strides of sequences, tokens and heads."""
-    return x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1]
-
-
-def _call_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[Any, ...]:
-    """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
-    cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
-    return (
-        *(_heads_argument(x) for x in (q, k, v)),
-        _DTYPE_CODE[q.dtype],
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        q.shape[1] if cu_seqlens is None else 0,
-        q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        q.shape[-2],
-        q.shape[-1],
-        0 if head_mask is None else head_mask.data_ptr(),
-        0 if head_mask is None else head_mask.stride(0),
-        call.scale,
-        call.dropout_p,
-        0 if call.seed is None else int(call.seed),
-        q.shape[0],
-    )
-
-
-def _in_order(call: _Call) -> _Call:
-    """The same call with its integers, mask and heads side by side; [H] expanded to [B, H] stays as it is."""
-    head_mask = call.head_mask
-    if head_mask is not None and head_mask.stride(1) != 1:
-        head_mask = head_mask.contiguous()
-    return call._replace(
-        cu_seqlens=None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
-        attention_mask=None if call.attention_mask is None else call.attention_mask.contiguous(),
-        head_mask=head_mask,
-    )
-
-
-def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
-    call = _in_order(call)
-    o = torch.empty(q.shape, dtype=q.dtype)
-    backends.cpu().attention_forward(
-        *_call_arguments(q, k, v, call), _heads_argument(o), _DTYPE_CODE[o.dtype], torch.get_num_threads()
-    )
-    return o
-
-
-def _backward_cpu(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call
-) -> tuple[torch.Tensor, ...]:
-    call = _in_order(call)
-    dq, dk, dv, dm = _backward_fake(do, q, k, v, *call)
-    backends.cpu().attention_backward(
-        *_call_arguments(q, k, v, call),
-        *(_heads_argument(x) for x in (do, dq, dk, dv)),
-        dm.data_ptr() if call.dm else 0,
-        torch.get_num_threads(),
-    )
-    return dq, dk, dv, dm
-
-
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
-_BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu}

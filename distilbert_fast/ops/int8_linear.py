@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops._packed import packed_int8
@@ -219,4 +219,72 @@ def _forward_cpu(
     return y
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+# triton -----------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from distilbert_fast.kernels import int8_linear as kernels
+
+    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    kernels.int8_linear(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, y)
+    return y
+
+
+# cuda -------------------------------------------------------------------------------------------------------
+
+
+def _matrix_arguments(x: torch.Tensor | None) -> tuple[int, int, int]:
+    """Address, row stride and dtype of a matrix whose rows are whole, or of none."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), backends.CUDA_DTYPE[x.dtype])
+
+
+def _scale_arguments(scale: torch.Tensor | None) -> tuple[int, int]:
+    """Address and stride of one number a row, or in all."""
+    return (0, 0) if scale is None else (scale.data_ptr(), 1 if scale.dim() else 0)
+
+
+def _forward_cuda(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    x_q, w_q, residual = _rows.rows(x_q), _rows.rows(w_q), None if residual is None else _rows.rows(residual)
+    x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out_scale = None if out_scale is None else out_scale.contiguous()
+    backends.cuda().int8_linear(
+        *(x_q.data_ptr(), x_q.stride(0)),
+        *_scale_arguments(x_scale),
+        *(w_q.data_ptr(), w_q.stride(0)),
+        w_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else backends.CUDA_DTYPE[bias.dtype],
+        *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
+        gelu,
+        *_matrix_arguments(residual),
+        y.data_ptr(),
+        backends.CUDA_DTYPE[y.dtype],
+        *_scale_arguments(out_scale),
+        *backends.device_and_stream(x_q.device),
+    )
+    return y
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}

@@ -340,10 +340,6 @@ def _backward_triton(
     return dstudent
 
 
-def _device_arguments(device: torch.device) -> tuple[int, int]:
-    return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
 def _forward_cuda(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -357,7 +353,7 @@ def _forward_cuda(
         rows.data_ptr(),
         kept.data_ptr() if keep == "stats" else 0,
         kept.data_ptr() if keep == "gradient" else 0,
-        *_device_arguments(student.device),
+        *backends.device_and_stream(student.device),
     )
     return rows, kept
 
@@ -378,7 +374,7 @@ def _backward_cuda(
         drows.data_ptr(),
         stats.data_ptr(),
         dstudent.data_ptr(),
-        *_device_arguments(student.device),
+        *backends.device_and_stream(student.device),
     )
     return dstudent
 

@@ -151,9 +151,10 @@ def _accumulate(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if _sum_dtype(x, residual) == torch.float64 else torch.float32
 
 
-def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> str:
+def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, backward: bool = False) -> str:
+    select = backends.select_backward if backward else backends.select
     dtypes = (x.dtype, weight.dtype) if residual is None else (x.dtype, weight.dtype, residual.dtype)
-    return backends.select(OP, x.device, *dtypes)
+    return select(OP, x.device, *dtypes)
 
 
 def _forward_fake(
@@ -243,7 +244,7 @@ def _backward(
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dh [N, C] in the dtype of y; dw [C] and db [C] in that of the statistics."""
-    return _BACKWARD[_select(x, weight, residual)](dy, x, weight, residual, mean, rstd)
+    return _BACKWARD[_select(x, weight, residual, backward=True)](dy, x, weight, residual, mean, rstd)
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def _backward_cpu(
     return dh, dweight, dbias
 
 
-# gpu --------------------------------------------------------------------------------------------------------
+# triton -----------------------------------------------------------------------------------------------------
 
 
 def _terms(x: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -431,10 +432,77 @@ def _backward_triton(
     return dh, dweight, dbias
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+# cuda: forward only -----------------------------------------------------------------------------------------
+
+
+def _cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+    statistics: tuple[int, int] = (0, 0),
+    codes: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> None:
+    """y [N, C], and where addresses are given μ and rstd; codes, scales to write, scales to read and their stride."""
+    x = _rows.rows(x.to(y.dtype))
+    residual = None if residual is None else _rows.rows(residual.to(y.dtype))
+    if weight.dtype == bias.dtype == y.dtype:
+        weight, bias = weight.contiguous(), bias.contiguous()
+    else:
+        weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    backends.cuda().layer_norm(
+        *(x.data_ptr(), x.stride(0)),
+        *((0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
+        backends.CUDA_DTYPE[y.dtype],
+        *(weight.data_ptr(), bias.data_ptr(), backends.CUDA_DTYPE[weight.dtype]),
+        *x.shape,
+        eps,
+        y.data_ptr(),
+        *statistics,
+        *codes,
+        *backends.device_and_stream(x.device),
+    )
+
+
+def _forward_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, mean, rstd = _forward_fake(x, weight, bias, residual, eps, keep)
+    statistics = (mean.data_ptr(), rstd.data_ptr()) if keep else (0, 0)
+    _cuda(x, weight, bias, residual, eps, y, statistics)
+    return y, mean, rstd
+
+
+def _forward_quantize_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    out_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, y_q, found = _forward_quantize_fake(x, weight, bias, residual, eps, out_scale)
+    if out_scale is None:
+        scales = (found.data_ptr(), 0, 0)
+    else:
+        out_scale = out_scale.contiguous()
+        scales = (0, out_scale.data_ptr(), 1 if out_scale.dim() else 0)
+    _cuda(x, weight, bias, residual, eps, y, codes=(y_q.data_ptr(), *scales))
+    return y, y_q, found
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}
 _FORWARD_QUANTIZE = {
     "torch": _forward_quantize_torch,
     "cpu": _forward_quantize_cpu,
     "triton": _forward_quantize_triton,
+    "cuda": _forward_quantize_cuda,
 }
 _BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

@@ -28,6 +28,7 @@ from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
 from distilbert_fast.ops.kl_div import kl_div_reference
+from distilbert_fast.ops.linear import product, product_into
 
 OP = "linear_kl_div"
 
@@ -219,18 +220,35 @@ class _Losses(NamedTuple):
     """Of one chunk: sums of row losses, and where they are wanted gradients of these with respect to logits."""
 
     kl: torch.Tensor
-    kl_gradient: torch.Tensor  # [rows of the KL, V] in the dtype of the projection
+    kl_gradient: torch.Tensor  # [R_kl, V] in the dtype of the projection; or [0, V]
     ce: torch.Tensor
-    ce_gradient: torch.Tensor  # [rows with a label, V]
+    ce_gradient: torch.Tensor  # [R_ce, V]; or [0, V]
 
 
-# From h_s [R, C_s], h_t [R_kl, C_t] of the first rows, and labels [R] with -1 = none, or None for no labels at all.
-_LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], _Losses]
+# From h_s [R, C_s], h_t [R_kl, C_t] of the first rows, and the labels [R_ce] of the last.
+_LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], _Losses]
 
 
 def _chunk(v: int, device: torch.device) -> int:
     """Rows projected at a time: enough for efficient products, few enough to be no burden (32 MB on a CPU)."""
     return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+
+
+def _counted(
+    n: int, kd_mask: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: int, device: torch.device
+) -> tuple[torch.Tensor, int, int]:
+    """The rows that count: of the KL alone, then of both losses, then of the cross-entropy alone.
+
+    So the rows of either loss are neighbours in every chunk. Returned with where labels begin and where the KL ends.
+    """
+    if kd_mask is None and labels is None:
+        return torch.arange(n, device=device), n, n
+    distilled = torch.ones(n, dtype=torch.bool, device=device) if kd_mask is None else kd_mask
+    labelled = (torch.zeros_like(distilled) if labels is None else labels != ignore_index).to(torch.uint8)
+    kind = torch.where(distilled, labelled, 3 - labelled)  # 3: counts for neither
+    # The one place where the host waits for a GPU: it must know how many rows to project.
+    alone, both, rest = (kind[:, None] == torch.arange(3, device=device)).sum(dim=0).tolist()
+    return kind.argsort(stable=True)[: alone + both + rest], alone, alone + both
 
 
 def _by_chunks(
@@ -251,51 +269,56 @@ def _by_chunks(
     begun = [False] * len(dW_sum)  # the largest of them is not even set to zero if it need not be
 
     def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
+        if len(G) == 0:
+            return
         if dh_sum.numel() > 0:
-            dh_sum[loss].index_copy_(0, rows, G @ W)
-        if dW_sum.numel() > 0 and h.dtype == dW_sum.dtype:
-            torch.addmm(dW_sum[loss], G.t(), h, beta=int(begun[loss]), out=dW_sum[loss])
-        elif dW_sum.numel() > 0 and begun[loss]:
-            dW_sum[loss].add_(G.t() @ h)
-        elif dW_sum.numel() > 0:
-            dW_sum[loss].copy_(G.t() @ h)
+            dh_sum[loss].index_copy_(0, rows, product(G, W.t(), None))
+        if dW_sum.numel() > 0:
+            _add_product(G.t(), h, dW_sum[loss], begun[loss])
         begun[loss] = True
         if db_sum.numel() > 0:
             db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
 
-    distilled = torch.ones(n, dtype=torch.bool, device=h_s.device) if kd_mask is None else kd_mask
-    labelled = torch.zeros_like(distilled) if labels is None else labels != ignore_index
-    rows_kl = distilled.nonzero().flatten()
-    # Rows of the KL come first, so that in each chunk they are the first ones and the teacher projects no other.
-    rows = torch.cat([rows_kl, (labelled & ~distilled).nonzero().flatten()])
+    rows, first_label, end_kl = _counted(n, kd_mask, labels, ignore_index, h_s.device)
     for begin in range(0, len(rows), _chunk(v, h_s.device)):
         chunk = rows[begin : begin + _chunk(v, h_s.device)]
-        part = chunk[: max(0, len(rows_kl) - begin)]
+        part, targeted = chunk[: max(0, end_kl - begin)], chunk[max(0, first_label - begin) :]
         h = h_s[chunk].to(W.dtype)  # [R, C_s]
-        which = labelled[chunk].nonzero().flatten()
-        targets = None
-        if labels is not None and len(which) > 0:
-            _check_labels(labels[chunk[which]], v, ignore_index)
-            targets = torch.where(labelled[chunk], labels[chunk], -1)
+        targets = chunk[:0] if labels is None else labels[targeted]
+        _check_labels(targets, v, ignore_index)
         losses = losses_of_chunk(h, h_t[part], targets)
         kl += losses.kl
         ce += losses.ce
-        if len(part) > 0 and len(losses.kl_gradient) > 0:
-            add_gradients(0, part, h[: len(part)], losses.kl_gradient)
-        if len(which) > 0 and len(losses.ce_gradient) > 0:
-            add_gradients(1, chunk[which], h[which], losses.ce_gradient)
+        add_gradients(0, part, h[: len(part)], losses.kl_gradient)
+        add_gradients(1, targeted, h[len(chunk) - len(targeted) :], losses.ce_gradient)
     for loss, some in enumerate(begun):
         if not some:
             dW_sum[loss].zero_()
-    kl /= max(1, len(rows_kl))
-    ce /= labelled.sum().clamp(min=1)
+    kl /= max(1, end_kl)
+    ce /= max(1, len(rows) - first_label)
     return sums
 
 
+def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, begun: bool) -> None:
+    """total += a b, or total = a b if nothing has begun it: [V, C_s], float32 if a and b are bfloat16."""
+    if b.dtype == total.dtype:
+        product_into(total, a, b.t(), add=begun)
+        return
+    # On CUDA the product of a chunk leaves the tensor cores as they summed it, in float32.
+    product = torch.mm(a, b, out_dtype=total.dtype) if b.device.type == "cuda" else a @ b
+    if begun:
+        total.add_(product)
+    else:
+        total.copy_(product)
+
+
 def _check_labels(labels: torch.Tensor, v: int, ignore_index: int) -> None:
-    """Checked where the values can be read for free."""
-    if labels.device.type == "cpu":
-        wrong = labels[(labels < 0) | (labels >= v)]
+    """Read where that is free; elsewhere asserted on the device, for which nobody waits."""
+    outside = (labels < 0) | (labels >= v)
+    if labels.device.type != "cpu":
+        torch._assert_async(~outside.any(), f"{OP}: labels must be in [0, V = {v}) or ignore_index = {ignore_index}")
+    else:
+        wrong = labels[outside]
         if len(wrong) > 0:
             _check.refuse(OP, "labels", f"in [0, V = {v}) or ignore_index = {ignore_index}", int(wrong[0]))
 
@@ -324,7 +347,7 @@ def _forward_torch(
     W_t, b_t = W_t.to(_work(h_t)), None if b_t is None else b_t.to(_work(h_t))
     keep = "gradient" if dh or dW or db else "none"
 
-    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor | None) -> _Losses:
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor) -> _Losses:
         s = F.linear(h, W, b)  # [R, V]
         zero, nothing = sums[0].new_zeros(()), s[:0]
         kl, kl_gradient, ce, ce_gradient = zero, nothing, zero, nothing
@@ -333,10 +356,9 @@ def _forward_torch(
             row_losses, kept = _kl_div_forward(s[: len(h_t)], t, None, temperature, False, keep)
             kl = row_losses.sum()
             kl_gradient = kept if keep == "gradient" else nothing
-        if targets is not None:
-            which = (targets >= 0).nonzero().flatten()
-            columns = targets[which][:, None]  # [rows with a label, 1]
-            log_p = torch.log_softmax(s[which], dim=1, dtype=sums[1].dtype)
+        if len(targets) > 0:
+            columns = targets[:, None]  # [R_ce, 1]
+            log_p = torch.log_softmax(s[len(s) - len(targets) :], dim=1, dtype=sums[1].dtype)
             ce = -log_p.gather(1, columns).sum()
             if keep == "gradient":
                 ce_gradient = log_p.exp_().scatter_add_(1, columns, log_p.new_full(columns.shape, -1.0)).to(s.dtype)
@@ -348,10 +370,6 @@ def _forward_torch(
 # cpu -----------------------------------------------------------------------------------------------------------
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def _project(h: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
 
 
 def _forward_cpu(
@@ -379,11 +397,12 @@ def _forward_cpu(
     ce_gradient = h_s.new_empty((rows if wanted and labels is not None else 0, v))
     kl, ce = h_s.new_empty(rows, dtype=torch.float32), h_s.new_empty(rows, dtype=torch.float32)
 
-    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor | None) -> _Losses:
-        r, r_kl = len(h), len(h_t)
-        s = _project(h, W_s, b_s, student[:r])
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor) -> _Losses:
+        r, r_kl, r_ce = len(h), len(h_t), len(targets)
+        s = product_into(student[:r], h, W_s, b_s)
         if r_kl > 0:
-            _project(h_t, W_t, b_t, teacher[:r_kl])
+            product_into(teacher[:r_kl], h_t, W_t, b_t)
+        labels_of_all = F.pad(targets, (r - r_ce, 0), value=-1)  # [R], -1 = none
         backends.cpu().linear_kl_div(
             student.data_ptr(),
             teacher.data_ptr(),
@@ -393,18 +412,70 @@ def _forward_cpu(
             r_kl,
             v,
             temperature,
-            0 if targets is None else targets.data_ptr(),
+            labels_of_all.data_ptr() if r_ce > 0 else 0,
             wanted,
             kl.data_ptr(),
             ce.data_ptr(),
             ce_gradient.data_ptr(),
             torch.get_num_threads(),
         )
-        labelled = 0 if targets is None else int((targets >= 0).sum())
-        ce_sum = ce[:r].sum() if labelled > 0 else ce.new_zeros(())
-        return _Losses(kl[:r_kl].sum(), s[: r_kl if wanted else 0], ce_sum, ce_gradient[:labelled])
+        return _Losses(
+            kl[:r_kl].sum(), s[: r_kl if wanted else 0], ce[r - r_ce : r].sum(), ce_gradient[: r_ce if wanted else 0]
+        )
 
     return _by_chunks(losses, h_s, W_s, h_t, kd_mask, labels, ignore_index, sums)
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+# gpu -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    h_s: torch.Tensor,
+    W_s: torch.Tensor,
+    b_s: torch.Tensor | None,
+    h_t: torch.Tensor,
+    W_t: torch.Tensor,
+    b_t: torch.Tensor | None,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    dh: bool,
+    dW: bool,
+    db: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
+    teacher's, which nobody reads again, the cross-entropy's over the student's.
+    """
+    from distilbert_fast.kernels import linear_kl_div as kernels
+
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
+    sums = _forward_fake(*call)
+    W, W_t, v = W_s.to(_work(h_s)), W_t.to(_work(h_t)), W_s.shape[0]
+    rows, width = min(_chunk(v, h_s.device), h_s.shape[0]), kernels.width(v)
+    student, teacher = W.new_empty((rows, width)), W_t.new_empty((rows, width))
+    bias_s, bias_t = kernels.padded_bias(b_s, W, v), kernels.padded_bias(b_t, W_t, v)
+    wanted = dh or dW or db
+    kl_gradient = teacher if W_t.dtype == W.dtype else W.new_empty((rows if wanted else 0, width))
+    kl, ce = sums[0].new_empty(rows), sums[0].new_empty(rows)
+
+    def losses(h: torch.Tensor, h_t: torch.Tensor, targets: torch.Tensor) -> _Losses:
+        r, r_kl, r_ce = len(h), len(h_t), len(targets)
+        s, t = student[:r], teacher[:r_kl]  # [R, width], [R_kl, width]
+        for logits, hidden, weight in ((s, h, W), (t, h_t.to(W_t.dtype), W_t)):
+            logits[:, v:] = 0.0  # where the gradient of a non-finite row may stand
+            torch.mm(hidden, weight.t(), out=logits[:, :v])
+        dkl, dce = (kl_gradient[:r_kl], s[r - r_ce :]) if wanted else (None, None)
+        kernels.linear_kl_div_fwd(s, bias_s, t, bias_t, targets, v, temperature, kl, ce, dkl, dce)
+        nothing = s[:0, :v]
+        return _Losses(
+            kl[:r_kl].sum(),
+            nothing if dkl is None else dkl[:, :v],
+            ce[:r_ce].sum(),
+            nothing if dce is None else dce[:, :v],
+        )
+
+    return _by_chunks(losses, h_s, W, h_t, kd_mask, labels, ignore_index, sums)
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}

@@ -26,7 +26,9 @@ def test_wheel_holds_one_package_and_all_of_it(names):
     packaged = {name for name in names if name.startswith("distilbert_fast/")}
     assert {name for name in packaged if name.endswith(".py")} == sources | {"distilbert_fast/_build_info.py"}
     others = {re.sub(r"\..*\.so$", ".so", name) for name in packaged if not name.endswith(".py")}
-    assert others == {"distilbert_fast/py.typed", "distilbert_fast/_cpu.so"}
+    tables = {path.name for path in (ROOT / "kernels" / "tuned").glob("*.json")} | {"sm_0.json"}
+    tables = {f"distilbert_fast/kernels/tuned/{name}" for name in tables}
+    assert others == {"distilbert_fast/py.typed", "distilbert_fast/_cpu.so"} | tables
 
 
 def test_wheel_metadata(built, names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import re
 import runpy
@@ -64,16 +65,55 @@ def test_needs_no_library_of_the_toolkit(module):
     assert needed and not [name for name in needed if "cuda" in name]  # the runtime is inside
 
 
+# File -> its kernels for each architecture, and the registers with which as many blocks fit as it counts on.
+KERNELS = {
+    "attention": (2 * 3, 255),  # two dtypes, three head sizes; two blocks of 128 threads, here and in backward
+    "attention_backward": (2 * 2 * 3 + 1, 255),  # by queries and by keys, and for the mask
+    "kl_div": (2 * 9, 64),  # forward and backward, three dtypes on either side; two blocks of 512 threads
+    "int8_linear": (2, 255),  # large and small tiles; two blocks of 128
+    "int8_linear_sm90": (1, 128),  # two blocks of 256
+    "layer_norm": (2 * 5, 168),  # by warps and by blocks, five pairs of dtypes; three blocks of 128 threads
+}
+
+
 def test_no_kernel_spills(build):
-    """ptxas on every kernel for every architecture: no stack, no spilled register, and room for two blocks of 512."""
+    """ptxas on every kernel for every architecture: no stack, no spilled register, and room for its blocks."""
     kernels = re.findall(
-        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        r"Compiling entry function '_ZN\w+?_\d+_([a-z]\w+)_cu_\w+' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         build[0],
         re.DOTALL,
     )
-    assert {arch for _, arch, *_ in kernels} == set(ARCHS)
-    assert len(kernels) == len(ARCHS) * 2 * 9  # forward and backward, three dtypes on either side
-    for name, arch, stack, stores, loads, registers in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), (name, arch)
-        assert int(registers) <= 64, (name, arch)
+    found = collections.Counter((file, arch) for file, arch, *_ in kernels)
+    assert found == {(file, arch): count for file, (count, _) in KERNELS.items() for arch in ARCHS}
+    for file, arch, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), (file, arch)
+        assert int(registers) <= KERNELS[file][1], (file, arch)
+
+
+@pytest.mark.parametrize(
+    ("file", "arch", "instructions"),
+    [
+        *(
+            (file, arch, ["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "STG.E.128"])
+            for file in ("attention", "attention_backward")
+            for arch in ("80", "90a", "100")
+        ),
+        *(("int8_linear", arch, ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128.ZFILL"]) for arch in ARCHS),
+        ("int8_linear_sm90", "90a", ["IGMMA.64x128x32.S8.S8", "LDGSTS.E.BYPASS.128.ZFILL", "FENCE.VIEW.ASYNC"]),
+        ("layer_norm", "80", ["LDG.E.128", "STG.E.128"]),
+    ],
+)
+def test_instructions(build, file, arch, instructions):
+    """Tensor cores, fragments 4 matrices at a time, 16-byte copies that pass registers by: in the machine code."""
+    triton = pytest.importorskip("triton")
+    (code,) = build[1].parents[1].glob(f"build/native-*/csrc/cuda/{file}.cu.o")
+    sass = succeed(triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", f"sm_{arch}", code, cwd=code.parent)
+    assert not [name for name in instructions if name not in sass]
+    assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\b", sass)  # whose order nobody knows
+
+
+def test_hopper_has_its_products_only_there(build):
+    """The other architectures' code of that kernel is empty, and its launcher knows whether there is any."""
+    (ninja,) = build[1].parents[1].glob("build/native-*/build.ninja")
+    assert "-DDISTILBERT_FAST_SM90A" in ninja.read_text()

@@ -4,65 +4,21 @@ and the real call in ops/kl_div.py. What a GPU does with it (speed, memory, roun
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import platform
 import re
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
 
-from distilbert_fast import backends
 from distilbert_fast.ops import kl_div as op
 from distilbert_fast.testing import assert_twice_rule, lay_out, logits
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or not shutil.which("g++"), reason="cuda_on_cpu needs g++ on x86-64"
-)
-
-
-@pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [ROOT / "csrc/bindings_cuda.cpp"]
-    for source in (ROOT / "csrc/cuda").glob("*.cu"):
-        text = source.read_text()
-        launches = re.compile(r"(\w+<[^;]*?>)\s*<<<(.*?)>>>\(", re.DOTALL)  # kernel<types><<<shape>>>(
-        sources.append(folder / f"{source.stem}.cpp")
-        sources[-1].write_text(launches.sub(r"emulated::launch(\1, \2, ", text))
-    includes = [
-        ROOT / "tests/kernels/cuda_on_cpu",
-        ROOT / "csrc",
-        ROOT / "csrc/cuda",
-        pybind11.get_include(),
-        sysconfig.get_path("include"),
-    ]
-    flags = ["-std=c++17", "-O1", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden"]
-    command = ["g++", *flags, *(f"-I{path}" for path in includes), *map(str, sources), "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    spec = importlib.util.spec_from_file_location("_cuda", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
-def emulated(module, monkeypatch):
-    """The op's CUDA path, with CPU tensors in the place of a GPU's."""
-    monkeypatch.setattr(backends, "cuda", lambda: module)
-    monkeypatch.setattr(op, "_device_arguments", lambda device: (0, 0))
-    return ctypes.CDLL(module.__file__)
+def emulated(cuda_on_cpu):
+    cuda_on_cpu.emulated_set_max_blocks(3)
+    return cuda_on_cpu
 
 
 def run(student, teacher, temperature=1.0, mask=None, mean=True):
@@ -177,15 +133,15 @@ def test_equal_logits_have_no_loss():
     assert gradient.abs().max() < 1e-7
 
 
-def test_device_and_stream(module, emulated):
+def test_device_and_stream(cuda_module, emulated):
     x, rows = logits(2, 40), torch.empty(2)
-    emulated.emulated_launch_stream.restype = ctypes.c_void_p
-    module.kl_div_forward(x.data_ptr(), x.data_ptr(), 40, 40, 0, 0, 0, 2, 40, 1.0, 0, rows.data_ptr(), 0, 0, 1, 0x1234)
+    call = (x.data_ptr(), x.data_ptr(), 40, 40, 0, 0, 0, 2, 40, 1.0, 0, rows.data_ptr(), 0, 0)
+    cuda_module.kl_div_forward(*call, 1, 0x1234)
     assert emulated.emulated_launch_device() == 1
     assert emulated.emulated_launch_stream() == 0x1234
     assert emulated.emulated_device() == 0
     with pytest.raises(RuntimeError, match=r"^kl_div: cudaSetDevice: invalid device ordinal$"):
-        module.kl_div_forward(x.data_ptr(), x.data_ptr(), 40, 40, 0, 0, 0, 2, 40, 1.0, 0, rows.data_ptr(), 0, 0, 7, 0)
+        cuda_module.kl_div_forward(*call, 7, 0)
     assert emulated.emulated_device() == 0
 
 
@@ -214,9 +170,9 @@ BOTH = [
     [*BOTH, ("loss", 0, "loss must point to memory, got null"),
      ("scale", 0, "scale must point to a number where a gradient is wanted, got null")],
 )  # fmt: skip
-def test_forward_refuses(module, name, value, message):
+def test_forward_refuses(cuda_module, name, value, message):
     with pytest.raises(ValueError, match=f"^kl_div: {re.escape(message)}$"):
-        module.kl_div_forward(*(FORWARD | {name: value}).values())
+        cuda_module.kl_div_forward(*(FORWARD | {name: value}).values())
 
 
 @pytest.mark.parametrize(
@@ -226,6 +182,6 @@ def test_forward_refuses(module, name, value, message):
         *((name, 0, f"{name} must point to memory, got null") for name in ("dloss", "stats", "gradient")),
     ],
 )
-def test_backward_refuses(module, name, value, message):
+def test_backward_refuses(cuda_module, name, value, message):
     with pytest.raises(ValueError, match=f"^kl_div: {re.escape(message)}$"):
-        module.kl_div_backward(*(BACKWARD | {name: value}).values())
+        cuda_module.kl_div_backward(*(BACKWARD | {name: value}).values())

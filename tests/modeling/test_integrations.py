@@ -220,8 +220,8 @@ def test_empty_weights_and_offloading(tiny_config, tmp_path):
         loaded = distilbert_fast.DistilBertForMaskedLM.from_pretrained(tmp_path, **options).eval()
         assert torch.equal(loaded(ids, mask).logits, expected)
     accelerate.cpu_offload(model, execution_device="cpu")
-    with torch.no_grad():
-        assert torch.equal(model(ids, mask).logits, expected)
+    with torch.no_grad():  # a hooked nn.Linear computes as torch does, another may be the op's
+        torch.testing.assert_close(model(ids, mask).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_keeps_the_residual_stream_in_float32(distilbert_dir, batch):

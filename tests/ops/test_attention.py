@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_oracle import check_padded, cumulated, projection, results, sdpa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distilbert_fast
 from distilbert_fast import attention, backends, padded_attention
-from distilbert_fast.ops import attention as op
+from distilbert_fast.ops import _attention_backends
 from distilbert_fast.ops.attention import attention_reference
 from distilbert_fast.testing import assert_twice_rule
 
@@ -53,36 +54,6 @@ def place(request):
         yield request.param
     if isa:
         backends.cpu().set_isa(before)
-
-
-def cumulated(lengths) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def projection(n, heads, size, dtype=torch.float64, seed=0) -> torch.Tensor:
-    """Queries, keys and values as one matrix product leaves them, [N, 3, H, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, heads, size, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def sdpa(q, k, v, cu_seqlens, head_mask=None) -> torch.Tensor:
-    """The oracle: one call of torch's own attention for each sequence."""
-    outputs = [q[:0]]
-    for b, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        o = F.scaled_dot_product_attention(*(x[begin:end].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
-        if head_mask is not None:
-            o = o * (head_mask[b] if head_mask.dim() == 2 else head_mask)[:, None].to(o.dtype)
-        outputs.append(o)
-    return torch.cat(outputs)
-
-
-def results(function, qkv, do, *arguments, head_mask=None, **keywords):
-    """Output, gradient of q, k, v, and gradient of the head mask."""
-    qkv = qkv.detach().clone().requires_grad_()
-    mask = None if head_mask is None else head_mask.detach().clone().requires_grad_()
-    o = function(*qkv.unbind(1), *arguments, mask, **keywords)
-    inputs = [x for x in (qkv, mask) if x is not None]
-    return [o.detach(), *torch.autograd.grad(o, inputs, do, materialize_grads=True)]
 
 
 @pytest.mark.parametrize(("place", "dtype"), SERVED, indirect=["place"])
@@ -169,7 +140,7 @@ def test_reference_is_torchs_attention(scale):
 @pytest.mark.parametrize("scores", [1, 20, 2**18])
 def test_gradcheck(per_sequence, dropout_p, scores, monkeypatch):
     """In float64, whatever the tiles; a head of mask 0 among the others; the same dropout in each evaluation."""
-    monkeypatch.setattr(op, "_scores", lambda q: scores)
+    monkeypatch.setattr(_attention_backends, "_scores", lambda q: scores)
     cu_seqlens = cumulated((2, 0, 3, 3))
     qkv = projection(8, 2, 2).requires_grad_()
     head_mask = torch.tensor([0.7, 0.0], dtype=torch.float64)
@@ -345,13 +316,6 @@ def test_a_non_finite_sequence_leaves_the_others_exact(bad, place):
 # Padding -----------------------------------------------------------------------------------------------------
 
 
-def padded_by_packing(q, k, v, attention_mask, head_mask=None) -> torch.Tensor:
-    """The oracle of the padded form: pack, attend sequence by sequence, put back."""
-    cu_seqlens = cumulated(attention_mask.sum(1).tolist())
-    packed = attention_reference(*(x[attention_mask] for x in (q, k, v)), cu_seqlens, head_mask)
-    return q.new_zeros(q.shape).masked_scatter(attention_mask[:, :, None, None], packed)
-
-
 @st.composite
 def padded_batches(draw):
     b, t, h, d = (draw(st.integers(0, top)) for top in (5, 6, 2, 2))
@@ -361,28 +325,6 @@ def padded_batches(draw):
     heads = None if shape is None else draw(st.lists(values, min_size=math.prod(shape), max_size=math.prod(shape)))
     head_mask = None if heads is None else torch.tensor(heads, dtype=torch.float64).view(shape)
     return torch.tensor(mask, dtype=torch.bool).view(b, t), (b, t, h + 1, d + 1), head_mask
-
-
-def check_padded(attention_mask, shape, head_mask, dtype=torch.float64, poison=math.nan, **tolerance) -> None:
-    """Any mask, holes and all, with NaN in the padding of inputs and gradient."""
-    generator = torch.Generator().manual_seed(0)
-    clean = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)]
-    head_mask = None if head_mask is None else head_mask.to(dtype)
-    padding = ~attention_mask[:, :, None, None]
-    q, k, v, do = (x.masked_fill(padding, poison) for x in clean)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    oracle = [x.clone().requires_grad_() for x in clean[:3]]
-    theirs = None if head_mask is None else head_mask.clone().requires_grad_()
-    mine = None if head_mask is None else head_mask.clone().requires_grad_()
-    if mine is not None:
-        inputs, oracle = [*inputs, mine], [*oracle, theirs]
-    o = padded_attention(q, k, v, attention_mask, mine)
-    expected = padded_by_packing(*oracle[:3], attention_mask, theirs)
-    assert o.is_contiguous() and (o.masked_select(padding) == 0).all()
-    torch.testing.assert_close(o, expected, **tolerance)
-    gradients = torch.autograd.grad(expected, oracle, clean[3], materialize_grads=True)
-    for x, y in zip(torch.autograd.grad(o, inputs, do), gradients, strict=True):
-        torch.testing.assert_close(x, y, **tolerance)
 
 
 @settings(max_examples=60, deadline=None)
@@ -413,7 +355,7 @@ def test_padding_anywhere_as_a_gpu_computes_it(batch):
             yield slice(0, q.shape[0]), slice(0, q.shape[1]), call.attention_mask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_runs", whole)
+        patch.setattr(_attention_backends, "_runs", whole)
         check_padded(*batch)
 
 
@@ -464,7 +406,7 @@ def recovered_dropout(cu_seqlens, q, k, p):
 
 @pytest.mark.parametrize("scores", [70, 2**18])
 def test_dropout_drops_and_scales(scores, monkeypatch, place):
-    monkeypatch.setattr(op, "_scores", lambda q: scores)
+    monkeypatch.setattr(_attention_backends, "_scores", lambda q: scores)
     p, cu_seqlens = 0.3, cumulated((16, 16, 16))
     q, k, _ = projection(48, 4, 16, torch.float32).unbind(1)
     dropped = recovered_dropout(cu_seqlens, q, k, p)
@@ -547,9 +489,12 @@ def test_opcheck(form):
     batch = 2 if form == "padded" else 3
     for head_mask, dm in ((None, False), (torch.rand(batch, 2), False), (torch.rand(batch, 2), True)):
         call = (*where, head_mask, torch.tensor([7]), 0.1, 0.5, dm)
-        torch.library.opcheck(torch.ops.distilbert_fast.attention_forward.default, (q, k, v, *call))
+        ops = torch.ops.distilbert_fast
+        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *call))
+        torch.library.opcheck(ops.attention_forward_keeping.default, (q, k, v, *call))
+        _, unmasked, stats = ops.attention_forward_keeping.default(q, k, v, *call)
         do = torch.randn(q.shape)
-        torch.library.opcheck(torch.ops.distilbert_fast.attention_backward.default, (do, q, k, v, *call))
+        torch.library.opcheck(ops.attention_backward.default, (do, q, k, v, unmasked, stats, *call))
 
 
 def counting_backend():

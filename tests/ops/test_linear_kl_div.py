@@ -232,9 +232,12 @@ def test_without_labels_the_cross_entropy_is_zero():
 
 def test_only_counted_rows_are_projected(monkeypatch, place):
     projected = []
-    module, name = (F, "linear") if place[0] == "torch" else (op, "_project")
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda h, *a: projected.append(tuple(h.shape)) or original(h, *a))
+    if place[0] == "torch":
+        linear = F.linear
+        monkeypatch.setattr(F, "linear", lambda h, *a: projected.append(tuple(h.shape)) or linear(h, *a))
+    else:
+        into = op.product_into
+        monkeypatch.setattr(op, "product_into", lambda y, h, *a: projected.append(tuple(h.shape)) or into(y, h, *a))
     monkeypatch.setattr(op, "_chunk", lambda v, device: 4)
     kd_mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([IGNORE, 1, 2, IGNORE, IGNORE, IGNORE, 3, 0, IGNORE, IGNORE])
@@ -507,7 +510,7 @@ def test_float16_with_a_loss_scale():
     found = results(linear_kl_div, tensors, 2.0, kd_mask, labels, weights=(scale, scale))
     exact = results(linear_kl_div_reference, double(tensors), 2.0, kd_mask, labels, weights=(scale, scale))
     for x, y in zip(found[2:], exact[2:], strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2.0**-24)
+        torch.testing.assert_close(x.double(), y, rtol=4e-3, atol=2.0**-24)
 
 
 def test_chunks_go_through_kl_div(monkeypatch):

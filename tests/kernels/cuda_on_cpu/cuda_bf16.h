@@ -4,7 +4,7 @@
 #include <cstring>
 
 struct __nv_bfloat16 {
-  uint16_t bits = 0;
+  uint16_t bits;
 };
 
 inline float __bfloat162float(__nv_bfloat16 x) {
@@ -20,3 +20,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if (value != value) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+
+namespace emulated {
+inline double value(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline double value(int8_t x) { return x; }
+}  // namespace emulated

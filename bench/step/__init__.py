@@ -1,0 +1,1 @@
+"""One optimizer step of MLM distillation: ours beside the original distiller's form."""

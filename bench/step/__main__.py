@@ -1,0 +1,150 @@
+"""``python -m bench.step``: how long a distillation step takes, part by part, beside the original distiller's form."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.peers.__main__ import chosen
+from bench.peers.contest import cpu_name
+from bench.peers.engines import NotAvailableError
+from bench.peers.processes import ROOT, Worker, end_all
+from bench.peers.turns import Machine, hold, pick_cores, ratio, seconds, spread
+from bench.step.ways import PARTS, SIZES, WAYS
+
+EPILOG = """\
+[bold]Examples[/bold]
+
+The record, on a quiet machine:
+
+    python -m bench.step
+
+Does it run here?
+
+    python -m bench.step --size tiny --batch 2 --length 16 --rounds 1
+"""
+
+
+class Contender:
+    """A worker that keeps the parts of its turns."""
+
+    def __init__(self, worker: Worker, calls: int) -> None:
+        self.worker, self.calls = worker, calls
+        self.parts: list[dict[str, float]] = []
+
+    def turn(self) -> tuple[float, float]:
+        answer = self.worker.ask({"do": "run", "calls": self.calls})
+        self.parts.append(answer["parts"])
+        return answer["seconds"], answer["cpu_seconds"]
+
+
+def main(
+    ways: Annotated[str, typer.Option(metavar="PATTERNS", help="Names or shell patterns, separated by commas.")] = "*",
+    size: Annotated[str, typer.Option(help=f"Of the models: {' or '.join(SIZES)}.")] = "base",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads, and cores that everything is pinned to.")] = 2,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON.")] = None,
+) -> None:
+    """Time a step of MLM distillation (teacher, student forward, losses, backward, optimizer), ours and the original's.
+
+    The KL counts masked tokens only, 15% of all; teacher of 12 layers, student of 6, random weights. Every way has a
+    process of its own, stopped between its turns.
+    """
+    try:
+        names = chosen("--ways", ways, list(WAYS))
+        if size not in SIZES:
+            raise ValueError(f"--size: expected {' or '.join(SIZES)}, got {size!r}")
+        cores = pick_cores(threads)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    given: dict[str, Any] = {"size": size, "batch": batch, "length": length, "threads": threads, "cores": cores}
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    contenders: dict[str, Contender] = {}
+    missing: dict[str, str] = {}
+
+    def failed(name: str, error: NotAvailableError) -> None:
+        missing[name] = str(error)
+
+    logs = Path(tempfile.mkdtemp(prefix="bench-step-"))
+    try:
+        for name in names:
+            try:
+                worker = Worker(given | {"way": name}, environment, logs / f"{name}.log", "bench.step.worker")
+            except NotAvailableError as error:
+                failed(name, error)
+            else:
+                contenders[name] = Contender(worker, calls)
+        held = hold(contenders, rounds, Machine(cores, threads), failed)
+    finally:
+        end_all([contender.worker for contender in contenders.values()])
+
+    rows = []
+    for name in [name for name in contenders if name not in missing]:
+        rival = WAYS[name].rival
+        rows.append(
+            {
+                "way": name,
+                "seconds": vars(seconds(held, name)),
+                "peak_mib": contenders[name].worker.ready["peak_mib"],
+                "parts": {part: spread([p[part] for p in contenders[name].parts]).median for part in PARTS},
+                "rival": rival if rival in contenders and rival not in missing else None,
+                "faster": vars(ratio(held, rival, name)) if rival in contenders and rival not in missing else None,
+                "disturbed": sum(turns[name].disturbed is not None for turns in held),
+            }
+        )
+    made = {
+        "cpu": cpu_name(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{key: given[key] for key in ("size", "batch", "length", "threads")},
+        "rounds": rounds,
+        "ways": rows,
+        "missing": missing,
+    }
+    path = out or ROOT / "bench/results" / f"step-{batch}x{length}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1) + "\n")
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(table(made))
+    for name, why in missing.items():
+        console.print(f"{name} is missing: {why}", highlight=False)
+    console.print(f"\nwritten: {path}", highlight=False)
+
+
+def table(made: dict[str, Any]) -> Table:
+    drawn = Table(
+        title=f"{made['batch']}x{made['length']} tokens, {made['threads']} threads, {made['cpu']}", title_justify="left"
+    )
+    drawn.add_column("way")
+    for column in ("s a step", "range", *PARTS, "peak MiB", "as fast as the original"):
+        drawn.add_column(column, justify="right")
+    for row in made["ways"]:
+        time, faster = row["seconds"], row["faster"]
+        drawn.add_row(
+            row["way"],
+            f"{time['median']:.3f}",
+            f"{time['low']:.3f}-{time['high']:.3f}",
+            *(f"{row['parts'][part]:.3f}" for part in PARTS),
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            "" if faster is None else f"{faster['median']:.2f}x ({faster['low']:.2f}-{faster['high']:.2f})",
+        )
+    return drawn
+
+
+if __name__ == "__main__":
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    app.command(epilog=EPILOG)(main)
+    app()
