@@ -172,15 +172,12 @@ class ModelTeacher:
 
 
 def _with_engine(model: Any, precision: str | None) -> Any:
-    """Another object of the same modules and weights, whose encoder runs on the engine.
-
-    The encoder is optimized apart from its head: what a head would make of padding, no loss counts.
-    """
-    encoder: Any = optimize(copy.copy(model.base_model), precision)
-    if model.base_model is model:
-        return encoder
+    """Another object of the same modules and weights, whose encoder runs on the engine."""
     whole = copy.copy(model)
-    whole._modules = {**model._modules, model.base_model_prefix: encoder}
+    if model.base_model is not model:
+        whole._modules = {**model._modules, model.base_model_prefix: copy.copy(model.base_model)}
+    # a head for question answering asks for what is on padding, which no loss counts: so only the encoder is optimized
+    optimize(whole.base_model if type(model).__name__.endswith("ForQuestionAnswering") else whole, precision)
     return whole
 
 
