@@ -89,9 +89,10 @@ def product_into(
 
 def _is_ours(*tensors: torch.Tensor | None) -> bool:
     """Whether these are for the kernel: float32 on a CPU, where that is faster than torch, or forced."""
+    if backends.forced() not in (None, "cpu") or not backends.availability("cpu").ok:
+        return False
     return all(x is None or (x.dtype is torch.float32 and x.device.type == "cpu") for x in tensors) and (
-        backends.select(OP, torch.device("cpu"), torch.float32) == "cpu"
-        and (backends.forced() == "cpu" or backends.cpu().prefers_own_gemm())
+        backends.forced() == "cpu" or backends.cpu().prefers_own_gemm()
     )
 
 

@@ -121,8 +121,9 @@ def test_any_sequences_heads_and_masks(place, lengths, heads, size, scale, dtype
         torch.testing.assert_close(x.double(), y, **TOLERANCES[dtype])
     leaf = qkv.clone().requires_grad_()  # and where the gradient of the mask is not asked for
     o = attention(*leaf.unbind(1), cu_seqlens, head_mask, scale=scale)
-    assert torch.equal(o, found[0])
-    assert torch.equal(torch.autograd.grad(o, leaf, do)[0], found[1])
+    same = {"rtol": 0, "atol": 0} if place[0] == "cpu" else TOLERANCES[dtype]  # torch's own products vary
+    torch.testing.assert_close(o, found[0], **same)
+    torch.testing.assert_close(torch.autograd.grad(o, leaf, do)[0], found[1], **same)
     assert torch.equal(qkv, before)
 
 
