@@ -26,6 +26,7 @@ _HOME = {
     "layer_norm_quantize": "ops.layer_norm",
     "linear": "ops.linear",
     "linear_kl_div": "ops.linear_kl_div",
+    "linear_topk_kl_div": "ops.linear_topk_kl_div",
     "padded_attention": "ops.attention",
     "quantize": "ops.quantize",
     # where they run
@@ -45,6 +46,7 @@ _HOME = {
     "pack_encoder": "modeling.optimize",
     # compression and distillation
     "quantize_model": "compression.quantize",
+    "CachedTeacher": "distillation.teacher_cache",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
     "MlmObjective": "distillation.masked_lm",
@@ -54,6 +56,8 @@ _HOME = {
     "Masking": "distillation.masking",
     "load_corpus": "distillation.data",
     "pad_collator": "distillation.masking",
+    "ModelTeacher": "distillation.teacher",
+    "build_cache": "distillation.teacher_cache_build",
     "student_from_teacher": "distillation.student",
     "demo": "recipes",
 }

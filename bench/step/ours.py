@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from bench.step.original import ADAMW, ALPHA_CE, ALPHA_COS, ALPHA_MLM, CLIP, TEMPERATURE
-from distilbert_fast import optimize
 from distilbert_fast.distillation.masked_lm import MlmObjective
 from distilbert_fast.distillation.teacher import ModelTeacher
 
@@ -18,7 +17,7 @@ class Ours:
 
     def __init__(self, student: Any, teacher: Any, precision: str, autocast: torch.dtype | None) -> None:
         self.student, self.autocast = student.train(), autocast
-        self.teacher = ModelTeacher(optimize(teacher, precision))
+        self.teacher = ModelTeacher(teacher, precision)
         self.teacher.prepare(next(student.parameters()).device)
         self.objective = MlmObjective(TEMPERATURE, ALPHA_CE, ALPHA_MLM, ALPHA_COS, kd_positions="masked")
         self.optimizer = torch.optim.AdamW(student.parameters(), **ADAMW, fused=True)

@@ -16,6 +16,7 @@ from distilbert_fast.distillation.objectives import (
     is_regression,
 )
 from distilbert_fast.distillation.schedule import bounds, is_zero, plain
+from distilbert_fast.distillation.teacher import PRECISIONS
 
 if TYPE_CHECKING:
     Scheduled = float | str
@@ -79,11 +80,25 @@ class DistillationArguments(TrainingArguments):
         metadata={"help": 'mlm: "0:1,1:3,…", layers of student and teacher for alpha_hidden; "" spaces evenly.'},
     )
     relation_heads: int = field(default=0, metadata={"help": "mlm: heads for alpha_relation; 0 takes the teacher's."})
+    teacher_precision: str = field(
+        default="auto",
+        metadata={
+            "help": '"fp32", "bf16", "fp16" or "int8": of the engine that runs the teacher; "model": its own forward; '
+            '"auto": the engine on a CPU, in the precision of the model.'
+        },
+    )
+    teacher_cache: str = field(
+        default="", metadata={"help": "mlm: directory of answers that build_cache wrote; no teacher runs."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective not in ("task", "qa", "mlm"):
             _refuse("objective", "one of task, qa, mlm", self.objective)
+        if self.teacher_precision not in PRECISIONS:
+            _refuse("teacher_precision", f"one of {', '.join(PRECISIONS)}", self.teacher_precision)
+        if self.teacher_cache and self.teacher_precision != "auto":
+            _refuse("teacher_precision", "auto with a teacher_cache", self.teacher_precision)
         for name in ("temperature", "alpha", *_ALPHAS.values()):
             value = getattr(self, name)
             try:

@@ -195,7 +195,7 @@ class ResumableTrainer(Trainer):
         try:
             return super().save_model(output_dir)
         except Exception as error:
-            _raise_disk_error(error, f"could not save {output_dir or self.args.output_dir}", "the old files are kept")
+            raise_disk_error(error, f"could not save {output_dir or self.args.output_dir}", "the old files are kept")
             raise
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
@@ -288,7 +288,7 @@ class ResumableTrainer(Trainer):
             shutil.rmtree(path, ignore_errors=True)
             newest = newest_complete_checkpoint(self._output_dir)
             kept = f"{newest} is kept" if newest else "no earlier checkpoint exists"
-            _raise_disk_error(error, f"could not save {path}", kept)
+            raise_disk_error(error, f"could not save {path}", kept)
             raise
         if self.args.should_save:
             best = self.state.best_model_checkpoint
@@ -388,7 +388,7 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(given, default=str))
 
 
-def _raise_disk_error(error: Exception, what: str, kept: str) -> None:
+def raise_disk_error(error: Exception, what: str, kept: str) -> None:
     """Raise an OSError that says what is left, if ``error`` came from the disk; Rust names it in text."""
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (named := re.search(r"os error (\d+)", str(error))):

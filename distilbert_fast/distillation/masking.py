@@ -176,12 +176,17 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         rows: ``Corpus.train`` or ``Corpus.holdout``: columns input_ids and length.
         masking: hides the tokens.
-        epoch: the first; a held-out set stays at it and so is masked alike every time.
+        epoch: the first.
+        cycle: after so many epochs their masks come again: 1 for what is evaluated, whose ``set_epoch`` accelerate
+            calls too, with how often that was done; more for the epochs of a ``CachedTeacher``. None: never.
     """
 
-    def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0) -> None:
-        self._rows = rows.with_format("arrow")
-        self.masking = masking
+    def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0, cycle: int | None = None) -> None:
+        if cycle is not None and cycle < 1:
+            refuse("MaskedDataset", "cycle", "1 or more, or None", cycle)
+        # to ask again for a format that is there would change the fingerprint
+        self._rows = rows if rows.format["type"] == "arrow" else rows.with_format("arrow")
+        self.masking, self.first, self.cycle = masking, epoch, cycle
         self._epoch = torch.tensor(epoch).share_memory_()
 
     @property
@@ -192,11 +197,20 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """Equal if rows and masking are: what a resumed run must find unchanged."""
-        return f"{self._rows._fingerprint}-{self.masking.fingerprint}"
+        cycle = "" if self.cycle is None else f"-{self.first}+{self.cycle}"
+        return f"{self.rows_fingerprint}-{self.masking.fingerprint}{cycle}"
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self._rows._fingerprint
 
     def set_epoch(self, epoch: int) -> None:
         """Mask as in this epoch from now on, in workers too."""
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(epoch if self.cycle is None else self.first + epoch % self.cycle)
+
+    def at_epoch(self, epoch: int) -> MaskedDataset:
+        """The same rows, masked as in this epoch every time."""
+        return MaskedDataset(self._rows, self.masking, epoch, cycle=1)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -246,10 +260,11 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
     """
     if tokenizer.pad_token_id is None:
         refuse("pad_collator", "tokenizer", "one with a pad token", type(tokenizer).__name__)
-    return partial(_pad, pad_id=int(tokenizer.pad_token_id))
+    return partial(pad, pad_id=int(tokenizer.pad_token_id))
 
 
-def _pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """What ``pad_collator`` makes of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     width = -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
     inside = torch.arange(width) < lengths[:, None]  # [B, T]

@@ -7,7 +7,10 @@ methods; what its soft targets are, it says itself, by the loss that compares th
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,9 +21,14 @@ from transformers import PreTrainedModel
 
 from distilbert_fast.distillation.checkpoint import describe_model
 from distilbert_fast.distillation.losses import IGNORED
+from distilbert_fast.engine import PRECISIONS as ENGINE_PRECISIONS
 from distilbert_fast.modeling.encoder import encoder_layers
+from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.vocabulary import vocabulary_head
+from distilbert_fast.ops import _check
 from distilbert_fast.ops.linear_kl_div import linear_kl_div
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 
@@ -62,6 +70,9 @@ class Teacher(Protocol):
 
     def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
         """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
+
+    def check(self, objective: Any) -> None:
+        """Raise ValueError for an objective that will ask for what it cannot answer."""
 
     def prepare(self, device: torch.device) -> None:
         """Called once before training."""
@@ -106,36 +117,80 @@ class Projection(NamedTuple):
         return (full(projection(h_s)) - full(torch.nn.functional.linear(h_t, self.W, self.b))).square().sum()
 
 
-class ModelTeacher:
-    """A transformers model, in eval mode and without gradients."""
+PRECISIONS = ("auto", "model", *ENGINE_PRECISIONS)
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+class ModelTeacher:
+    """A transformers model, in eval mode and without gradients.
+
+    Args:
+        model: the teacher. It is not changed; the engine's copy of its encoder follows its weights.
+        precision: what computes its encoder. "fp32", "bf16", "fp16" or "int8": the engine, see ``optimize``; the
+            student's autocast does not reach it, a task head keeps the dtype of the model. "model": the model's own
+            forward under the student's autocast. "auto": on a CPU the engine in the precision that the model has, if
+            it takes the model; else as "model". ``teacher_effect`` tells what a precision costs.
+
+    Raises:
+        TypeError, ValueError: in ``prepare``, a precision asked for by name of a model that the engine does not take.
+    """
+
+    def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
+        _check.choice("ModelTeacher", "precision", precision, PRECISIONS)
         self.model: Any = model
+        self.precision = precision
+        self._served: tuple[Any, bool] | None = None
 
     @property
     def columns(self) -> set[str]:
         return inputs_of(self.model)
 
+    def check(self, objective: Any) -> None:
+        """A model has all that an objective may ask for."""
+
     def prepare(self, device: torch.device) -> None:
         torch.nn.Module.to(self.model, device).eval()
+        self._served = self._serve()
 
     def describe(self) -> Any:
-        return describe_model(self.model, weights=True)
+        return describe_model(self.model, weights=True) | {"precision": self.precision}
 
     def answer(self, batch: Batch, hidden_states: bool = False) -> ModelAnswer:
-        return ModelAnswer(self.model, batch, hidden_states)
+        if self._served is None:
+            self._served = self._serve()
+        return ModelAnswer(*self._served, batch, hidden_states)
+
+    def _serve(self) -> tuple[Any, bool]:
+        """The model whose forward answers, and whether that is the engine's."""
+        if self.precision not in ("auto", "model"):
+            return _with_engine(self.model, self.precision), True
+        if self.precision == "auto" and self.model.device.type == "cpu":
+            try:
+                return _with_engine(self.model, None), True
+            except (TypeError, ValueError) as error:
+                logger.info("the teacher runs by its own forward: %s", error)
+        return self.model, False
+
+
+def _with_engine(model: Any, precision: str | None) -> Any:
+    """Another object of the same modules and weights, whose encoder runs on the engine."""
+    whole = copy.copy(model)
+    if model.base_model is not model:
+        whole._modules = {**model._modules, model.base_model_prefix: copy.copy(model.base_model)}
+    # a head for question answering asks for what is on padding, which no loss counts: so only the encoder is optimized
+    optimize(whole.base_model if type(model).__name__.endswith("ForQuestionAnswering") else whole, precision)
+    return whole
 
 
 class ModelAnswer:
     """The encoder or the whole model runs when first asked, once."""
 
-    def __init__(self, model: Any, batch: Batch, hidden_states: bool) -> None:
-        self.model, self.batch, self.hidden_states = model, batch, hidden_states
+    def __init__(self, model: Any, by_engine: bool, batch: Batch, hidden_states: bool) -> None:
+        self.model, self.by_engine, self.batch, self.hidden_states = model, by_engine, batch, hidden_states
         self._encoded: Any = None
 
-    @torch.no_grad()
     def logits(self) -> Any:
-        return self.model(**only(self.batch, inputs_of(self.model)))
+        with torch.no_grad(), self._precision():
+            return self.model(**only(self.batch, inputs_of(self.model)))
 
     def soft_targets(self, rows: Tensor) -> Projection:
         head = vocabulary_head(self.model, "teacher")
@@ -150,11 +205,16 @@ class ModelAnswer:
     def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return last_attention_inputs(self.model.base_model, self._encode())
 
-    @torch.no_grad()
     def _encode(self) -> Any:
         if self._encoded is None:
-            self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
+            with torch.no_grad(), self._precision():
+                self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
         return self._encoded
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The engine has one of its own and does not serve inside of autocast."""
+        device = self.model.device.type
+        return torch.autocast(device, enabled=False) if self.by_engine else contextlib.nullcontext()
 
 
 def model_of(teacher: Teacher | None) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, settings_of
 from distilbert_fast.distillation.checkpoint import ResumableTrainer
 from distilbert_fast.distillation.objectives import Objective, Step
 from distilbert_fast.distillation.teacher import ModelTeacher, Teacher, model_of
+from distilbert_fast.distillation.teacher_cache import CachedTeacher
+from distilbert_fast.distillation.teacher_effect import teacher_effect
+from distilbert_fast.distillation.training_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -31,8 +35,10 @@ class DistillationTrainer(ResumableTrainer):
     - "mlm": masked language modelling, DistilBERT's triple loss and more; input_ids are corrupted, labels [B, T] hold
       what was masked. See ``MlmObjective``.
 
-    The teacher is moved to the training device, kept in eval mode, and runs without gradients under the autocast
-    of the student (bf16, fp16).
+    A teacher that is a model is moved to the training device, kept in eval mode, and runs without gradients, in the
+    precision of ``args.teacher_precision`` (see ``ModelTeacher``). One that was asked for by name is compared with the
+    model's own forward before the first step, and what it changes is logged (see ``teacher_effect``). With
+    ``args.teacher_cache`` none runs: its answers are read from the disk (see ``CachedTeacher``).
 
     Every loss is a sum over rows divided by the count of its own rows in the whole optimizer step, over all
     accumulated batches and processes: 1×64, 4×16 and 2 processes × 32 give the same gradient. (Trainer alone does
@@ -46,7 +52,7 @@ class DistillationTrainer(ResumableTrainer):
     Args:
         model: the student.
         teacher: its teacher, a transformers model or any other ``Teacher``; None where no loss needs one, which is
-            plain training with the normalisation above.
+            plain training with the normalisation above. With a cache, None or the model that it must be of.
         args: the settings.
         train_dataset: rows with the columns of both models' inputs and labels; token_type_ids reach a teacher that
             has them even if the student has not. Its ``set_epoch``, if it has one, is called before each epoch.
@@ -81,18 +87,37 @@ class DistillationTrainer(ResumableTrainer):
             raise ValueError(
                 "DistillationTrainer: args.torch_compile must be off, got True: compile the models' layers"
             )
-        of: Teacher | None = ModelTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+        of = _teacher(teacher, args, train_dataset)
         self._given_objective = objective is not None
         self.objective: Objective = objective or objective_of(args, model, model_of(of))
         self.objective.check(model, of)
+        if of is not None:
+            of.check(self.objective)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         # makes Trainer leave it to us to divide by the counts of a step
         self.model_accepts_loss_kwargs = True
         self.teacher = of
         if of is not None:
             of.prepare(self.args.device)
+        self.add_callback(_AtBegin(self._log_teacher_effect))
         self._train_parts = self._no_parts()
         self._eval_parts = self._no_parts()
+
+    def _log_teacher_effect(self) -> None:
+        """What a precision that was asked for makes of the teacher and of the loss, by the first rows."""
+        teacher = self.teacher
+        if not isinstance(teacher, ModelTeacher) or teacher.precision in ("auto", "model"):
+            return
+        state = random_state(self.args.device)
+        batch = next(iter(self.get_eval_dataloader(self.train_dataset)), None)
+        set_random_state(state, self.args.device)
+        if batch is None:
+            return
+        with self.accelerator.autocast():
+            reference = ModelTeacher(teacher.model, "model")
+            batches = [self._prepare_inputs(batch)]
+            effect = teacher_effect(self.objective, self.model, teacher, reference, batches)
+        self.log({f"teacher_{name}": value for name, value in effect.items()})
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of an optimizer step, and the rows that each loss counts in it, [L]."""
@@ -205,6 +230,38 @@ class DistillationTrainer(ResumableTrainer):
         if not any(divisors):
             return {}
         return {name: x / (n or 1) for name, x, n in zip(self.objective.names, sums, divisors, strict=True)}
+
+
+class _AtBegin(TrainerCallback):
+    """Calls once before the first step of a run."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.call()
+
+
+def _teacher(
+    teacher: PreTrainedModel | Teacher | None, args: DistillationArguments, train_dataset: Any
+) -> Teacher | None:
+    """What answers, as the settings say."""
+    if teacher is not None and not isinstance(teacher, PreTrainedModel):
+        for name, default in (("teacher_precision", "auto"), ("teacher_cache", "")):
+            if (given := getattr(args, name)) != default:
+                raise ValueError(f"DistillationTrainer: args.{name} is for a teacher that is a model, got {given!r}")
+        return teacher
+    if args.teacher_cache:
+        cache = CachedTeacher(args.teacher_cache, train_dataset, teacher)
+        epochs = getattr(train_dataset, "cycle", None) or math.ceil(args.num_train_epochs)
+        if args.max_steps <= 0 and epochs > cache.key["epochs"]:
+            raise ValueError(
+                f"DistillationTrainer: args.num_train_epochs must be at most {cache.key['epochs']}, the epochs of "
+                f"the cache, or the cycle of train_dataset that many, got {epochs}"
+            )
+        return cache
+    return None if teacher is None else ModelTeacher(teacher, args.teacher_precision)
 
 
 def _weighted(weights: tuple[float, ...], losses: torch.Tensor) -> torch.Tensor:

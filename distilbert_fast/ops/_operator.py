@@ -15,6 +15,11 @@ LIBRARY = torch.library.Library("distilbert_fast", "DEF")
 _REAL = (torch.Tensor, torch.nn.Parameter)
 
 
+def is_eager(x: torch.Tensor) -> bool:
+    """Whether code runs on real numbers now; a tracer is not looking."""
+    return not torch.compiler.is_compiling() and type(x) in _REAL and not x.is_meta
+
+
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function on tensors as ``torch.ops.distilbert_fast.<name>``.
 
@@ -34,9 +39,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         opaque = getattr(torch.ops.distilbert_fast, name).default
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or type(args[0]) not in _REAL or args[0].is_meta:
-                return opaque(*args)
-            return kernel(*args)
+            return kernel(*args) if is_eager(args[0]) else opaque(*args)
 
         call.__doc__ = kernel.__doc__
         return call

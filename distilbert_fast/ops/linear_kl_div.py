@@ -15,7 +15,7 @@ L_ce and L_mlm of Sanh et al.: DistilBERT, a distilled version of BERT, arXiv:19
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import is_eager, operator
 from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
 from distilbert_fast.ops.kl_div import kl_div_reference
 from distilbert_fast.ops.linear import product, product_into
@@ -133,15 +133,25 @@ class _LinearKLDiv(torch.autograd.Function):
         temperature: float,
         ignore_index: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index
-        kl, ce, *sums = _forward(*call, *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(kd_mask, labels, *sums)
-        ctx.ignore_index, ctx.dtype = ignore_index, h_s.dtype
+        call = W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, *ctx.needs_input_grad[:3]
+        ctx.ignore_index, ctx.dtype, ctx.shape = ignore_index, h_s.dtype, h_s.shape
+        chunks: list[_Chunk] = []
+        kl, ce, *sums = _kernel(h_s, *call, chunks) if is_eager(h_s) else _forward(h_s, *call)
+        ctx.single = len(chunks) == 1
+        if ctx.single:
+            rows, ctx.first_label, ctx.end_kl, h, losses = chunks[0]
+            ctx.save_for_backward(W_s, rows, h, losses.kl_gradient, losses.ce_gradient)
+        else:
+            ctx.save_for_backward(kd_mask, labels, *sums)
         return kl, ce
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.single:
+            with as_written(dkl.device):
+                gradients = _of_one_chunk(ctx, dkl, dce)
+            return *(None if x is None else x.to(ctx.dtype) for x in gradients), *[None] * 7
         kd_mask, labels, *sums = ctx.saved_tensors
         n = sums[0].shape[1]
         weights = [dkl / (max(n, 1) if kd_mask is None else kd_mask.sum().clamp(min=1))]
@@ -154,12 +164,29 @@ class _LinearKLDiv(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None, None
 
 
+def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:
+    """dh [N, C_s], dW [V, C_s], db [V]: the two losses' gradients are one matrix before anything is multiplied."""
+    W, rows, h, kl, ce = ctx.saved_tensors
+    r, v = len(rows), len(W)
+    G = kl.new_empty((r, max(v, kl.stride(0))))[:, :v]  # [R, V], its rows as far apart as those of the logits
+    torch.mul(kl, dkl / max(ctx.end_kl, 1), out=G[: ctx.end_kl])
+    G[ctx.end_kl :] = 0
+    G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
+    wanted, dtype = ctx.needs_input_grad, _accumulate(h)
+    yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.to(h.dtype).t(), None)) if wanted[0] else None
+    dW = h.new_empty((v, h.shape[1]), dtype=dtype) if wanted[1] else None
+    if dW is not None:
+        _add_product(G.t(), h, dW, begun=False)
+    yield dW
+    yield G.sum(dim=0, dtype=dtype) if wanted[2] else None
+
+
 def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Σ_l weights[l] · x[l], in the precision of the weights."""
     dtype = weights[0].dtype
     total = x[0].to(dtype) * weights[0]
     for weight, part in zip(weights[1:], x[1:], strict=True):
-        total = torch.addcmul(total, part.to(dtype), weight)
+        total.addcmul_(part.to(dtype), weight)
     return total
 
 
@@ -208,6 +235,14 @@ def _forward(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
     """kl, ce and, of the gradients asked for, those of the sums of row losses: of the KL and, with labels, of
     the cross-entropy: dh [1 or 2, N, C_s], dW [1 or 2, V, C_s], db [1 or 2, V].
     """
+    return _kernel(h_s, *call, None)
+
+
+def _kernel(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    """The same; or, where a list is given for chunks and one holds all rows, that chunk and no sums of gradients.
+
+    A chunk's gradient of the logits is smaller than a dW for each loss, and by then the upstream gradients are known.
+    """
     kernel = _FORWARD[backends.select(OP, h_s.device, h_s.dtype, call[2].dtype)]
     with as_written(h_s.device):
         return kernel(h_s, *call)
@@ -225,6 +260,24 @@ class _Losses(NamedTuple):
     ce_gradient: torch.Tensor  # [R_ce, V]; or [0, V]
 
 
+class _Counted(NamedTuple):
+    """The rows that count [R]: of the KL alone, then of both losses, then of the cross-entropy alone."""
+
+    rows: torch.Tensor
+    first_label: int
+    end_kl: int
+
+
+class _Chunk(NamedTuple):
+    """What backward needs of the rows that count, if they are one chunk."""
+
+    rows: torch.Tensor  # [R]
+    first_label: int
+    end_kl: int
+    h: torch.Tensor  # [R, C_s] in the dtype of the projection
+    losses: _Losses
+
+
 # From h_s [R, C_s], h_t [R_kl, C_t] of the first rows, and the labels [R_ce] of the last.
 _LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], _Losses]
 
@@ -236,19 +289,29 @@ def _chunk(v: int, device: torch.device) -> int:
 
 def _counted(
     n: int, kd_mask: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: int, device: torch.device
-) -> tuple[torch.Tensor, int, int]:
-    """The rows that count: of the KL alone, then of both losses, then of the cross-entropy alone.
-
-    So the rows of either loss are neighbours in every chunk. Returned with where labels begin and where the KL ends.
-    """
+) -> _Counted:
+    """In an order in which the rows of either loss are neighbours in every chunk."""
     if kd_mask is None and labels is None:
-        return torch.arange(n, device=device), n, n
+        return _Counted(torch.arange(n, device=device), n, n)
     distilled = torch.ones(n, dtype=torch.bool, device=device) if kd_mask is None else kd_mask
     labelled = (torch.zeros_like(distilled) if labels is None else labels != ignore_index).to(torch.uint8)
     kind = torch.where(distilled, labelled, 3 - labelled)  # 3: counts for neither
     # The one place where the host waits for a GPU: it must know how many rows to project.
     alone, both, rest = (kind[:, None] == torch.arange(3, device=device)).sum(dim=0).tolist()
-    return kind.argsort(stable=True)[: alone + both + rest], alone, alone + both
+    return _Counted(kind.argsort(stable=True)[: alone + both + rest], alone, alone + both)
+
+
+def _begin(
+    h_s: torch.Tensor, W_s: torch.Tensor, b_s: Any, h_t: torch.Tensor, W_t: torch.Tensor, b_t: Any, *call: Any
+) -> tuple[_Counted, tuple[torch.Tensor, ...], list[_Chunk] | None]:
+    """The rows that count, memory for what ``_kernel`` returns, and the list of chunks if one will hold all rows."""
+    kd_mask, labels, temperature, ignore_index, dh, dW, db, chunks = call
+    counted = _counted(h_s.shape[0], kd_mask, labels, ignore_index, h_s.device)
+    fits = 0 < len(counted.rows) <= _chunk(W_s.shape[0], h_s.device)
+    single = chunks if fits and (dh or dW or db) else None
+    wanted = (False, False, False) if single is not None else (dh, dW, db)
+    sides = h_s, W_s, b_s, h_t, W_t, b_t
+    return counted, _forward_fake(*sides, kd_mask, labels, temperature, ignore_index, *wanted), single
 
 
 def _by_chunks(
@@ -256,16 +319,17 @@ def _by_chunks(
     h_s: torch.Tensor,
     W: torch.Tensor,
     h_t: torch.Tensor,
-    kd_mask: torch.Tensor | None,
+    counted: _Counted,
     labels: torch.Tensor | None,
     ignore_index: int,
     sums: tuple[torch.Tensor, ...],
+    chunks: list[_Chunk] | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Fill what ``_forward`` returns."""
+    """Fill what ``_kernel`` returns."""
     kl, ce, dh_sum, dW_sum, db_sum = sums
     for x in (kl, ce, dh_sum, db_sum):
         x.zero_()
-    n, v = h_s.shape[0], W.shape[0]
+    v = W.shape[0]
     begun = [False] * len(dW_sum)  # the largest of them is not even set to zero if it need not be
 
     def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
@@ -279,7 +343,7 @@ def _by_chunks(
         if db_sum.numel() > 0:
             db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
 
-    rows, first_label, end_kl = _counted(n, kd_mask, labels, ignore_index, h_s.device)
+    rows, first_label, end_kl = counted
     for begin in range(0, len(rows), _chunk(v, h_s.device)):
         chunk = rows[begin : begin + _chunk(v, h_s.device)]
         part, targeted = chunk[: max(0, end_kl - begin)], chunk[max(0, first_label - begin) :]
@@ -289,6 +353,9 @@ def _by_chunks(
         losses = losses_of_chunk(h, h_t[part], targets)
         kl += losses.kl
         ce += losses.ce
+        if chunks is not None:
+            chunks.append(_Chunk(chunk, first_label, end_kl, h, losses))
+            break
         add_gradients(0, part, h[: len(part)], losses.kl_gradient)
         add_gradients(1, targeted, h[len(chunk) - len(targeted) :], losses.ce_gradient)
     for loss, some in enumerate(begun):
@@ -340,9 +407,10 @@ def _forward_torch(
     dh: bool,
     dW: bool,
     db: bool,
+    chunks: list[_Chunk] | None,
 ) -> tuple[torch.Tensor, ...]:
-    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    sums = _forward_fake(*call)
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index
+    counted, sums, chunks = _begin(*call, dh, dW, db, chunks)
     W, b = W_s.to(_work(h_s)), None if b_s is None else b_s.to(_work(h_s))
     W_t, b_t = W_t.to(_work(h_t)), None if b_t is None else b_t.to(_work(h_t))
     keep = "gradient" if dh or dW or db else "none"
@@ -364,7 +432,7 @@ def _forward_torch(
                 ce_gradient = log_p.exp_().scatter_add_(1, columns, log_p.new_full(columns.shape, -1.0)).to(s.dtype)
         return _Losses(kl, kl_gradient, ce, ce_gradient)
 
-    return _by_chunks(losses, h_s, W, h_t, kd_mask, labels, ignore_index, sums)
+    return _by_chunks(losses, h_s, W, h_t, counted, labels, ignore_index, sums, chunks)
 
 
 # cpu -----------------------------------------------------------------------------------------------------------
@@ -386,12 +454,13 @@ def _forward_cpu(
     dh: bool,
     dW: bool,
     db: bool,
+    chunks: list[_Chunk] | None,
 ) -> tuple[torch.Tensor, ...]:
     """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
-    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    sums_kl, sums_ce, dh_sum, dW_sum, db_sum = _forward_fake(*call)
-    sums = sums_kl, sums_ce, dh_sum, backends.empty_cpu(dW_sum), db_sum
-    rows, v = min(_chunk(W_s.shape[0], h_s.device), h_s.shape[0]), W_s.shape[0]
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index
+    counted, sums, chunks = _begin(*call, dh, dW, db, chunks)
+    sums = *sums[:3], backends.empty_cpu(sums[3]), sums[4]
+    rows, v = min(_chunk(W_s.shape[0], h_s.device), len(counted.rows)), W_s.shape[0]
     wanted = dh or dW or db
     student, teacher = (backends.empty_cpu(x.new_empty((rows, v))) for x in (h_s, h_t))
     ce_gradient = h_s.new_empty((rows if wanted and labels is not None else 0, v))
@@ -423,7 +492,7 @@ def _forward_cpu(
             kl[:r_kl].sum(), s[: r_kl if wanted else 0], ce[r - r_ce : r].sum(), ce_gradient[: r_ce if wanted else 0]
         )
 
-    return _by_chunks(losses, h_s, W_s, h_t, kd_mask, labels, ignore_index, sums)
+    return _by_chunks(losses, h_s, W_s, h_t, counted, labels, ignore_index, sums, chunks)
 
 
 # gpu -----------------------------------------------------------------------------------------------------------
@@ -443,16 +512,17 @@ def _forward_triton(
     dh: bool,
     dW: bool,
     db: bool,
+    chunks: list[_Chunk] | None,
 ) -> tuple[torch.Tensor, ...]:
     """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
     teacher's, which nobody reads again, the cross-entropy's over the student's.
     """
     from distilbert_fast.kernels import linear_kl_div as kernels
 
-    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, dh, dW, db
-    sums = _forward_fake(*call)
+    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index
+    counted, sums, chunks = _begin(*call, dh, dW, db, chunks)
     W, W_t, v = W_s.to(_work(h_s)), W_t.to(_work(h_t)), W_s.shape[0]
-    rows, width = min(_chunk(v, h_s.device), h_s.shape[0]), kernels.width(v)
+    rows, width = min(_chunk(v, h_s.device), len(counted.rows)), kernels.width(v)
     student, teacher = W.new_empty((rows, width)), W_t.new_empty((rows, width))
     bias_s, bias_t = kernels.padded_bias(b_s, W, v), kernels.padded_bias(b_t, W_t, v)
     wanted = dh or dW or db
@@ -475,7 +545,7 @@ def _forward_triton(
             nothing if dce is None else dce[:, :v],
         )
 
-    return _by_chunks(losses, h_s, W, h_t, kd_mask, labels, ignore_index, sums)
+    return _by_chunks(losses, h_s, W, h_t, counted, labels, ignore_index, sums, chunks)
 
 
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}

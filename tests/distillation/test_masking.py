@@ -306,3 +306,31 @@ def test_training(rows, tmp_path):
     assert output.global_step == 6 and np.isfinite(output.training_loss)
     described = [trainer(MaskedDataset, seed).resume_settings()["train_dataset"] for seed in (0, 0, 1)]
     assert described[0] == described[1] != described[2]
+
+
+def test_what_is_evaluated_on_is_masked_alike_every_time():
+    datasets = pytest.importorskip("datasets")
+    ids = [draw(20, seed).tolist() for seed in range(4)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "length": [20] * 4})
+    dataset = MaskedDataset(rows, masking())
+    still = dataset.at_epoch(3)
+    dataset.set_epoch(3)
+    wanted = dataset[2]["input_ids"]
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        still.set_epoch(epoch)
+        assert torch.equal(still[2]["input_ids"], wanted)
+    assert not torch.equal(dataset[2]["input_ids"], wanted)
+    assert still.rows_fingerprint == dataset.rows_fingerprint and still.fingerprint != dataset.fingerprint
+
+
+def test_masks_come_round():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"input_ids": [draw(50).tolist()], "length": [50]})
+    plain, cycling = MaskedDataset(rows, masking()), MaskedDataset(rows, masking(), epoch=2, cycle=3)
+    for epoch in range(7):
+        cycling.set_epoch(epoch)
+        plain.set_epoch(2 + epoch % 3)
+        assert torch.equal(cycling[0]["labels"], plain[0]["labels"])
+    with pytest.raises(ValueError, match=r"^MaskedDataset: cycle must be 1 or more, or None, got 0$"):
+        MaskedDataset(rows, masking(), cycle=0)

@@ -155,16 +155,18 @@ class Watch(torch.nn.Module):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_teacher_answers_in_eval_mode_without_gradients_under_the_same_autocast(tmp_path, bf16):
+@pytest.mark.parametrize("precision", ["model", "auto"])
+def test_the_teacher_answers_in_eval_mode_without_gradients(tmp_path, bf16, precision):
+    """By its own forward under the student's autocast, by the engine in its own dtype."""
     teacher = tiny.teacher().train()
     before = copy.deepcopy(teacher.state_dict())
     teacher.classifier = Watch(teacher.classifier)
-    args = tiny.arguments(tmp_path, bf16=bf16, max_steps=3, learning_rate=1e-2)
+    args = tiny.arguments(tmp_path, bf16=bf16, teacher_precision=precision, max_steps=3, learning_rate=1e-2)
     student = tiny.student(tiny.teacher())
     trainer = DistillationTrainer(student, teacher, args, tiny.rows(8), eval_dataset=tiny.rows(4))
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))
     trainer.evaluate()
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 and precision == "model" else torch.float32
     assert teacher.classifier.seen == [(dtype, False, False)] * 4
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     teacher.classifier = teacher.classifier.layer

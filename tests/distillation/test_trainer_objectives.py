@@ -138,6 +138,9 @@ class Stored:
         self.inputs = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         self.asked = []
 
+    def check(self, objective):
+        assert isinstance(objective, MlmObjective)
+
     def prepare(self, device):
         self.kept.prepare(device)
 
