@@ -37,11 +37,20 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_teaches_and_loads_nothing_heavy():
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
+        (["distill", "mlm"], ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--train-body"]),
+        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision"]),
+        (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
+    ],
+)
+def test_help_teaches_and_loads_nothing_heavy(command, shown):
     code = """
 import sys
 from distilbert_fast import cli
-sys.argv = ["distilbert-fast", "demo", "--help"]
+sys.argv = ["distilbert-fast", *sys.argv[1:], "--help"]
 try:
     cli.main()
 except SystemExit as end:
@@ -49,10 +58,10 @@ except SystemExit as end:
 heavy = {"torch", "transformers", "datasets", "pyarrow", "pandas", "numpy", "matplotlib", "torchmetrics"}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
-    done = python("-c", code)
+    done = python("-c", code, *command)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    for said in ("--teacher", "--overwrite", "distilbert-fast demo --data train.tsv", "the same command continues"):
+    for said in ("--teacher", "--overwrite", *shown):
         assert said in done.stdout
 
 
@@ -117,6 +126,37 @@ def refused(message: str, *arguments: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr == f"error: {message}\n"
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("mlm --data nowhere.txt", "distill: load_corpus: source must be files that are there, got 'nowhere.txt'"),
+        ("mlm --data train.tsv --kd-positions all", "distill: DistillationTrainer: kd_positions must be one of "),
+        ("mlm --data train.tsv --layers 0,x", "distill: layers: expected a depth or layers such as 0,2,5, got '0,x'"),
+        ("task --data train.tsv --temperature soon", "distill: DistillationArguments: temperature must be a number, "),
+        ("task --data nowhere.tsv", "load_task: data: no such file: 'nowhere.tsv'"),
+        ("task --data train.tsv --alpha 1.5", "distill: DistillationArguments: alpha must be 0 to 1, got 1.5"),
+        ("qa --data train.tsv", "load_squad: data: 'train.tsv' is not of SQuAD's form: JSONDecodeError: "),
+    ],
+)
+def test_distill_says_in_a_line_what_is_wrong(place, command, message):
+    result = run("distill", *command.split(), "--teacher", "bert", "--max-length", "16", "-o", "out")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_distill_from_the_command_line(place):
+    training = (
+        "--epochs 1 --batch-size 32 --lr 5e-3 --teacher-epochs 1 --max-length 16 --layers 1 --architecture roberta"
+    )
+    result = run("distill", "task", "--data", "train.tsv", "--teacher", "bert", "-o", "out", *training.split())
+    assert result.exit_code == 0, result.output
+    assert "report: out/report.md; model card: out/student/README.md" in result.stdout
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["models"]["student"]["architecture"] == "RoBERTa"
+    assert report["settings"]["objective"] == {"temperature": "2.0", "alpha": "0.5", "teacher_precision": "auto"}
 
 
 def test_bad_data(place):
