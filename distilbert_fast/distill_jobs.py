@@ -183,7 +183,7 @@ class MlmJob:
         self._rows = MaskedDataset(
             corpus.train, Masking(tokenizer, counts, p, smoothing=self.smoothing, seed=self.seed)
         )
-        self.holdout = MaskedDataset(corpus.holdout, Masking(tokenizer, None, seed=self.seed))
+        self.holdout = MaskedDataset(corpus.holdout, Masking(tokenizer, None, seed=self.seed), cycle=1)
 
     def rows(self) -> Any:
         return self._rows
@@ -203,6 +203,7 @@ class MlmJob:
         arguments = DistillationArguments(
             objective="mlm",
             temperature=1.0,
+            teacher_precision="model",
             alpha_mlm=1.0,
             alpha_ce=float(teacher is not None),
             alpha_cos=float(as_wide),

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from distilbert_fast.recipes import (
 )
 from distilbert_fast.stages import RunDirectory, write_file
 
-TEACHER, CORPUS, DATA, SPEED = "teacher", "corpus", "data.json", "speed.json"
+TEACHER, CORPUS, CACHE, DATA, SPEED = "teacher", "corpus", "teacher-cache", "data.json", "speed.json"
 REPORT = ("report.md", "report.json", "losses.png")
 _NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
 
@@ -79,6 +80,10 @@ class Training:
         ):
             if not good:
                 raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
+
+    def passes(self, rows: int) -> int:
+        """Over the rows, the last one perhaps not to its end."""
+        return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
 
     def arguments(self, path: Path, rows: int) -> dict[str, Any]:
         """For TrainingArguments."""
@@ -134,6 +139,8 @@ class Recipe:
         train_body: the teacher is trained as a whole; False: only its new head (for "mlm").
         shape: of the student.
         objective: settings of `DistillationArguments`, such as temperature and the alphas.
+        cache: mlm: so many of the teacher's most likely tokens are kept on disk for each row, and the rest as one
+            number; the teacher runs once, over all epochs, and not beside the student. 0: it runs beside it.
         compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
     """
 
@@ -142,6 +149,7 @@ class Recipe:
     train_body: bool = True
     shape: Shape = field(default_factory=Shape)
     objective: Mapping[str, Any] = field(default_factory=dict)
+    cache: int = 0
     compare: Sequence[str] = ()
 
 
@@ -191,9 +199,10 @@ def distill(
         "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
         "shape": dataclasses.asdict(recipe.shape),
         "objective": dict(recipe.objective),
+        "cache": recipe.cache,
     }
     say = console()
-    names = (TEACHER, *known, CORPUS, DATA, CHECKPOINTS, SPEED, *REPORT)
+    names = (TEACHER, *known, CORPUS, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars():
         _check_models(job, source, recipe)
         with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite) as run:
@@ -235,10 +244,8 @@ def _write_report(
         "models": results,
         **measured,
     }
-    for name, written in report.files(content).items():
+    for name, written in report.files(content, STUDENT.name).items():
         write_file(run.path / name, written)
-    for name, written in report.card_files(content, STUDENT.name).items():
-        write_file(run.path / STUDENT.name / name, written)
     say(report.table(content), f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}")
     return content
 
@@ -280,9 +287,31 @@ class _Flow:
             student = type(student)(copy.deepcopy(student.config)).to(teacher.device)
         objective = _merged(self.recipe, variant)
         taught = teacher if _is_taught(self.job.kind, objective) else None
+        if taught is not None and self.recipe.cache:
+            objective |= {"teacher_cache": str(self._cache(teacher)), "teacher_precision": "auto"}
         made = self._train(variant.name, student, taught, training, objective)
         start = "random" if variant.random or not made_of.layers else f"layers {', '.join(map(str, made_of.layers))}"
         return made | {"title": variant.title, "start": start} | self._save(path, student, tokenizer, teacher)
+
+    def _cache(self, teacher: Any) -> Path:
+        """The directory of the teacher's answers for all that students train on; made once."""
+        from distilbert_fast.distillation.schedule import at, is_zero
+        from distilbert_fast.distillation.teacher import ModelTeacher
+        from distilbert_fast.distillation.teacher_cache_build import build_cache
+
+        objective = _objective(self.job, self.recipe, teacher, teacher)
+        rows = self.job.rows()
+        with _refused():
+            return build_cache(
+                ModelTeacher(teacher, self.recipe.objective.get("teacher_precision", "auto")),
+                rows,
+                self.run.path / CACHE,
+                k=self.recipe.cache,
+                temperature=at(objective.temperature, 0.0),
+                positions=objective.kd_positions,
+                hidden=not is_zero(objective.cos),
+                epochs=self.recipe.student.passes(len(rows)),
+            )
 
     def measure(self) -> dict[str, Any]:
         """Speed of teacher and student, by transformers and on the engine, in turns."""
@@ -391,7 +420,6 @@ class _Flow:
 
 def _check_models(job: Job, source: Path, recipe: Recipe) -> None:
     """Refuse now, not after the training, what teacher, student and losses cannot be together."""
-    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
     from distilbert_fast.distillation.student import student_from_teacher
     from distilbert_fast.distillation.teacher import ModelTeacher
     from distilbert_fast.modeling.loading import load_with_head
@@ -399,15 +427,27 @@ def _check_models(job: Job, source: Path, recipe: Recipe) -> None:
     with _refused():
         teacher, _, _ = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
         student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
-        arguments = DistillationArguments(
-            objective=job.kind, **recipe.student.arguments(source, 1), **_merged(recipe, STUDENT)
-        )
-        objective_of(arguments, student, teacher).check(student, ModelTeacher(teacher))
+        objective = _objective(job, recipe, student, teacher)
+        objective.check(student, ModelTeacher(teacher))
     positions = student.config.max_position_embeddings
     if not 4 <= job.max_length <= positions:
         raise RecipeError(
             f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
         )
+    needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
+    if recipe.cache and (job.kind != "mlm" or needs_all):
+        got = ", ".join(needs_all) or job.kind
+        raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
+
+
+def _objective(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
+    """What the student is trained for."""
+    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
+
+    settings = _merged(recipe, STUDENT)
+    with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
+        arguments = recipe.student.arguments(Path(path), 1)
+        return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
 from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
-from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
+from distilbert_fast.distill_recipes import Recipe, Shape, Training, _distinct, distill
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
@@ -162,7 +162,7 @@ def test_again_does_nothing_anew_and_more_is_added(ablation, inputs, tmp_path):
 def test_other_data_of_the_same_name_is_refused(inputs, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes((inputs / "text.txt").read_bytes())
-    recipe = Recipe(FAST, TEACHING, train_body=False)
+    recipe = Recipe(FAST, TEACHING, train_body=False, objective={"teacher_precision": "int8"})
     job = {"max_length": 16, "min_length": 4, "holdout": 0.1}
     distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
     text.write_text(text.read_text() + "\nthe old cat on my hammer")
@@ -223,6 +223,11 @@ def test_questions(inputs, tmp_path):
         ({"objective": {"alpha_cos": -1}}, "DistillationArguments: alpha_cos must be finite and 0 or more, got -1"),
         ({"shape": Shape(num_layers=3)}, "student_from_teacher: num_layers must be 1 to 2, the teacher's depth, got 3"),
         ({"shape": Shape(hidden_size=16)}, "the weight of cos must be 0 for a student of another hidden size"),
+        ({"objective": {"teacher_precision": "int4"}}, "teacher_precision must be one of auto, model, "),
+        (
+            {"cache": 8, "objective": {"alpha_mse": 1}},
+            "cache: expected 0 but for the losses kl, mlm and cos of mlm, got",
+        ),
         ({"compare": ["without-layers"]}, "compare: expected of without-kl, without-cos, without-mlm, random-init, "),
     ],
 )
@@ -249,10 +254,20 @@ def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
         assert str(caught.value).startswith(message)
 
 
-def test_variants_that_change_nothing_are_left_out(inputs, tmp_path):
+def test_variants_that_change_nothing_are_left_out():
     """Where no KL is wanted, "without KL" is the student itself."""
-    report = mlm(inputs, tmp_path / "out", ["without-kl", "without-cos"], objective={"alpha_ce": 0.0})
-    assert set(report["models"]) == {"teacher", "student", "without-cos"}
+    recipe = Recipe(objective={"alpha_ce": 0.0})
+    assert [variant.name for variant in _distinct(MlmJob.variants[1:4], recipe)] == ["without-cos", "without-mlm"]
+
+
+def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
+    """All 37 tokens kept: nothing is lost but half precision."""
+    report = mlm(inputs, tmp_path / "out", cache=37)
+    assert (tmp_path / "out" / "teacher-cache" / "index.safetensors").is_file()
+    ran, read = ablation[1]["models"]["student"], report["models"]["student"]
+    assert read["quality"]["mlm"] == pytest.approx(ran["quality"]["mlm"], rel=1e-2)
+    for one, other in zip(ran["losses"], read["losses"], strict=True):
+        assert other["kl"] == pytest.approx(one["kl"], rel=2e-2, abs=1e-3)
 
 
 @pytest.mark.slow

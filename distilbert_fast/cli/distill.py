@@ -80,6 +80,15 @@ _TeacherSteps = Annotated[
 _TeacherLr = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TEACHING)]
 _TeacherBatch = Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TEACHING)]
 
+_TeacherPrecision = Annotated[
+    str,
+    typer.Option(
+        help="fp32, bf16, fp16 or int8: of the engine that runs it beside the student; model: its own forward; auto: "
+        "the engine on a CPU.",
+        rich_help_panel=_TEACHING,
+    ),
+]
+
 _SHAPE = "The student's shape"
 _Layers = Annotated[
     str,
@@ -154,6 +163,15 @@ def mlm(
     teacher_steps: _TeacherSteps = 0,
     teacher_lr: _TeacherLr = 1e-3,
     teacher_batch_size: _TeacherBatch = 64,
+    teacher_precision: _TeacherPrecision = "auto",
+    teacher_cache: Annotated[
+        int,
+        typer.Option(
+            metavar="K",
+            help="Run it once and keep its K likeliest tokens a row on disk, the rest as one number; 0: do not.",
+            rich_help_panel=_TEACHING,
+        ),
+    ] = 0,
     train_body: Annotated[
         bool, typer.Option("--train-body", help="Train all of it, not the new head alone.", rich_help_panel=_TEACHING)
     ] = False,
@@ -185,11 +203,14 @@ def mlm(
         "hidden_loss": hidden_loss,
         "layer_map": layer_map,
         "relation_heads": relation_heads,
+        "teacher_precision": teacher_precision,
     }
     student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
-    _distill(job, output, teacher, student, taught, train_body, shape, objective, ablate, False, overwrite)
+    _distill(
+        job, output, teacher, student, taught, train_body, shape, objective, teacher_cache, ablate, False, overwrite
+    )
 
 
 @app.command(
@@ -236,6 +257,7 @@ def task(
     teacher_steps: _TeacherSteps = 0,
     teacher_lr: _TeacherLr = 5e-5,
     teacher_batch_size: _TeacherBatch = 32,
+    teacher_precision: _TeacherPrecision = "auto",
     layers: _Layers = "",
     architecture: _Architecture = "distilbert",
     hidden_size: _HiddenSize = None,
@@ -254,8 +276,8 @@ def task(
     student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
-    objective = {"temperature": temperature, "alpha": alpha}
-    _distill(job, output, teacher, student, taught, True, shape, objective, ablate, baseline, overwrite)
+    objective = {"temperature": temperature, "alpha": alpha, "teacher_precision": teacher_precision}
+    _distill(job, output, teacher, student, taught, True, shape, objective, 0, ablate, baseline, overwrite)
 
 
 @app.command(
@@ -291,6 +313,7 @@ def qa(
     teacher_steps: _TeacherSteps = 0,
     teacher_lr: _TeacherLr = 5e-5,
     teacher_batch_size: _TeacherBatch = 32,
+    teacher_precision: _TeacherPrecision = "auto",
     layers: _Layers = "",
     architecture: _Architecture = "distilbert",
     hidden_size: _HiddenSize = None,
@@ -309,8 +332,8 @@ def qa(
     student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
-    objective = {"temperature": temperature, "alpha": alpha}
-    _distill(job, output, teacher, student, taught, True, shape, objective, ablate, baseline, overwrite)
+    objective = {"temperature": temperature, "alpha": alpha, "teacher_precision": teacher_precision}
+    _distill(job, output, teacher, student, taught, True, shape, objective, 0, ablate, baseline, overwrite)
 
 
 def _distill(
@@ -322,6 +345,7 @@ def _distill(
     train_body: bool,
     shape: tuple[str, str, int | None, int | None, int | None],
     objective: dict[str, Any],
+    cache: int,
     ablate: bool,
     baseline: bool,
     overwrite: bool,
@@ -339,7 +363,7 @@ def _distill(
             job,
             output,
             teacher,
-            Recipe(student, taught, train_body, _shape(*shape), objective, compare),
+            Recipe(student, taught, train_body, _shape(*shape), objective, cache, compare),
             overwrite,
             shlex.join(["distilbert-fast", *sys.argv[1:]]),
         )

@@ -28,17 +28,19 @@ _READING = {
 _HEADS = {"mlm": "MaskedLM", "task": "SequenceClassification", "qa": "QuestionAnswering"}
 
 
-def files(content: Mapping[str, Any]) -> dict[str, bytes]:
-    """The report's files by name."""
+def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
+    """The report's files by name, the model card of the student in its directory among them."""
+    drawn = plot(content)
     return {
         "report.json": json.dumps(content, indent=2).encode() + b"\n",
-        PLOT: plot(content),
+        PLOT: drawn,
+        f"{student}/{PLOT}": drawn,
+        f"{student}/README.md": _card(content, student).encode(),
         "report.md": "\n".join(["# Distillation", "", *_body(content)]).encode(),
     }
 
 
-def card_files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
-    """The model card of a student and the plot that it shows."""
+def _card(content: Mapping[str, Any], student: str) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     row = content["models"][student]
@@ -80,8 +82,7 @@ def card_files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
         "model = distilbert_fast.optimize(model)  # the same answers, faster",
         "```",
     ]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n")
-    return {"README.md": str(card).encode(), PLOT: plot(content)}
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
 
 
 def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
