@@ -438,6 +438,8 @@ def _check_models(job: Job, source: Path, recipe: Recipe) -> None:
     if recipe.cache and (job.kind != "mlm" or needs_all):
         got = ", ".join(needs_all) or job.kind
         raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
+    if recipe.cache and isinstance(objective.temperature, str):
+        raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
 
 
 def _objective(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:

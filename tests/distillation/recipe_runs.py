@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests python -m distillation.recipe_runs DIR
 
-runs the recipe to its end in DIR/whole, and in DIR/killed under SIGKILL: at random moments, then at random steps of
-writing. It prints a JSON object.
+runs the recipe to its end in DIR/whole, and in DIR/killed under SIGKILL: at random steps of writing, then at random
+moments after some steps of training. It prints how often it died.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from distilbert_fast.distill_recipes import Recipe, Training, distill
 from distilbert_fast.distillation import data, masking, student, trainer  # noqa: F401
 from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
 
-MOMENTS, WRITES = 5, 5
+WRITES = 4
+MOMENTS = (("student", 6), ("student", 15), ("random-init", 3), ("random-init", 12))  # stage and step
 
 
 def run(inputs: Path, output: Path, dying: int = 0) -> None:
@@ -50,20 +51,26 @@ def main(directory: Path) -> None:
     assert wait(process)
     text = "\n".join(sentence for sentence, _ in sentences(300, seed=3))
     (directory / "text.txt").write_text(text)
-    start = time.perf_counter()
     assert wait(child(lambda: run(directory, directory / "whole")))
-    lasted = time.perf_counter() - start
-    chance, killed = random.Random(0), {"moments": 0, "writes": 0}
-    for _ in range(MOMENTS):
+    chance, killed = random.Random(0), {"writes": 0, "moments": 0}
+    for _ in range(WRITES):
+        dying = chance.randint(5, 60)
+        killed["writes"] += not wait(child(lambda dying=dying: run(directory, directory / "killed", dying)))
+    for stage, step in MOMENTS:
         process = child(lambda: run(directory, directory / "killed"))
-        time.sleep(chance.uniform(0.1, 0.7) * lasted)
+        while not reached(directory / "killed", stage, step):
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), "the run failed"
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
         os.kill(process, signal.SIGKILL)
         killed["moments"] += not wait(process)
-    for _ in range(WRITES):
-        dying = chance.randint(1, 40)
-        killed["writes"] += not wait(child(lambda dying=dying: run(directory, directory / "killed", dying)))
     assert wait(child(lambda: run(directory, directory / "killed")))
-    print(json.dumps({"killed": killed, "seconds": lasted}))
+    print(json.dumps(killed))
+
+
+def reached(output: Path, stage: str, step: int) -> bool:
+    saved = [int(path.name.split("-")[1]) for path in (output / "checkpoints" / stage).glob("checkpoint-*")]
+    return max(saved, default=0) >= step or (output / stage).exists()
 
 
 if __name__ == "__main__":
