@@ -263,24 +263,16 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "linear_product",
-      [](Address a, int64_t a_row, int64_t a_step, Address b, int64_t b_row, int64_t b_step, Address bias, int64_t rows,
-         int64_t columns, int64_t k, Address out, bool add, int threads) {
-        const LinearProduct call = {at<const float>(a),
-                                    a_row,
-                                    a_step,
-                                    at<const float>(b),
-                                    b_row,
-                                    b_step,
-                                    at<const float>(bias),
-                                    rows,
-                                    columns,
-                                    k,
-                                    at<float>(out),
-                                    add};
+      [](Address a, int a_dtype, int64_t a_row, int64_t a_step, Address b, int b_dtype, int64_t b_row, int64_t b_step,
+         Address bias, int64_t rows, int64_t columns, int64_t k, Address out, int out_dtype, bool add, int threads) {
+        const LinearProduct call = {
+            at<const void>(a),     dtype(a_dtype), a_row,   a_step, at<const void>(b), dtype(b_dtype),   b_row, b_step,
+            at<const float>(bias), rows,           columns, k,      at<void>(out),     dtype(out_dtype), add};
         py::gil_scoped_release release;
         linear_product(call, threads);
       },
-      "A Bᵀ + bias of float32 matrices");
+      "A Bᵀ + bias of float32 or bfloat16 matrices");
+  m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether the ISA tier in use multiplies bfloat16");
   m.def("prefers_own_gemm", &prefers_own_gemm, "Whether torch's float32 products are slow on this processor");
   m.def(
       "quantize",

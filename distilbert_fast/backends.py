@@ -36,7 +36,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm_backward": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
-    "linear": {"cpu": ("float32",)},
+    "linear": {"cpu": ("float32", "bfloat16")},
     "codebook_linear": {},
 }
 

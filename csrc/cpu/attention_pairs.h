@@ -11,19 +11,10 @@
 #pragma once
 
 #include "attention_heads.h"
+#include "gemm_pack_pairs.h"
 
 namespace distilbert_fast {
 namespace {
-
-constexpr int64_t kPairBlock = 32;  // bfloat16 numbers of a block of K
-
-inline int64_t pair_blocks(int64_t n) { return (n + kPairBlock - 1) / kPairBlock; }
-
-// 32 numbers of a row, zeros behind the first n.
-inline __m512i load_pairs(const bfloat16* x, int64_t n) {
-  if (n >= kPairBlock) return _mm512_loadu_si512(x);
-  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), x);
-}
 
 // Rows [n, stride bytes] with zeros behind column d up to whole blocks.
 inline void pack_pair_rows(const bfloat16* x, int64_t token_stride, const int32_t* tokens, int64_t n, int64_t d,
@@ -34,42 +25,33 @@ inline void pack_pair_rows(const bfloat16* x, int64_t token_stride, const int32_
   }
 }
 
-// n keys of d numbers as panels of 32 keys: half a block is 16 keys, a row of it 16 pairs, transposed.
+// n keys of d numbers as panels of 32 keys.
 inline void pack_pair_keys(const bfloat16* x, int64_t token_stride, const int32_t* tokens, int64_t n, int64_t d,
                            uint8_t* out) {
   for (int64_t panel = 0; panel < n; panel += kPanelColumns) {
     for (int64_t j = 0; j < d; j += kPairBlock) {
       for (int64_t half = 0; half < kPanelColumns; half += 16, out += kHalfBytes) {
-        Vec square[16];
-        for (int64_t i = 0; i < 16; ++i) {
+        const auto pairs = [&](int64_t i) {
           const int64_t key = panel + half + i;
-          const __m512i pairs =
-              key < n ? load_pairs(x + tokens[key] * token_stride + j, d - j) : _mm512_setzero_si512();
-          square[i].v = _mm512_castsi512_ps(pairs);
-        }
-        transpose(square);
-        for (int64_t g = 0; g < 16; ++g) store(reinterpret_cast<float*>(out + g * 64), square[g]);
+          return key < n ? load_pairs(x + tokens[key] * token_stride + j, d - j) : _mm512_setzero_si512();
+        };
+        pack_touching_half(pairs, out);
       }
     }
   }
 }
 
-// n values of d numbers as panels of 32 columns: a group is two keys, side by side in 32 bits.
+// n values of d numbers as panels of 32 columns.
 inline void pack_pair_values(const bfloat16* x, int64_t token_stride, const int32_t* tokens, int64_t n, int64_t d,
                              uint8_t* out) {
-  const auto row = [&](int64_t key, int64_t column) {
-    if (key >= n || column >= d) return _mm512_setzero_si512();
-    const int64_t columns = d - column < 16 ? d - column : 16;
-    const bfloat16* from = x + tokens[key] * token_stride + column;
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(columns), from));
-  };
   for (int64_t panel = 0; panel < d; panel += kPanelColumns) {
     for (int64_t block = 0; block < n; block += kPairBlock) {
-      for (int64_t half = 0; half < kPanelColumns; half += 16) {
-        for (int64_t g = 0; g < 16; ++g, out += 64) {
-          const __m512i even = row(block + 2 * g, panel + half), odd = row(block + 2 * g + 1, panel + half);
-          _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        }
+      for (int64_t column = panel; column < panel + kPanelColumns; column += 16, out += kHalfBytes) {
+        const auto halves = [&](int64_t i) {
+          const int64_t key = block + i;
+          return key < n ? load_halves(x + tokens[key] * token_stride + column, d - column) : _mm512_setzero_si512();
+        };
+        pack_crossing_half(halves, out);
       }
     }
   }

@@ -74,7 +74,10 @@ std::string lacking(std::initializer_list<Feature> features) {
   return names.empty() ? "" : "the processor lacks " + names;
 }
 
-bool is_amd() { return cpuid(0, 0).ebx == signature_AMD_ebx; }
+bool is_amd() {
+  static const bool amd = cpuid(0, 0).ebx == signature_AMD_ebx;  // a hypervisor takes microseconds to answer
+  return amd;
+}
 
 std::vector<Tier> find_tiers() {
   const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);

@@ -33,7 +33,7 @@ constexpr Kernels common_kernels() {
   kernels.cosine_loss_backward = cosine_loss_backward;
   kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
   kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
-  kernels.pack_panel = pack_panel;
+  kernels.pack_panels = pack_panels;
   kernels.copy_rows = copy_rows;
   return kernels;
 }

@@ -104,10 +104,14 @@ struct AttentionBackward {
 };
 
 // Element (r, i) at data[r · row + i · step]; one of the strides is 1.
-struct FloatMatrix {
-  const float* data;
+struct Matrix {
+  const void* data;
+  DType dtype;
   int64_t row, step;
 };
+
+using PackPanels = void(const Matrix& b, int64_t columns, int64_t k, void* out);
+using CopyRows = void(const Matrix& a, int64_t rows, int64_t k, void* out, int64_t stride_bytes);
 
 // One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
@@ -117,8 +121,11 @@ struct Kernels {
   GemmKernel gemm_int8;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;
-  void (*pack_panel)(const FloatMatrix& b, int64_t columns, int64_t k, float* out);
-  void (*copy_rows)(const FloatMatrix& a, int64_t rows, int64_t k, float* out, int64_t stride);
+  // Of float32 for gemm_float32; of float32 or bfloat16 for a gemm_bfloat16 that reads bfloat16, else null.
+  PackPanels* pack_panels;
+  PackPanels* pack_pair_panels;
+  CopyRows* copy_rows;
+  CopyRows* copy_pair_rows;
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,10 +15,16 @@ namespace {
 
 constexpr int64_t kGroupBytes = 512 << 10;  // of packed panels that stay in a second cache while rows pass by
 constexpr int64_t kRows = 48;               // that pass by together, as long as they stay in a first or second cache
+constexpr int64_t kPairRows = 96;           // the same of bfloat16; a multiple of kRowUnit
 constexpr int64_t kSumBlocks = 24;          // summed at once: longer chains of float32 sums lose digits
+constexpr int64_t kPairDepth = 2048;        // of K at once in bfloat16, where the sums can go on from a float32 result
 
 void require(bool holds, const std::string& expected, const std::string& given) {
   if (!holds) refuse("linear", expected, given);
+}
+
+bool in_pairs(const LinearProduct& call) {
+  return call.a_dtype == DType::bfloat16 || call.b_dtype == DType::bfloat16 || call.out_dtype == DType::bfloat16;
 }
 
 void check(const LinearProduct& call) {
@@ -31,6 +36,8 @@ void check(const LinearProduct& call) {
     require(row >= 0 && step >= 0 && (row == 1 || step == 1), std::string(name) + " must have a stride of 1",
             std::to_string(row) + " and " + std::to_string(step));
   };
+  for (const DType dtype : {call.a_dtype, call.b_dtype, call.out_dtype}) check_dtype("linear", dtype);
+  require(!in_pairs(call) || multiplies_bfloat16(), "the tier in use must multiply bfloat16", isa());
   check_strides("a", call.a_row, call.a_step);
   check_strides("b", call.b_row, call.b_step);
   if (call.rows == 0 || call.columns == 0) return;
@@ -38,35 +45,51 @@ void check(const LinearProduct& call) {
   require(call.k == 0 || (call.a != nullptr && call.b != nullptr), "a and b must point to memory", "null");
 }
 
-// A as the kernels read it: rows of whole blocks of K that end with zeros.
+// A as the kernels read it: rows of whole blocks of K that end with zeros, and rows to read, not to use, behind the
+// last. What does not lie so is copied: all rows, or those behind the last whole kRowUnit.
 struct LeftSide {
-  const float* data;
-  int64_t stride;  // elements
+  const uint8_t* data;
+  int64_t data_stride;  // bytes
+  int64_t copied;       // the first row that lies in the copy
   std::unique_ptr<Buffer> copy;
+  int64_t copy_stride;
 };
 
-LeftSide left_side(const LinearProduct& call, const Kernels& tier, int64_t blocks, int threads) {
-  const int64_t stride = blocks * 16;
-  if (call.a_step == 1 && call.k == stride) return {call.a, call.a_row, nullptr};
-  auto copy = std::make_unique<Buffer>(call.rows * stride * 4 + 64);
-  float* out = static_cast<float*>(copy->data());
-  const int64_t grain = round_up(1 + kGrainElements / stride, 16);
-  parallel_rows(call.rows, grain, threads, [&](int64_t begin, int64_t end) {
-    tier.copy_rows({call.a + begin * call.a_row, call.a_row, call.a_step}, end - begin, call.k, out + begin * stride,
-                   stride);
-  });
-  return {out, stride, std::move(copy)};
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+const uint8_t* at(const void* data, DType dtype, int64_t element) {
+  return static_cast<const uint8_t*>(data) + element * size_of(dtype);
 }
 
-}  // namespace
-
-void linear_product(const LinearProduct& call, int threads) {
-  check(call);
-  if (call.rows == 0 || call.columns == 0) return;
-  threads = usable_threads(threads);
+LeftSide left_side(const LinearProduct& call, int64_t blocks, int threads) {
   const Kernels& tier = kernels();
-  const int64_t blocks = std::max<int64_t>(1, (call.k + 15) / 16), panel_bytes = blocks * kBlockBytes;
-  const LeftSide a = left_side(call, tier, blocks, threads);
+  const bool pairs = in_pairs(call);
+  const DType read = pairs ? DType::bfloat16 : DType::float32;
+  LeftSide a = {static_cast<const uint8_t*>(call.a), call.a_row * size_of(call.a_dtype), 0, nullptr, blocks * 64};
+  const bool as_read = call.a_dtype == read && call.a_step == 1 && call.k * size_of(read) == blocks * 64;
+  const bool aligned = reinterpret_cast<uintptr_t>(a.data) % 4 == 0 && a.data_stride % 4 == 0;
+  if (as_read && aligned) a.copied = pairs ? call.rows / kRowUnit * kRowUnit : call.rows;
+  const int64_t rows = call.rows - a.copied;
+  if (rows == 0) return a;
+
+  a.copy = std::make_unique<Buffer>(round_up(rows, kRowUnit) * a.copy_stride);
+  uint8_t* const out = static_cast<uint8_t*>(a.copy->data());
+  const auto copy_rows = pairs ? tier.copy_pair_rows : tier.copy_rows;
+  const int64_t grain = round_up(1 + kGrainElements / (blocks * 16), 16);
+  parallel_rows(rows, grain, threads, [&](int64_t begin, int64_t end) {
+    const uint8_t* const from = at(call.a, call.a_dtype, (a.copied + begin) * call.a_row);
+    copy_rows({from, call.a_dtype, call.a_row, call.a_step}, end - begin, call.k, out + begin * a.copy_stride,
+              a.copy_stride);
+  });
+  return a;
+}
+
+void multiply(const LinearProduct& call, int threads) {
+  const Kernels& tier = kernels();
+  const bool pairs = in_pairs(call);
+  const int64_t elements = block_elements(pairs ? Weights::bfloat16 : Weights::float32);
+  const int64_t blocks = std::max<int64_t>(1, (call.k + elements - 1) / elements), panel_bytes = blocks * kBlockBytes;
+  const LeftSide a = left_side(call, blocks, threads);
 
   // A thread packs a group of panels into its own cache and lets all rows pass by: each weight is packed once.
   const int64_t panels = (call.columns + kPanelColumns - 1) / kPanelColumns;
@@ -76,38 +99,65 @@ void linear_product(const LinearProduct& call, int threads) {
   std::vector<float> bias(static_cast<size_t>(2 * padded));  // behind the bias, none: for sums that go on
   if (call.bias != nullptr) std::copy_n(call.bias, call.columns, bias.data());
 
+  const bool low = call.out_dtype == DType::bfloat16;
+  const int64_t sum_blocks = pairs ? blocks : kSumBlocks;
+  const int64_t rows_at_once = pairs ? kPairRows : kRows;
+  const auto pack_panels = pairs ? tier.pack_pair_panels : tier.pack_panels;
+  const auto gemm_rows = pairs ? tier.gemm_bfloat16 : tier.gemm_float32;
   const int64_t groups = (panels + group - 1) / group;
   parallel_rows(groups, 1, threads, group * panel_bytes, [&](int64_t begin, int64_t end, void* scratch) {
     auto* const packed = static_cast<uint8_t*>(scratch);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * group, last = std::min(panels, first + group);
-      for (int64_t p = first; p < last; ++p) {
-        const int64_t column = p * kPanelColumns;
-        tier.pack_panel({call.b + column * call.b_row, call.b_row, call.b_step},
-                        std::min(kPanelColumns, call.columns - column), call.k,
-                        reinterpret_cast<float*>(packed + (p - first) * panel_bytes));
-      }
+      const uint8_t* const from = at(call.b, call.b_dtype, first * kPanelColumns * call.b_row);
+      pack_panels({from, call.b_dtype, call.b_row, call.b_step},
+                  std::min(last * kPanelColumns, call.columns) - first * kPanelColumns, call.k, packed);
       Gemm gemm = {};
       gemm.weights = {packed, nullptr, nullptr, nullptr, blocks, call.columns - first * kPanelColumns};
-      gemm.a = reinterpret_cast<const uint8_t*>(a.data);
-      gemm.a_stride = a.stride * 4;
-      gemm.out = call.out + first * kPanelColumns;
       gemm.out_stride = gemm.residual_stride = call.columns;
-      gemm.output = Output::float32;
+      gemm.output = low ? Output::bfloat16 : Output::float32;
+      gemm.residual_is_bfloat16 = low;
       gemm.block_ranges = 1;
-      for (int64_t row = 0; row < call.rows; row += kRows) {
-        const int64_t stop = std::min(call.rows, row + kRows);
-        for (int64_t block = 0; block < blocks; block += kSumBlocks) {
+      for (int64_t row = 0; row < call.rows;) {
+        const bool copied = row >= a.copied;
+        const int64_t rows = std::min(rows_at_once, (copied ? call.rows : a.copied) - row);
+        const auto* copy = copied ? static_cast<const uint8_t*>(a.copy->data()) : nullptr;
+        gemm.a = copied ? copy + (row - a.copied) * a.copy_stride : a.data + row * a.data_stride;
+        gemm.a_stride = copied ? a.copy_stride : a.data_stride;
+        gemm.out =
+            static_cast<uint8_t*>(call.out) + (row * call.columns + first * kPanelColumns) * size_of(call.out_dtype);
+        for (int64_t block = 0; block < blocks; block += sum_blocks) {
           const BlockRange range = {static_cast<int32_t>(block),
-                                    static_cast<int32_t>(std::min(blocks, block + kSumBlocks))};
+                                    static_cast<int32_t>(std::min(blocks, block + sum_blocks))};
           gemm.blocks = &range;
           gemm.weights.bias = bias.data() + first * kPanelColumns + (block == 0 ? 0 : padded);
           gemm.residual = block == 0 && !call.add ? nullptr : gemm.out;
-          tier.gemm_float32(gemm, row, stop, 0, last - first, nullptr);
+          gemm_rows(gemm, 0, rows, 0, last - first, nullptr);
         }
+        row += rows;
       }
     }
   });
+}
+
+}  // namespace
+
+bool multiplies_bfloat16() { return kernels().reads_bfloat16; }
+
+void linear_product(const LinearProduct& call, int threads) {
+  check(call);
+  if (call.rows == 0 || call.columns == 0) return;
+  threads = usable_threads(threads);
+  if (!in_pairs(call) || call.out_dtype == DType::bfloat16 || call.k <= kPairDepth) return multiply(call, threads);
+  LinearProduct part = call;
+  for (int64_t i = 0; i < call.k; i += part.k) {
+    part.a = at(call.a, call.a_dtype, i * call.a_step);
+    part.b = at(call.b, call.b_dtype, i * call.b_step);
+    part.k = std::min(kPairDepth, call.k - i);
+    multiply(part, threads);
+    part.bias = nullptr;
+    part.add = true;
+  }
 }
 
 }  // namespace distilbert_fast

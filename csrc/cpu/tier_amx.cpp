@@ -6,6 +6,8 @@
 
 #include "kernel_table.h"
 
+#include "gemm_pack_pairs.h"
+
 #include "attention_pairs.h"
 
 namespace distilbert_fast {
@@ -16,6 +18,8 @@ constexpr Kernels table() {
   kernels.gemm_int8 = gemm_amx<AmxInt8>;
   kernels.gemm_bfloat16 = gemm_amx<AmxBFloat16>;
   kernels.reads_bfloat16 = true;
+  kernels.pack_pair_panels = pack_pair_panels;
+  kernels.copy_pair_rows = copy_pair_rows;
   kernels.attention_forward = attention_pairs_forward<TileProduct>;
   return kernels;
 }

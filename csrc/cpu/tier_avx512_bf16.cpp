@@ -10,6 +10,8 @@
 
 #include "kernel_table.h"
 
+#include "gemm_pack_pairs.h"
+
 #include "attention_pairs.h"
 
 namespace distilbert_fast {
@@ -21,6 +23,8 @@ constexpr Kernels table() {
   kernels.code_flip = 0x80;
   kernels.gemm_bfloat16 = gemm<PairTile>;
   kernels.reads_bfloat16 = true;
+  kernels.pack_pair_panels = pack_pair_panels;
+  kernels.copy_pair_rows = copy_pair_rows;
   kernels.attention_forward = attention_pairs_forward<PairProduct>;
   return kernels;
 }

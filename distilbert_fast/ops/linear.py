@@ -2,8 +2,10 @@
 
     y = x Wᵀ + b        dx = dy W        dW = dyᵀ x        db = Σ dy
 
-torch leaves float32 products on a CPU to MKL, which does not use the whole width of AMD's vector units. Weights are
-packed anew with every call, into the cache of the thread that multiplies with them.
+torch leaves float32 products on a CPU to MKL, which does not use the whole width of AMD's vector units. Under autocast
+to bfloat16 it writes a copy of each weight before its products, and a copy of each weight's gradient behind them. Here
+weights are packed anew with every call, into the cache of the thread that multiplies with them, and rounded on the way;
+gradients are written as they are summed, in float32.
 """
 
 from __future__ import annotations
@@ -22,64 +24,79 @@ OP = "linear"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y = x Wᵀ + b, as ``torch.nn.functional.linear``, which serves wherever it is no slower.
+    """y = x Wᵀ + b, as ``torch.nn.functional.linear``, which serves wherever it is no slower and under torch.compile.
 
     Args:
-        x: [..., C]; float32 on a CPU for a kernel of ours, anything that torch takes otherwise. Under
-            torch.autocast and torch.compile torch serves.
-        weight: [F, C].
-        bias: [F] or None.
+        x: [..., C]; float32 or bfloat16 on a CPU for a kernel of ours, anything that torch takes otherwise.
+        weight: [F, C], of the dtype of x; under torch.autocast of any.
+        bias: [F] or None, likewise.
 
     Returns:
-        [..., F].
+        [..., F] in the dtype of x; under torch.autocast in its dtype, which is then that of the products. Gradients
+        have the dtypes of the arguments; those of float32 ones are not rounded to bfloat16 on the way.
 
     Raises:
-        ValueError: shapes that do not fit, by name.
+        TypeError, ValueError: dtypes and shapes that do not fit, by name.
     """
-    served = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and _is_ours(x, weight, bias)
-    if not served:
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if torch.compiler.is_compiling() or not _is_ours(dtype, x, weight, bias):
         return F.linear(x, weight, bias)
-    _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), (torch.float32,))
+    dtypes = _OURS if autocast else (x.dtype,)
+    _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes)
     if bias is not None:
-        _check.tensor(OP, "bias", bias, (weight.shape[0],), (torch.float32,))
+        _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
-    return _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _Linear.apply(rows, weight, bias, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return product(x, weight, bias, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return (
-            product(dy, weight.t(), None) if ctx.needs_input_grad[0] else None,
-            product(dy.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
-            dy.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            product(dy, weight.t(), None, x.dtype) if ctx.needs_input_grad[0] else None,
+            product(dy.t(), x.t(), None, weight.dtype) if ctx.needs_input_grad[1] else None,
+            dy.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            None,
         )
 
 
-def _product_fake(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return a.new_empty(a.shape[0], b.shape[0])
+def _product_fake(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@operator("linear_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", _product_fake)
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """[M, F] = a [M, K] bᵀ + bias, b [F, K]; either may be a transposed view."""
-    if not _is_ours(a, b, bias):
-        return F.linear(a, b, bias)
-    return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias)), add=False)
+@operator("linear_product(Tensor a, Tensor b, Tensor? bias, ScalarType? dtype=None) -> Tensor", _product_fake)
+def product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """[M, F] = a [M, K] bᵀ + bias, b [F, K]; either may be a transposed view. The result has the dtype of a, or this.
+
+    Where one of a, b and the result is bfloat16, bfloat16 numbers are multiplied and their products summed in float32.
+    """
+    dtype = dtype or a.dtype
+    if _is_ours(dtype, a, b, bias):
+        return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias, dtype)), add=False)
+    work = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype, dtype) else a.dtype
+    return F.linear(a.to(work), b.to(work), None if bias is None else bias.to(work)).to(dtype)
 
 
 def product_into(
     out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add: bool = False
 ) -> torch.Tensor:
     """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous, all of one dtype. For other ops."""
-    if _is_ours(a, b, bias):
+    if _is_ours(out.dtype, a, b, bias):
         return _native(a, b, bias, out, add)
     if bias is not None and not add:
         return torch.addmm(bias, a, b.t(), out=out)
@@ -87,13 +104,20 @@ def product_into(
     return out if bias is None else out.add_(bias)
 
 
-def _is_ours(*tensors: torch.Tensor | None) -> bool:
-    """Whether these are for the kernel: float32 on a CPU, where that is faster than torch, or forced."""
+_OURS = (torch.float32, torch.bfloat16)
+
+
+def _is_ours(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether a product of these, of such a result, is for the kernel: where that is faster than torch, or forced."""
     if backends.forced() not in (None, "cpu") or not backends.availability("cpu").ok:
         return False
-    return all(x is None or (x.dtype is torch.float32 and x.device.type == "cpu") for x in tensors) and (
-        backends.forced() == "cpu" or backends.cpu().prefers_own_gemm()
-    )
+    given = [x for x in tensors if x is not None]
+    dtypes = {dtype, *(x.dtype for x in given)}
+    if not dtypes.issubset(_OURS) or any(x.device.type != "cpu" for x in given):
+        return False
+    if torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16():
+        return False
+    return backends.forced() == "cpu" or backends.cpu().prefers_own_gemm()
 
 
 def _touching(x: torch.Tensor) -> torch.Tensor:
@@ -102,17 +126,20 @@ def _touching(x: torch.Tensor) -> torch.Tensor:
 
 
 def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> torch.Tensor:
-    a, b, bias = _touching(a), _touching(b), None if bias is None else bias.contiguous()
+    a, b, bias = _touching(a), _touching(b), None if bias is None else bias.float().contiguous()
     backends.cpu().linear_product(
         a.data_ptr(),
+        _OURS.index(a.dtype),
         *a.stride(),
         b.data_ptr(),
+        _OURS.index(b.dtype),
         *b.stride(),
         0 if bias is None else bias.data_ptr(),
         a.shape[0],
         b.shape[0],
         a.shape[1],
         out.data_ptr(),
+        _OURS.index(out.dtype),
         add,
         torch.get_num_threads(),
     )

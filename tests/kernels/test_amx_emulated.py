@@ -75,6 +75,7 @@ def test_the_amx_tier_on_emulated_tiles(tmp_path):
         "tests/kernels/test_gemm.py",
         "tests/ops/test_int8_linear.py",
         "tests/ops/test_attention.py",
+        "tests/ops/test_linear.py",
         "tests/test_packed_encoder.py",
         "-k",
         "amx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -234,3 +235,25 @@ def test_autocast_keeps_the_residual_stream_in_float32(distilbert_dir, batch):
             a, b = (m(**batch).last_hidden_state for m in (model, theirs))
     assert a.dtype == b.dtype == torch.float32
     assert (a[real] - exact).abs().max() <= 2 * (b[real] - exact).abs().max()
+
+
+def test_a_training_step_under_autocast(distilbert_dir, batch):
+    """Loss and gradients as near to those in float64 as transformers' own."""
+    config = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    torch.manual_seed(0)
+    theirs = transformers.DistilBertForSequenceClassification.from_pretrained(distilbert_dir, **config).train()
+    model = distilbert_fast.DistilBertForSequenceClassification(theirs.config).train()
+    model.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    losses = []
+    for m, precision in ((model, torch.bfloat16), (theirs, torch.bfloat16), (exact, None)):
+        with contextlib.nullcontext() if precision is None else torch.autocast("cpu", precision):
+            losses.append(m(**batch, labels=torch.tensor([0, 1, 1, 0, 1])).loss)
+        losses[-1].backward()
+    a, b, c = (loss.item() for loss in losses)
+    assert abs(a - c) <= 2 * abs(b - c) + 2**-8 * abs(c)
+    gradients = ([p.grad.double() for p in m.parameters()] for m in (model, theirs, exact))
+    for (key, parameter), a, b, c in zip(model.named_parameters(), *gradients, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        # Norms: where a gradient is only rounding, its largest element is a matter of luck.
+        assert (a - c).norm() <= 2 * (b - c).norm() + 2**-8 * c.norm(), key

@@ -1,6 +1,8 @@
-"""linear: the product of ours, on every tier, and who serves when."""
+"""linear: the product of ours in float32 and in bfloat16, on every tier, and who serves when."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -92,26 +94,146 @@ def test_shapes_of_batches():
     torch.testing.assert_close(linear(x[0, 0, 0], weight, bias), F.linear(x[0, 0, 0], weight, bias))
 
 
-def test_who_serves(monkeypatch):
-    """Ours where it is faster or forced, in float32 and outside autocast."""
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture(params=[isa for isa in backends.cpu().available_isas() if isa in ("amx", "avx512_bf16")])
+def pairs(request):
+    """A tier that multiplies bfloat16."""
+    before = backends.cpu().isa()
+    backends.cpu().set_isa(request.param)
+    assert backends.cpu().multiplies_bfloat16()
+    yield request.param
+    backends.cpu().set_isa(before)
+
+
+def check_bfloat16(x, weight, bias, dy, context=autocast):
+    """Against torch under the same autocast; gradients have the dtypes of their leaves."""
+    before = [t.clone() for t in (x, weight, dy)]
+    with context():
+        mine, torchs = run(linear, x, weight, bias, dy), run(F.linear, x, weight, bias, dy)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, dy), strict=True))
+    exact = run(F.linear, *(None if t is None else t.double() for t in (x, weight, bias, dy)))
+    for name, *three in zip(("y", "dx", "dW", "db"), mine, torchs, exact, strict=False):
+        assert three[0].dtype == three[1].dtype, name
+        assert_twice_rule(*three, name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "c", "f"), [*SHAPES, (33, 2, 95), (97, 64, 130), (130, 384, 1536)])
+def test_bfloat16_values_and_gradients(n, c, f, dtype, bias, pairs):
+    x, weight, bias = case(n, c, f, bias)
+    check_bfloat16(x.to(dtype), weight, bias, logits(n, f, torch.bfloat16, seed=4, spread=1.0))
+
+
+def test_bfloat16_weights(pairs):
+    x, weight, bias = (t.bfloat16() for t in case(35, 37, 39))
+    dy = logits(35, 39, torch.bfloat16, seed=4)
+    check_bfloat16(x, weight, bias, dy, contextlib.nullcontext)
+    check_bfloat16(x.float(), weight, bias.float(), dy)
+
+
+def test_sums_over_many_rows_stay_exact(pairs):
+    """dW of thousands of tokens, in one chain of float32 sums after the other."""
+    n = 5000
+    x, dy = torch.ones(n, 3), torch.ones(n, 2, dtype=torch.bfloat16)
+    x[::2] = 2.0**-7
+    with autocast():
+        *_, dW, db = run(linear, x, torch.zeros(2, 3), torch.zeros(2), dy)
+    assert (dW == n / 2 * (1 + 2.0**-7)).all() and (db == n).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_give_the_same_bits_in_bfloat16(threads, pairs):
+    x, weight, bias = case(130, 96, 200)
+    dy = logits(130, 200, torch.bfloat16, seed=4)
+    before = torch.get_num_threads()
+    try:
+        with autocast():
+            torch.set_num_threads(1)
+            once = run(linear, x, weight, bias, dy)
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(once, run(linear, x, weight, bias, dy), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("of_dy", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_in_bfloat16(dtype, layout, of_dy, pairs):
+    x, weight, bias = case(33, 64, 35)
+    dy = logits(33, 35, torch.bfloat16, seed=4)
+    dy = torch.ones((), dtype=dy.dtype).expand(33, 35) if of_dy == "expanded" else lay_out(dy, of_dy)
+    check_bfloat16(lay_out(x.to(dtype), layout), lay_out(weight, layout), bias, dy)
+
+
+@pytest.mark.parametrize(("n", "c", "f"), [(0, 4, 3), (4, 0, 3), (4, 3, 0), (0, 0, 0)])
+def test_nothing_to_multiply_in_bfloat16(n, c, f, pairs):
+    given = torch.randn(n, c), torch.randn(f, c), torch.randn(f), torch.randn(n, f).bfloat16()
+    with autocast():
+        for mine, torchs in zip(run(linear, *given), run(F.linear, *given), strict=True):
+            assert (mine.dtype, mine.shape) == (torchs.dtype, torchs.shape)
+            torch.testing.assert_close(mine, torchs, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("wanted", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1)])
+def test_only_the_gradients_that_are_wanted(wanted, pairs):
+    leaves = [t.requires_grad_(bool(want)) for t, want in zip(case(9, 10, 11), wanted, strict=True)]
+    with autocast():
+        y = linear(*leaves)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.float().sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [bool(want) for want in wanted]
+
+
+def test_what_is_not_finite_stays_in_its_row(pairs):
+    x, weight, bias = case(20, 40, 50)
+    x[3, 5], x[4, 6] = float("nan"), float("inf")
+    with autocast():
+        y, exact = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(y.isfinite(), exact.isfinite()) and not y[3].isfinite().any()
+
+
+def test_who_serves(monkeypatch, tier):
+    """Ours in float32, and in bfloat16 where the tier multiplies it, if it is faster or forced."""
     x, weight, bias = case(4, 8, 6)
+    low = [t.bfloat16() for t in (x, weight, bias)]
     served = []
-    monkeypatch.setattr(op._Linear, "apply", lambda *args: served.append(args) or F.linear(*args))
+    monkeypatch.setattr(op._Linear, "apply", lambda *args: served.append(args[3]) or F.linear(*args[:3]))
     linear(x, weight, bias)
-    assert len(served) == 1
-    linear(x.double(), weight.double(), bias.double())
-    linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    linear(*low)
+    with autocast():
         assert linear(x, weight, bias).dtype == torch.bfloat16
+        assert linear(low[0], weight, bias).dtype == torch.bfloat16
+    assert served == [torch.float32] + 3 * [torch.bfloat16] * backends.cpu().multiplies_bfloat16()
+    served.clear()
+    linear(x.double(), weight.double(), bias.double())
+    with autocast(), contextlib.suppress(RuntimeError):  # torch leaves float64 alone
+        linear(x.double(), weight, bias)
+    with torch.autocast("cpu", torch.float16):
+        assert linear(x, weight, bias).dtype == torch.float16
     with distilbert_fast.backend("torch"):
         linear(x, weight, bias)
-    assert len(served) == 1
+        linear(*low)
+    assert served == []
+
+
+def test_compiled_autocast_is_torchs():
+    x, weight, bias = case(4, 8, 6)
+    with autocast():
+        compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)(x, weight, bias)
+        assert torch.equal(compiled, F.linear(x, weight, bias))
 
 
 def test_opcheck():
     x, weight, bias = case(5, 6, 7)
     torch.library.opcheck(torch.ops.distilbert_fast.linear_product.default, (x, weight, bias))
     torch.library.opcheck(torch.ops.distilbert_fast.linear_product.default, (x.t(), weight[:, :5].clone(), None))
+    torch.library.opcheck(torch.ops.distilbert_fast.linear_product.default, (x, weight, bias, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +249,15 @@ def test_refuses(weight, bias, message):
         linear(torch.zeros(2, 4), weight, bias)
 
 
+def test_refuses_another_dtype():
+    with pytest.raises(TypeError, match=r"^linear: weight must be float32, got bfloat16$"):
+        linear(torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
+
+
 NATIVE = dict(
-    a=64, a_row=4, a_step=1, b=64, b_row=4, b_step=1, bias=0, rows=2, columns=3, k=4, out=64, add=False, threads=1
-)
+    a=64, a_dtype=0, a_row=4, a_step=1, b=64, b_dtype=0, b_row=4, b_step=1, bias=0, rows=2, columns=3, k=4, out=64,
+    out_dtype=0, add=False, threads=1,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -138,6 +266,7 @@ NATIVE = dict(
         ("rows", -1, "rows, columns and k must be 0 or more, got -1, 3 and 4"),
         ("k", 1 << 40, f"rows, columns and k must fit in 31 bits, got 2, 3 and {1 << 40}"),
         ("a_step", 2, "a must have a stride of 1, got 4 and 2"),
+        ("a_dtype", 2, r"dtype must be 0 \(float32\) or 1 \(bfloat16\), got 2"),
         ("b_row", -4, "b must have a stride of 1, got -4 and 1"),
         ("a", 0, "a and b must point to memory, got null"),
         ("out", 0, "out must point to memory, got null"),
@@ -146,6 +275,14 @@ NATIVE = dict(
 def test_the_native_entry_refuses(name, value, message):
     with pytest.raises(ValueError, match=f"^linear: {message}$"):
         backends.cpu().linear_product(*(NATIVE | {name: value}).values())
+
+
+@pytest.mark.parametrize("name", ["a_dtype", "b_dtype", "out_dtype"])
+def test_the_native_entry_refuses_bfloat16_where_the_tier_has_none(name, tier):
+    if backends.cpu().multiplies_bfloat16():
+        pytest.skip("the tier has it")
+    with pytest.raises(ValueError, match=f"^linear: the tier in use must multiply bfloat16, got {tier}$"):
+        backends.cpu().linear_product(*(NATIVE | {name: 1}).values())
 
 
 @pytest.mark.parametrize("add", [False, True])
