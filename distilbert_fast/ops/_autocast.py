@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 
-def _enabled(device: str) -> bool:
+def enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """The arguments as autocast hands them to a matrix product: floats other than float64 in its dtype."""
-    if not _enabled(device.type):
+    if not enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
 
@@ -27,4 +27,4 @@ def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
 
 def as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Inside an op every product runs in the dtype its code says."""
-    return torch.autocast(device.type, enabled=False) if _enabled(device.type) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if enabled(device.type) else contextlib.nullcontext()

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._autocast import autocast
 from distilbert_fast.ops._operator import operator
 
 OP = "linear"
@@ -38,11 +39,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError, ValueError: dtypes and shapes that do not fit, by name.
     """
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
     if torch.compiler.is_compiling() or not _is_ours(dtype, x, weight, bias):
         return F.linear(x, weight, bias)
-    dtypes = _OURS if autocast else (x.dtype,)
+    dtypes = _OURS if cast else (x.dtype,)
     _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes)
     if bias is not None:
         _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes)
@@ -88,6 +89,8 @@ def product(
     dtype = dtype or a.dtype
     if _is_ours(dtype, a, b, bias):
         return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias, dtype)), add=False)
+    if dtype != a.dtype and a.is_cuda and bias is None:  # there it leaves the tensor cores as it was summed
+        return torch.mm(a, b.t(), out_dtype=dtype)
     work = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype, dtype) else a.dtype
     return F.linear(a.to(work), b.to(work), None if bias is None else bias.to(work)).to(dtype)
 
@@ -95,13 +98,26 @@ def product(
 def product_into(
     out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add: bool = False
 ) -> torch.Tensor:
-    """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous, all of one dtype. For other ops."""
+    """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous; in the dtypes of ``product``. For other ops."""
     if _is_ours(out.dtype, a, b, bias):
         return _native(a, b, bias, out, add)
+    if not out.dtype == a.dtype == b.dtype:
+        y = product(a, b, bias, out.dtype)
+        return out.add_(y) if add else out.copy_(y)
     if bias is not None and not add:
         return torch.addmm(bias, a, b.t(), out=out)
     torch.addmm(out, a, b.t(), beta=int(add), out=out)
     return out if bias is None else out.add_(bias)
+
+
+def operands(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As torch.autocast hands them to a product; weight and bias as they are where ``product`` rounds them itself."""
+    (low,) = autocast(h.device, h)
+    if not torch.compiler.is_compiling() and _is_ours(low.dtype, low, weight, bias):
+        return low, weight, bias
+    return low, *autocast(h.device, weight, bias)
 
 
 _OURS = (torch.float32, torch.bfloat16)

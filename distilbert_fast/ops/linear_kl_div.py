@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import as_written, autocast
+from distilbert_fast.ops._autocast import as_written, enabled
 from distilbert_fast.ops._operator import is_eager, operator
 from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
 from distilbert_fast.ops.kl_div import kl_div_reference
-from distilbert_fast.ops.linear import product, product_into
+from distilbert_fast.ops.linear import operands, product, product_into
 
 OP = "linear_kl_div"
 
@@ -64,24 +64,27 @@ def linear_kl_div(
     The logits have the dtype of their side (float16 is projected in float32: gradients of unit scale would
     underflow before a loss scale could lift them), the losses and dW are summed in float32, in float64 for
     float64. Memory beyond inputs and gradients is that of one chunk of rows. Under torch.autocast the arguments
-    are cast as for a matrix product.
+    are cast as for a matrix product; where the ``linear`` op's product serves, float32 weights are rounded as they are
+    packed, and dW stays float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "h_s", h_s, ("N", "C_s"))
-    h_s, W_s, b_s, h_t, W_t, b_t = autocast(h_s.device, h_s, W_s, b_s, h_t, W_t, b_t)
     device, n = h_s.device, h_s.shape[0]
-    _check.tensor(OP, "W_s", W_s, ("V", h_s.shape[1]), (h_s.dtype,), device)
+    _check.tensor(OP, "h_t", h_t, (n, "C_t"), device=device)
+    h_s, W_s, b_s = operands(h_s, W_s, b_s)
+    h_t, W_t, b_t = operands(h_t, W_t, b_t)
+    kept = (torch.float32,) if enabled(device.type) else ()
+    _check.tensor(OP, "W_s", W_s, ("V", h_s.shape[1]), (h_s.dtype, *kept), device)
     v = W_s.shape[0]
     if v == 0:
         _check.refuse(OP, "W_s", "of at least one row", list(W_s.shape))
     if b_s is not None:
-        _check.tensor(OP, "b_s", b_s, (v,), (h_s.dtype,), device)
-    _check.tensor(OP, "h_t", h_t, (n, "C_t"), device=device)
-    _check.tensor(OP, "W_t", W_t, (v, h_t.shape[1]), (h_t.dtype,), device)
+        _check.tensor(OP, "b_s", b_s, (v,), (h_s.dtype, *kept), device)
+    _check.tensor(OP, "W_t", W_t, (v, h_t.shape[1]), (h_t.dtype, *kept), device)
     if b_t is not None:
-        _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype,), device)
+        _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype, *kept), device)
     _check.positive(OP, "temperature", temperature)
     if kd_mask is not None:
         _check.tensor(OP, "kd_mask", kd_mask, (n,), (torch.bool,), device)
@@ -134,7 +137,8 @@ class _LinearKLDiv(torch.autograd.Function):
         ignore_index: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         call = W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, *ctx.needs_input_grad[:3]
-        ctx.ignore_index, ctx.dtype, ctx.shape = ignore_index, h_s.dtype, h_s.shape
+        ctx.ignore_index, ctx.shape = ignore_index, h_s.shape
+        ctx.dtypes = h_s.dtype, W_s.dtype, None if b_s is None else b_s.dtype
         chunks: list[_Chunk] = []
         kl, ce, *sums = _kernel(h_s, *call, chunks) if is_eager(h_s) else _forward(h_s, *call)
         ctx.single = len(chunks) == 1
@@ -150,17 +154,18 @@ class _LinearKLDiv(torch.autograd.Function):
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.single:
             with as_written(dkl.device):
-                gradients = _of_one_chunk(ctx, dkl, dce)
-            return *(None if x is None else x.to(ctx.dtype) for x in gradients), *[None] * 7
+                some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
+                gradients = [None if x is None else x.to(dtype) for x, dtype in some]
+            return *gradients, *[None] * 7
         kd_mask, labels, *sums = ctx.saved_tensors
         n = sums[0].shape[1]
         weights = [dkl / (max(n, 1) if kd_mask is None else kd_mask.sum().clamp(min=1))]
         if labels is not None:
             weights.append(dce / (labels != ctx.ignore_index).sum().clamp(min=1))
-        gradients = (
-            _weighted(weights, x).to(ctx.dtype) if wanted else None
-            for x, wanted in zip(sums, ctx.needs_input_grad, strict=False)
-        )
+        gradients = [
+            _weighted(weights, x).to(dtype) if wanted else None
+            for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
         return *gradients, None, None, None, None, None, None, None
 
 
@@ -173,11 +178,8 @@ def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[to
     G[ctx.end_kl :] = 0
     G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
     wanted, dtype = ctx.needs_input_grad, _accumulate(h)
-    yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.to(h.dtype).t(), None)) if wanted[0] else None
-    dW = h.new_empty((v, h.shape[1]), dtype=dtype) if wanted[1] else None
-    if dW is not None:
-        _add_product(G.t(), h, dW, begun=False)
-    yield dW
+    yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.t(), None)) if wanted[0] else None
+    yield product(G.t(), h.t(), None, dtype) if wanted[1] else None
     yield G.sum(dim=0, dtype=dtype) if wanted[2] else None
 
 
@@ -338,7 +340,7 @@ def _by_chunks(
         if dh_sum.numel() > 0:
             dh_sum[loss].index_copy_(0, rows, product(G, W.t(), None))
         if dW_sum.numel() > 0:
-            _add_product(G.t(), h, dW_sum[loss], begun[loss])
+            product_into(dW_sum[loss], G.t(), h.t(), add=begun[loss])
         begun[loss] = True
         if db_sum.numel() > 0:
             db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
@@ -347,7 +349,7 @@ def _by_chunks(
     for begin in range(0, len(rows), _chunk(v, h_s.device)):
         chunk = rows[begin : begin + _chunk(v, h_s.device)]
         part, targeted = chunk[: max(0, end_kl - begin)], chunk[max(0, first_label - begin) :]
-        h = h_s[chunk].to(W.dtype)  # [R, C_s]
+        h = h_s[chunk].to(_work(h_s))  # [R, C_s]
         targets = chunk[:0] if labels is None else labels[targeted]
         _check_labels(targets, v, ignore_index)
         losses = losses_of_chunk(h, h_t[part], targets)
@@ -364,19 +366,6 @@ def _by_chunks(
     kl /= max(1, end_kl)
     ce /= max(1, len(rows) - first_label)
     return sums
-
-
-def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, begun: bool) -> None:
-    """total += a b, or total = a b if nothing has begun it: [V, C_s], float32 if a and b are bfloat16."""
-    if b.dtype == total.dtype:
-        product_into(total, a, b.t(), add=begun)
-        return
-    # On CUDA the product of a chunk leaves the tensor cores as they summed it, in float32.
-    product = torch.mm(a, b, out_dtype=total.dtype) if b.device.type == "cuda" else a @ b
-    if begun:
-        total.add_(product)
-    else:
-        total.copy_(product)
 
 
 def _check_labels(labels: torch.Tensor, v: int, ignore_index: int) -> None:

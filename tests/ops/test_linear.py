@@ -135,14 +135,14 @@ def test_bfloat16_weights(pairs):
     check_bfloat16(x.float(), weight, bias.float(), dy)
 
 
-def test_sums_over_many_rows_stay_exact(pairs):
-    """dW of thousands of tokens, in one chain of float32 sums after the other."""
-    n = 5000
+@pytest.mark.parametrize("n", [4096, 4097, 9000])
+def test_sums_over_many_rows_stay_exact(n, pairs):
+    """dW of thousands of tokens, whose parts are summed one after the other."""
     x, dy = torch.ones(n, 3), torch.ones(n, 2, dtype=torch.bfloat16)
     x[::2] = 2.0**-7
     with autocast():
         *_, dW, db = run(linear, x, torch.zeros(2, 3), torch.zeros(2), dy)
-    assert (dW == n / 2 * (1 + 2.0**-7)).all() and (db == n).all()
+    assert (dW == (n + 1) // 2 * 2.0**-7 + n // 2).all() and (db == n).all()
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -286,13 +286,27 @@ def test_the_native_entry_refuses_bfloat16_where_the_tier_has_none(name, tier):
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_into_memory(add, dtype, tier):
+@pytest.mark.parametrize(
+    ("dtype", "k"), [(torch.float32, 900), (torch.bfloat16, 900), (torch.bfloat16, 4100), (torch.bfloat16, 9000)]
+)
+def test_into_memory(add, dtype, k, tier):
     """As linear_kl_div does, chunk by chunk; without ``add`` what stood there, NaN even, is gone."""
-    a, b, bias = (x.to(dtype) for x in case(13, 900, 37))
+    a, b, bias = (x.to(dtype) for x in case(13, k, 37))
     before = torch.full((13, 37), 3.0 if add else float("nan"), dtype=dtype)
     start = before.double() if add else 0.0
     for given in (None, bias):
         exact = start + F.linear(a.double(), b.double(), None if given is None else given.double())
         torchs = F.linear(a, b, given) + (before if add else 0.0)
         assert_twice_rule(op.product_into(before.clone(), a, b, given, add), torchs, exact)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_bfloat16_into_float32(add, tier):
+    """By ours or by torch's, where torch has no such product."""
+    a, b, bias = case(13, 900, 37)
+    before = torch.full((13, 37), 3.0 if add else float("nan"))
+    start = before.double() if add else 0.0
+    for x, y in ((a.bfloat16(), b.bfloat16()), (a.bfloat16(), b), (a, b.bfloat16())):
+        exact = start + F.linear(x.double(), y.double(), bias.double())
+        torchs = F.linear(x.bfloat16(), y.bfloat16(), bias.bfloat16()).float() + (before if add else 0.0)
+        assert_twice_rule(op.product_into(before.clone(), x, y, bias, add), torchs, exact)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 
@@ -111,14 +113,15 @@ SERVED = [
 ]
 
 
-def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True) -> None:
+def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True, context=contextlib.nullcontext) -> None:
     found = []
     for seed in range(8 if n * v < 20_000 else 3):  # pooled: of a few numbers, torch is at times exact by luck
         tensors, (kd_mask, labels) = sides(n, v, 24, 9, dtype, teacher_dtype, bias, seed), rows(n, v, seed)
         arguments = (2.0, kd_mask, labels)
-        ours = results(linear_kl_div, tensors, *arguments, weights=(0.3, 1.7))
+        with context():
+            ours = results(linear_kl_div, tensors, *arguments, weights=(0.3, 1.7))
+            same_dtype = results(linear_kl_div_reference, tensors, *arguments, weights=(0.3, 1.7))
         assert [x.dtype for x in ours] == [torch.float32] * 2 + [dtype] * (len(ours) - 2)
-        same_dtype = results(linear_kl_div_reference, tensors, *arguments, weights=(0.3, 1.7))
         exact = results(linear_kl_div_reference, double(tensors), *arguments, weights=(0.3, 1.7))
         found.append([[x.flatten() for x in these] for these in (ours, same_dtype, exact)])
     three = ([torch.cat(x) for x in zip(*seeds, strict=True)] for seeds in zip(*found, strict=True))
@@ -497,10 +500,27 @@ def test_fake_and_meta_tensors(mode):
 def test_autocast(dtype):
     """As torch's linear: projected in the dtype of autocast, with float32 gradients for float32 leaves."""
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
-    with torch.autocast("cpu", dtype=dtype):
-        found = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
-    assert all(x.dtype == torch.float32 for x in found)
-    close(found, results(linear_kl_div, [x.to(dtype) for x in tensors], 2.0, kd_mask, labels), rtol=0, atol=0)
+    with distilbert_fast.backend("torch"):
+        with torch.autocast("cpu", dtype=dtype):
+            found = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
+        assert all(x.dtype == torch.float32 for x in found)
+        close(found, results(linear_kl_div, [x.to(dtype) for x in tensors], 2.0, kd_mask, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 31), (29, 640)])
+def test_autocast_is_as_good_as_torchs(n, v, bias, chunk, place):
+    """Where the products are ours, weights stay float32 and their gradients are not rounded."""
+    context = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    assert_as_good_as_torch(n, v, torch.float32, torch.float32, bias, context)
+
+
+def test_only_autocast_mixes_dtypes():
+    tensors = [x.bfloat16() if i % 3 == 0 else x for i, x in enumerate(sides(3, 4))]
+    with pytest.raises(TypeError, match=r"^linear_kl_div: W_s must be bfloat16, got float32$"):
+        linear_kl_div(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_kl_div(*tensors)[0].isfinite()
 
 
 def test_float16_with_a_loss_scale():
