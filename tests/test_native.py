@@ -295,6 +295,26 @@ def test_large_buffers_are_kept_for_the_next_of_their_size():
         _cpu.Buffer(0)
 
 
+def test_autograd_adds_to_a_large_gradient_in_place():
+    """Else tied weights cost a matrix of memory more."""
+    found = []
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, dy):
+            gradient = backends.empty_cpu(torch.empty(3, 1 << 20))
+            found.append(gradient.data_ptr())
+            return gradient.fill_(1)
+
+    x = torch.zeros(3, 1 << 20, requires_grad=True)
+    (Sum.apply(x) + Sum.apply(x)).backward()
+    assert x.grad.data_ptr() in found and (x.grad == 2).all()
+
+
 def test_large_gradients_of_two_steps_do_not_share_memory():
     student, teacher = torch.randn(70, 30522, requires_grad=True), torch.randn(70, 30522)
     kl_div(student, teacher).backward()

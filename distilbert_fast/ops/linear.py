@@ -67,9 +67,18 @@ class _Linear(torch.autograd.Function):
         return (
             product(dy, weight.t(), None, x.dtype) if ctx.needs_input_grad[0] else None,
             product(dy.t(), x.t(), None, weight.dtype) if ctx.needs_input_grad[1] else None,
-            dy.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            _column_sums(dy, ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
             None,
         )
+
+
+def _column_sums(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dy.dtype == dtype:
+        return dy.sum(dim=0)
+    sums = dy.new_empty(dy.shape[1], dtype=dtype)
+    # torch's sum would first write all of dy in that dtype.
+    product_into(sums[None], dy.new_ones(1, dy.shape[0]), dy.t())
+    return sums
 
 
 def _product_fake(
