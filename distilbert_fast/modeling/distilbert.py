@@ -239,7 +239,7 @@ def _select(states: list[torch.Tensor], selection: Any) -> tuple[Any, ...]:
     return tuple(x if i in wanted or i - len(states) in wanted else None for i, x in enumerate(states))
 
 
-_DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     hf.DistilBertModel: DistilBertModel,
     hf.Embeddings: Embeddings,
     hf.Transformer: Transformer,
@@ -250,18 +250,26 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _adopt(model: hf.DistilBertModel) -> None:
+def adopt(model: Any) -> None:
+    """Make a model of one of transformers' classes in ``DROP_INS`` the drop-in of the same name, in place."""
+    model.__class__ = DROP_INS[type(model)]
+    _adopt(model)
+
+
+def _adopt(model: Any) -> None:
     """Turn the modules of transformers' encoder into those of this file, in place, and prune as its config says.
 
     They have the same attributes, so changing the class is all it takes: no parameter is made twice.
     """
-    for module in model.modules():
-        module.__class__ = _DROP_INS.get(type(module), type(module))
-    for block in model.transformer.layer:
+    encoder = model.base_model
+    for module in encoder.modules():
+        module.__class__ = _MODULES.get(type(module), type(module))
+    encoder.always_keep_padding = model.always_keep_padding
+    for block in encoder.transformer.layer:
         block.attention.heads = tuple(range(model.config.n_heads))
     pruned = getattr(model.config, "pruned_heads", None) or {}
     if pruned:
-        prune(model, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
+        prune(encoder, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
 
 
 class _Task(nn.Module):
@@ -272,9 +280,11 @@ class _Task(nn.Module):
     # **kwargs, it would not divide them by the number of accumulated batches.
     accepts_loss_kwargs = False
 
+    always_keep_padding = False
+
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
-        _adopt(self.distilbert)
+        _adopt(self)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         self.distilbert.prune_heads(heads_to_prune)
@@ -313,10 +323,7 @@ class DistilBertForSequenceClassification(_Task, hf.DistilBertForSequenceClassif
 
 class DistilBertForQuestionAnswering(_Task, hf.DistilBertForQuestionAnswering):
     __doc__ = hf.DistilBertForQuestionAnswering.__doc__
-
-    def __init__(self, config: DistilBertConfig) -> None:
-        super().__init__(config)
-        self.distilbert.always_keep_padding = True
+    always_keep_padding = True
 
 
 class DistilBertForTokenClassification(_LabelPerToken, hf.DistilBertForTokenClassification):
@@ -325,3 +332,7 @@ class DistilBertForTokenClassification(_LabelPerToken, hf.DistilBertForTokenClas
 
 class DistilBertForMultipleChoice(_Task, hf.DistilBertForMultipleChoice):
     __doc__ = hf.DistilBertForMultipleChoice.__doc__
+
+
+# transformers' classes, and ours of the same names.
+DROP_INS: dict[type, type] = {getattr(hf, name): globals()[name] for name in __all__}
