@@ -20,7 +20,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops.layer_norm import layer_norm_reference, normalize, normalize_backward
-from distilbert_fast.ops.quantize import as_scale, quantize_reference
+from distilbert_fast.ops.quantize import as_scale, quantize_torch
 
 OP = "embedding"
 _INTEGERS = (torch.int64, torch.int32)
@@ -191,10 +191,6 @@ def _halves(ids_and_tables: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor],
     return list(ids_and_tables[:half]), list(ids_and_tables[half:])
 
 
-def _accumulate(tables: list[torch.Tensor]) -> torch.dtype:
-    return torch.float64 if tables[0].dtype == torch.float64 else torch.float32
-
-
 def _select(weight: torch.Tensor, tables: list[torch.Tensor]) -> str:
     return backends.select(OP, weight.device, weight.dtype, *(table.dtype for table in tables))
 
@@ -207,10 +203,8 @@ def _forward_fake(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, kept = ids[0].shape[0], ids[0].shape[0] if keep else 0
-    dtype = _accumulate(tables)
-    y = tables[0].new_empty((n, weight.shape[0]))
-    return y, weight.new_empty(kept, dtype=dtype), weight.new_empty(kept, dtype=dtype)
+    y = tables[0].new_empty((ids[0].shape[0], weight.shape[0]))
+    return y, *_rows.statistics_like(y, keep)
 
 
 @operator(
@@ -239,8 +233,7 @@ def _forward_quantize_fake(
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = tables[0].new_empty((ids[0].shape[0], weight.shape[0]))
-    found = weight.new_empty(y.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, _rows.empty_like(y, torch.int8), found
+    return y, *_rows.codes_like(y, out_scale)
 
 
 @operator(
@@ -307,7 +300,7 @@ def _check_ranges(op: str, ids: list[torch.Tensor], tables: list[torch.Tensor]) 
 
 def _gather(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> torch.Tensor:
     h, *others = (torch.nn.functional.embedding(rows, table) for rows, table in zip(ids, tables, strict=True))
-    h = h.to(_accumulate(tables))
+    h = h.to(_rows.accumulation_dtype(h.dtype))
     for other in others:
         h = h + other  # [N, C]
     return h
@@ -337,10 +330,7 @@ def _forward_quantize_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_ranges("embedding_quantize", ids, tables)
     y, _, _ = normalize(_gather(ids, tables), weight, bias, eps)
-    y_q, found = quantize_reference(y.to(torch.float32), out_scale)
-    if out_scale is not None:
-        found = found.new_empty(0)
-    return y.to(tables[0].dtype), y_q, found
+    return y.to(tables[0].dtype), *quantize_torch(y, out_scale)
 
 
 def _backward_torch(

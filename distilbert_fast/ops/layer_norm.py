@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
-from distilbert_fast.ops.quantize import as_scale, quantize_reference
+from distilbert_fast.ops.quantize import as_scale, quantize_torch
 
 OP = "layer_norm"
 
@@ -147,10 +147,6 @@ def _sum_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _accumulate(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    return torch.float64 if _sum_dtype(x, residual) == torch.float64 else torch.float32
-
-
 def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, backward: bool = False) -> str:
     select = backends.select_backward if backward else backends.select
     dtypes = (x.dtype, weight.dtype) if residual is None else (x.dtype, weight.dtype, residual.dtype)
@@ -166,9 +162,7 @@ def _forward_fake(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _rows.empty_like(x, _sum_dtype(x, residual))
-    kept = x.shape[0] if keep else 0
-    dtype = _accumulate(x, residual)
-    return y, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
+    return y, *_rows.statistics_like(y, keep)
 
 
 @operator(
@@ -197,8 +191,7 @@ def _forward_quantize_fake(
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _rows.empty_like(x, _sum_dtype(x, residual))
-    found = x.new_empty(x.shape[0] if out_scale is None else 0, dtype=torch.float32)
-    return y, _rows.empty_like(x, torch.int8), found
+    return y, *_rows.codes_like(y, out_scale)
 
 
 @operator(
@@ -251,7 +244,7 @@ def _backward(
 
 
 def _add(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    h = x.to(_accumulate(x, residual))
+    h = x.to(_rows.accumulation_dtype(_sum_dtype(x, residual)))
     return h if residual is None else h + residual
 
 
@@ -295,10 +288,7 @@ def _forward_quantize_torch(
     out_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, _, _ = normalize(_add(x, residual), weight, bias, eps)
-    y_q, found = quantize_reference(y.to(torch.float32), out_scale)
-    if out_scale is not None:
-        found = found.new_empty(0)
-    return y.to(_sum_dtype(x, residual)), y_q, found
+    return y.to(_sum_dtype(x, residual)), *quantize_torch(y, out_scale)
 
 
 def _backward_torch(

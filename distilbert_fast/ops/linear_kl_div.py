@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import is_eager, operator
 from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
@@ -153,10 +153,9 @@ class _LinearKLDiv(torch.autograd.Function):
                 gradients = _of_one_chunk(ctx, dkl, dce)
             return *(None if x is None else x.to(ctx.dtype) for x in gradients), *[None] * 7
         kd_mask, labels, *sums = ctx.saved_tensors
-        n = sums[0].shape[1]
-        weights = [dkl / (max(n, 1) if kd_mask is None else kd_mask.sum().clamp(min=1))]
+        weights = [dkl / _rows.count(sums[0][0], kd_mask)]
         if labels is not None:
-            weights.append(dce / (labels != ctx.ignore_index).sum().clamp(min=1))
+            weights.append(dce / _rows.count(labels, labels != ctx.ignore_index))
         gradients = (
             _weighted(weights, x).to(ctx.dtype) if wanted else None
             for x, wanted in zip(sums, ctx.needs_input_grad, strict=False)
@@ -172,7 +171,7 @@ def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[to
     torch.mul(kl, dkl / max(ctx.end_kl, 1), out=G[: ctx.end_kl])
     G[ctx.end_kl :] = 0
     G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
-    wanted, dtype = ctx.needs_input_grad, _accumulate(h)
+    wanted, dtype = ctx.needs_input_grad, _rows.accumulation_dtype(h.dtype)
     yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.to(h.dtype).t(), None)) if wanted[0] else None
     dW = h.new_empty((v, h.shape[1]), dtype=dtype) if wanted[1] else None
     if dW is not None:
@@ -188,10 +187,6 @@ def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     for weight, part in zip(weights[1:], x[1:], strict=True):
         total.addcmul_(part.to(dtype), weight)
     return total
-
-
-def _accumulate(h: torch.Tensor) -> torch.dtype:
-    return torch.float64 if h.dtype == torch.float64 else torch.float32
 
 
 def _work(h: torch.Tensor) -> torch.dtype:
@@ -214,7 +209,7 @@ def _forward_fake(
     dW: bool,
     db: bool,
 ) -> tuple[torch.Tensor, ...]:
-    losses, dtype = (1 if labels is None else 2), _accumulate(h_s)
+    losses, dtype = (1 if labels is None else 2), _rows.accumulation_dtype(h_s.dtype)
     (n, c), v = h_s.shape, W_s.shape[0]
     return (
         h_s.new_empty((), dtype=dtype),
@@ -437,8 +432,6 @@ def _forward_torch(
 
 # cpu -----------------------------------------------------------------------------------------------------------
 
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def _forward_cpu(
     h_s: torch.Tensor,
@@ -475,8 +468,8 @@ def _forward_cpu(
         backends.cpu().linear_kl_div(
             student.data_ptr(),
             teacher.data_ptr(),
-            _DTYPE_CODE[s.dtype],
-            _DTYPE_CODE[teacher.dtype],
+            _rows.DTYPE_CODE[s.dtype],
+            _rows.DTYPE_CODE[teacher.dtype],
             r,
             r_kl,
             v,

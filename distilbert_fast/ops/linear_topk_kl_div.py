@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops.linear_kl_div import _accumulate, _chunk, _work
+from distilbert_fast.ops._rows import accumulation_dtype
+from distilbert_fast.ops.linear_kl_div import _chunk, _work
 
 OP = "linear_topk_kl_div"
 
@@ -140,7 +141,7 @@ def _forward(
     *wanted: bool,
 ) -> tuple[Any, ...]:
     """The loss, and its gradients dh [N, C], dW [V, C], db [V], or None for one that is not wanted."""
-    work, accumulate = _work(h), _accumulate(h)
+    work, accumulate = _work(h), accumulation_dtype(h.dtype)
     W, b = W.to(work), None if b is None else b.to(work)
     kl = h.new_zeros((), dtype=accumulate)
     dh, dW, db = (
