@@ -147,17 +147,17 @@ class _LinearKLDiv(torch.autograd.Function):
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.single:
             with as_written(dkl.device):
-                gradients = _of_one_chunk(ctx, dkl, dce)
-            return *(None if x is None else x.to(ctx.dtype) for x in gradients), *[None] * 7
+                gradients = [None if x is None else x.to(ctx.dtype) for x in _of_one_chunk(ctx, dkl, dce)]
+            return *gradients, *[None] * 7
         kd_mask, labels, *sums = ctx.saved_tensors
         weights = [dkl / _rows.count(sums[0][0], kd_mask)]
         if labels is not None:
             weights.append(dce / _rows.count(labels, labels != ctx.ignore_index))
-        gradients = (
+        gradients = [
             _weighted(weights, x).to(ctx.dtype) if wanted else None
             for x, wanted in zip(sums, ctx.needs_input_grad, strict=False)
-        )
-        return *gradients, None, None, None, None, None, None, None
+        ]
+        return *gradients, *[None] * 7
 
 
 def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:

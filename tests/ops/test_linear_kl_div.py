@@ -493,9 +493,11 @@ def test_fake_and_meta_tensors(mode):
             assert all(x.dtype == dtype for x in gradients)
 
 
+@pytest.mark.parametrize("name", ["", "torch"], ids=["free choice", "torch"])  # whose products autocast would cast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, name, monkeypatch):
     """As torch's linear: projected in the dtype of autocast, with float32 gradients for float32 leaves."""
+    monkeypatch.setenv("DISTILBERT_FAST_BACKEND", name)
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
     with torch.autocast("cpu", dtype=dtype):
         found = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
