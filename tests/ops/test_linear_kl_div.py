@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import served
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,31 +70,6 @@ def chunk(request, monkeypatch):
     return request.param
 
 
-def places() -> list[tuple[str, str | None]]:
-    """(backend, instruction set) of all that can run here on a CPU."""
-    found: list = [("torch", None)]
-    if backends.availability("cpu").ok:
-        found += [("cpu", isa) for isa in backends.cpu().available_isas()]
-    return found
-
-
-def named(place, dtypes=()):
-    return "-".join([*filter(None, place), *(str(dtype)[6:] for dtype in dtypes)])
-
-
-@pytest.fixture(params=places(), ids=named)
-def place(request):
-    """Whatever can compute float32 and bfloat16 here."""
-    name, isa = request.param
-    before = backends.cpu().isa() if isa else None
-    if isa:
-        backends.cpu().set_isa(isa)
-    with distilbert_fast.backend(name):
-        yield request.param
-    if isa:
-        backends.cpu().set_isa(before)
-
-
 # Accuracy ----------------------------------------------------------------------------------------------------
 
 
@@ -103,11 +79,6 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32),
-]
-SERVED = [
-    pytest.param(place, dtypes, id=named(place, dtypes))
-    for place, dtypes in itertools.product(places(), DTYPES)
-    if place[0] == "torch" or {str(dtype)[6:] for dtype in dtypes} <= set(backends.KERNELS["linear_kl_div"][place[0]])
 ]
 
 
@@ -126,15 +97,15 @@ def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True) -> None:
         assert_twice_rule(*compared, what)
 
 
-@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
+@pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 2), (13, 31), (29, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_losses_and_gradients(n, v, dtypes, bias, chunk, place):
+def test_losses_and_gradients(n, v, dtypes, bias, chunk, forced):
     assert_as_good_as_torch(n, v, *dtypes, bias)
 
 
-@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
-def test_many_columns(dtypes, monkeypatch, place):
+@pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
+def test_many_columns(dtypes, monkeypatch, forced):
     monkeypatch.setattr(op, "chunk_rows", lambda v, device: 32)
     assert_as_good_as_torch(40, 3001, *dtypes)
 
@@ -207,7 +178,7 @@ def test_nothing_counted(n, labels):
     temperature=st.floats(0.5, 10),
     dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
 )
-def test_random_rows_in_float32_and_bfloat16(place, counted, v, size, temperature, dtypes):
+def test_random_rows_in_float32_and_bfloat16(forced, counted, v, size, temperature, dtypes):
     n = len(counted)
     tensors = sides(n, v, dtype=dtypes[0], teacher_dtype=dtypes[1])
     kd_mask = torch.tensor([mask for mask, _ in counted], dtype=torch.bool)
@@ -230,9 +201,9 @@ def test_without_labels_the_cross_entropy_is_zero():
     close(found, results(linear_kl_div_reference, tensors, 2.0))
 
 
-def test_only_counted_rows_are_projected(monkeypatch, place):
+def test_only_counted_rows_are_projected(monkeypatch, forced):
     projected = []
-    if place[0] == "torch":
+    if forced == "torch":
         linear = F.linear
         monkeypatch.setattr(F, "linear", lambda h, *a: projected.append(tuple(h.shape)) or linear(h, *a))
     else:
@@ -283,7 +254,7 @@ def test_tied_weights():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, place):
+def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, forced):
     tensors, (kd_mask, labels) = sides(9, 7), rows(9, 7)
     kd_mask[3], labels[3], kd_mask[:3], labels[4] = True, IGNORE, True, 2
     clean = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
@@ -300,7 +271,7 @@ def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, place):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(layout, dtype, place):
+def test_layouts(layout, dtype, forced):
     tensors, (kd_mask, labels) = sides(9, 33, 16, 16, dtype=dtype), rows(9, 33)
     expected = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     placed = [lay_out(x, layout) if x.dim() == 2 else lay_out(x[:, None], layout)[:, 0] for x in tensors]
@@ -311,7 +282,7 @@ def test_layouts(layout, dtype, place):
     assert all(torch.equal(x, y) for x, y in zip(placed, before, strict=True))
 
 
-def test_backward_twice_changes_nothing(place):
+def test_backward_twice_changes_nothing(forced):
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
     leaves = [x.clone().requires_grad_(i < 3) for i, x in enumerate(tensors)]
     kl, ce = linear_kl_div(*leaves, 2.0, kd_mask, labels)
@@ -326,7 +297,7 @@ def test_backward_twice_changes_nothing(place):
     assert all(torch.equal(x, y) for x, y in zip(leaves, tensors, strict=True))
 
 
-def test_same_bits_every_run(monkeypatch, place):
+def test_same_bits_every_run(monkeypatch, forced):
     monkeypatch.setattr(op, "chunk_rows", lambda v, device: 16)
     tensors, (kd_mask, labels) = sides(70, 501, 32, 32), rows(70, 501)
     first = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
@@ -335,14 +306,12 @@ def test_same_bits_every_run(monkeypatch, place):
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("isa", [isa for name, isa in places() if isa])
-def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(isa):
+def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(tier):
     """The products around them are torch's."""
     n, n_kl, v = 23, 17, 5003
     generator = torch.Generator().manual_seed(0)
     s, t = (torch.randn(n, v, generator=generator) for _ in range(2))
     labels = torch.randint(0, v, (n,), generator=generator).masked_fill(torch.arange(n) % 3 == 0, -1)
-    tier = backends.cpu().isa()
 
     def everything(threads):
         out = [s.clone(), torch.empty(n_kl), torch.empty(n), torch.empty(int((labels >= 0).sum()), v)]
@@ -352,13 +321,9 @@ def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(isa):
         )
         return out
 
-    try:
-        backends.cpu().set_isa(isa)
-        first = everything(1)
-        for threads in (2, 3, 1, 5):
-            assert all(torch.equal(x, y) for x, y in zip(everything(threads), first, strict=True))
-    finally:
-        backends.cpu().set_isa(tier)
+    first = everything(1)
+    for threads in (2, 3, 1, 5):
+        assert all(torch.equal(x, y) for x, y in zip(everything(threads), first, strict=True))
     assert torch.equal(first[0][n_kl:], s[n_kl:]), "rows without a teacher stay logits"
     kept = labels >= 0
     torch.testing.assert_close(first[2][kept], F.cross_entropy(s[kept], labels[kept], reduction="none"))
