@@ -289,6 +289,22 @@ def test_large_buffers_are_kept_for_the_next_of_their_size():
         _cpu.Buffer(0)
 
 
+def test_buffers_are_kept_up_to_a_limit_the_newest_first():
+    def addresses(megabytes, count):
+        alive = [backends.empty_cpu(torch.empty(megabytes << 20, dtype=torch.uint8)) for _ in range(count)]
+        return [x.data_ptr() for x in alive]
+
+    _cpu.release_spares()
+    weight, logits = addresses(64, 2), addresses(30, 1)
+    assert sorted(addresses(64, 2)) == sorted(weight) and addresses(30, 1) == logits
+    assert _cpu.release_spares() == (2 * 64 + 30) << 20
+    assert _cpu.release_spares() == 0
+    addresses(100, 3)
+    assert _cpu.release_spares() == 200 << 20  # 256 MiB at most
+    addresses(300, 1)
+    assert _cpu.release_spares() == 0
+
+
 def test_large_gradients_of_two_steps_do_not_share_memory():
     student, teacher = torch.randn(70, 30522, requires_grad=True), torch.randn(70, 30522)
     kl_div(student, teacher).backward()
