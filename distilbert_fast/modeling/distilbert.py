@@ -112,12 +112,12 @@ class FFN(hf.FFN):
         return self.dropout(_linear(self.lin2, self.activation(_linear(self.lin1, x))))
 
 
-def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     """module(x), by the ``linear`` op if it may."""
     return linear(x, module.weight, module.bias) if _plain(module, nn.Linear) else module(x)
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether calling it would run the forward of that class and nothing else, so that an op may take its place."""
     if torch.compiler.is_compiling() or type(module) is not kind:
         return False
