@@ -20,6 +20,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import autocast
 from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._rows import DTYPE_CODE
 
 OP = "linear"
 
@@ -43,7 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
     if torch.compiler.is_compiling() or not _is_ours(dtype, x, weight, bias):
         return F.linear(x, weight, bias)
-    dtypes = _OURS if cast else (x.dtype,)
+    dtypes = tuple(DTYPE_CODE) if cast else (x.dtype,)
     _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes)
     if bias is not None:
         _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes)
@@ -129,16 +130,13 @@ def operands(
     return low, *autocast(h.device, weight, bias)
 
 
-_OURS = (torch.float32, torch.bfloat16)
-
-
 def _is_ours(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
     """Whether a product of these, of such a result, is for the kernel: where that is faster than torch, or forced."""
     if backends.forced() not in (None, "cpu") or not backends.availability("cpu").ok:
         return False
     given = [x for x in tensors if x is not None]
     dtypes = {dtype, *(x.dtype for x in given)}
-    if not dtypes.issubset(_OURS) or any(x.device.type != "cpu" for x in given):
+    if not dtypes.issubset(DTYPE_CODE) or any(x.device.type != "cpu" for x in given):
         return False
     if torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16():
         return False
@@ -154,17 +152,17 @@ def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
     a, b, bias = _touching(a), _touching(b), None if bias is None else bias.float().contiguous()
     backends.cpu().linear_product(
         a.data_ptr(),
-        _OURS.index(a.dtype),
+        DTYPE_CODE[a.dtype],
         *a.stride(),
         b.data_ptr(),
-        _OURS.index(b.dtype),
+        DTYPE_CODE[b.dtype],
         *b.stride(),
         0 if bias is None else bias.data_ptr(),
         a.shape[0],
         b.shape[0],
         a.shape[1],
         out.data_ptr(),
-        _OURS.index(out.dtype),
+        DTYPE_CODE[out.dtype],
         add,
         torch.get_num_threads(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import places
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,14 +99,12 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.fixture(params=[isa for isa in backends.cpu().available_isas() if isa in ("amx", "avx512_bf16")])
+@pytest.fixture(params=[tier for tier in places.TIERS if tier in ("amx", "avx512_bf16")])
 def pairs(request):
     """A tier that multiplies bfloat16."""
-    before = backends.cpu().isa()
-    backends.cpu().set_isa(request.param)
-    assert backends.cpu().multiplies_bfloat16()
-    yield request.param
-    backends.cpu().set_isa(before)
+    with places.on_tier(request.param):
+        assert backends.cpu().multiplies_bfloat16()
+        yield request.param
 
 
 def check_bfloat16(x, weight, bias, dy, context=autocast):
