@@ -338,7 +338,9 @@ def test_a_run_that_diverges_ends_and_leaves_no_checkpoint_of_it(tmp_path, how):
     settings |= {"save_steps": 100, "logging_steps": 2} if how == "logged" else {"save_steps": 2, "logging_steps": 100}
     arguments = tiny.arguments(tmp_path, optim="sgd", max_grad_norm=0.0, **settings)
     trainer = DistillationTrainer(tiny.student(teacher), teacher, arguments, tiny.rows(24))
-    of = "losses must be finite, got (kl|ce) " if how == "logged" else "weights must be finite, got others in distilbert"
+    of = (
+        "losses must be finite, got (kl|ce) " if how == "logged" else "weights must be finite, got others in distilbert"
+    )
     with pytest.raises(DivergedError, match=rf"^DistillationTrainer: {of}.* by step [24]: a lower learning_rate "):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
