@@ -17,7 +17,8 @@ pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
 from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
-from distilbert_fast.distill_recipes import Recipe, Shape, Training, _distinct, distill
+from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
+from distilbert_fast.distill_settings import distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
@@ -258,7 +259,7 @@ def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
 def test_variants_that_change_nothing_are_left_out():
     """Where no KL is wanted, "without KL" is the student itself."""
     recipe = Recipe(objective={"alpha_ce": 0.0})
-    assert [variant.name for variant in _distinct(MlmJob.variants[1:4], recipe)] == ["without-cos", "without-mlm"]
+    assert [variant.name for variant in distinct(MlmJob.variants[1:4], recipe)] == ["without-cos", "without-mlm"]
 
 
 def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):

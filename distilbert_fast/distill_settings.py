@@ -1,0 +1,192 @@
+"""What `distill` is told: how to train, the student's shape, the losses; and what of that cannot be, said at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distilbert_fast.distill_jobs import STUDENT, Job, Variant
+from distilbert_fast.recipes import RecipeError, length_grouped
+
+_NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        epochs: passes over the training rows; None for a teacher: 0 if it has its head, else the job's.
+        max_steps: stop after so many optimizer steps; 0: after the epochs.
+        batch_size: rows an optimizer step.
+        micro_batch: rows computed at a time; gradients add up to those of the whole batch.
+        learning_rate: peak of AdamW's.
+        warmup: share of the steps over which it rises; then it falls linearly to 0.
+        weight_decay: of AdamW.
+        bf16: compute in bfloat16 where autocast does.
+        seed: of what starts at random, the order of the rows, masks and dropout.
+    """
+
+    epochs: float | None = 3.0
+    max_steps: int = 0
+    batch_size: int = 256
+    micro_batch: int = 32
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+
+    def check(self, what: str) -> None:
+        """Raise RecipeError for a number out of range."""
+        for name, good, expected in (
+            ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
+            ("max_steps", self.max_steps >= 0, "0 or more"),
+            ("micro_batch", self.micro_batch >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("batch_size", self.batch_size % min(self.micro_batch, self.batch_size) == 0, "a multiple of micro_batch"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+        ):
+            if not good:
+                raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
+
+    def passes(self, rows: int) -> int:
+        """Over the rows, the last one perhaps not to its end."""
+        return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
+
+    def arguments(self, path: Path, rows: int) -> dict[str, Any]:
+        """For TrainingArguments."""
+        import torch
+
+        micro = min(self.micro_batch, self.batch_size)
+        steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
+        return {
+            "output_dir": str(path),
+            "num_train_epochs": self.epochs or 1,
+            "max_steps": self.max_steps or -1,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.batch_size // micro,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": math.ceil(self.warmup * steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.98,
+            "adam_epsilon": 1e-6,
+            "max_grad_norm": 5.0,
+            "bf16": self.bf16,
+            "use_cpu": not torch.cuda.is_available(),  # or Trainer refuses bfloat16 there
+            "save_strategy": "steps",
+            "save_steps": max(1, min(250, steps // 8)),
+            "save_total_limit": 1,
+            "logging_steps": max(1, steps // 100),
+            "seed": self.seed,
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **length_grouped(),
+        }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the student; see `student_from_teacher`."""
+
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    architecture: str = "distilbert"
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `distill` does with a job.
+
+    Attributes:
+        student: how it is trained.
+        teacher: how the teacher is, if it has to be.
+        train_body: the teacher is trained as a whole; False: only its new head (for "mlm").
+        shape: of the student.
+        objective: settings of `DistillationArguments`, such as temperature and the alphas.
+        cache: mlm: so many of the teacher's most likely tokens are kept on disk for each row, and the rest as one
+            number; the teacher runs once, over all epochs, and not beside the student. 0: it runs beside it.
+        compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
+    """
+
+    student: Training = field(default_factory=Training)
+    teacher: Training = field(default_factory=lambda: Training(epochs=None))
+    train_body: bool = True
+    shape: Shape = field(default_factory=Shape)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    cache: int = 0
+    compare: Sequence[str] = ()
+
+
+def check_models(job: Job, source: Path, recipe: Recipe) -> None:
+    """Refuse now, not after the training, what teacher, student and losses cannot be together."""
+    from distilbert_fast.distillation.student import student_from_teacher
+    from distilbert_fast.distillation.teacher import ModelTeacher
+    from distilbert_fast.modeling.loading import load_with_head
+
+    with refused():
+        teacher, _, _ = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
+        student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
+        objective = objective_for(job, recipe, student, teacher)
+        objective.check(student, ModelTeacher(teacher))
+    positions = student.config.max_position_embeddings
+    if not 4 <= job.max_length <= positions:
+        raise RecipeError(
+            f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
+        )
+    needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
+    if recipe.cache and (job.kind != "mlm" or needs_all):
+        got = ", ".join(needs_all) or job.kind
+        raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
+    if recipe.cache and isinstance(objective.temperature, str):
+        raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
+
+
+def objective_for(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
+    """What the student is trained for."""
+    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
+
+    settings = merged(recipe, STUDENT)
+    with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
+        arguments = recipe.student.arguments(Path(path), 1)
+        return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What the parts below say of a user's input, as an error of the recipe."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"distill: {error}") from error
+
+
+def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
+    return {**recipe.objective, **variant.objective}
+
+
+def distinct(variants: Sequence[Variant], recipe: Recipe) -> list[Variant]:
+    """Without those that differ from the student in nothing: no loss can be left out twice."""
+    student = merged(recipe, STUDENT)
+    return [v for v in variants if v.random or merged(recipe, v) != student]
+
+
+def is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
+    from distilbert_fast.distillation.arguments import DistillationArguments
+    from distilbert_fast.distillation.schedule import is_zero
+
+    defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
+    names = [name for name in _NEEDS_TEACHER if (name == "alpha") == (kind != "mlm")]
+    return not all(is_zero(objective.get(name, defaults[name])) for name in names)
