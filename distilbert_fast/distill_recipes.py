@@ -79,19 +79,19 @@ def distill(
     if unknown := [name for name in recipe.compare if name not in known]:
         raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
     variants = [STUDENT, *distinct([known[name] for name in recipe.compare if name != STUDENT.name], recipe)]
-    settings = {
-        "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
-        "data": job.describe(),
-        "student_training": dataclasses.asdict(recipe.student),
-        "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
-        "shape": dataclasses.asdict(recipe.shape),
-        "objective": dict(recipe.objective),
-        "cache": recipe.cache,
-    }
     say = console()
     names = (TEACHER, *known, CORPUS, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars():
         check_models(job, source, recipe)
+        settings = {
+            "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+            "data": job.describe(),
+            "student_training": dataclasses.asdict(recipe.student),
+            "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
+            "shape": dataclasses.asdict(recipe.shape),
+            "objective": dict(recipe.objective),
+            "cache": recipe.cache,
+        }
         with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite) as run:
             flow = _Flow(run, source, job, recipe, say)
             say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")

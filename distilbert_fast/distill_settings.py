@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbert_fast.distill_jobs import STUDENT, Job, Variant
-from distilbert_fast.recipes import RecipeError, length_grouped
+from distilbert_fast.recipes import RecipeError, class_names, length_grouped
 
 _NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
 
@@ -131,13 +131,14 @@ class Recipe:
 
 
 def check_models(job: Job, source: Path, recipe: Recipe) -> None:
-    """Refuse now, not after the training, what teacher, student and losses cannot be together."""
+    """Refuse now, not after the training, what teacher, student, data and losses cannot be together."""
     from distilbert_fast.distillation.student import student_from_teacher
     from distilbert_fast.distillation.teacher import ModelTeacher
     from distilbert_fast.modeling.loading import load_with_head
 
     with refused():
-        teacher, _, _ = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
+        teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
+        job.meet(class_names(source), kept=not (random or recipe.teacher.epochs))
         student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))

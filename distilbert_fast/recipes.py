@@ -99,6 +99,10 @@ def demo(
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(str(error)) from error
     source = find_teacher(teacher)
+    try:
+        loaded = loaded.for_classes(class_names(source), kept=training.teacher_epochs == 0)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     settings = {
         "teacher": f"{teacher or TEACHER_PACKAGE} ({fingerprint(source)[:12]})",
         "task": f"{loaded.name} ({loaded.fingerprint[:12]})",
@@ -333,6 +337,12 @@ class _Demo:
         from distilbert_fast.evaluation.metrics import predictions
 
         return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
+
+
+def class_names(teacher: Path) -> list[str]:
+    """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
+    names = json.loads((teacher / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    return [str(names[number]) for number in sorted(names, key=int)]
 
 
 def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:

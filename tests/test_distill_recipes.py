@@ -192,6 +192,18 @@ def test_a_task_with_its_baseline(inputs, tmp_path):
     assert again["models"]["teacher"]["losses"] == []
     assert same(tmp_path / "again" / "teacher", tmp_path / "out" / "teacher")
     assert same(tmp_path / "again" / "student", tmp_path / "out" / "student")
+    # also if it counts its classes the other way round
+    turned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher")
+    for tensor in (turned.classifier.weight, turned.classifier.bias):
+        tensor.data = tensor.data.flip(0)
+    turned.config.id2label = {0: "tool", 1: "animal"}
+    turned.config.label2id = {"tool": 0, "animal": 1}
+    turned.save_pretrained(tmp_path / "turned")
+    tokenizer.save_pretrained(tmp_path / "turned")
+    other = distill(task_job(inputs), tmp_path / "other", tmp_path / "turned", Recipe(FAST, TEACHING))
+    for name in ("accuracy", "macro_f1"):
+        assert other["models"]["teacher"]["quality"][name] == again["models"]["teacher"]["quality"][name]
+    assert other["models"]["student"]["quality"]["accuracy"] > 0.8
 
 
 def test_questions(inputs, tmp_path):
