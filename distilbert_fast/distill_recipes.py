@@ -78,11 +78,12 @@ def distill(
     known = {variant.name: variant for variant in job.variants}
     if unknown := [name for name in recipe.compare if name not in known]:
         raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
-    variants = [STUDENT, *distinct([known[name] for name in recipe.compare if name != STUDENT.name], recipe)]
     say = console()
     names = (TEACHER, *known, CORPUS, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars():
-        check_models(job, source, recipe)
+        made_of = check_models(job, source, recipe)
+        compared = [known[name] for name in recipe.compare if name != STUDENT.name]
+        variants = [STUDENT, *distinct(compared, recipe, from_layers=bool(made_of.layers))]
         settings = {
             "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
             "data": job.describe(),

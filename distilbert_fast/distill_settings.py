@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.distill_jobs import STUDENT, Job, Variant
 from distilbert_fast.recipes import RecipeError, class_names, length_grouped
 
-_NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
+if TYPE_CHECKING:
+    from distilbert_fast.distillation.student import StudentReport
+
+_OF_MLM = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # weights that need a teacher
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,11 @@ class Recipe:
     compare: Sequence[str] = ()
 
 
-def check_models(job: Job, source: Path, recipe: Recipe) -> None:
-    """Refuse now, not after the training, what teacher, student, data and losses cannot be together."""
+def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
+    """Refuse now, not after the training, what teacher, student, data and losses cannot be together.
+
+    Returns what the student will be made of.
+    """
     from distilbert_fast.distillation.student import student_from_teacher
     from distilbert_fast.distillation.teacher import ModelTeacher
     from distilbert_fast.modeling.loading import load_with_head
@@ -139,20 +145,42 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> None:
     with refused():
         teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
         job.meet(class_names(source), kept=not (random or recipe.teacher.epochs))
-        student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
+        student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
-    positions = student.config.max_position_embeddings
+    positions = _positions(job, student.config)
     if not 4 <= job.max_length <= positions:
         raise RecipeError(
             f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
         )
+    if recipe.cache:
+        _check_cache(job, recipe, objective, teacher.config.vocab_size)
+    return made_of
+
+
+def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:
+    """Refuse what a cache of the teacher's answers will not have."""
     needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
-    if recipe.cache and (job.kind != "mlm" or needs_all):
+    if job.kind != "mlm" or needs_all:
         got = ", ".join(needs_all) or job.kind
         raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
-    if recipe.cache and isinstance(objective.temperature, str):
+    if not 0 < recipe.cache <= vocabulary:
+        raise RecipeError(f"distill: cache: expected 0 to {vocabulary}, the tokens there are, got {recipe.cache}")
+    if isinstance(objective.temperature, str):
         raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
+    if "cos" in objective.names and objective.kd_positions == "masked":
+        raise RecipeError(
+            "distill: cache: expected 0 for kd_positions masked with the loss cos, which takes all tokens"
+        )
+
+
+def _positions(job: Job, config: Any) -> int:
+    """The longest rows that a student reads."""
+    from distilbert_fast.distillation.masking import MULTIPLE
+
+    # RoBERTa counts from behind its padding id
+    positions = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+    return positions // MULTIPLE * MULTIPLE if job.kind == "mlm" else positions  # to which its rows are padded
 
 
 def objective_for(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
@@ -178,16 +206,35 @@ def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
     return {**recipe.objective, **variant.objective}
 
 
-def distinct(variants: Sequence[Variant], recipe: Recipe) -> list[Variant]:
-    """Without those that differ from the student in nothing: no loss can be left out twice."""
-    student = merged(recipe, STUDENT)
-    return [v for v in variants if v.random or merged(recipe, v) != student]
+def distinct(variants: Sequence[Variant], recipe: Recipe, from_layers: bool = True) -> list[Variant]:
+    """Without those that differ from the student in nothing, no loss can be left out twice, or that have no loss left.
+
+    ``from_layers``: the student starts from layers of its teacher, not at random like some of its variants.
+    """
+    from distilbert_fast.distillation.schedule import is_zero
+
+    student, kept = _weights(merged(recipe, STUDENT)), []
+    for variant in variants:
+        weights = _weights(merged(recipe, variant))
+        other = weights != student or (variant.random and from_layers)
+        if other and not all(is_zero(weights[name]) for name in ("alpha_mlm", *_OF_MLM)):
+            kept.append(variant)
+    return kept
 
 
 def is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
-    from distilbert_fast.distillation.arguments import DistillationArguments
+    """Whether any loss needs the teacher."""
     from distilbert_fast.distillation.schedule import is_zero
 
+    weights = _weights(objective)
+    return not all(is_zero(weights[name]) for name in (_OF_MLM if kind == "mlm" else ("alpha",)))
+
+
+def _weights(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all losses; numbers that came as text as numbers, and what stays at 0 as 0."""
+    from distilbert_fast.distillation.arguments import DistillationArguments
+    from distilbert_fast.distillation.schedule import is_zero, plain
+
     defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
-    names = [name for name in _NEEDS_TEACHER if (name == "alpha") == (kind != "mlm")]
-    return not all(is_zero(objective.get(name, defaults[name])) for name in names)
+    given = {name: objective.get(name, defaults[name]) for name in ("alpha", "alpha_mlm", *_OF_MLM)}
+    return {name: 0.0 if is_zero(weight) else plain(weight) for name, weight in given.items()}

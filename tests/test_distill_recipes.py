@@ -18,7 +18,7 @@ pytest.importorskip("torchmetrics")
 
 from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
 from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
-from distilbert_fast.distill_settings import distinct
+from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
@@ -242,6 +242,9 @@ def test_questions(inputs, tmp_path):
             "cache: expected 0 but for the losses kl, mlm and cos of mlm, got",
         ),
         ({"cache": 8, "objective": {"temperature": "linear:4:1"}}, "cache: expected 0 for a temperature that changes"),
+        ({"cache": -1}, "cache: expected 0 to 37, the tokens there are, got -1"),
+        ({"cache": 38}, "cache: expected 0 to 37, the tokens there are, got 38"),
+        ({"cache": 8, "objective": {"kd_positions": "masked"}}, "cache: expected 0 for kd_positions masked with the "),
         ({"compare": ["without-layers"]}, "compare: expected of without-kl, without-cos, without-mlm, random-init, "),
     ],
 )
@@ -250,6 +253,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(inputs, tmp_path, 
         distill(mlm_job(inputs), tmp_path / "out", inputs / "bert", Recipe(**changed))
     assert str(caught.value).startswith("distill: ") and message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("positions", "architecture", "longest"), [(64, "roberta", 64), (60, "distilbert", 56), (512, "distilbert", 512)]
+)
+def test_rows_are_as_long_as_the_student_reads(inputs, tmp_path, positions, architecture, longest):
+    """RoBERTa's first position is behind its padding id; rows are padded to a multiple of 8."""
+    source = bert(tmp_path / "bert", max_position_embeddings=positions)
+    recipe = Recipe(shape=Shape(architecture=architecture))
+    check_models(mlm_job(inputs, max_length=longest), source, recipe)
+    with pytest.raises(
+        RecipeError, match=f"^distill: max_length: expected 4 to {longest}, the positions of the student"
+    ):
+        check_models(mlm_job(inputs, max_length=longest + 1), source, recipe)
 
 
 def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
@@ -270,8 +287,15 @@ def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
 
 def test_variants_that_change_nothing_are_left_out():
     """Where no KL is wanted, "without KL" is the student itself."""
-    recipe = Recipe(objective={"alpha_ce": 0.0})
-    assert [variant.name for variant in distinct(MlmJob.variants[1:4], recipe)] == ["without-cos", "without-mlm"]
+    without_kl, without_cos, without_mlm, random, alone = MlmJob.variants[1:]
+    given = [without_kl, without_cos, without_mlm, random, alone]
+    for zero in (0.0, "0", "linear:0:0"):  # as in Python and as from a command line
+        assert distinct(given, Recipe(objective={"alpha_ce": zero})) == [without_cos, without_mlm, random, alone]
+        assert distinct(TaskJob.variants[1:2], Recipe(objective={"alpha": zero})) == []
+    assert distinct(given, Recipe(), from_layers=False) == [without_kl, without_cos, without_mlm, alone]
+    # nor can the only loss be left out
+    only_kl = Recipe(objective={"alpha_mlm": "0", "alpha_cos": "0"})
+    assert distinct(given, only_kl) == [random, alone]
 
 
 def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
