@@ -38,6 +38,7 @@ __all__ = ["Recipe", "Shape", "Training", "distill"]
 
 TEACHER, CORPUS, CACHE, DATA, SPEED = "teacher", "corpus", "teacher-cache", "data.json", "speed.json"
 REPORT = ("report.md", "report.json", "losses.png")
+_REPORTED = 32  # rows that tell what a cache leaves out
 
 
 def distill(
@@ -177,9 +178,15 @@ class _Flow:
         taught = teacher if is_taught(self.job.kind, objective) else None
         if taught is not None and self.recipe.cache:
             objective |= {"teacher_cache": str(self._cache(teacher)), "teacher_precision": "auto"}
-        made = self._train(variant.name, student, taught, training, objective)
-        start = "random" if variant.random or not made_of.layers else f"layers {', '.join(map(str, made_of.layers))}"
-        return made | {"title": variant.title, "start": start} | self._save(path, student, tokenizer, teacher)
+            cached = self._cache_report(objective["teacher_cache"], student, teacher)
+        else:
+            cached = {}
+        made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
+        if variant.random or not made_of.layers:
+            made |= {"start": "random"}
+        else:
+            made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}
+        return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
 
     def _cache(self, teacher: Any) -> Path:
         """The directory of the teacher's answers for all that students train on; made once."""
@@ -200,6 +207,17 @@ class _Flow:
                 hidden=not is_zero(objective.cos),
                 epochs=self.recipe.student.passes(len(rows)),
             )
+
+    def _cache_report(self, cache: str, student: Any, teacher: Any) -> dict[str, float]:
+        """What it takes and leaves out, by the first rows."""
+        from distilbert_fast.distillation.teacher_cache import CachedTeacher
+        from distilbert_fast.distillation.teacher_cache_build import cache_report
+
+        rows = self.job.rows().at_epoch(0)
+        batch = self.job.collator()([rows[i] for i in range(min(len(rows), _REPORTED))])
+        answers = CachedTeacher(cache, rows, teacher)
+        answers.prepare(teacher.device)
+        return cache_report(answers, student, teacher, [{name: x.to(teacher.device) for name, x in batch.items()}])
 
     def measure(self) -> dict[str, Any]:
         """Speed of teacher and student, by transformers and on the engine, in turns."""
@@ -270,6 +288,12 @@ class _Flow:
             "resumed": checkpoint is not None,
             "steps": result.global_step,
             "objective": dict(objective),
+            "teacher_effect": {
+                key.removeprefix("teacher_"): value
+                for entry in trainer.state.log_history
+                for key, value in entry.items()
+                if key.startswith("teacher_")
+            },
             "losses": [
                 {key: entry[key] for key in parts if key in entry}
                 for entry in trainer.state.log_history

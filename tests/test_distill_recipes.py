@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_report_and_model_card_read_well(ablation):
     text = (output / "report.md").read_text()
     for row in report["models"].values():
         assert f"| {row['title']} | {row.get('start', '')} |" in text
+    assert f"| {(output / 'student' / 'model.safetensors').stat().st_size / 1e3:.1f} kB |" in text
+    for page in (text, card.text):
+        assert re.search(r"## What it is made of\n(.*\n)+  distilbert.transformer.layer.0 +<- layer 0\n", page)
     for timings in report["speed"].values():
         assert set(timings) == {f"{m} {lib}" for m in ("teacher", "student") for lib in ("transformers", "optimize()")}
 
@@ -165,7 +169,10 @@ def test_other_data_of_the_same_name_is_refused(inputs, tmp_path):
     text.write_bytes((inputs / "text.txt").read_bytes())
     recipe = Recipe(FAST, TEACHING, train_body=False, objective={"teacher_precision": "int8"})
     job = {"max_length": 16, "min_length": 4, "holdout": 0.1}
-    distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+    report = distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+    effect = report["models"]["student"]["teacher_effect"]  # of int8
+    assert set(effect) == {"kl", "loss_change"} and 0 < effect["kl"] < 0.1
+    assert f"by the first rows: kl {effect['kl']:.2g} apart" in (tmp_path / "out" / "report.md").read_text()
     text.write_text(text.read_text() + "\nthe old cat on my hammer")
     with pytest.raises(RecipeError, match="was made from other data of that name"):
         distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
@@ -306,6 +313,10 @@ def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
     assert read["quality"]["mlm"] == pytest.approx(ran["quality"]["mlm"], rel=1e-2)
     for one, other in zip(ran["losses"], read["losses"], strict=True):
         assert other["kl"] == pytest.approx(one["kl"], rel=2e-2, abs=1e-3)
+    assert ran["cache"] == {}
+    assert read["cache"]["bytes_per_token"] > 37 * 4 + 2 * 32
+    assert read["cache"]["tail_mass"] == 0 and abs(read["cache"]["loss_change"]) < 1e-2
+    assert "  - the teacher's cache: " in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow
