@@ -80,7 +80,7 @@ def distill(
     if unknown := [name for name in recipe.compare if name not in known]:
         raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
     say = console()
-    names = (TEACHER, *known, CORPUS, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
+    names = (TEACHER, *known, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars():
         made_of = check_models(job, source, recipe)
         compared = [known[name] for name in recipe.compare if name != STUDENT.name]
@@ -94,7 +94,7 @@ def distill(
             "objective": dict(recipe.objective),
             "cache": recipe.cache,
         }
-        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite) as run:
+        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite, [CORPUS]) as run:
             flow = _Flow(run, source, job, recipe, say)
             say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")
             with refused():

@@ -292,6 +292,20 @@ def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
         assert str(caught.value).startswith(message)
 
 
+def test_after_a_refusal_the_directory_is_free(inputs, tmp_path):
+    """Rows were made, but nothing of them: they stay for the next command."""
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for job, message in (
+        (MlmJob([str(empty)], max_length=16), "source must be files that hold text, got empty ones"),
+        (mlm_job(inputs, probability=2.0), "probability must be above 0"),
+        (mlm_job(inputs, holdout=0.0), "holdout must leave a row"),
+    ):
+        with pytest.raises(RecipeError, match=f"^distill: .*{message}"):
+            distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, TEACHING))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus"]
+
+
 def test_variants_that_change_nothing_are_left_out():
     """Where no KL is wanted, "without KL" is the student itself."""
     without_kl, without_cos, without_mlm, random, alone = MlmJob.variants[1:]
