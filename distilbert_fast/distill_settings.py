@@ -53,7 +53,11 @@ class Training:
             ("max_steps", self.max_steps >= 0, "0 or more"),
             ("micro_batch", self.micro_batch >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("batch_size", self.batch_size % min(self.micro_batch, self.batch_size) == 0, "a multiple of micro_batch"),
+            (
+                "batch_size",
+                self.batch_size % max(1, min(self.micro_batch, self.batch_size)) == 0,
+                "a multiple of micro_batch",
+            ),
             ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
             ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),

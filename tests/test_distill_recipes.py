@@ -238,6 +238,8 @@ def test_questions(inputs, tmp_path):
             {"student": Training(batch_size=24, micro_batch=16)},
             "student batch_size: expected a multiple of micro_batch",
         ),
+        ({"student": Training(batch_size=0)}, "student batch_size: expected at least 1, got 0"),
+        ({"student": Training(micro_batch=0)}, "student micro_batch: expected at least 1, got 0"),
         ({"student": Training(learning_rate=float("nan"))}, "student learning_rate: expected a finite number above 0"),
         ({"teacher": Training(epochs=-1)}, "teacher epochs: expected 0 or more, got -1"),
         ({"objective": {"alpha_cos": -1}}, "DistillationArguments: alpha_cos must be finite and 0 or more, got -1"),
