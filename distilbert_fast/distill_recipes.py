@@ -31,7 +31,7 @@ from distilbert_fast.distill_settings import (
     objective_for,
     refused,
 )
-from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, seed_all
+from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
 from distilbert_fast.stages import RunDirectory, write_file
 
 __all__ = ["Recipe", "Shape", "Training", "distill"]
@@ -304,17 +304,12 @@ class _Flow:
     def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
         """Save, read back, and judge what was read, as it is and with int8 linear layers."""
         import torch
-        from safetensors import SafetensorError
 
         from distilbert_fast.evaluation import speed
         from distilbert_fast.modeling.loading import FAMILIES
         from distilbert_fast.modeling.optimize import optimize
 
-        try:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        except SafetensorError as error:  # what a full disk raises there
-            raise OSError(f"distill: could not save {str(path)!r}: {error}; the finished stages are kept") from error
+        save("distill", path, model, tokenizer)
         kept = model.state_dict()
         model, _, _ = self._load(path)
         lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]

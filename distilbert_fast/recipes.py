@@ -313,15 +313,9 @@ class _Demo:
 
     def _save(self, path: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Save, read back, and compare what both predict on the evaluation split."""
-        from safetensors import SafetensorError
-
         from distilbert_fast.modeling.loading import load_classifier
 
-        try:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        except SafetensorError as error:  # what a full disk raises there
-            raise OSError(f"demo: could not save {str(path)!r}: {error}; the finished stages are kept") from error
+        save("demo", path, model, tokenizer)
         before = self._logits(model, tokenizer)
         after = self._logits(*load_classifier(path))
         difference = float((before - after).abs().max())
@@ -337,6 +331,18 @@ class _Demo:
         from distilbert_fast.evaluation.metrics import predictions
 
         return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
+
+
+def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
+    """A model with its tokenizer. On a full disk raises OSError, where safetensors and tokenizers have others."""
+    from distilbert_fast.distillation.checkpoint import raise_disk_error
+
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    except Exception as error:
+        raise_disk_error(error, f"{job}: could not save {str(path)!r}", "the finished stages are kept")
+        raise
 
 
 def class_names(teacher: Path) -> list[str]:

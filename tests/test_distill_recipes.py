@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
-from distilbert_fast.recipes import RecipeError
+from distilbert_fast.recipes import RecipeError, save
 from distilbert_fast.stages import StageError
 
 FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
@@ -306,6 +308,23 @@ def test_after_a_refusal_the_directory_is_free(inputs, tmp_path):
         with pytest.raises(RecipeError, match=f"^distill: .*{message}"):
             distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, TEACHING))
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_a_full_disk_is_named_whoever_finds_it(inputs, tmp_path, what):
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
+    model = BertModel.from_pretrained(inputs / "bert") if what == "model" else tokenizer
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))  # the system refuses, as a full disk would
+    try:
+        with pytest.raises(OSError) as caught:
+            save("distill", tmp_path / "out", model, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = f"distill: could not save '{tmp_path / 'out'}': File too large; the finished stages are kept"
+    assert caught.value.strerror == expected and caught.value.errno == errno.EFBIG
 
 
 def test_variants_that_change_nothing_are_left_out():
