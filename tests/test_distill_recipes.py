@@ -364,12 +364,12 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
     for kind in ("mlm", "task"):
         assert len(died[kind]) == 20
         assert {"data", "teacher", "student"} <= set(died[kind])
-        whole = json.loads((tmp_path / kind / "whole" / "report.json").read_text())
+        whole = tmp_path / kind / "whole"
+        models = json.loads((whole / "report.json").read_text())["models"]
         for killed in (tmp_path / kind).glob("killed-*"):
-            models = json.loads((killed / "report.json").read_text())["models"]
-            for name, row in whole["models"].items():
-                assert same(tmp_path / kind / "whole" / name, killed / name)
+            after = json.loads((killed / "report.json").read_text())["models"]
+            for name, row in models.items():
+                assert same(whole / name, killed / name)
                 for part in ("losses", "quality", "int8"):
-                    assert models[name][part] == row[part]
-            assert not list(killed.glob(".*.partial"))
-            assert not (killed / "checkpoints").exists()
+                    assert after[name][part] == row[part]
+            assert not list(killed.glob(".*partial")) and not (killed / "checkpoints").exists()

@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:tests python -m distillation.recipe_runs DIR
 
-runs each kind to its end in DIR/KIND/whole, and in DIR/KIND/killed-0, -1, … under SIGKILL at 20 moments: by turns at a
-random step of writing and after a random time. A run that comes to its end before it is to die is followed by another.
-It prints, for each kind, what the runs were at when they died.
+runs each kind to its end in DIR/KIND/whole, and in DIR/KIND/killed-0, … under SIGKILL at 20 random moments: by turns
+before one of its steps of writing and after some time, at the latest where a stage ends, so that it dies in every one.
+It prints in which.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -31,13 +32,12 @@ from distilbert_fast.distillation import data, masking, student, trainer  # noqa
 from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
 from distilbert_fast.evaluation.tasks import load_task
 
-MOMENTS = 20
 COMPARED = {"mlm": "random-init", "task": "without-teacher"}
+MOMENTS = 20
+LONGEST = 4.0  # seconds of a process
 
 
-def run(kind: str, inputs: Path, output: Path, dying: int = 0) -> None:
-    if dying:
-        die_at_call(dying)
+def run(kind: str, inputs: Path, output: Path) -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.disable(logging.CRITICAL)
@@ -51,33 +51,43 @@ def run(kind: str, inputs: Path, output: Path, dying: int = 0) -> None:
 
 
 def die(kind: str, inputs: Path, chance: random.Random) -> list[str]:
-    """Kill runs until they died often enough, and let the last one end; what each was at."""
-    start = time.perf_counter()
+    """Kill a run in each of its stages, and let it end; where it was when it died."""
     assert wait(child(lambda: run(kind, inputs, inputs / kind / "whole")))
-    whole = time.perf_counter() - start
     at: list[str] = []
-    number = 0
+    runs = 0
     while len(at) < MOMENTS:
-        output = inputs / kind / f"killed-{number}"
-        by_writing = len(at) % 2 == 0
-        dying = chance.randint(1, 80) if by_writing else 0
-        process = child(lambda output=output, dying=dying: run(kind, inputs, output, dying))
+        output = inputs / kind / f"killed-{runs}"
+        target = stage(kind, output)
+        by_writing, number, seconds = len(at) % 2 == 0, chance.randint(1, 12), chance.uniform(0, LONGEST)
+
+        def inside(output: Path = output, target: str = target) -> bool:
+            return stage(kind, output) == target
+
+        def work(output: Path = output, inside: Any = inside, number: int = number if by_writing else 0) -> None:
+            if number:
+                die_at_call(number, inside)
+            run(kind, inputs, output)
+
+        process = child(work)
         if not by_writing:
-            time.sleep(chance.uniform(0, 0.6 * whole))
+            end = time.monotonic() + seconds
+            while inside() and time.monotonic() < end:
+                time.sleep(0.001)
             os.kill(process, signal.SIGKILL)
         if wait(process):
-            number += 1
+            runs += 1  # it was quicker: another one
         else:
-            at.append(stage(kind, output))
+            at.append(target)
     assert wait(child(lambda: run(kind, inputs, output)))
     return at
 
 
 def stage(kind: str, output: Path) -> str:
-    """What a run is at that left this; a part of it that is not there yet, or nothing after the last."""
+    """What a run is at that left this: the first of its parts that is not there."""
     if not (output / "data.json").exists():
         return "data"
-    return next((name for name in ("teacher", "student", COMPARED[kind]) if not (output / name).exists()), "report")
+    parts = {"teacher": "teacher", "student": "student", "compared": COMPARED[kind]}
+    return next((name for name, part in parts.items() if not (output / part).exists()), "report")
 
 
 def main(directory: Path) -> None:
