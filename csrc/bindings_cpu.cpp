@@ -187,6 +187,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for a large output, kept for the next one of its size")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Buffer& buffer) { return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.bytes()); });
+  m.def("release_spares", &release_spares, "Free the memory that is kept for the next large outputs; its bytes");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");

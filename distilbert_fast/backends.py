@@ -71,8 +71,8 @@ _LARGE_BYTES = 8 << 20
 def empty_cpu(like: torch.Tensor) -> torch.Tensor:
     """Uninitialised contiguous memory of the shape and dtype of ``like``.
 
-    Where it is large it comes from the native module, which keeps the last such block (up to 256 MiB) when its tensor
-    dies: an output that is made anew every step costs no page faults but the first time.
+    Where it is large it comes from the native module, which keeps such blocks (the newest 256 MiB) when their tensors
+    die: an output that is made anew every step costs no page faults but the first time.
     """
     size = like.numel() * like.element_size()
     if size < _LARGE_BYTES:

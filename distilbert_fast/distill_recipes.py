@@ -151,6 +151,8 @@ class _Flow:
         return AutoTokenizer.from_pretrained(self.source)
 
     def teach(self, path: Path) -> dict[str, Any]:
+        from distilbert_fast.modeling.training import for_training
+
         training = self.recipe.teacher
         seed_all(training.seed)
         model, tokenizer, random = self._load(self.source, new_head=training.epochs != 0, **self.job.config)
@@ -162,18 +164,20 @@ class _Flow:
                 _freeze(model.base_model)
             what = "all of it" if self.recipe.train_body else "its head alone"
             self.say(f"      trained on labels, {what}; {len(random)} tensors of the head start at random")
+            for_training(model)
             made |= self._train(TEACHER, model, None, dataclasses.replace(training, epochs=epochs), self.job.untaught)
         return made | self._save(path, model, tokenizer, None)
 
     def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
         from distilbert_fast.distillation.student import student_from_teacher
+        from distilbert_fast.modeling.training import for_training
 
         training = self.recipe.student
         seed_all(training.seed)
         teacher, tokenizer, _ = self._load(self.run.path / TEACHER)
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(self.recipe.shape))
         if variant.random:
-            student = type(student)(copy.deepcopy(student.config)).to(teacher.device)
+            student = for_training(type(student)(copy.deepcopy(student.config))).to(teacher.device)
         objective = merged(self.recipe, variant)
         taught = teacher if is_taught(self.job.kind, objective) else None
         if taught is not None and self.recipe.cache:

@@ -156,6 +156,7 @@ class _Demo:
         from distilbert_fast.distillation.checkpoint import ResumableTrainer
         from distilbert_fast.distillation.student import student_from_teacher
         from distilbert_fast.modeling.loading import load_classifier
+        from distilbert_fast.modeling.training import for_training
 
         seed_all(self.training.seed)
         new_head = self.training.teacher_epochs > 0
@@ -174,7 +175,7 @@ class _Demo:
             arguments = TrainingArguments(
                 **self._arguments("teacher", self.training.teacher_epochs, self.training.teacher_lr)
             )
-            trained = self._train(ResumableTrainer, tokenizer, model=model, args=arguments)
+            trained = self._train(ResumableTrainer, tokenizer, model=for_training(model), args=arguments)
         return trained | self._save(path, model, tokenizer)
 
     def distil(self, path: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Fixtures that every test may use: the real pretrained BERT, and memory that is poisoned before it is written."""
+"""Fixtures that every test may use: the real pretrained BERT, the tiers of the CPU kernels, and memory that is
+poisoned before it is written.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import places
 import pytest
 import torch
 
@@ -26,6 +29,13 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=places.TIERS)
+def tier(request):
+    """Each tier of the CPU kernels that runs here."""
+    with places.on_tier(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

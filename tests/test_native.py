@@ -184,10 +184,9 @@ def test_attention_refuses_missing_outputs():
     assert str(error.value) == "attention: do, dq, dk and dv must point to memory, got null"
 
 
-@pytest.mark.parametrize("isa", _cpu.available_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 4, 16, 19, 33])
-def test_attention_writes_its_outputs_and_nothing_beside_them(size, dtype, isa):
+def test_attention_writes_its_outputs_and_nothing_beside_them(size, dtype, tier):
     """Outputs with gaps between tokens, heads and sequences, of another dtype than the inputs; one head is dead."""
     batch, length, heads, canary = 2, 5, 3, 77.0
     generator = torch.Generator().manual_seed(0)
@@ -198,20 +197,15 @@ def test_attention_writes_its_outputs_and_nothing_beside_them(size, dtype, isa):
     o = room[:, :length, :heads, 2 : 2 + size]
     where = lambda x: (x.data_ptr(), *x.stride()[:3])  # noqa: E731
     call = [where(q)] * 3 + [0, 0, mask.data_ptr(), length, batch, heads, size, head_mask.data_ptr(), 0, 0.3, 0.0, 0, 0]
-    tier = _cpu.isa()
-    try:
-        _cpu.set_isa(isa)
-        _cpu.attention_forward(*call, where(o), 0 if dtype == torch.float32 else 1, 1)
-        if dtype == torch.float32:
-            rooms = [room.clone().fill_(canary) for _ in range(3)]
-            dq, dk, dv = (x[:, :length, :heads, 2 : 2 + size] for x in rooms)
-            _cpu.attention_backward(*call, *(where(x) for x in (q, dq, dk, dv)), 0, 1)
-            for x in (dq, dk, dv):
-                assert (x[0, [1, 4]] == 0).all() and (x[:, :, 1] == 0).all() and not (x == canary).any()
-                x.fill_(canary)
-            assert all((x == canary).all() for x in rooms)
-    finally:
-        _cpu.set_isa(tier)
+    _cpu.attention_forward(*call, where(o), 0 if dtype == torch.float32 else 1, 1)
+    if dtype == torch.float32:
+        rooms = [room.clone().fill_(canary) for _ in range(3)]
+        dq, dk, dv = (x[:, :length, :heads, 2 : 2 + size] for x in rooms)
+        _cpu.attention_backward(*call, *(where(x) for x in (q, dq, dk, dv)), 0, 1)
+        for x in (dq, dk, dv):
+            assert (x[0, [1, 4]] == 0).all() and (x[:, :, 1] == 0).all() and not (x == canary).any()
+            x.fill_(canary)
+        assert all((x == canary).all() for x in rooms)
     expected = padded_attention(q, q, q, mask, head_mask, scale=0.3)
     torch.testing.assert_close(o, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     o.fill_(canary)
@@ -293,6 +287,22 @@ def test_large_buffers_are_kept_for_the_next_of_their_size():
     assert backends.empty_cpu(torch.empty(12 << 20, dtype=torch.uint8)).data_ptr() % 64 == 0  # too large for it
     with pytest.raises(ValueError, match="Buffer: bytes must be 1 or more, got 0"):
         _cpu.Buffer(0)
+
+
+def test_buffers_are_kept_up_to_a_limit_the_newest_first():
+    def addresses(megabytes, count):
+        alive = [backends.empty_cpu(torch.empty(megabytes << 20, dtype=torch.uint8)) for _ in range(count)]
+        return [x.data_ptr() for x in alive]
+
+    _cpu.release_spares()
+    weight, logits = addresses(64, 2), addresses(30, 1)
+    assert sorted(addresses(64, 2)) == sorted(weight) and addresses(30, 1) == logits
+    assert _cpu.release_spares() == (2 * 64 + 30) << 20
+    assert _cpu.release_spares() == 0
+    addresses(100, 3)
+    assert _cpu.release_spares() == 200 << 20  # 256 MiB at most
+    addresses(300, 1)
+    assert _cpu.release_spares() == 0
 
 
 def test_large_gradients_of_two_steps_do_not_share_memory():

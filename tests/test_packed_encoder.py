@@ -12,20 +12,11 @@ import torch
 from tiny_encoder import MASK, C, H, V, make, reference
 
 import distilbert_fast
-from distilbert_fast import backends
 from distilbert_fast.engine import Engine
 from distilbert_fast.packed_encoder import FORMAT, PackedEncoder
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.08}
-
-
-@pytest.fixture(params=backends.cpu().available_isas())
-def tier(request):
-    before = backends.cpu().isa()
-    backends.cpu().set_isa(request.param)
-    yield request.param
-    backends.cpu().set_isa(before)
 
 
 @pytest.fixture

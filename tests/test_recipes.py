@@ -115,7 +115,8 @@ def test_report_is_true(done):
         assert row["parameters"] == sum(tensor.numel() for tensor in load_file(file).values())
         assert row["optimized_agreement"] == 1
         proof = report["stages"][name]["read_back"]
-        assert proof == {"sentences": 40, "same_class": 40, "largest_difference": 0}
+        assert proof["sentences"] == proof["same_class"] == 40
+        assert proof["largest_difference"] < 1e-5  # trained by our classes, read back by transformers'
         for timing in (*row["latency_ms"].values(), *row["throughput"].values()):
             assert 0 < timing["low"] <= timing["median"] <= timing["high"]
     assert report["models"]["teacher"]["accuracy"] > 0.9  # the words tell the class

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import distilbert_fast
 from bench.gpu.measure import Case, Work, compiled, run
 from bench.gpu.records import Records, Where
+from bench.step.original import ALPHA_CE, ALPHA_COS, ALPHA_MLM, TEMPERATURE, original_loss
 
-DTYPE, TEMPERATURE, LENGTH = torch.bfloat16, 2.0, 128
+DTYPE, LENGTH = torch.bfloat16, 128
 ROUNDS = 5
 
 
@@ -51,12 +51,12 @@ def step(where: Where, records: Records) -> None:
     case = Case("distillation step", f"{batch} x {length} tokens, bf16", Work(operations), "original", 0.1, forget)
     case.calls["ours"] = stepping(our_loss, student, engine, teacher, ids, labels, None)
     case.calls["ours, KL on the masked rows"] = stepping(our_loss, student, engine, teacher, ids, labels, masked)
-    case.calls["original"] = stepping(original_loss, original, teacher, ids, labels)
+    case.calls["original"] = stepping(rival_loss, original, teacher, ids, labels)
     with compiled() as compile:
         case.rival(
             where,
             "original, torch.compile",
-            lambda: stepping(compile(original_loss), original, teacher, ids, labels),
+            lambda: stepping(compile(rival_loss), original, teacher, ids, labels),
         )
         run(case, where, records, ROUNDS)
 
@@ -86,19 +86,13 @@ def our_loss(student: Any, engine: Any, teacher: Any, ids: Any, labels: Any, kd_
     kl, ce = distilbert_fast.linear_kl_div(
         x, ours.weight, ours.bias, transformed, theirs.weight, theirs.bias, TEMPERATURE, kd_mask, labels
     )
-    return 5 * kl + 2 * ce + distilbert_fast.cosine_loss(h_s, h_t)
+    return ALPHA_CE * kl + ALPHA_MLM * ce + ALPHA_COS * distilbert_fast.cosine_loss(h_s, h_t)
 
 
-def original_loss(student: Any, teacher: Any, ids: Any, labels: Any) -> torch.Tensor:
+def rival_loss(student: Any, teacher: Any, ids: Any, labels: Any) -> torch.Tensor:
     with torch.no_grad():
         theirs = teacher(ids, output_hidden_states=True)
-    ours = student(ids, output_hidden_states=True)
-    s, t = (output.logits.flatten(0, 1) for output in (ours, theirs))  # [N, V]
-    kl = F.kl_div(F.log_softmax(s / TEMPERATURE, dim=-1), F.softmax(t / TEMPERATURE, dim=-1), reduction="batchmean")
-    ce = F.cross_entropy(s, labels, ignore_index=-100)
-    h_s, h_t = (output.hidden_states[-1].flatten(0, 1) for output in (ours, theirs))
-    cosine = F.cosine_embedding_loss(h_s, h_t, torch.ones_like(labels))
-    return 5 * kl * TEMPERATURE**2 + 2 * ce + cosine
+    return original_loss(student(ids, output_hidden_states=True), theirs, labels)
 
 
 def _operations(student: Any, teacher: Any, tokens: int, length: int) -> float:

@@ -1,6 +1,6 @@
 """The original distiller's step, as its public description has it, for transformers 5: what ours is measured against.
 
-Both models make logits [B, T, V]; the rows of masked tokens are selected for the KL; three losses; AdamW; a clip at 5.
+Both models make logits [B, T, V]; the rows that count are selected; three losses; AdamW; a clip at 5.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ADAMW = dict(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
 
 
 class Original:
-    """Args: teacher, student: ForMaskedLM models. autocast: a dtype, or None for none."""
+    """The KL counts masked tokens only. Args: student, teacher: ForMaskedLM models. autocast: a dtype, or None."""
 
     def __init__(self, student: Any, teacher: Any, autocast: torch.dtype | None) -> None:
         self.student, self.teacher, self.autocast = student.train(), teacher.eval(), autocast
@@ -33,7 +33,7 @@ class Original:
             part("teacher")
             of_student = self.student(**inputs)
             part("student forward")
-            loss = self.loss(of_student, of_teacher, labels, mask)
+            loss = original_loss(of_student, of_teacher, labels, mask, masked_only=True)
             part("losses")
         loss.backward()
         part("backward")
@@ -42,17 +42,31 @@ class Original:
         self.optimizer.zero_grad()
         part("optimizer")
 
-    def loss(self, of_student: Any, of_teacher: Any, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        s_logits, t_logits = of_student.logits, of_teacher.logits  # [B, T, V]
-        vocabulary = s_logits.shape[-1]
-        masked = (labels > -1).unsqueeze(-1).expand_as(s_logits)
-        s = s_logits.masked_select(masked).view(-1, vocabulary)
-        t = t_logits.masked_select(masked).view(-1, vocabulary)
-        kl = F.kl_div(F.log_softmax(s / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1), reduction="batchmean")
-        mlm = F.cross_entropy(s_logits.view(-1, vocabulary), labels.view(-1))
-        s_hidden, t_hidden = of_student.hidden_states[-1], of_teacher.hidden_states[-1]  # [B, T, C]
-        width = s_hidden.shape[-1]
-        real = mask.bool().unsqueeze(-1).expand_as(s_hidden)
-        s, t = s_hidden.masked_select(real).view(-1, width), t_hidden.masked_select(real).view(-1, width)
-        cos = F.cosine_embedding_loss(s, t, torch.ones(len(s), device=s.device))
-        return ALPHA_CE * kl * TEMPERATURE**2 + ALPHA_MLM * mlm + ALPHA_COS * cos
+
+def original_loss(
+    of_student: Any,
+    of_teacher: Any,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    masked_only: bool = False,
+) -> torch.Tensor:
+    """Its three losses of two models' outputs, which hold logits [B, T, V] and hidden states [B, T, C].
+
+    The KL counts the masked tokens (labels > -1), or as the cosine does those of the attention mask [B, T]. What counts
+    is selected out of the whole; without a mask everything counts and nothing is selected.
+    """
+    real = None if attention_mask is None else attention_mask.bool()
+    taught = labels > -1 if masked_only else real
+    s, t = (_selected(output.logits, taught) for output in (of_student, of_teacher))  # [R, V]
+    kl = F.kl_div(F.log_softmax(s / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1), reduction="batchmean")
+    mlm = F.cross_entropy(of_student.logits.flatten(0, 1), labels.flatten())
+    s, t = (_selected(output.hidden_states[-1], real) for output in (of_student, of_teacher))  # [R, C]
+    cos = F.cosine_embedding_loss(s, t, torch.ones(len(s), device=s.device))
+    return ALPHA_CE * kl * TEMPERATURE**2 + ALPHA_MLM * mlm + ALPHA_COS * cos
+
+
+def _selected(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows of x [B, T, D] that a mask [B, T] counts: [R, D]."""
+    if mask is None:
+        return x.flatten(0, 1)
+    return x.masked_select(mask.unsqueeze(-1).expand_as(x)).view(-1, x.shape[-1])

@@ -1,11 +1,12 @@
 #include "buffer.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -14,15 +15,48 @@
 namespace distilbert_fast {
 namespace {
 
-struct Spare {
-  std::mutex mutex;
-  void* data = nullptr;
-  int64_t capacity = 0;
+struct Block {
+  void* data;
+  int64_t capacity;
 };
 
-Spare& spare() {
-  static Spare* block = new Spare;  // outlives every tensor, also at exit
-  return *block;
+// The blocks that are kept, the newest last.
+struct Spares {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  int64_t bytes = 0;
+
+  // The newest block for that many bytes, or none; for the caller, who holds the mutex.
+  Block take(int64_t wanted) {
+    for (size_t i = blocks.size(); i-- > 0;) {
+      const Block found = blocks[i];
+      if (found.capacity < wanted || found.capacity > wanted + wanted / 4) continue;
+      blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
+      bytes -= found.capacity;
+      return found;
+    }
+    return {nullptr, 0};
+  }
+
+  void keep(Block block) {
+    blocks.push_back(block);
+    bytes += block.capacity;
+  }
+
+  // Gives the oldest back to the operating system until no more than that many bytes are kept.
+  void shrink(int64_t limit) {
+    size_t gone = 0;
+    for (; bytes > limit; ++gone) {
+      std::free(blocks[gone].data);
+      bytes -= blocks[gone].capacity;
+    }
+    blocks.erase(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(gone));
+  }
+};
+
+Spares& spares() {
+  static Spares* kept = new Spares;  // outlives every tensor, also at exit
+  return *kept;
 }
 
 int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -42,11 +76,12 @@ Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
   if (bytes < 1) throw std::invalid_argument("Buffer: bytes must be 1 or more, got " + std::to_string(bytes));
   const bool large = bytes >= kLargeBytes;
   if (large) {
-    Spare& kept = spare();
+    Spares& kept = spares();
     const std::lock_guard<std::mutex> lock(kept.mutex);
-    if (kept.data && kept.capacity >= bytes && kept.capacity <= bytes + bytes / 4) {
-      data_ = std::exchange(kept.data, nullptr);
-      capacity_ = kept.capacity;
+    const Block found = kept.take(bytes);
+    if (found.data) {
+      data_ = found.data;
+      capacity_ = found.capacity;
       return;
     }
   }
@@ -56,14 +91,22 @@ Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
 }
 
 Buffer::~Buffer() {
-  void* unwanted = data_;
-  if (capacity_ >= kLargeBytes && capacity_ <= kSpareBytes) {
-    Spare& kept = spare();
-    const std::lock_guard<std::mutex> lock(kept.mutex);
-    unwanted = std::exchange(kept.data, data_);
-    kept.capacity = capacity_;
+  if (capacity_ < kLargeBytes || capacity_ > kSpareBytes) {
+    std::free(data_);
+    return;
   }
-  std::free(unwanted);
+  Spares& kept = spares();
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  kept.keep({data_, capacity_});
+  kept.shrink(kSpareBytes);
+}
+
+int64_t release_spares() {
+  Spares& kept = spares();
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  const int64_t released = kept.bytes;
+  kept.shrink(0);
+  return released;
 }
 
 }  // namespace distilbert_fast

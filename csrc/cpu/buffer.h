@@ -11,8 +11,8 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 // third more where each 4 KiB of them is looked up. Throws std::bad_alloc.
 void* allocate(int64_t capacity, int64_t alignment);
 
-// A block of memory. When a large one is released, the process keeps it for the next request of about its size (one
-// block at most, kSpareBytes at most): fresh pages from the operating system, zeroed one by one as they are first
+// A block of memory. When a large one is released, the process keeps it for the next request of about its size, up to
+// kSpareBytes in all, the newest blocks: fresh pages from the operating system, zeroed one by one as they are first
 // touched, cost more than the kernel that fills them.
 class Buffer {
  public:
@@ -34,5 +34,8 @@ class Buffer {
 // Above the first, memory is worth keeping; above the second it is too much to hold on to.
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
 constexpr int64_t kSpareBytes = int64_t{256} << 20;
+
+// Gives back to the operating system what is kept; how many bytes that were.
+int64_t release_spares();
 
 }  // namespace distilbert_fast

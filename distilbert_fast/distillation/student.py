@@ -125,8 +125,10 @@ def student_from_teacher(
             teacher's, and the feed-forward layer is as many times as wide as hidden_size.
 
     Returns:
-        The student and what was copied. The student is transformers' own class with the teacher's head, in
-        float32, in eval mode, on the teacher's device; unless its width is another, no tensor of it is random.
+        The student and what was copied. It has the teacher's head and is made to train fast: a DistilBERT is this
+        package's drop-in class, a RoBERTa transformers' own with this package's attention; it is saved and loaded as
+        transformers' own. In float32, in eval mode, on the teacher's device; unless its width is another, no tensor
+        of it is random.
 
     How close it starts: with all layers a student of RoBERTa's shape is its teacher. So are a DistilBERT's hidden
     states, if the LayerNorms have eps 1e-12 (BERT's) and for token_type_ids of 0: DistilBERT knows no other. The
@@ -165,9 +167,11 @@ def student_from_teacher(
 def _model(teacher: PreTrainedModel, made: str, head: str, config: PreTrainedConfig) -> Any:
     import transformers
 
+    from distilbert_fast.modeling.training import for_training
+
     # a base model has a pooler only if its teacher has one to copy
     poolers = {"add_pooling_layer": teacher.pooler is not None} if (made, head) == ("Roberta", "Model") else {}
-    return getattr(transformers, f"{made}{head}")(config, **poolers).float()
+    return for_training(getattr(transformers, f"{made}{head}")(config, **poolers).float())
 
 
 def _widths(

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import DistilBertConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
@@ -33,6 +34,7 @@ from transformers.models.distilbert import modeling_distilbert
 from distilbert_fast.layers import LayerNorm, Tokens, attend, token_mask
 from distilbert_fast.modeling.heads import head_masks, prune
 from distilbert_fast.ops import _check
+from distilbert_fast.ops.embedding import embedding
 from distilbert_fast.ops.linear import linear
 
 hf: Any = modeling_distilbert  # whose annotations are for padded batches
@@ -48,8 +50,33 @@ __all__ = [
 
 
 class Embeddings(hf.Embeddings):
-    def forward(self, words: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:  # [M, C], [M] -> [M, C]
-        return self.dropout(self.LayerNorm(words, self.position_embeddings(position_ids)))
+    def forward(self, words: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """ids [M], or vectors in their place [M, C], and positions [M] -> [M, C]."""
+        word, position, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
+        if not words.is_floating_point():
+            tables = (word, position)
+            if all(_plain(t, nn.Embedding) and _looks_up(t) for t in tables) and _plain(norm, LayerNorm):
+                table = _WithoutRow.apply(word.weight, word.padding_idx)
+                y = embedding(words, position_ids, table, position.weight, norm.weight, norm.bias, eps=norm.eps)
+                return self.dropout(y)
+            words = word(words)  # [M, C]
+        return self.dropout(norm(words, position(position_ids)))
+
+
+class _WithoutRow(torch.autograd.Function):
+    """A table whose row ``padding_idx`` gets no gradient, as in nn.Embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+        ctx.padding_idx = padding_idx
+        return table.view_as(table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.padding_idx is not None:
+            gradient[ctx.padding_idx] = 0  # it is the op's own, made for this
+        return gradient, None
 
 
 class DistilBertSelfAttention(hf.DistilBertSelfAttention):
@@ -85,11 +112,21 @@ class FFN(hf.FFN):
         return self.dropout(_linear(self.lin2, self.activation(_linear(self.lin1, x))))
 
 
-def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x), by the ``linear`` op if nothing but nn.Linear's own forward would run."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return module(x)
-    return linear(x, module.weight, module.bias)
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """module(x), by the ``linear`` op if it may."""
+    return linear(x, module.weight, module.bias) if _plain(module, nn.Linear) else module(x)
+
+
+def _plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling it would run the forward of that class and nothing else, so that an op may take its place."""
+    if torch.compiler.is_compiling() or type(module) is not kind:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _looks_up(table: nn.Embedding) -> bool:
+    """Whether that is all it does."""
+    return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
 
 
 class Transformer(hf.Transformer):
@@ -180,13 +217,10 @@ class DistilBertModel(hf.DistilBertModel):
         else:
             tokens = Tokens.packed(mask, batch, length, device)
 
-        words = tokens.rows(given)
-        if input_ids is not None:
-            words = self.embeddings.word_embeddings(words)  # [M, C]
         if position_ids is None:
             position_ids = torch.arange(length, device=device)[None]
         positions = tokens.rows(position_ids.expand(batch, length))  # [M]
-        x = self.embeddings(words, positions)
+        x = self.embeddings(tokens.rows(given), positions)
         hidden_states, attentions = self.transformer(x, tokens, masks, probabilities)
 
         last = tokens.padded(hidden_states[-1])  # [B, T, C]
@@ -239,7 +273,7 @@ def _select(states: list[torch.Tensor], selection: Any) -> tuple[Any, ...]:
     return tuple(x if i in wanted or i - len(states) in wanted else None for i, x in enumerate(states))
 
 
-_DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     hf.DistilBertModel: DistilBertModel,
     hf.Embeddings: Embeddings,
     hf.Transformer: Transformer,
@@ -250,18 +284,26 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _adopt(model: hf.DistilBertModel) -> None:
+def adopt(model: Any) -> None:
+    """Make a model of one of transformers' classes in ``DROP_INS`` the drop-in of the same name, in place."""
+    model.__class__ = DROP_INS[type(model)]
+    _adopt(model)
+
+
+def _adopt(model: Any) -> None:
     """Turn the modules of transformers' encoder into those of this file, in place, and prune as its config says.
 
     They have the same attributes, so changing the class is all it takes: no parameter is made twice.
     """
-    for module in model.modules():
-        module.__class__ = _DROP_INS.get(type(module), type(module))
-    for block in model.transformer.layer:
+    encoder = model.base_model
+    for module in encoder.modules():
+        module.__class__ = _MODULES.get(type(module), type(module))
+    encoder.always_keep_padding = model.always_keep_padding
+    for block in encoder.transformer.layer:
         block.attention.heads = tuple(range(model.config.n_heads))
     pruned = getattr(model.config, "pruned_heads", None) or {}
     if pruned:
-        prune(model, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
+        prune(encoder, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
 
 
 class _Task(nn.Module):
@@ -272,9 +314,11 @@ class _Task(nn.Module):
     # **kwargs, it would not divide them by the number of accumulated batches.
     accepts_loss_kwargs = False
 
+    always_keep_padding = False
+
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
-        _adopt(self.distilbert)
+        _adopt(self)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         self.distilbert.prune_heads(heads_to_prune)
@@ -313,10 +357,7 @@ class DistilBertForSequenceClassification(_Task, hf.DistilBertForSequenceClassif
 
 class DistilBertForQuestionAnswering(_Task, hf.DistilBertForQuestionAnswering):
     __doc__ = hf.DistilBertForQuestionAnswering.__doc__
-
-    def __init__(self, config: DistilBertConfig) -> None:
-        super().__init__(config)
-        self.distilbert.always_keep_padding = True
+    always_keep_padding = True
 
 
 class DistilBertForTokenClassification(_LabelPerToken, hf.DistilBertForTokenClassification):
@@ -325,3 +366,7 @@ class DistilBertForTokenClassification(_LabelPerToken, hf.DistilBertForTokenClas
 
 class DistilBertForMultipleChoice(_Task, hf.DistilBertForMultipleChoice):
     __doc__ = hf.DistilBertForMultipleChoice.__doc__
+
+
+# transformers' classes, and ours of the same names.
+DROP_INS: dict[type, type] = {getattr(hf, name): globals()[name] for name in __all__}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._rows import DTYPE_CODE, accumulation_dtype
 
 OP = "attention"
 CUDA_HEAD_SIZE = 128  # the largest in csrc/cuda
@@ -29,14 +30,10 @@ class Call(NamedTuple):
     dm: bool  # the gradient of the head mask is wanted, even where the mask is 0
 
 
-def accumulate(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def gradients_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
     """Memory for dq, dk, dv, and dm [B, H], or [0, 0] if it is not wanted."""
     shape = call.head_mask.shape if call.head_mask is not None and call.dm else (0, 0)
-    return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(shape, dtype=accumulate(q))
+    return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 def kept_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +157,7 @@ def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
         if drop is None:
             o_t = F.scaled_dot_product_attention(q_t, k_t, v_t, attn_mask=tile.attended(), scale=call.scale)
         else:
-            q_t, k_t, v_t = (x.to(accumulate(q)) for x in (q_t, k_t, v_t))
+            q_t, k_t, v_t = (x.to(accumulation_dtype(q.dtype)) for x in (q_t, k_t, v_t))
             p = _probabilities(q_t, k_t, tile, call.scale)
             o_t = (p * drop(p)) @ v_t
         tile.write(o, o_t, tile.mask(call.head_mask))
@@ -179,7 +176,7 @@ def _backward_torch(
     dq, dk, dv, dm = (x.zero_() for x in gradients_like(q, call))
     drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
     for tile in _tiles(q, call, _scores(q)):
-        q_t, k_t, v_t, g = (tile.read(x).to(accumulate(q)) for x in (q, k, v, do))  # [b, h, t, D]
+        q_t, k_t, v_t, g = (tile.read(x).to(accumulation_dtype(q.dtype)) for x in (q, k, v, do))  # [b, h, t, D]
         p = _probabilities(q_t, k_t, tile, call.scale)
         dp = g @ v_t.mT  # [b, h, t, t]
         dropped = p
@@ -222,8 +219,6 @@ class _Dropout:
 
 # cpu -----------------------------------------------------------------------------------------------------------
 
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def _heads_argument(x: torch.Tensor) -> tuple[int, ...]:
     """Address and strides of sequences, tokens and heads."""
@@ -235,7 +230,7 @@ def _call_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Cal
     cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
     return (
         *(_heads_argument(x) for x in (q, k, v)),
-        _DTYPE_CODE[q.dtype],
+        DTYPE_CODE[q.dtype],
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         q.shape[1] if cu_seqlens is None else 0,
@@ -267,7 +262,7 @@ def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) 
     call = _in_order(call)
     o = torch.empty(q.shape, dtype=q.dtype)
     backends.cpu().attention_forward(
-        *_call_arguments(q, k, v, call), _heads_argument(o), _DTYPE_CODE[o.dtype], torch.get_num_threads()
+        *_call_arguments(q, k, v, call), _heads_argument(o), DTYPE_CODE[o.dtype], torch.get_num_threads()
     )
     return o
 

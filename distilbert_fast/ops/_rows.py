@@ -1,25 +1,62 @@
-"""How tensors are handed to the row-wise CPU kernels: neighbours inside a row touch, parameters are float32."""
+"""What row-wise ops share: the dtype of their arithmetic, their outputs, the reduction of row losses, and how tensors
+are handed to their CPU kernels: neighbours inside a row touch, parameters are float32.
+"""
 
 from __future__ import annotations
 
 import torch
 
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on values of this one, and of their sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [N, C] itself where its rows are whole, wherever they lie; else a contiguous copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def parameter(x: torch.Tensor) -> torch.Tensor:
-    """x [C] as contiguous float32."""
-    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Contiguous memory for an output of the shape of x; torch.empty of a shape takes twice as long."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def statistics_like(y: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for μ and rstd of y [N, C] before it was normalized: [N] each, or [0] if they are not kept."""
+    n, dtype = y.shape[0] if keep else 0, accumulation_dtype(y.dtype)
+    return y.new_empty(n, dtype=dtype), y.new_empty(n, dtype=dtype)
+
+
+def codes_like(y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the int8 codes of y [N, C], and for the scales found [N]: none, [0], where one is given."""
+    return empty_like(y, torch.int8), y.new_empty(y.shape[0] if scale is None else 0, dtype=torch.float32)
+
+
+# Losses of rows --------------------------------------------------------------------------------------------------
+
+
+def reduce(losses: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
+    """The "mean" of losses [N] over counted rows, their "sum", or "none": as they are. Masked ones are 0 already."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / count(losses, mask) if reduction == "mean" else total
+
+
+def count(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
+    """Counted rows, at least 1; on the device, so that no kernel queue is drained to learn it."""
+    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
+
+
+# Arguments of the CPU kernels ------------------------------------------------------------------------------------
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def parameter(x: torch.Tensor) -> torch.Tensor:
+    """x [C] as contiguous float32."""
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
 NO_CODES = (0, 0, 0, 0, 0, 0)

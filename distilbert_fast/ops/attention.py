@@ -27,7 +27,6 @@ from distilbert_fast.ops._attention_backends import (
     FORWARD_KEEPING,
     OP,
     Call,
-    accumulate,
     backend_of,
     gradients_like,
     kept_like,
@@ -35,6 +34,7 @@ from distilbert_fast.ops._attention_backends import (
 )
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._rows import accumulation_dtype, rows
 
 PADDED = "padded_attention"
 
@@ -152,7 +152,7 @@ def _attention(
     if head_mask is not None:
         per_sequence = isinstance(head_mask, torch.Tensor) and head_mask.dim() == 2
         _check.tensor(op, "head_mask", head_mask, (batch, heads) if per_sequence else (heads,), device=q.device)
-        head_mask = head_mask.to(accumulate(q)).expand(batch, heads)
+        head_mask = head_mask.to(accumulation_dtype(q.dtype)).expand(batch, heads)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         _check.refuse(op, "dropout_p", "a number", type(dropout_p).__name__, TypeError)
     if not 0 <= dropout_p < 1:
@@ -211,7 +211,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> t
     """The output, contiguous."""
     kernel = FORWARD[backend_of(q)]
     with as_written(q.device):
-        return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
+        return kernel(rows(q), rows(k), rows(v), Call(*call))
 
 
 def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
@@ -230,7 +230,7 @@ def _forward_keeping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: A
     if kernel is None:
         return _forward(q, k, v, *call), *nothing_like(q)
     with as_written(q.device):
-        return kernel(_rows(q), _rows(k), _rows(v), Call(*call))
+        return kernel(rows(q), rows(k), rows(v), Call(*call))
 
 
 def _backward_fake(
@@ -265,9 +265,4 @@ def _backward(
     """
     kernel = BACKWARD[backend_of(q)]
     with as_written(q.device):
-        return kernel(_rows(do), _rows(q), _rows(k), _rows(v), o, stats, Call(*call))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Tokens and heads may lie anywhere; inside a head the kernels want neighbours."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return kernel(rows(do), rows(q), rows(k), rows(v), o, stats, Call(*call))

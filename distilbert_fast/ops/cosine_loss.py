@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
-from distilbert_fast.ops.kl_div import _count, _reduce
 
 OP = "cosine_loss"
 EPSILON = 1e-12
@@ -55,7 +54,7 @@ def cosine_loss(
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
         rows, _ = _forward(student, teacher, mask)
-        return _reduce(rows, mask, reduction)
+        return _rows.reduce(rows, mask, reduction)
     return _CosineLoss.apply(student, teacher, mask, reduction)
 
 
@@ -71,7 +70,7 @@ def cosine_loss_reference(
     rows = 1 - (student * teacher).sum(dim=1) * a * b
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
-    return _reduce(rows, mask, reduction)
+    return _rows.reduce(rows, mask, reduction)
 
 
 class _CosineLoss(torch.autograd.Function):
@@ -82,26 +81,22 @@ class _CosineLoss(torch.autograd.Function):
         rows, stats = _forward(student, teacher, mask)
         ctx.reduction = reduction
         ctx.save_for_backward(student, teacher, mask, stats)
-        return _reduce(rows, mask, reduction)
+        return _rows.reduce(rows, mask, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, mask, stats = ctx.saved_tensors
         if ctx.reduction == "mean":
-            dloss = dloss / _count(student, mask)
+            dloss = dloss / _rows.count(student, mask)
         dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats)
         return dstudent, None, None, None
-
-
-def _accumulate(student: torch.Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
 def _forward_fake(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    n, dtype = student.shape[0], _accumulate(student)
+    n, dtype = student.shape[0], _rows.accumulation_dtype(student.dtype)
     return student.new_empty(n, dtype=dtype), student.new_empty((n, 3), dtype=dtype)
 
 
@@ -140,7 +135,7 @@ def _backward(
 ) -> torch.Tensor:
     """Gradient [N, C] from the upstream gradient of each row [N]."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    drows = drows.to(_accumulate(student)).contiguous()
+    drows = drows.to(_rows.accumulation_dtype(student.dtype)).contiguous()
     return _BACKWARD[name](_rows.rows(student), _rows.rows(teacher), mask, drows, stats)
 
 
@@ -150,7 +145,8 @@ def _backward(
 def _forward_torch(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    s, t = student.to(_accumulate(student)), teacher.to(_accumulate(student))
+    dtype = _rows.accumulation_dtype(student.dtype)
+    s, t = student.to(dtype), teacher.to(dtype)
     a = (s.square().sum(dim=1) + EPSILON).rsqrt()
     b = (t.square().sum(dim=1) + EPSILON).rsqrt()
     c = (s * t).sum(dim=1) * a * b

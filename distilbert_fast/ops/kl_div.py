@@ -13,11 +13,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._operator import operator
 
 OP = "kl_div"
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kl_div(
@@ -61,7 +60,7 @@ def kl_div(
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
         rows, _ = _forward(student, teacher, mask, temperature, reduction == "mean", "none")
-        return _reduce(rows, mask, reduction)
+        return _rows.reduce(rows, mask, reduction)
     keep = "stats" if recompute or student.dtype == torch.float16 else "gradient"
     return _KLDiv.apply(student, teacher, mask, temperature, reduction, keep)
 
@@ -79,19 +78,7 @@ def kl_div_reference(
     rows = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
-    return _reduce(rows, mask, reduction)
-
-
-def _reduce(rows: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
-    if reduction == "none":
-        return rows
-    total = rows.sum()
-    return total / _count(rows, mask) if reduction == "mean" else total
-
-
-def _count(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
-    """Counted rows, at least 1; on the device, so that no kernel queue is drained to learn it."""
-    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
+    return _rows.reduce(rows, mask, reduction)
 
 
 class _KLDiv(torch.autograd.Function):
@@ -111,7 +98,7 @@ class _KLDiv(torch.autograd.Function):
             ctx.save_for_backward(kept)
         else:
             ctx.save_for_backward(student, teacher, mask, kept)
-        return _reduce(rows, mask, reduction)
+        return _rows.reduce(rows, mask, reduction)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +114,7 @@ class _KLDiv(torch.autograd.Function):
         else:
             student, teacher, mask, stats = ctx.saved_tensors
             if ctx.reduction == "mean":
-                dloss = dloss / _count(student, mask)
+                dloss = dloss / _rows.count(student, mask)
             dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats, ctx.temperature)
         return dstudent, None, None, None, None, None
 
@@ -138,10 +125,6 @@ def _is_one(dloss: torch.Tensor) -> bool:
     return real and not torch.compiler.is_compiling() and bool(dloss == 1)
 
 
-def _accumulate(student: torch.Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
     """What backward needs: the gradient [N, V], the softmax statistics [N, 4], or nothing.
 
@@ -149,14 +132,16 @@ def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
     nothing to the rounding of a log-sum-exp.
     """
     if keep == "gradient":
-        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    return student.new_empty((student.shape[0], 4 if keep == "stats" else 0), dtype=_accumulate(student))
+        return _rows.empty_like(student, student.dtype)
+    return student.new_empty(
+        (student.shape[0], 4 if keep == "stats" else 0), dtype=_rows.accumulation_dtype(student.dtype)
+    )
 
 
 def _forward_fake(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return student.new_empty(student.shape[0], dtype=_accumulate(student)), _kept_like(student, keep)
+    return student.new_empty(student.shape[0], dtype=_rows.accumulation_dtype(student.dtype)), _kept_like(student, keep)
 
 
 @operator(
@@ -169,7 +154,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row losses [N] and what ``keep`` asks for; the kept gradient is already divided by the count if ``mean``."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    return _FORWARD[name](_rows(student), _rows(teacher), mask, temperature, mean, keep)
+    return _FORWARD[name](_rows.rows(student), _rows.rows(teacher), mask, temperature, mean, keep)
 
 
 def _backward_fake(
@@ -198,13 +183,8 @@ def _backward(
 ) -> torch.Tensor:
     """Gradient [N, V] from the saved statistics and the upstream gradient of each row [N]."""
     name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    drows = drows.to(_accumulate(student)).contiguous()
-    return _BACKWARD[name](_rows(student), _rows(teacher), mask, drows, stats, temperature)
-
-
-def _rows(logits: torch.Tensor) -> torch.Tensor:
-    """Rows may lie anywhere; inside a row the kernels want neighbours."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+    drows = drows.to(_rows.accumulation_dtype(student.dtype)).contiguous()
+    return _BACKWARD[name](_rows.rows(student), _rows.rows(teacher), mask, drows, stats, temperature)
 
 
 # torch ---------------------------------------------------------------------------------------------------------
@@ -213,7 +193,7 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 def _forward_torch(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = _accumulate(student)
+    dtype = _rows.accumulation_dtype(student.dtype)
     s, t = student.to(dtype), teacher.to(dtype)
     rows = kl_div_reference(s, t, temperature, mask, "none")
     if keep == "none":
@@ -221,7 +201,7 @@ def _forward_torch(
     stats = torch.cat([_statistics(s, temperature), _statistics(t, temperature)], dim=1)  # [N, 4]
     if keep == "stats":
         return rows, stats
-    drows = torch.ones_like(rows) / (_count(rows, mask) if mean else 1)
+    drows = torch.ones_like(rows) / (_rows.count(rows, mask) if mean else 1)
     return rows, _backward_torch(student, teacher, mask, drows, stats, temperature)
 
 
@@ -238,7 +218,7 @@ def _backward_torch(
     stats: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    dtype = _accumulate(student)
+    dtype = _rows.accumulation_dtype(student.dtype)
     m_s, z_s, m_t, z_t = stats.split(1, dim=1)  # [N, 1] each
     p_s = torch.exp((student.to(dtype) - m_s) / temperature) / z_s
     p_t = torch.exp((teacher.to(dtype) - m_t) / temperature) / z_t
@@ -251,14 +231,17 @@ def _backward_torch(
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _logits_arguments(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, ...]:
+def _logits_arguments(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, codes: dict[torch.dtype, int]
+) -> tuple[int, ...]:
+    """What all native entries begin with."""
     return (
         student.data_ptr(),
         teacher.data_ptr(),
         student.stride(0),
         teacher.stride(0),
-        _DTYPE_CODE[student.dtype],
-        _DTYPE_CODE[teacher.dtype],
+        codes[student.dtype],
+        codes[teacher.dtype],
         0 if mask is None else mask.data_ptr(),
         student.shape[0],
         student.shape[1],
@@ -272,7 +255,7 @@ def _forward_cpu(
     rows = student.new_empty(student.shape[0], dtype=torch.float32)
     kept = backends.empty_cpu(student) if keep == "gradient" else _kept_like(student, keep)
     backends.cpu().kl_div_forward(
-        *_logits_arguments(student, teacher, mask),
+        *_logits_arguments(student, teacher, mask, _rows.DTYPE_CODE),
         temperature,
         mean,
         rows.data_ptr(),
@@ -294,7 +277,7 @@ def _backward_cpu(
     mask = None if mask is None else mask.contiguous()
     dstudent = backends.empty_cpu(student)
     backends.cpu().kl_div_backward(
-        *_logits_arguments(student, teacher, mask),
+        *_logits_arguments(student, teacher, mask, _rows.DTYPE_CODE),
         temperature,
         drows.data_ptr(),
         stats.data_ptr(),
@@ -310,7 +293,7 @@ def _backward_cpu(
 def _scale(rows: torch.Tensor, mask: torch.Tensor | None, mean: bool) -> torch.Tensor:
     """1 / count as a float32 scalar on the device: the host never waits to learn it."""
     ones = torch.ones((), dtype=torch.float32, device=rows.device)
-    return ones / _count(rows, mask) if mean else ones
+    return ones / _rows.count(rows, mask) if mean else ones
 
 
 def _forward_triton(
@@ -347,7 +330,7 @@ def _forward_cuda(
     rows, kept = _forward_fake(student, teacher, mask, temperature, mean, keep)
     scale = _scale(rows, mask, mean)
     backends.cuda().kl_div_forward(
-        *_logits_arguments(student, teacher, mask),
+        *_logits_arguments(student, teacher, mask, backends.CUDA_DTYPE),
         temperature,
         scale.data_ptr(),
         rows.data_ptr(),
@@ -369,7 +352,7 @@ def _backward_cuda(
     mask = None if mask is None else mask.contiguous()
     dstudent = _kept_like(student, "gradient")
     backends.cuda().kl_div_backward(
-        *_logits_arguments(student, teacher, mask),
+        *_logits_arguments(student, teacher, mask, backends.CUDA_DTYPE),
         temperature,
         drows.data_ptr(),
         stats.data_ptr(),

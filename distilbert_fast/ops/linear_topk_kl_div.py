@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops.linear_kl_div import _accumulate, _chunk, _work
+from distilbert_fast.ops._linear_kl_div_backends import chunk_rows, projection_dtype
+from distilbert_fast.ops._rows import accumulation_dtype
 
 OP = "linear_topk_kl_div"
 
@@ -140,7 +141,7 @@ def _forward(
     *wanted: bool,
 ) -> tuple[Any, ...]:
     """The loss, and its gradients dh [N, C], dW [V, C], db [V], or None for one that is not wanted."""
-    work, accumulate = _work(h), _accumulate(h)
+    work, accumulate = projection_dtype(h), accumulation_dtype(h.dtype)
     W, b = W.to(work), None if b is None else b.to(work)
     kl = h.new_zeros((), dtype=accumulate)
     dh, dW, db = (
@@ -151,7 +152,7 @@ def _forward(
     )
     rows = torch.arange(len(h), device=h.device) if mask is None else mask.nonzero().flatten()
     share = temperature**2 / max(1, len(rows))  # of a row in the mean
-    for chunk in rows.split(_chunk(len(W), h.device)):
+    for chunk in rows.split(chunk_rows(len(W), h.device)):
         x = h[chunk].to(work)  # [R, C]
         of_teacher = ids[chunk], log_p[chunk].to(accumulate), log_tail[chunk].to(accumulate)
         loss, G = _losses(F.linear(x, W, b).to(accumulate) / temperature, *of_teacher, any(wanted))

@@ -76,8 +76,7 @@ def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tu
 
 
 def _forward_fake(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    found = x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
-    return _rows.empty_like(x, torch.int8), found
+    return _rows.codes_like(x, scale)
 
 
 @operator("quantize_forward(Tensor x, Tensor? scale) -> (Tensor, Tensor)", _forward_fake)
@@ -89,7 +88,7 @@ def _forward(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor,
 # torch ------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_torch(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     x_q, found = quantize_reference(x.to(torch.float32).contiguous(), scale)
     return x_q, found if scale is None else x.new_empty(0, dtype=torch.float32)
 
@@ -124,4 +123,4 @@ def _forward_triton(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.
     return x_q, found
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}
+_FORWARD = {"torch": quantize_torch, "cpu": _forward_cpu, "triton": _forward_triton}

@@ -35,13 +35,10 @@ class Arguments(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS.split()]
 
 
-@pytest.fixture(params=backends.cpu().available_isas(), autouse=True)
-def tier(request):
-    before = backends.cpu().isa()
-    backends.cpu().set_isa(request.param)
-    yield request.param
+@pytest.fixture(autouse=True)
+def no_tiles_are_left_configured(tier):
+    yield
     assert library.emulated_threads_with_tiles() == 0
-    backends.cpu().set_isa(before)
 
 
 def up(n: int, unit: int) -> int:

@@ -1,5 +1,5 @@
 """The logic of csrc/cuda/layer_norm.cu without a GPU: compiled for the CPU by cuda_on_cpu/, behind the real bindings
-and the real call in ops/layer_norm.py. What a GPU does with it (speed, memory, rounding) is not seen here.
+and the real calls in ops/_layer_norm_backends.py. What a GPU does with it (speed, memory, rounding) is not seen here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from distilbert_fast import backends
-from distilbert_fast.ops import layer_norm as op
+from distilbert_fast.ops import _layer_norm_backends as op
+from distilbert_fast.ops.layer_norm import layer_norm
 from distilbert_fast.ops.quantize import quantize_reference
 from distilbert_fast.testing import assert_twice_rule, lay_out, logits
 
@@ -147,7 +148,7 @@ def test_any_layout(layout, dtype, c):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_byte_behind_a_tensor_is_touched(fenced, monkeypatch, dtype, c):
     tensors = [fenced(tensor) for tensor in arguments(3, c, dtype, dtype)]
-    for name in ("_forward_fake", "_forward_quantize_fake"):
+    for name in ("forward_like", "quantize_like"):
         fake = getattr(op, name)
         monkeypatch.setattr(
             op, name, lambda *given, fake=fake: tuple(fenced(x) if x.numel() else x for x in fake(*given))
@@ -173,7 +174,7 @@ def test_backward_is_another_backends(monkeypatch):
         with backends.backend("cuda"):
             assert backends.select("layer_norm", x.device, x.dtype) == "cuda"
             assert backends.select_backward("layer_norm", x.device, x.dtype) != "cuda"
-            y = op.layer_norm(leaf, weight, bias, residual)
+            y = layer_norm(leaf, weight, bias, residual)
             y.backward(residual)
     finally:
         backends._choose.cache_clear()

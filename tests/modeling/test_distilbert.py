@@ -344,6 +344,21 @@ def test_submodules_may_be_replaced(tiny_config):
     assert len(calls) == 3 * 6 and all(len(shape) == 2 and shape[0] == 9 + 4 + 1 + 6 for shape in calls)
 
 
+def test_embeddings_that_do_more_than_look_up_are_called_as_modules(tiny_config):
+    batch = inputs("")
+    expected = pair("DistilBertModel", tiny_config)[0](**batch)[0]
+    for where in ("word_embeddings", "position_embeddings", "LayerNorm"):
+        model, _ = pair("DistilBertModel", tiny_config)
+        calls = []
+        getattr(model.embeddings, where).register_forward_hook(lambda module, args, out, seen=calls: seen.append(out))
+        torch.testing.assert_close(model(**batch)[0], expected, atol=1e-6, rtol=1e-5)
+        assert len(calls) == 1 and calls[0].shape == (9 + 4 + 1 + 6, tiny_config.dim)
+    model, _ = pair("DistilBertModel", tiny_config)
+    model.embeddings.word_embeddings.sparse = True
+    model(**batch)[0].square().mean().backward()
+    assert model.embeddings.word_embeddings.weight.grad.is_sparse
+
+
 def test_inputs_are_unchanged_and_results_repeat(tiny_config):
     model, _ = pair("DistilBertForSequenceClassification", tiny_config)
     batch = inputs("")

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import places
 import pytest
 
-import distilbert_fast
-from distilbert_fast import backends
 
-ISAS = backends.cpu().available_isas() if backends.availability("cpu").ok else []
-
-
-@pytest.fixture(params=["torch", *ISAS])
+@pytest.fixture(params=places.PLACES)
 def place(request):
     """Torch by force, or a tier of the CPU kernels, which serve the dtypes that they take."""
-    if request.param == "torch":
-        with distilbert_fast.backend("torch"):
-            yield "torch"
-        return
-    before = backends.cpu().isa()
-    backends.cpu().set_isa(request.param)
-    yield request.param
-    backends.cpu().set_isa(before)
+    with places.forced("torch") if request.param == "torch" else places.on_tier(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=places.PLACES)
+def forced(request):
+    """Torch or a tier of the CPU kernels, and nothing else: for dtypes that both take, or those of ``served``."""
+    with places.forced(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def tier(place):
-    """A tier of the CPU kernels: for what only their native entries can do."""
+def native_tier(place):
+    """The ``place`` where that is a tier of the CPU kernels: for what only their native entries can do."""
     if place == "torch":
         pytest.skip("native only")
     return place

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from attention_oracle import check_padded, cumulated, projection, results, sdpa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import served
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distilbert_fast
-from distilbert_fast import attention, backends, padded_attention
+from distilbert_fast import attention, padded_attention
 from distilbert_fast.ops import _attention_backends
 from distilbert_fast.ops.attention import attention_reference
 from distilbert_fast.testing import assert_twice_rule
@@ -24,42 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = [(0, 3, 0), (1,), (7, 7, 7), (16, 15, 17, 17, 0, 0, 1), (129, 64), ()]
 
 
-def places() -> list[tuple[str, str | None]]:
-    """(backend, instruction set) of all that can run here on a CPU."""
-    found: list = [("torch", None)]
-    if backends.availability("cpu").ok:
-        found += [("cpu", isa) for isa in backends.cpu().available_isas()]
-    return found
-
-
-def named(place, dtype=None):
-    return "-".join([*filter(None, place), *([str(dtype)[6:]] if dtype else [])])
-
-
-SERVED = [
-    pytest.param(place, dtype, id=named(place, dtype))
-    for place, dtype in itertools.product(places(), DTYPES)
-    if place[0] == "torch" or str(dtype)[6:] in backends.KERNELS["attention"][place[0]]
-]
-
-
-@pytest.fixture(params=places(), ids=named)
-def place(request):
-    """Whatever can compute float32 and bfloat16 here."""
-    name, isa = request.param
-    before = backends.cpu().isa() if isa else None
-    if isa:
-        backends.cpu().set_isa(isa)
-    with distilbert_fast.backend(name):
-        yield request.param
-    if isa:
-        backends.cpu().set_isa(before)
-
-
-@pytest.mark.parametrize(("place", "dtype"), SERVED, indirect=["place"])
+@pytest.mark.parametrize(("forced", "dtype"), served("attention", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("heads", "size", "mask"), [(1, 1, None), (3, 5, "H"), (2, 64, "BH"), (4, 33, None)])
-def test_output_and_gradients(lengths, heads, size, mask, place, dtype):
+def test_output_and_gradients(lengths, heads, size, mask, forced, dtype):
     cu_seqlens = cumulated(lengths)
     n = int(cu_seqlens[-1])
     shape = {None: None, "H": (heads,), "BH": (len(lengths), heads)}[mask]
@@ -77,9 +46,9 @@ def test_output_and_gradients(lengths, heads, size, mask, place, dtype):
         assert_twice_rule(*three, what)
 
 
-@pytest.mark.parametrize(("place", "dtype"), SERVED, indirect=["place"])
+@pytest.mark.parametrize(("forced", "dtype"), served("attention", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize(("length", "size"), [(384, 64), (1030, 32), (70, 128)])
-def test_long_sequences_and_the_usual_heads(length, size, place, dtype):
+def test_long_sequences_and_the_usual_heads(length, size, forced, dtype):
     cu_seqlens = cumulated((length,))
     qkv, do = projection(length, 2, size, dtype), projection(length, 2, size, dtype, seed=1)[:, 0]
     ours, torchs = (results(function, qkv, do, cu_seqlens) for function in (attention, sdpa))
@@ -103,7 +72,7 @@ TOLERANCES = {
     dtype=st.sampled_from(list(TOLERANCES)),
     data=st.data(),
 )
-def test_any_sequences_heads_and_masks(place, lengths, heads, size, scale, dtype, data):
+def test_any_sequences_heads_and_masks(forced, lengths, heads, size, scale, dtype, data):
     """Views of one projection; empty sequences and masks of 0 among the others, which are dead or only measured."""
     cu_seqlens, n = cumulated(lengths), sum(lengths)
     values = st.sampled_from([0.0, 0.5, 1.0, -2.0])
@@ -121,7 +90,7 @@ def test_any_sequences_heads_and_masks(place, lengths, heads, size, scale, dtype
         torch.testing.assert_close(x.double(), y, **TOLERANCES[dtype])
     leaf = qkv.clone().requires_grad_()  # and where the gradient of the mask is not asked for
     o = attention(*leaf.unbind(1), cu_seqlens, head_mask, scale=scale)
-    same = {"rtol": 0, "atol": 0} if place[0] == "cpu" else TOLERANCES[dtype]  # torch's own products vary
+    same = {"rtol": 0, "atol": 0} if forced != "torch" else TOLERANCES[dtype]  # torch's own products vary
     torch.testing.assert_close(o, found[0], **same)
     torch.testing.assert_close(torch.autograd.grad(o, leaf, do)[0], found[1], **same)
     assert torch.equal(qkv, before)
@@ -159,7 +128,7 @@ def test_gradcheck(per_sequence, dropout_p, scores, monkeypatch):
     assert torch.autograd.gradcheck(lambda qkv: function(qkv, fixed), (qkv,), fast_mode=True)
 
 
-def test_gradient_of_the_head_mask_where_it_is_zero(place):
+def test_gradient_of_the_head_mask_where_it_is_zero(forced):
     cu_seqlens, qkv = cumulated((5, 8)), projection(13, 3, 4, torch.float32)
     do = projection(13, 3, 4, torch.float32, seed=1)[:, 0]
     for head_mask in (torch.zeros(3), torch.tensor([[0.0, 1, 0], [0, 0, 1]])):
@@ -169,7 +138,7 @@ def test_gradient_of_the_head_mask_where_it_is_zero(place):
         assert (ours[2] != 0).all()
 
 
-def test_a_dead_head_is_not_even_read(place):
+def test_a_dead_head_is_not_even_read(forced):
     """Its queries, keys and values, NaN here, reach neither output nor gradient."""
     cu_seqlens, qkv = cumulated((5, 0, 5, 2)), projection(12, 3, 4, torch.float32)
     do = projection(12, 3, 4, torch.float32, seed=1)[:, 0]
@@ -242,7 +211,7 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", list(layouts(torch.zeros(0, 1, 1))))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts_of_inputs_and_gradient(layout, dtype, place):
+def test_layouts_of_inputs_and_gradient(layout, dtype, forced):
     cu_seqlens, qkv = cumulated((5, 9, 9)), projection(23, 3, 8, dtype)
     do = projection(23, 3, 8, dtype, seed=1)[:, 0]
     contiguous = [x.contiguous().requires_grad_() for x in qkv.unbind(1)]
@@ -261,7 +230,7 @@ def test_layouts_of_inputs_and_gradient(layout, dtype, place):
     assert torch.equal(strided, do)
 
 
-def test_a_gradient_of_stride_zero(place):
+def test_a_gradient_of_stride_zero(forced):
     cu_seqlens, qkv = cumulated((5, 3)), projection(8, 2, 4, torch.float32).requires_grad_()
     attention(*qkv.unbind(1), cu_seqlens).sum().backward()
     expected = torch.autograd.grad(attention_reference(*qkv.unbind(1), cu_seqlens).sum(), qkv)[0]
@@ -269,7 +238,7 @@ def test_a_gradient_of_stride_zero(place):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_same_bits_every_run_and_on_any_number_of_threads(dropout_p, place):
+def test_same_bits_every_run_and_on_any_number_of_threads(dropout_p, forced):
     cu_seqlens, qkv, do = cumulated((33, 0, 40, 1)), projection(74, 4, 32, torch.float32), torch.ones(74, 4, 32)
     mask = torch.linspace(0, 1, 4)
     before = torch.get_num_threads()
@@ -280,21 +249,21 @@ def test_same_bits_every_run_and_on_any_number_of_threads(dropout_p, place):
 
     try:
         first = everything()
-        for threads in (1, 2, 3, 1, 5) if place[0] == "cpu" else (before,) * 3:
+        for threads in (1, 2, 3, 1, 5) if forced != "torch" else (before,) * 3:
             torch.set_num_threads(threads)
             assert all(torch.equal(x, y) for x, y in zip(first, everything(), strict=True))
     finally:
         torch.set_num_threads(before)
 
 
-def test_huge_scores_do_not_overflow(place):
+def test_huge_scores_do_not_overflow(forced):
     qkv = projection(20, 2, 8, torch.float32) * 1e4
     o, dqkv = results(attention, qkv, torch.ones(20, 2, 8), cumulated((20,)))
     assert o.isfinite().all() and dqkv.isfinite().all()
     torch.testing.assert_close(o.double(), sdpa(*qkv.double().unbind(1), cumulated((20,))))
 
 
-def test_a_certain_query_takes_one_value(place):
+def test_a_certain_query_takes_one_value(forced):
     """All other probabilities underflow; equal keys share."""
     q = torch.ones(7, 1, 3)
     k = torch.full((7, 1, 3), -1e4).index_fill_(0, torch.tensor([2]), 0.0)
@@ -304,7 +273,7 @@ def test_a_certain_query_takes_one_value(place):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_sequence_leaves_the_others_exact(bad, place):
+def test_a_non_finite_sequence_leaves_the_others_exact(bad, forced):
     cu_seqlens, qkv = cumulated((6, 6, 4)), projection(16, 2, 8, torch.float32)
     clean = attention(*qkv.unbind(1), cu_seqlens)
     qkv[7, :, 0, 0] = bad
@@ -336,11 +305,11 @@ def test_padding_anywhere(batch):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(padded_batches())
-def test_padding_anywhere_in_float32(place, batch):
+def test_padding_anywhere_in_float32(forced, batch):
     check_padded(*batch, torch.float32, **TOLERANCES[torch.float32])
 
 
-def test_long_padding_and_holes(place):
+def test_long_padding_and_holes(forced):
     mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(0)) < 0.7
     mask[1, 90:] = False
     check_padded(mask, (3, 150, 2, 40), torch.tensor([0.5, 1.0]), torch.float32, **TOLERANCES[torch.float32])
@@ -372,7 +341,7 @@ def test_padding_on_the_right_is_never_computed(monkeypatch):
     assert shapes == [(2, 2, 9, 4), (1, 2, 3, 4)]
 
 
-def test_padded_form_takes_heads_first_views(place):
+def test_padded_form_takes_heads_first_views(forced):
     """transformers hands over [B, H, T, D]; its transpose costs no copy and changes no bit."""
     q, k, v = (torch.randn(2, 3, 5, 4).transpose(1, 2) for _ in range(3))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
@@ -381,7 +350,7 @@ def test_padded_form_takes_heads_first_views(place):
 
 
 @pytest.mark.parametrize(("shape", "tokens"), [((0, 4, 2, 3), 0), ((3, 0, 2, 3), 0), ((2, 4, 0, 3), 8)])
-def test_nothing_to_attend_to(shape, tokens, place):
+def test_nothing_to_attend_to(shape, tokens, forced):
     q = torch.zeros(shape, requires_grad=True)
     mask = torch.ones(shape[:2], dtype=torch.bool)
     head_mask = torch.ones(shape[0], shape[2], requires_grad=True)
@@ -406,7 +375,7 @@ def recovered_dropout(cu_seqlens, q, k, p):
 
 
 @pytest.mark.parametrize("scores", [70, 2**18])
-def test_dropout_drops_and_scales(scores, monkeypatch, place):
+def test_dropout_drops_and_scales(scores, monkeypatch, forced):
     monkeypatch.setattr(_attention_backends, "_scores", lambda q: scores)
     p, cu_seqlens = 0.3, cumulated((16, 16, 16))
     q, k, _ = projection(48, 4, 16, torch.float32).unbind(1)
@@ -420,7 +389,7 @@ def test_dropout_drops_and_scales(scores, monkeypatch, place):
     assert len(patterns.unique(dim=0)) == 12
 
 
-def test_dropout_drops_each_probability_as_often(place):
+def test_dropout_drops_each_probability_as_often(forced):
     """Over many seeds: every place of query and key, and neighbours independently of each other."""
     p, t, count = 0.25, 20, 400
     q = torch.zeros(t * count, 1, t)
@@ -432,7 +401,7 @@ def test_dropout_drops_each_probability_as_often(place):
     assert float(correlation.square().mean()) == pytest.approx(1 / count, rel=0.05)
 
 
-def test_dropout_gradients_are_those_of_what_was_dropped(place):
+def test_dropout_gradients_are_those_of_what_was_dropped(forced):
     p, cu_seqlens = 0.3, cumulated((8, 8))
     qkv, do = projection(16, 2, 8, torch.float32), projection(16, 2, 8, torch.float32, seed=1)[:, 0]
     z = (recovered_dropout(cu_seqlens, *qkv.unbind(1)[:2], p) != 0) / (1 - p)
@@ -452,7 +421,7 @@ def test_dropout_gradients_are_those_of_what_was_dropped(place):
         torch.testing.assert_close(x, y, **TOLERANCES[torch.float32])
 
 
-def test_dropout_follows_torchs_generator(place):
+def test_dropout_follows_torchs_generator(forced):
     cu_seqlens, (q, k, v) = cumulated((9, 4)), projection(13, 2, 4, torch.float32).unbind(1)
     torch.manual_seed(0)
     first, second = (attention(q, k, v, cu_seqlens, dropout_p=0.5) for _ in range(2))

@@ -194,7 +194,7 @@ def test_same_bits_every_run_and_on_any_number_of_threads():
 
 @pytest.mark.parametrize("c", [1, 5, 37, 768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_outputs_fill_their_memory_and_no_more(c, dtype, tier):
+def test_native_outputs_fill_their_memory_and_no_more(c, dtype, native_tier):
     n, edge, code = 5, 16, [torch.float32, torch.bfloat16].index(dtype)
     student, teacher = pair(n, c, (dtype, dtype))
     mask, dloss = torch.tensor([1, 1, 0, 1, 1], dtype=torch.bool), torch.ones(n)
@@ -211,7 +211,7 @@ def test_native_outputs_fill_their_memory_and_no_more(c, dtype, tier):
         assert (frame == 77).all()
 
 
-def test_native_bad_input(tier):
+def test_native_bad_input(native_tier):
     good = dict(student=64, teacher=64, student_stride=4, teacher_stride=4, student_dtype=0, teacher_dtype=0, mask=0)
     good |= dict(columns=4, rows=2)
     for changed, outputs, message in (

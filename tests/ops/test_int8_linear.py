@@ -304,7 +304,7 @@ def native_arguments(tensors, result, **changed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("f", [1, 31, 32, 33, 70])
-def test_nothing_beside_the_result_is_touched(tier, f, dtype):
+def test_nothing_beside_the_result_is_touched(native_tier, f, dtype):
     for n in (1, 13, 33, 48):
         given = arguments(n, 67, f)
         memory = torch.full((n * f + 2 * 37,), 99, dtype=dtype)  # 37: aligned to nothing
@@ -315,7 +315,7 @@ def test_nothing_beside_the_result_is_touched(tier, f, dtype):
         assert (memory[:37] == 99).all() and (memory[-37:] == 99).all()
 
 
-def test_the_result_may_take_the_residuals_place(tier):
+def test_the_result_may_take_the_residuals_place(native_tier):
     given = arguments(13, 67, 33)
     want, out = int8_linear(**given), given["residual"]
     backends.cpu().int8_linear(*native_arguments(given, out))
@@ -344,7 +344,7 @@ def test_the_result_may_take_the_residuals_place(tier):
         ({"out_scale": 0, "output": 2}, "int8_linear: out_scale must point to memory, got null"),
     ],
 )  # fmt: skip
-def test_the_native_entry_refuses_before_touching_memory(tier, changed, message):
+def test_the_native_entry_refuses_before_touching_memory(native_tier, changed, message):
     out = torch.full((3, 33), 99.0)
     with pytest.raises(ValueError) as raised:
         backends.cpu().int8_linear(*native_arguments(arguments(3, 67, 33), out, **changed))
@@ -352,14 +352,14 @@ def test_the_native_entry_refuses_before_touching_memory(tier, changed, message)
     assert (out == 99).all()
 
 
-def test_no_rows_and_no_columns_touch_nothing(tier):
+def test_no_rows_and_no_columns_touch_nothing(native_tier):
     nothing = dict.fromkeys(("x", "x_scale", "residual", "out", "out_scale"), 0)
     given, out = arguments(3, 67, 33), torch.empty(0)
     backends.cpu().int8_linear(*native_arguments(given, out, rows=0, **nothing))
     backends.cpu().int8_linear(*native_arguments(given, out, columns=0, blob=0, blob_bytes=0, **nothing))
 
 
-def test_the_packer_refuses_before_touching_memory(tier):
+def test_the_packer_refuses_before_touching_memory(native_tier):
     w, blob = make_codes(33, 67), torch.full((8960,), 99, dtype=torch.uint8)
     good = [0, w.data_ptr(), False, 67, 1, 0, 0, 33, 67, blob.data_ptr(), 8960]
     for place, value, message in (
@@ -385,7 +385,7 @@ def is_served(w_q: torch.Tensor) -> torch.Tensor:
     return _packed.packed_int8(w_q)
 
 
-def test_weights_are_packed_once(tier):
+def test_weights_are_packed_once(native_tier):
     w = make_codes(33, 67)
     blob = is_served(w)
     assert is_served(w) is blob
@@ -395,7 +395,7 @@ def test_weights_are_packed_once(tier):
     assert is_served(stack[0].t()) is not blobs[0]
 
 
-def test_a_change_of_the_weights_is_seen(tier):
+def test_a_change_of_the_weights_is_seen(native_tier):
     w = make_codes(33, 67)
     blob = is_served(w)
     w[3, 5] ^= 1
@@ -408,7 +408,7 @@ def test_a_change_of_the_weights_is_seen(tier):
     assert not int8_linear(make_codes(5, 67), 1.0, w, torch.ones(33)).any()
 
 
-def test_other_memory_under_the_same_tensor_is_seen(tier):
+def test_other_memory_under_the_same_tensor_is_seen(native_tier):
     layer = torch.nn.Parameter(make_codes(33, 64), requires_grad=False)
     for seed in range(20):  # memory that was freed is soon given out again
         is_served(layer)
@@ -417,7 +417,7 @@ def test_other_memory_under_the_same_tensor_is_seen(tier):
     is_served(layer)
 
 
-def test_packed_weights_die_with_their_tensor(tier):
+def test_packed_weights_die_with_their_tensor(native_tier):
     gc.collect()
     before = len(_packed._packs)
     w = make_codes(6, 40).view(2, 3, 40)
@@ -429,7 +429,7 @@ def test_packed_weights_die_with_their_tensor(tier):
     assert len(_packed._packs) == before
 
 
-def test_few_views_of_a_tensor_are_remembered(tier):
+def test_few_views_of_a_tensor_are_remembered(native_tier):
     w = make_codes(200, 8)
     for start in range(190):
         is_served(w[start : start + 10])
@@ -439,7 +439,7 @@ def test_few_views_of_a_tensor_are_remembered(tier):
     assert len(_packed._packs[w]) == 1
 
 
-def test_inference_tensors_are_packed_every_time(tier):
+def test_inference_tensors_are_packed_every_time(native_tier):
     with torch.inference_mode():
         w = make_codes(33, 67)
         is_served(w)
@@ -448,7 +448,7 @@ def test_inference_tensors_are_packed_every_time(tier):
         assert w not in _packed._packs
 
 
-def test_threads_share_packed_weights(tier):
+def test_threads_share_packed_weights(native_tier):
     weights = [make_codes(33, 67, seed=seed) for seed in range(4)]
     x_q, failures = make_codes(5, 67, seed=7), []
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import PLACES, forced, names, serves
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distilbert_fast
@@ -33,43 +34,21 @@ DTYPES = [
 ]
 
 
-def places() -> list[tuple[str, str | None, str]]:
-    """(backend, instruction set, device) of all that can run here."""
-    found: list = [("torch", None, "cpu")]
-    if backends.availability("cpu").ok:
-        found += [("cpu", isa, "cpu") for isa in backends.cpu().available_isas()]
-    if torch.cuda.is_available():
-        found += [(name, None, "cuda") for name in ("torch", "triton", "cuda") if backends.availability(name).ok]
-    return found
-
-
-def named(place, dtypes=()):
-    return "-".join([*filter(None, place), *(str(dtype)[6:] for dtype in dtypes)])
-
-
-def serves(place, dtypes) -> bool:
-    kernels = backends.KERNELS["kl_div"].get(place[0])
-    return kernels is None or {str(dtype)[6:] for dtype in dtypes} <= set(kernels)
-
-
+ON_GPU = [name for name in ("torch", "triton", "cuda") if torch.cuda.is_available() and backends.availability(name).ok]
+EVERYWHERE = [*((place, "cpu") for place in PLACES), *((name, "cuda") for name in ON_GPU)]
 SERVED = [
-    pytest.param(place, dtypes, id=named(place, dtypes))
-    for place, dtypes in itertools.product(places(), DTYPES)
-    if serves(place, dtypes)
+    pytest.param(where, dtypes, id="-".join([*where, *names(dtypes)]))
+    for where, dtypes in itertools.product(EVERYWHERE, DTYPES)
+    if serves("kl_div", where[0], dtypes)
 ]
 
 
-@pytest.fixture(params=places(), ids=named)
+@pytest.fixture(params=EVERYWHERE, ids="-".join)
 def device(request):
     """The device on which the backend in force serves."""
-    name, isa, device = request.param
-    before = backends.cpu().isa() if isa else None
-    if isa:
-        backends.cpu().set_isa(isa)
-    with distilbert_fast.backend(name):
+    place, device = request.param
+    with forced(place):
         yield device
-    if isa:
-        backends.cpu().set_isa(before)
 
 
 def pair(n, v, dtypes=(torch.float32, torch.float32), seed=0, spread=4.0, device="cpu"):

@@ -250,7 +250,7 @@ def framed(n: int, c: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("c", [1, 5, 16, 37, 768, 4096, 4099, 9001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_native_output_is_whole_and_nothing_beside_it_is_touched(c, dtype, tier):
+def test_every_native_output_is_whole_and_nothing_beside_it_is_touched(c, dtype, native_tier):
     n = 3
     x, weight, bias, residual = arguments(n, c, torch.float32)
     want, want_q, want_scale = layer_norm_quantize(x, weight, bias, residual)
@@ -277,7 +277,7 @@ def test_every_native_output_is_whole_and_nothing_beside_it_is_touched(c, dtype,
 @pytest.mark.parametrize("c", [5, 768, 4099])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("over", ["x", "residual"])
-def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, tier):
+def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, native_tier):
     x, weight, bias, residual = arguments(3, c, dtype)
     weight, bias = weight.float(), bias.float()
     y, y_q, y_scale = layer_norm_quantize(x, weight, bias, residual)
@@ -289,7 +289,7 @@ def test_native_y_may_be_the_memory_of_an_input(c, dtype, over, tier):
 
 @pytest.mark.parametrize("c", [1, 5, 37, 768, 4099])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_gradients_fill_their_memory_and_no_more(c, dtype, tier):
+def test_native_gradients_fill_their_memory_and_no_more(c, dtype, native_tier):
     n, edge = 67, 16  # rows of two chunks
     x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments(n, c, dtype))
     dy = logits(n, c, dtype, seed=9)
@@ -312,7 +312,7 @@ def test_native_gradients_fill_their_memory_and_no_more(c, dtype, tier):
         assert (frame == 77).all()
 
 
-def test_native_bad_gradients(tier):
+def test_native_bad_gradients(native_tier):
     x = 64, 4, 0, 0, 0, 0, 2
     good = dict(columns=4, dy=64, dy_stride=4, dy_dtype=0, weight=64, mean=64, rstd=64, dh=64, dh_dtype=0)
     for changed, pointers, message in (
@@ -329,7 +329,7 @@ def test_native_bad_gradients(tier):
         assert str(raised.value) == f"layer_norm: {message}"
 
 
-def test_native_bad_input(tier):
+def test_native_bad_input(native_tier):
     x = dict(x=64, x_stride=4, x_dtype=0, residual=0, residual_stride=0, residual_dtype=0, rows=2)
     out = dict(columns=4, weight=64, bias=64, eps=1e-12)
     rest = 0, 4, 0, 0, 0, 0, 0, (0, 0, 0, 0, 0, 0)

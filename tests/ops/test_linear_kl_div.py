@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import served
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import distilbert_fast
 from distilbert_fast import backends, linear_kl_div
-from distilbert_fast.ops import linear_kl_div as op
+from distilbert_fast.ops import _linear_kl_div_backends as op
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out
 
@@ -65,33 +66,8 @@ def double(tensors):
 
 @pytest.fixture(params=[1, 4, 10_000], ids=lambda size: f"chunks of {size}")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(op, "_chunk", lambda v, device: request.param)
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: request.param)
     return request.param
-
-
-def places() -> list[tuple[str, str | None]]:
-    """(backend, instruction set) of all that can run here on a CPU."""
-    found: list = [("torch", None)]
-    if backends.availability("cpu").ok:
-        found += [("cpu", isa) for isa in backends.cpu().available_isas()]
-    return found
-
-
-def named(place, dtypes=()):
-    return "-".join([*filter(None, place), *(str(dtype)[6:] for dtype in dtypes)])
-
-
-@pytest.fixture(params=places(), ids=named)
-def place(request):
-    """Whatever can compute float32 and bfloat16 here."""
-    name, isa = request.param
-    before = backends.cpu().isa() if isa else None
-    if isa:
-        backends.cpu().set_isa(isa)
-    with distilbert_fast.backend(name):
-        yield request.param
-    if isa:
-        backends.cpu().set_isa(before)
 
 
 # Accuracy ----------------------------------------------------------------------------------------------------
@@ -103,11 +79,6 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32),
-]
-SERVED = [
-    pytest.param(place, dtypes, id=named(place, dtypes))
-    for place, dtypes in itertools.product(places(), DTYPES)
-    if place[0] == "torch" or {str(dtype)[6:] for dtype in dtypes} <= set(backends.KERNELS["linear_kl_div"][place[0]])
 ]
 
 
@@ -126,16 +97,16 @@ def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True) -> None:
         assert_twice_rule(*compared, what)
 
 
-@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
+@pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 2), (13, 31), (29, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_losses_and_gradients(n, v, dtypes, bias, chunk, place):
+def test_losses_and_gradients(n, v, dtypes, bias, chunk, forced):
     assert_as_good_as_torch(n, v, *dtypes, bias)
 
 
-@pytest.mark.parametrize(("place", "dtypes"), SERVED, indirect=["place"])
-def test_many_columns(dtypes, monkeypatch, place):
-    monkeypatch.setattr(op, "_chunk", lambda v, device: 32)
+@pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
+def test_many_columns(dtypes, monkeypatch, forced):
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 32)
     assert_as_good_as_torch(40, 3001, *dtypes)
 
 
@@ -183,7 +154,7 @@ def test_random_rows(counted, size, all_distilled):
         tensors[0][~kd_mask & (labels == -1)] = math.nan
         tensors[3][~kd_mask] = math.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_chunk", lambda v, device: size)
+        patch.setattr(op, "chunk_rows", lambda v, device: size)
         close(results(linear_kl_div, tensors, 2.0, kd_mask, labels, ignore_index=-1), expected)
 
 
@@ -207,7 +178,7 @@ def test_nothing_counted(n, labels):
     temperature=st.floats(0.5, 10),
     dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
 )
-def test_random_rows_in_float32_and_bfloat16(place, counted, v, size, temperature, dtypes):
+def test_random_rows_in_float32_and_bfloat16(forced, counted, v, size, temperature, dtypes):
     n = len(counted)
     tensors = sides(n, v, dtype=dtypes[0], teacher_dtype=dtypes[1])
     kd_mask = torch.tensor([mask for mask, _ in counted], dtype=torch.bool)
@@ -216,7 +187,7 @@ def test_random_rows_in_float32_and_bfloat16(place, counted, v, size, temperatur
     tensors[0][~kd_mask & (labels == -1)] = math.nan
     tensors[3][~kd_mask] = math.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_chunk", lambda v, device: size)
+        patch.setattr(op, "chunk_rows", lambda v, device: size)
         found = results(linear_kl_div, tensors, temperature, kd_mask, labels, ignore_index=-1)
     tolerance = {"rtol": 0.1, "atol": 0.1} if torch.bfloat16 in dtypes else {"rtol": 1e-4, "atol": 1e-5}
     for x, y in zip(found, expected, strict=True):
@@ -230,15 +201,15 @@ def test_without_labels_the_cross_entropy_is_zero():
     close(found, results(linear_kl_div_reference, tensors, 2.0))
 
 
-def test_only_counted_rows_are_projected(monkeypatch, place):
+def test_only_counted_rows_are_projected(monkeypatch, forced):
     projected = []
-    if place[0] == "torch":
+    if forced == "torch":
         linear = F.linear
         monkeypatch.setattr(F, "linear", lambda h, *a: projected.append(tuple(h.shape)) or linear(h, *a))
     else:
         into = op.product_into
         monkeypatch.setattr(op, "product_into", lambda y, h, *a: projected.append(tuple(h.shape)) or into(y, h, *a))
-    monkeypatch.setattr(op, "_chunk", lambda v, device: 4)
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 4)
     kd_mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([IGNORE, 1, 2, IGNORE, IGNORE, IGNORE, 3, 0, IGNORE, IGNORE])
     linear_kl_div(*sides(10, 7), 2.0, kd_mask, labels)
@@ -283,7 +254,7 @@ def test_tied_weights():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, place):
+def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, forced):
     tensors, (kd_mask, labels) = sides(9, 7), rows(9, 7)
     kd_mask[3], labels[3], kd_mask[:3], labels[4] = True, IGNORE, True, 2
     clean = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
@@ -300,7 +271,7 @@ def test_a_non_finite_row_leaves_other_rows_exact(bad, chunk, place):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(layout, dtype, place):
+def test_layouts(layout, dtype, forced):
     tensors, (kd_mask, labels) = sides(9, 33, 16, 16, dtype=dtype), rows(9, 33)
     expected = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     placed = [lay_out(x, layout) if x.dim() == 2 else lay_out(x[:, None], layout)[:, 0] for x in tensors]
@@ -311,7 +282,7 @@ def test_layouts(layout, dtype, place):
     assert all(torch.equal(x, y) for x, y in zip(placed, before, strict=True))
 
 
-def test_backward_twice_changes_nothing(place):
+def test_backward_twice_changes_nothing(forced):
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
     leaves = [x.clone().requires_grad_(i < 3) for i, x in enumerate(tensors)]
     kl, ce = linear_kl_div(*leaves, 2.0, kd_mask, labels)
@@ -326,8 +297,8 @@ def test_backward_twice_changes_nothing(place):
     assert all(torch.equal(x, y) for x, y in zip(leaves, tensors, strict=True))
 
 
-def test_same_bits_every_run(monkeypatch, place):
-    monkeypatch.setattr(op, "_chunk", lambda v, device: 16)
+def test_same_bits_every_run(monkeypatch, forced):
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 16)
     tensors, (kd_mask, labels) = sides(70, 501, 32, 32), rows(70, 501)
     first = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     for _ in range(3):
@@ -335,14 +306,12 @@ def test_same_bits_every_run(monkeypatch, place):
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("isa", [isa for name, isa in places() if isa])
-def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(isa):
+def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(tier):
     """The products around them are torch's."""
     n, n_kl, v = 23, 17, 5003
     generator = torch.Generator().manual_seed(0)
     s, t = (torch.randn(n, v, generator=generator) for _ in range(2))
     labels = torch.randint(0, v, (n,), generator=generator).masked_fill(torch.arange(n) % 3 == 0, -1)
-    tier = backends.cpu().isa()
 
     def everything(threads):
         out = [s.clone(), torch.empty(n_kl), torch.empty(n), torch.empty(int((labels >= 0).sum()), v)]
@@ -352,13 +321,9 @@ def test_the_native_losses_have_the_same_bits_on_any_number_of_threads(isa):
         )
         return out
 
-    try:
-        backends.cpu().set_isa(isa)
-        first = everything(1)
-        for threads in (2, 3, 1, 5):
-            assert all(torch.equal(x, y) for x, y in zip(everything(threads), first, strict=True))
-    finally:
-        backends.cpu().set_isa(tier)
+    first = everything(1)
+    for threads in (2, 3, 1, 5):
+        assert all(torch.equal(x, y) for x, y in zip(everything(threads), first, strict=True))
     assert torch.equal(first[0][n_kl:], s[n_kl:]), "rows without a teacher stay logits"
     kept = labels >= 0
     torch.testing.assert_close(first[2][kept], F.cross_entropy(s[kept], labels[kept], reduction="none"))
@@ -405,7 +370,7 @@ def memory_beyond_the_gradients(function, n, v, c, chunk):
     tensors, (kd_mask, labels) = sides(n, v, c, c), rows(n, v)
     leaves = [x.requires_grad_(i < 3) for i, x in enumerate(tensors)]
     with pytest.MonkeyPatch.context() as patch, LiveMemory() as memory:
-        patch.setattr(op, "_chunk", lambda v, device: chunk)
+        patch.setattr(op, "chunk_rows", lambda v, device: chunk)
         kl, ce = function(*leaves, 2.0, kd_mask, labels)
         (kl + ce).backward()
     return memory.peak - 4 * 3 * (n + v) * c - 4 * 3 * v, memory.largest
@@ -425,10 +390,10 @@ def test_memory_does_not_grow_with_the_logits():
 
 def test_chunks_of_the_real_vocabulary():
     v = 30522
-    assert op._chunk(v, torch.device("cpu")) * v * 4 <= 32 * 2**20
-    assert 2048 <= op._chunk(v, torch.device("cuda")) <= 4500
-    assert op._chunk(2**40, torch.device("cpu")) == 1
-    n = op._chunk(v, torch.device("cpu")) + 3
+    assert op.chunk_rows(v, torch.device("cpu")) * v * 4 <= 32 * 2**20
+    assert 2048 <= op.chunk_rows(v, torch.device("cuda")) <= 4500
+    assert op.chunk_rows(2**40, torch.device("cpu")) == 1
+    n = op.chunk_rows(v, torch.device("cpu")) + 3
     tensors, labels = sides(n, v, 4, 4), torch.full((n,), IGNORE)
     labels[[0, n - 1]] = torch.tensor([v - 1, 0])
     close(
@@ -493,9 +458,11 @@ def test_fake_and_meta_tensors(mode):
             assert all(x.dtype == dtype for x in gradients)
 
 
+@pytest.mark.parametrize("name", ["", "torch"], ids=["free choice", "torch"])  # whose products autocast would cast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, name, monkeypatch):
     """As torch's linear: projected in the dtype of autocast, with float32 gradients for float32 leaves."""
+    monkeypatch.setenv("DISTILBERT_FAST_BACKEND", name)
     tensors, (kd_mask, labels) = sides(9, 33), rows(9, 33)
     with torch.autocast("cpu", dtype=dtype):
         found = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
@@ -517,7 +484,7 @@ def test_chunks_go_through_kl_div(monkeypatch):
     """So the kernels of kl_div serve where this op has none."""
     seen = []
     original = op._kl_div_forward
-    monkeypatch.setattr(op, "_chunk", lambda v, device: 4)
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 4)
     monkeypatch.setattr(op, "_kl_div_forward", lambda s, *a: seen.append((tuple(s.shape), a[-1])) or original(s, *a))
     tensors = sides(9, 7, dtype=torch.float16)
     linear_kl_div(*tensors, 2.0)

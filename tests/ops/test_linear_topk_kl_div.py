@@ -38,7 +38,7 @@ def results(function, tensors, *arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("n", "v", "k"), [(0, 5, 2), (1, 1, 1), (3, 2, 1), (7, 33, 5), (7, 33, 33), (40, 700, 64)])
 def test_it_is_its_definition(dtype, n, v, k, monkeypatch):
-    monkeypatch.setattr(op, "_chunk", lambda v, device: 16)
+    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 16)
     for temperature, masked, bias in ((1.0, False, True), (2.5, True, False)):
         mask = torch.arange(n) % 3 != 1 if masked else None
         (ids, *masses), _ = targets(n, v, k, temperature)

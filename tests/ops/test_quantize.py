@@ -157,7 +157,7 @@ def test_same_bits_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("c", [1, 5, 16, 37, 768])
-def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, tier):
+def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, native_tier):
     x = logits(3, c)
     x[1, 0] = float("nan")
     want, scale = quantize(x)
@@ -172,7 +172,7 @@ def test_native_codes_flipped_and_nothing_beside_them_is_touched(c, tier):
         assert (frame == 77).all() and scales[0] == scales[4] == 77
 
 
-def test_native_bad_input(tier):
+def test_native_bad_input(native_tier):
     good = dict(x=64, x_stride=4, x_dtype=0, rows=2, columns=4, codes=(64, 4, 0, 0, 0, 0), threads=1)
     for changed, message in (
         ({"rows": -1}, "rows must be 0 or more, got -1"),
