@@ -85,6 +85,9 @@ class Job(Protocol):
     def max_length(self) -> int:
         """Tokens of a row."""
 
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        """Learn what the teacher calls its classes; ``kept``: its head is taken as it is. Before all else."""
+
     def describe(self) -> dict[str, Any]:
         """The data, for reports; "name" among them. What decides the result is all here."""
 
@@ -156,6 +159,9 @@ class MlmJob:
             "holdout": holdout,
         }
         self.corpus: Corpus | None = None
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        """A vocabulary has no classes."""
 
     def describe(self) -> dict[str, Any]:
         masking = {"probability": self.probability, "smoothing": self.smoothing}
@@ -252,13 +258,19 @@ class TaskJob:
 
     def __init__(self, task: Task, max_length: int = 128) -> None:
         self.task, self.max_length = task, max_length
-        names = task.label_names
-        self.config: Mapping[str, Any] = {
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        names = self.task.label_names
+        return {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
             "ignore_mismatched_sizes": True,  # a head of other classes is one that is missing
         }
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        self.task = self.task.for_classes(classes, kept)
 
     def describe(self) -> dict[str, Any]:
         task = self.task
@@ -323,6 +335,9 @@ class QaJob:
 
     def __init__(self, train: Questions, held_out: Questions, max_length: int = 384, stride: int = 128) -> None:
         self.train, self.held_out, self.max_length, self.stride = train, held_out, max_length, stride
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        """A head for answers has no classes."""
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -11,146 +11,34 @@ Each is a stage of a `RunDirectory`: a command that was killed goes on from its 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from distilbert_fast.distill_jobs import STUDENT, Job, Variant
-from distilbert_fast.recipes import (
-    CHECKPOINTS,
-    RecipeError,
-    console,
-    find_teacher,
-    length_grouped,
-    machine,
-    seed_all,
+from distilbert_fast.distill_settings import (
+    Recipe,
+    Shape,
+    Training,
+    check_models,
+    distinct,
+    is_taught,
+    merged,
+    objective_for,
+    refused,
 )
+from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
 from distilbert_fast.stages import RunDirectory, write_file
+
+__all__ = ["Recipe", "Shape", "Training", "distill"]
 
 TEACHER, CORPUS, CACHE, DATA, SPEED = "teacher", "corpus", "teacher-cache", "data.json", "speed.json"
 REPORT = ("report.md", "report.json", "losses.png")
-_NEEDS_TEACHER = ("alpha", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained.
-
-    Attributes:
-        epochs: passes over the training rows; None for a teacher: 0 if it has its head, else the job's.
-        max_steps: stop after so many optimizer steps; 0: after the epochs.
-        batch_size: rows an optimizer step.
-        micro_batch: rows computed at a time; gradients add up to those of the whole batch.
-        learning_rate: peak of AdamW's.
-        warmup: share of the steps over which it rises; then it falls linearly to 0.
-        weight_decay: of AdamW.
-        bf16: compute in bfloat16 where autocast does.
-        seed: of what starts at random, the order of the rows, masks and dropout.
-    """
-
-    epochs: float | None = 3.0
-    max_steps: int = 0
-    batch_size: int = 256
-    micro_batch: int = 32
-    learning_rate: float = 5e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    bf16: bool = False
-    seed: int = 0
-
-    def check(self, what: str) -> None:
-        """Raise RecipeError for a number out of range."""
-        for name, good, expected in (
-            ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
-            ("max_steps", self.max_steps >= 0, "0 or more"),
-            ("micro_batch", self.micro_batch >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("batch_size", self.batch_size % min(self.micro_batch, self.batch_size) == 0, "a multiple of micro_batch"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
-            ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-        ):
-            if not good:
-                raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
-
-    def passes(self, rows: int) -> int:
-        """Over the rows, the last one perhaps not to its end."""
-        return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
-
-    def arguments(self, path: Path, rows: int) -> dict[str, Any]:
-        """For TrainingArguments."""
-        import torch
-
-        micro = min(self.micro_batch, self.batch_size)
-        steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
-        return {
-            "output_dir": str(path),
-            "num_train_epochs": self.epochs or 1,
-            "max_steps": self.max_steps or -1,
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": self.batch_size // micro,
-            "learning_rate": self.learning_rate,
-            "warmup_steps": math.ceil(self.warmup * steps),
-            "weight_decay": self.weight_decay,
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.98,
-            "adam_epsilon": 1e-6,
-            "max_grad_norm": 5.0,
-            "bf16": self.bf16,
-            "use_cpu": not torch.cuda.is_available(),  # or Trainer refuses bfloat16 there
-            "save_strategy": "steps",
-            "save_steps": max(1, min(250, steps // 8)),
-            "save_total_limit": 1,
-            "logging_steps": max(1, steps // 100),
-            "seed": self.seed,
-            "report_to": "none",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **length_grouped(),
-        }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of the student; see `student_from_teacher`."""
-
-    num_layers: int | None = None
-    layers: tuple[int, ...] | None = None
-    architecture: str = "distilbert"
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    intermediate_size: int | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What `distill` does with a job.
-
-    Attributes:
-        student: how it is trained.
-        teacher: how the teacher is, if it has to be.
-        train_body: the teacher is trained as a whole; False: only its new head (for "mlm").
-        shape: of the student.
-        objective: settings of `DistillationArguments`, such as temperature and the alphas.
-        cache: mlm: so many of the teacher's most likely tokens are kept on disk for each row, and the rest as one
-            number; the teacher runs once, over all epochs, and not beside the student. 0: it runs beside it.
-        compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
-    """
-
-    student: Training = field(default_factory=Training)
-    teacher: Training = field(default_factory=lambda: Training(epochs=None))
-    train_body: bool = True
-    shape: Shape = field(default_factory=Shape)
-    objective: Mapping[str, Any] = field(default_factory=dict)
-    cache: int = 0
-    compare: Sequence[str] = ()
+_REPORTED = 32  # rows that tell what a cache leaves out
 
 
 def distill(
@@ -191,24 +79,25 @@ def distill(
     known = {variant.name: variant for variant in job.variants}
     if unknown := [name for name in recipe.compare if name not in known]:
         raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
-    variants = [STUDENT, *_distinct([known[name] for name in recipe.compare if name != STUDENT.name], recipe)]
-    settings = {
-        "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
-        "data": job.describe(),
-        "student_training": dataclasses.asdict(recipe.student),
-        "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
-        "shape": dataclasses.asdict(recipe.shape),
-        "objective": dict(recipe.objective),
-        "cache": recipe.cache,
-    }
     say = console()
-    names = (TEACHER, *known, CORPUS, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
+    names = (TEACHER, *known, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars():
-        _check_models(job, source, recipe)
-        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite) as run:
+        made_of = check_models(job, source, recipe)
+        compared = [known[name] for name in recipe.compare if name != STUDENT.name]
+        variants = [STUDENT, *distinct(compared, recipe, from_layers=bool(made_of.layers))]
+        settings = {
+            "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+            "data": job.describe(),
+            "student_training": dataclasses.asdict(recipe.student),
+            "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
+            "shape": dataclasses.asdict(recipe.shape),
+            "objective": dict(recipe.objective),
+            "cache": recipe.cache,
+        }
+        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite, [CORPUS]) as run:
             flow = _Flow(run, source, job, recipe, say)
             say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")
-            with _refused():
+            with refused():
                 job.prepare(flow.tokenizer(), run.path)
             if run.result(DATA, job.describe) != job.describe():
                 raise RecipeError(
@@ -289,13 +178,19 @@ class _Flow:
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(self.recipe.shape))
         if variant.random:
             student = for_training(type(student)(copy.deepcopy(student.config))).to(teacher.device)
-        objective = _merged(self.recipe, variant)
-        taught = teacher if _is_taught(self.job.kind, objective) else None
+        objective = merged(self.recipe, variant)
+        taught = teacher if is_taught(self.job.kind, objective) else None
         if taught is not None and self.recipe.cache:
             objective |= {"teacher_cache": str(self._cache(teacher)), "teacher_precision": "auto"}
-        made = self._train(variant.name, student, taught, training, objective)
-        start = "random" if variant.random or not made_of.layers else f"layers {', '.join(map(str, made_of.layers))}"
-        return made | {"title": variant.title, "start": start} | self._save(path, student, tokenizer, teacher)
+            cached = self._cache_report(objective["teacher_cache"], student, teacher)
+        else:
+            cached = {}
+        made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
+        if variant.random or not made_of.layers:
+            made |= {"start": "random"}
+        else:
+            made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}
+        return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
 
     def _cache(self, teacher: Any) -> Path:
         """The directory of the teacher's answers for all that students train on; made once."""
@@ -303,9 +198,9 @@ class _Flow:
         from distilbert_fast.distillation.teacher import ModelTeacher
         from distilbert_fast.distillation.teacher_cache_build import build_cache
 
-        objective = _objective(self.job, self.recipe, teacher, teacher)
+        objective = objective_for(self.job, self.recipe, teacher, teacher)
         rows = self.job.rows()
-        with _refused():
+        with refused():
             return build_cache(
                 ModelTeacher(teacher, self.recipe.objective.get("teacher_precision", "auto")),
                 rows,
@@ -316,6 +211,17 @@ class _Flow:
                 hidden=not is_zero(objective.cos),
                 epochs=self.recipe.student.passes(len(rows)),
             )
+
+    def _cache_report(self, cache: str, student: Any, teacher: Any) -> dict[str, float]:
+        """What it takes and leaves out, by the first rows."""
+        from distilbert_fast.distillation.teacher_cache import CachedTeacher
+        from distilbert_fast.distillation.teacher_cache_build import cache_report
+
+        rows = self.job.rows().at_epoch(0)
+        batch = self.job.collator()([rows[i] for i in range(min(len(rows), _REPORTED))])
+        answers = CachedTeacher(cache, rows, teacher)
+        answers.prepare(teacher.device)
+        return cache_report(answers, student, teacher, [{name: x.to(teacher.device) for name, x in batch.items()}])
 
     def measure(self) -> dict[str, Any]:
         """Speed of teacher and student, by transformers and on the engine, in turns."""
@@ -386,6 +292,12 @@ class _Flow:
             "resumed": checkpoint is not None,
             "steps": result.global_step,
             "objective": dict(objective),
+            "teacher_effect": {
+                key.removeprefix("teacher_"): value
+                for entry in trainer.state.log_history
+                for key, value in entry.items()
+                if key.startswith("teacher_")
+            },
             "losses": [
                 {key: entry[key] for key in parts if key in entry}
                 for entry in trainer.state.log_history
@@ -396,17 +308,12 @@ class _Flow:
     def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
         """Save, read back, and judge what was read, as it is and with int8 linear layers."""
         import torch
-        from safetensors import SafetensorError
 
         from distilbert_fast.evaluation import speed
         from distilbert_fast.modeling.loading import FAMILIES
         from distilbert_fast.modeling.optimize import optimize
 
-        try:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        except SafetensorError as error:  # what a full disk raises there
-            raise OSError(f"distill: could not save {str(path)!r}: {error}; the finished stages are kept") from error
+        save("distill", path, model, tokenizer)
         kept = model.state_dict()
         model, _, _ = self._load(path)
         lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
@@ -420,68 +327,6 @@ class _Flow:
             "quality": self.job.evaluate(model, teacher),
         }
         return row | {"int8": self.job.evaluate(optimize(model, "int8"), teacher)}
-
-
-def _check_models(job: Job, source: Path, recipe: Recipe) -> None:
-    """Refuse now, not after the training, what teacher, student and losses cannot be together."""
-    from distilbert_fast.distillation.student import student_from_teacher
-    from distilbert_fast.distillation.teacher import ModelTeacher
-    from distilbert_fast.modeling.loading import load_with_head
-
-    with _refused():
-        teacher, _, _ = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
-        student, _ = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
-        objective = _objective(job, recipe, student, teacher)
-        objective.check(student, ModelTeacher(teacher))
-    positions = student.config.max_position_embeddings
-    if not 4 <= job.max_length <= positions:
-        raise RecipeError(
-            f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
-        )
-    needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
-    if recipe.cache and (job.kind != "mlm" or needs_all):
-        got = ", ".join(needs_all) or job.kind
-        raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
-    if recipe.cache and isinstance(objective.temperature, str):
-        raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
-
-
-def _objective(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
-    """What the student is trained for."""
-    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
-
-    settings = _merged(recipe, STUDENT)
-    with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
-        arguments = recipe.student.arguments(Path(path), 1)
-        return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
-
-
-@contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """What the parts below say of a user's input, as an error of the recipe."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"distill: {error}") from error
-
-
-def _merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
-    return {**recipe.objective, **variant.objective}
-
-
-def _distinct(variants: Sequence[Variant], recipe: Recipe) -> list[Variant]:
-    """Without those that differ from the student in nothing: no loss can be left out twice."""
-    student = _merged(recipe, STUDENT)
-    return [v for v in variants if v.random or _merged(recipe, v) != student]
-
-
-def _is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
-    from distilbert_fast.distillation.arguments import DistillationArguments
-    from distilbert_fast.distillation.schedule import is_zero
-
-    defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
-    names = [name for name in _NEEDS_TEACHER if (name == "alpha") == (kind != "mlm")]
-    return not all(is_zero(objective.get(name, defaults[name])) for name in names)
 
 
 def _freeze(body: Any) -> None:

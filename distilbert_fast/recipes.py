@@ -99,6 +99,10 @@ def demo(
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(str(error)) from error
     source = find_teacher(teacher)
+    try:
+        loaded = loaded.for_classes(class_names(source), kept=training.teacher_epochs == 0)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     settings = {
         "teacher": f"{teacher or TEACHER_PACKAGE} ({fingerprint(source)[:12]})",
         "task": f"{loaded.name} ({loaded.fingerprint[:12]})",
@@ -310,15 +314,9 @@ class _Demo:
 
     def _save(self, path: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Save, read back, and compare what both predict on the evaluation split."""
-        from safetensors import SafetensorError
-
         from distilbert_fast.modeling.loading import load_classifier
 
-        try:
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        except SafetensorError as error:  # what a full disk raises there
-            raise OSError(f"demo: could not save {str(path)!r}: {error}; the finished stages are kept") from error
+        save("demo", path, model, tokenizer)
         before = self._logits(model, tokenizer)
         after = self._logits(*load_classifier(path))
         difference = float((before - after).abs().max())
@@ -334,6 +332,24 @@ class _Demo:
         from distilbert_fast.evaluation.metrics import predictions
 
         return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
+
+
+def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
+    """A model with its tokenizer. On a full disk raises OSError, where safetensors and tokenizers have others."""
+    from distilbert_fast.distillation.checkpoint import raise_disk_error
+
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    except Exception as error:
+        raise_disk_error(error, f"{job}: could not save {str(path)!r}", "the finished stages are kept")
+        raise
+
+
+def class_names(teacher: Path) -> list[str]:
+    """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
+    names = json.loads((teacher / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    return [str(names[number]) for number in sorted(names, key=int)]
 
 
 def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:

@@ -31,6 +31,7 @@ class RunDirectory:
         names: the entries that the job will write there.
         overwrite: where the directory holds something else under those names, move that to `previous-<n>/` in it
             instead of refusing. An unfinished run of the same settings is continued, not moved.
+        shared: entries that serve a run of any settings, such as a cache: they stay and are in nobody's way.
 
     Use as a context manager: it holds a lock, so that a second run of the job is refused meanwhile.
 
@@ -39,13 +40,20 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | Path, job: str, settings: Mapping[str, Any], names: Sequence[str], overwrite: bool = False
+        self,
+        path: str | Path,
+        job: str,
+        settings: Mapping[str, Any],
+        names: Sequence[str],
+        overwrite: bool = False,
+        shared: Sequence[str] = (),
     ):
         self.path = Path(path)
         self.job = job
         self.settings = json.loads(json.dumps(settings))
         self.names = tuple(names)
         self.overwrite = overwrite
+        self.shared = tuple(shared)
         self._marker = f".{job}.json"
 
     def __enter__(self) -> RunDirectory:
@@ -90,7 +98,8 @@ class RunDirectory:
         there = json.loads(marker.read_text()) if marker.is_file() else None
         if there == self.settings:
             return
-        ours = {self._marker, f".{self.job}.lock", *(f".{name}.partial" for name in self.names)}
+        partial = (f".{name}.partial" for name in (self._marker, *self.names))  # of a run that was killed
+        ours = {self._marker, f".{self.job}.lock", *partial, *self.shared}
         others = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
         if there is not None:
             keys = [key for key in {**there, **self.settings} if there.get(key) != self.settings.get(key)]

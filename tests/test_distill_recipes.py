@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,12 @@ pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
 from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
-from distilbert_fast.distill_recipes import Recipe, Shape, Training, _distinct, distill
+from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
+from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
-from distilbert_fast.recipes import RecipeError
+from distilbert_fast.recipes import RecipeError, save
 from distilbert_fast.stages import StageError
 
 FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
@@ -142,6 +146,9 @@ def test_report_and_model_card_read_well(ablation):
     text = (output / "report.md").read_text()
     for row in report["models"].values():
         assert f"| {row['title']} | {row.get('start', '')} |" in text
+    assert f"| {(output / 'student' / 'model.safetensors').stat().st_size / 1e3:.1f} kB |" in text
+    for page in (text, card.text):
+        assert re.search(r"## What it is made of\n(.*\n)+  distilbert.transformer.layer.0 +<- layer 0\n", page)
     for timings in report["speed"].values():
         assert set(timings) == {f"{m} {lib}" for m in ("teacher", "student") for lib in ("transformers", "optimize()")}
 
@@ -164,7 +171,10 @@ def test_other_data_of_the_same_name_is_refused(inputs, tmp_path):
     text.write_bytes((inputs / "text.txt").read_bytes())
     recipe = Recipe(FAST, TEACHING, train_body=False, objective={"teacher_precision": "int8"})
     job = {"max_length": 16, "min_length": 4, "holdout": 0.1}
-    distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+    report = distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
+    effect = report["models"]["student"]["teacher_effect"]  # of int8
+    assert set(effect) == {"kl", "loss_change"} and 0 < effect["kl"] < 0.1
+    assert f"by the first rows: kl {effect['kl']:.2g} apart" in (tmp_path / "out" / "report.md").read_text()
     text.write_text(text.read_text() + "\nthe old cat on my hammer")
     with pytest.raises(RecipeError, match="was made from other data of that name"):
         distill(MlmJob([str(text)], **job), tmp_path / "out", inputs / "bert", recipe)
@@ -191,6 +201,18 @@ def test_a_task_with_its_baseline(inputs, tmp_path):
     assert again["models"]["teacher"]["losses"] == []
     assert same(tmp_path / "again" / "teacher", tmp_path / "out" / "teacher")
     assert same(tmp_path / "again" / "student", tmp_path / "out" / "student")
+    # also if it counts its classes the other way round
+    turned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher")
+    for tensor in (turned.classifier.weight, turned.classifier.bias):
+        tensor.data = tensor.data.flip(0)
+    turned.config.id2label = {0: "tool", 1: "animal"}
+    turned.config.label2id = {"tool": 0, "animal": 1}
+    turned.save_pretrained(tmp_path / "turned")
+    tokenizer.save_pretrained(tmp_path / "turned")
+    other = distill(task_job(inputs), tmp_path / "other", tmp_path / "turned", Recipe(FAST, TEACHING))
+    for name in ("accuracy", "macro_f1"):
+        assert other["models"]["teacher"]["quality"][name] == again["models"]["teacher"]["quality"][name]
+    assert other["models"]["student"]["quality"]["accuracy"] > 0.8
 
 
 def test_questions(inputs, tmp_path):
@@ -218,6 +240,8 @@ def test_questions(inputs, tmp_path):
             {"student": Training(batch_size=24, micro_batch=16)},
             "student batch_size: expected a multiple of micro_batch",
         ),
+        ({"student": Training(batch_size=0)}, "student batch_size: expected at least 1, got 0"),
+        ({"student": Training(micro_batch=0)}, "student micro_batch: expected at least 1, got 0"),
         ({"student": Training(learning_rate=float("nan"))}, "student learning_rate: expected a finite number above 0"),
         ({"teacher": Training(epochs=-1)}, "teacher epochs: expected 0 or more, got -1"),
         ({"objective": {"alpha_cos": -1}}, "DistillationArguments: alpha_cos must be finite and 0 or more, got -1"),
@@ -229,6 +253,9 @@ def test_questions(inputs, tmp_path):
             "cache: expected 0 but for the losses kl, mlm and cos of mlm, got",
         ),
         ({"cache": 8, "objective": {"temperature": "linear:4:1"}}, "cache: expected 0 for a temperature that changes"),
+        ({"cache": -1}, "cache: expected 0 to 37, the tokens there are, got -1"),
+        ({"cache": 38}, "cache: expected 0 to 37, the tokens there are, got 38"),
+        ({"cache": 8, "objective": {"kd_positions": "masked"}}, "cache: expected 0 for kd_positions masked with the "),
         ({"compare": ["without-layers"]}, "compare: expected of without-kl, without-cos, without-mlm, random-init, "),
     ],
 )
@@ -237,6 +264,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(inputs, tmp_path, 
         distill(mlm_job(inputs), tmp_path / "out", inputs / "bert", Recipe(**changed))
     assert str(caught.value).startswith("distill: ") and message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("positions", "architecture", "longest"), [(64, "roberta", 64), (60, "distilbert", 56), (512, "distilbert", 512)]
+)
+def test_rows_are_as_long_as_the_student_reads(inputs, tmp_path, positions, architecture, longest):
+    """RoBERTa's first position is behind its padding id; rows are padded to a multiple of 8."""
+    source = bert(tmp_path / "bert", max_position_embeddings=positions)
+    recipe = Recipe(shape=Shape(architecture=architecture))
+    check_models(mlm_job(inputs, max_length=longest), source, recipe)
+    with pytest.raises(
+        RecipeError, match=f"^distill: max_length: expected 4 to {longest}, the positions of the student"
+    ):
+        check_models(mlm_job(inputs, max_length=longest + 1), source, recipe)
 
 
 def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
@@ -255,10 +296,48 @@ def test_data_and_lengths_that_cannot_be(inputs, tmp_path):
         assert str(caught.value).startswith(message)
 
 
+def test_after_a_refusal_the_directory_is_free(inputs, tmp_path):
+    """Rows were made, but nothing of them: they stay for the next command."""
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for job, message in (
+        (MlmJob([str(empty)], max_length=16), "source must be files that hold text, got empty ones"),
+        (mlm_job(inputs, probability=2.0), "probability must be above 0"),
+        (mlm_job(inputs, holdout=0.0), "holdout must leave a row"),
+    ):
+        with pytest.raises(RecipeError, match=f"^distill: .*{message}"):
+            distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, TEACHING))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_a_full_disk_is_named_whoever_finds_it(inputs, tmp_path, what):
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
+    model = BertModel.from_pretrained(inputs / "bert") if what == "model" else tokenizer
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))  # the system refuses, as a full disk would
+    try:
+        with pytest.raises(OSError) as caught:
+            save("distill", tmp_path / "out", model, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = f"distill: could not save '{tmp_path / 'out'}': File too large; the finished stages are kept"
+    assert caught.value.strerror == expected and caught.value.errno == errno.EFBIG
+
+
 def test_variants_that_change_nothing_are_left_out():
     """Where no KL is wanted, "without KL" is the student itself."""
-    recipe = Recipe(objective={"alpha_ce": 0.0})
-    assert [variant.name for variant in _distinct(MlmJob.variants[1:4], recipe)] == ["without-cos", "without-mlm"]
+    without_kl, without_cos, without_mlm, random, alone = MlmJob.variants[1:]
+    given = [without_kl, without_cos, without_mlm, random, alone]
+    for zero in (0.0, "0", "linear:0:0"):  # as in Python and as from a command line
+        assert distinct(given, Recipe(objective={"alpha_ce": zero})) == [without_cos, without_mlm, random, alone]
+        assert distinct(TaskJob.variants[1:2], Recipe(objective={"alpha": zero})) == []
+    assert distinct(given, Recipe(), from_layers=False) == [without_kl, without_cos, without_mlm, alone]
+    # nor can the only loss be left out
+    only_kl = Recipe(objective={"alpha_mlm": "0", "alpha_cos": "0"})
+    assert distinct(given, only_kl) == [random, alone]
 
 
 def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
@@ -269,19 +348,28 @@ def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
     assert read["quality"]["mlm"] == pytest.approx(ran["quality"]["mlm"], rel=1e-2)
     for one, other in zip(ran["losses"], read["losses"], strict=True):
         assert other["kl"] == pytest.approx(one["kl"], rel=2e-2, abs=1e-3)
+    assert ran["cache"] == {}
+    assert read["cache"]["bytes_per_token"] > 37 * 4 + 2 * 32
+    assert read["cache"]["tail_mass"] == 0 and abs(read["cache"]["loss_change"]) < 1e-2
+    assert "  - the teacher's cache: " in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_models(tmp_path):
+def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
     command = [sys.executable, "-m", "distillation.recipe_runs", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["moments"] >= 3 and told["writes"] == 4  # one may have been quicker
-    whole, killed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed"))
-    for name, row in whole["models"].items():
-        assert same(tmp_path / "whole" / name, tmp_path / "killed" / name)
-        assert killed["models"][name]["losses"] == row["losses"]
-        assert killed["models"][name]["quality"] == row["quality"]
-    assert not list((tmp_path / "killed").glob(".*.partial"))
+    died = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("mlm", "task"):
+        assert len(died[kind]) == 20
+        assert {"data", "teacher", "student"} <= set(died[kind])
+        whole = tmp_path / kind / "whole"
+        models = json.loads((whole / "report.json").read_text())["models"]
+        for killed in (tmp_path / kind).glob("killed-*"):
+            after = json.loads((killed / "report.json").read_text())["models"]
+            for name, row in models.items():
+                assert same(whole / name, killed / name)
+                for part in ("losses", "quality", "int8"):
+                    assert after[name][part] == row[part]
+            assert not list(killed.glob(".*partial")) and not (killed / "checkpoints").exists()

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": set(),
     "recipes": RECIPES,
     "distill_jobs": RECIPES,
-    "distill_recipes": RECIPES | {"distill_jobs", "recipes"},
+    "distill_settings": RECIPES | {"distill_jobs", "recipes"},
+    "distill_recipes": RECIPES | {"distill_jobs", "distill_settings", "recipes"},
     "cli": RECIPES | {"recipes", "distill_jobs", "distill_recipes", ""},  # "": the package itself, for its version
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported

@@ -96,6 +96,39 @@ def test_a_job_that_comes_to_nothing_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_serves_any_settings_is_in_nobodys_way(tmp_path):
+    def cached(**settings: object) -> RunDirectory:
+        return RunDirectory(tmp_path, "job", settings, NAMES, overwrite=settings == {"epochs": 3}, shared=["cache"])
+
+    with pytest.raises(KeyboardInterrupt), cached(epochs=1):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "rows").write_text("rows")
+        raise KeyboardInterrupt  # before anything else was made
+    with cached(epochs=2) as job:
+        job.directory("model", fill("two"))
+    with cached(epochs=3) as job:
+        job.directory("model", fill("three"))
+    assert (tmp_path / "cache" / "rows").read_text() == "rows"
+    assert tree(tmp_path / "previous-1" / "model")["sub/weights"] == "two"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_killed_while_the_directory_is_claimed(tmp_path, call):
+    script = f"""
+import os, signal
+from distilbert_fast import stages
+
+setattr(os, {call!r}, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+with stages.RunDirectory({str(tmp_path)!r}, "job", {{"epochs": 1}}, ("model",)):
+    pass
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+    with run(tmp_path) as job:
+        job.directory("model", fill("whole"))
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+
+
 def refused(path: Path, message: str, **arguments: object) -> None:
     place = path if path.is_dir() else path.parent
     before = tree(place)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_MULTIPLE = 8  # batches are padded to a multiple of this: whole tensor core tiles
+MULTIPLE = 8  # batches are padded to a multiple of this: whole tensor core tiles
 _STREAM_CHUNK = 64  # rows of a stream that are masked at once
 
 
@@ -266,7 +266,7 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
 def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """What ``pad_collator`` makes of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    width = -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
+    width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
     inside = torch.arange(width) < lengths[:, None]  # [B, T]
     batch = {"attention_mask": inside}
     for name, filler in (("input_ids", pad_id), ("labels", IGNORED)):

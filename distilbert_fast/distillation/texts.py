@@ -58,6 +58,8 @@ class Texts:
     ) -> None:
         self.column, self.split, self.across_lines = column, split, across_lines
         given = [os.fspath(one) for one in ([source] if isinstance(source, (str, os.PathLike)) else source)]
+        if not all(given):
+            refuse("load_corpus", "source", "files or a data set", "an empty name")
         self.name = ", ".join(given)
         self.files: list[Path] = []
         if len(given) == 1 and (Path(given[0]).is_dir() or not _is_file_name(given[0])):
@@ -72,6 +74,8 @@ class Texts:
             refuse("load_corpus", "source", f"files of one kind of {', '.join(READERS)}", ", ".join(kinds) or "none")
         if split != "train":
             refuse("load_corpus", "split", "'train' for files", repr(split))
+        if column is not None and kinds == [".txt"]:
+            refuse("load_corpus", "text_column", "None for .txt files, which have no columns", repr(column))
 
     def identity(self, threads: int) -> list[Any]:
         """What the texts depend on, wherever they lie: SHA-256 of every file; of a data set of the hub its commit."""

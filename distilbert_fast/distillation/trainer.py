@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-__all__ = ["DistillationArguments", "DistillationTrainer"]
+__all__ = ["DistillationArguments", "DistillationTrainer", "DivergedError"]
+
+
+class DivergedError(ArithmeticError):
+    """Training came to a loss or a weight that is not finite; no checkpoint holds it."""
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -62,6 +66,7 @@ class DistillationTrainer(ResumableTrainer):
 
     Raises:
         TypeError, ValueError: teacher and student do not fit each other or the objective, by name.
+        DivergedError: in ``train``, a loss that is to be logged, or a weight that is to be saved, is not finite.
     """
 
     args: DistillationArguments
@@ -176,11 +181,27 @@ class DistillationTrainer(ResumableTrainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; what reports the training loss reports its parts too."""
+        """As in Trainer; what reports the training loss reports its parts too, which must be finite."""
         if "loss" in logs:
-            logs.update(self._means(self._train_parts))
+            means = self._means(self._train_parts)
+            if wrong := [f"{name} {mean}" for name, mean in means.items() if not math.isfinite(mean)]:
+                self._diverged("losses", ", ".join(wrong))
+            logs.update(means)
             self._train_parts = self._no_parts()
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As in ResumableTrainer, of finite weights: a run that went on from others could not come back."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                self._diverged("weights", f"others in {name}")
+        super()._save_checkpoint(model, trial)
+
+    def _diverged(self, what: str, got: str) -> NoReturn:
+        raise DivergedError(
+            f"DistillationTrainer: {what} must be finite, got {got} by step {self.state.global_step}: a lower "
+            "learning_rate or a longer warm-up may help"
+        )
 
     def evaluation_loop(
         self,

@@ -88,7 +88,7 @@ def _card(content: Mapping[str, Any], student: str) -> str:
 def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
     """A model in a row: what it is, its losses' weights, how good it is, and with int8 linear layers; titles first."""
     metrics = content["metrics"]
-    head = ["", "starts from", "layers", "parameters", *(title for _, title, _ in metrics)]
+    head = ["", "starts from", "layers", "parameters", "weight file", *(title for _, title, _ in metrics)]
     first = metrics[0]
     table = [[*head, f"{first[1]}, int8"]]
     for row in content["models"].values():
@@ -99,6 +99,7 @@ def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
                 row.get("start", ""),
                 str(row["layers"]),
                 large(row["parameters"]),
+                f"{large(row['file_bytes'])}B",
                 *cells,
                 _shown(row["int8"].get(first[0]), first[2]),
             ]
@@ -111,7 +112,7 @@ def table(content: Mapping[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    head, *body = [[row[0], *row[4:]] for row in quality_rows(content)]
+    head, *body = [[row[0], *row[5:]] for row in quality_rows(content)]
     result = Table(title=f"{content['kind']}: {content['data']['name']}", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(head):
         result.add_column(name, justify="right" if i else "left")
@@ -181,6 +182,7 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         *(line for row in content["models"].values() for line in _training(row)),
         "",
         *(f"- {name}: {_flat(value)}" for name, value in content["settings"].items()),
+        *_made_of(content["models"]),
     )
 
 
@@ -191,6 +193,23 @@ def _training(row: Mapping[str, Any]) -> Iterator[str]:
         objective = _flat(row["objective"]) or "the defaults"
         spent = f"{row['steps']} steps in {row['seconds']:.0f} s{resumed}"
         yield f"- **{row['title']}**: {spent}; {objective}; at last {last}"
+    if effect := row.get("teacher_effect"):
+        yield f"  - the teacher's precision, beside its own forward, by the first rows: {_effect(effect)}"
+    if cache := row.get("cache"):
+        size = f"{cache['bytes_per_token']:.0f} bytes a token, {cache['tail_mass']:.2%} of the mass in its tail"
+        yield f"  - the teacher's cache: {size}; beside all its logits, by the first rows: {_effect(cache)}"
+
+
+def _made_of(models: Mapping[str, Any]) -> Iterator[str]:
+    """What the student was copied from; its variants alike."""
+    for made_of in [row["made_of"] for row in models.values() if "made_of" in row][:1]:
+        yield from ("", "## What it is made of", "", "```", made_of, "```")
+
+
+def _effect(row: Mapping[str, float]) -> str:
+    """What `teacher_effect` found, by its first loss."""
+    (name,) = (name for name in row if name not in ("loss_change", "bytes_per_token", "tail_mass"))
+    return f"{name} {row[name]:.2g} apart, which changes the student's loss by {row['loss_change']:+.2%}"
 
 
 def _speed_rows(content: Mapping[str, Any]) -> list[list[str]]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distilbert_fast.ops._check import refuse
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -107,6 +109,9 @@ class Windows:
         max_length: tokens of a window.
         stride: tokens by which windows of one question overlap.
 
+    Raises:
+        ValueError: beside the longest question there is not room for more than ``stride`` tokens of context.
+
     Attributes:
         rows: a ``datasets.Dataset`` with the tokenizer's columns, answer_mask (1 on the context), and
             start_positions and end_positions: tokens of the first answer; the first token where the window has none.
@@ -117,8 +122,21 @@ class Windows:
         from datasets import Dataset
 
         self.questions, self.tokenizer = questions, tokenizer
+        asked = [row.text.strip() for row in questions.rows]
+        longest = max(map(len, tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]))
+        room = max_length - longest - tokenizer.num_special_tokens_to_add(pair=True)
+        # where it has no room the tokenizer panics, which is no Exception
+        if room < 1:
+            refuse(
+                "Windows",
+                "max_length",
+                f"above {max_length - room}, the longest question with [CLS] and [SEP]s",
+                max_length,
+            )
+        if not 0 <= stride < room:
+            refuse("Windows", "stride", f"0 to {room - 1}, below the context that the longest question leaves", stride)
         encoded = tokenizer(
-            [row.text.strip() for row in questions.rows],
+            asked,
             [row.context for row in questions.rows],
             truncation="only_second",
             max_length=max_length,

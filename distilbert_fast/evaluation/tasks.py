@@ -6,7 +6,7 @@ import csv
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +46,34 @@ class Task:
                 digest.update(f"\0{label}\0{sentence}".encode("utf-8", "surrogatepass"))
             digest.update(b"\1")
         return digest.hexdigest()
+
+    def for_classes(self, names: Sequence[str], kept: bool) -> Task:
+        """The same task, its classes numbered as a teacher numbers its own.
+
+        Args:
+            names: the teacher's, in the order of its logits; compared without case.
+            kept: the teacher's head is taken as it is, not trained.
+
+        Raises:
+            ValueError: it is kept, and its classes are as many but others. Names that tell nothing, LABEL_0 and the
+                like or numbers in the data, are taken in the order they have.
+        """
+        mine, theirs = ([name.casefold() for name in of] for of in (self.label_names, names))
+        if sorted(mine) == sorted(theirs) and len(set(mine)) == len(mine):
+            order = [theirs.index(name) for name in mine]
+            train, held_out = (
+                _dataset([(text, order[at]) for text, at in zip(split["sentence"], split["label"], strict=True)])
+                for split in (self.train, self.eval)
+            )
+            return Task(self.name, train, held_out, tuple(self.label_names[mine.index(name)] for name in theirs))
+        telling = not all(re.fullmatch(r"-?\d+", name) for name in mine)
+        named = not all(re.fullmatch(r"label_\d+", name) for name in theirs)
+        if kept and telling and named and len(mine) == len(theirs):
+            raise ValueError(
+                f"load_task: data: expected the teacher's labels {', '.join(map(repr, names))}, got "
+                f"{', '.join(map(repr, self.label_names))}; rename them, or train the teacher on them (teacher_epochs)"
+            )
+        return self
 
     @property
     def overlap(self) -> int:

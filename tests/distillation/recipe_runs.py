@@ -1,9 +1,10 @@
-"""A distillation by masked language modelling that dies again and again, each time in a process of its own.
+"""Distillations by masked language modelling and on a task that die again and again, each time in a new process.
 
     PYTHONPATH=.:tests python -m distillation.recipe_runs DIR
 
-runs the recipe to its end in DIR/whole, and in DIR/killed under SIGKILL: at random steps of writing, then at random
-moments after some steps of training. It prints how often it died.
+runs each kind to its end in DIR/KIND/whole, and in DIR/KIND/killed-0, … under SIGKILL at 20 random moments: by turns
+before one of its steps of writing and after some time, at the latest where a stage ends, so that it dies in every one.
+It prints in which.
 """
 
 from __future__ import annotations
@@ -16,61 +17,86 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 import transformers
-from demo_input import bert, sentences
+from demo_input import bert, sentences, tsv
 from distillation.runs import child, die_at_call, wait
 
 from distilbert_fast.compression import quantize  # noqa: F401  imported before the forks: each would take seconds
-from distilbert_fast.distill_jobs import MlmJob
+from distilbert_fast.distill_jobs import MlmJob, TaskJob
 from distilbert_fast.distill_recipes import Recipe, Training, distill
 from distilbert_fast.distillation import data, masking, student, trainer  # noqa: F401
 from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
+from distilbert_fast.evaluation.tasks import load_task
 
-WRITES = 4
-MOMENTS = (("student", 6), ("student", 15), ("random-init", 3), ("random-init", 12))  # stage and step
+COMPARED = {"mlm": "random-init", "task": "without-teacher"}
+MOMENTS = 20
+LONGEST = 4.0  # seconds of a process
 
 
-def run(inputs: Path, output: Path, dying: int = 0) -> None:
-    if dying:
-        die_at_call(dying)
+def run(kind: str, inputs: Path, output: Path) -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.disable(logging.CRITICAL)
-    job = MlmJob([str(inputs / "text.txt")], max_length=16, min_length=4, holdout=0.1)
     teaching = Training(epochs=None, batch_size=32, micro_batch=32, learning_rate=1e-2)
     training = Training(epochs=3, batch_size=32, micro_batch=16, learning_rate=5e-3)
-    distill(job, output, inputs / "bert", Recipe(training, teaching, train_body=False, compare=["random-init"]))
+    job = {
+        "mlm": lambda: MlmJob([str(inputs / "text.txt")], max_length=16, min_length=4, holdout=0.1),
+        "task": lambda: TaskJob(load_task(data=inputs / "train.tsv"), max_length=16),
+    }[kind]()
+    distill(job, output, inputs / "bert", Recipe(training, teaching, kind == "task", compare=[COMPARED[kind]]))
+
+
+def die(kind: str, inputs: Path, chance: random.Random) -> list[str]:
+    """Kill a run in each of its stages, and let it end; where it was when it died."""
+    assert wait(child(lambda: run(kind, inputs, inputs / kind / "whole")))
+    at: list[str] = []
+    runs = 0
+    while len(at) < MOMENTS:
+        output = inputs / kind / f"killed-{runs}"
+        target = stage(kind, output)
+        by_writing, number, seconds = len(at) % 2 == 0, chance.randint(1, 12), chance.uniform(0, LONGEST)
+
+        def inside(output: Path = output, target: str = target) -> bool:
+            return stage(kind, output) == target
+
+        def work(output: Path = output, inside: Any = inside, number: int = number if by_writing else 0) -> None:
+            if number:
+                die_at_call(number, inside)
+            run(kind, inputs, output)
+
+        process = child(work)
+        if not by_writing:
+            end = time.monotonic() + seconds
+            while inside() and time.monotonic() < end:
+                time.sleep(0.001)
+            os.kill(process, signal.SIGKILL)
+        if wait(process):
+            runs += 1  # it was quicker: another one
+        else:
+            at.append(target)
+    assert wait(child(lambda: run(kind, inputs, output)))
+    return at
+
+
+def stage(kind: str, output: Path) -> str:
+    """What a run is at that left this: the first of its parts that is not there."""
+    if not (output / "data.json").exists():
+        return "data"
+    parts = {"teacher": "teacher", "student": "student", "compared": COMPARED[kind]}
+    return next((name for name, part in parts.items() if not (output / part).exists()), "report")
 
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
-    process = child(lambda: bert(directory / "bert", hidden_dropout_prob=0.1))
-    assert wait(process)
-    text = "\n".join(sentence for sentence, _ in sentences(300, seed=3))
-    (directory / "text.txt").write_text(text)
-    assert wait(child(lambda: run(directory, directory / "whole")))
-    chance, killed = random.Random(0), {"writes": 0, "moments": 0}
-    for _ in range(WRITES):
-        dying = chance.randint(5, 60)
-        killed["writes"] += not wait(child(lambda dying=dying: run(directory, directory / "killed", dying)))
-    for stage, step in MOMENTS:
-        process = child(lambda: run(directory, directory / "killed"))
-        while not reached(directory / "killed", stage, step):
-            assert os.waitpid(process, os.WNOHANG) == (0, 0), "the run failed"
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
-        os.kill(process, signal.SIGKILL)
-        killed["moments"] += not wait(process)
-    assert wait(child(lambda: run(directory, directory / "killed")))
-    print(json.dumps(killed))
-
-
-def reached(output: Path, stage: str, step: int) -> bool:
-    saved = [int(path.name.split("-")[1]) for path in (output / "checkpoints" / stage).glob("checkpoint-*")]
-    return max(saved, default=0) >= step or (output / stage).exists()
+    assert wait(child(lambda: bert(directory / "bert", hidden_dropout_prob=0.1)))
+    (directory / "text.txt").write_text("\n".join(sentence for sentence, _ in sentences(300, seed=3)))
+    tsv(directory / "train.tsv", 160, seed=1)
+    chance = random.Random(0)
+    print(json.dumps({kind: die(kind, directory, chance) for kind in COMPARED}))
 
 
 if __name__ == "__main__":

@@ -97,15 +97,19 @@ def wait(process: int) -> bool:
     return True
 
 
-def die_at_call(number: int) -> None:
-    """SIGKILL just before the number-th call that makes, moves, syncs or removes something on the disk."""
-    left = number
+def die_at_call(number: int, inside: Callable[[], bool] = lambda: True) -> None:
+    """SIGKILL just before the number-th call that makes, moves, syncs or removes something on the disk.
+
+    ``inside``: calls count while it is true; when it no longer is, the next one is the last.
+    """
+    left, begun = number, False
 
     def counted(call: Callable) -> Callable:
         def wrapper(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
+            nonlocal left, begun
+            now = inside()
+            left, begun = left - now, begun or now
+            if left == 0 or (begun and not now):
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
 

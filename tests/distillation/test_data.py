@@ -392,6 +392,11 @@ def test_bad_sources(tokenizer, text, tmp_path):
         ([text, "no/*.csv"], {}, ValueError, "load_corpus: source must be files that are there, got 'no/*.csv'"),
         (tmp_path / "*.*", {}, ValueError, f"load_corpus: source must be {kinds}, got .jsonl, .txt"),
         ([], {}, ValueError, f"load_corpus: source must be {kinds}, got none"),
+        ("", {}, ValueError, "load_corpus: source must be files or a data set, got an empty name"),
+        (
+            text, {"text_column": "body"}, ValueError,
+            "load_corpus: text_column must be None for .txt files, which have no columns, got 'body'",
+        ),
         (__file__, {}, ValueError, f"load_corpus: source must be {kinds}, got .py"),
         (tmp_path / "bad.jsonl", {}, ValueError, f"load_corpus: cannot read '{tmp_path / 'bad.jsonl'}': "),
         (tmp_path / "empty*.jsonl", {}, ValueError, "load_corpus: source must be files that hold text, got empty ones"),

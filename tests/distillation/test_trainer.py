@@ -11,7 +11,7 @@ from distillation import tiny
 
 from distilbert_fast.distillation.losses import task_loss
 from distilbert_fast.distillation.student import student_from_teacher
-from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
+from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer, DivergedError
 
 HEADS = ["SequenceClassification", "TokenClassification"]
 
@@ -330,6 +330,20 @@ def test_a_label_out_of_range_is_named(tmp_path):
     trainer = DistillationTrainer(tiny.student(teacher), teacher, tiny.arguments(tmp_path), rows)
     with pytest.raises(ValueError, match=r"^task_loss: labels must be 0 to 2, or -100 for none, got 3$"):
         trainer.train()
+
+
+@pytest.mark.parametrize("how", ["logged", "saved"])
+def test_a_run_that_diverges_ends_and_leaves_no_checkpoint_of_it(tmp_path, how):
+    teacher, settings = tiny.teacher(), {"learning_rate": 1e30, "max_steps": 6, "save_strategy": "steps"}
+    settings |= {"save_steps": 100, "logging_steps": 2} if how == "logged" else {"save_steps": 2, "logging_steps": 100}
+    arguments = tiny.arguments(tmp_path, optim="sgd", max_grad_norm=0.0, **settings)
+    trainer = DistillationTrainer(tiny.student(teacher), teacher, arguments, tiny.rows(24))
+    of = (
+        "losses must be finite, got (kl|ce) " if how == "logged" else "weights must be finite, got others in distilbert"
+    )
+    with pytest.raises(DivergedError, match=rf"^DistillationTrainer: {of}.* by step [24]: a lower learning_rate "):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_half_of_the_real_bert_learns_from_the_whole(tmp_path, bert_dir, tokenizer):

@@ -86,6 +86,35 @@ def test_gradient_checkpointing_computes_layers_again(tmp_path):
         assert len(seen) == calls
 
 
+@pytest.mark.parametrize("objective", ["task", "tokens", "regression", "qa", "mlm"])
+def test_gradient_checkpointing_changes_no_step(tmp_path, objective):
+    """Dropout too is drawn again as it was; autocast is entered again."""
+    head = {"tokens": "TokenClassification", "qa": "QuestionAnswering", "mlm": "MaskedLM"}.get(
+        objective, "SequenceClassification"
+    )
+    rows = tiny.masked_rows(8) if objective == "mlm" else tiny.rows(8, head, pairs=True)
+    for row in rows:
+        if objective == "qa":
+            row.pop("labels")
+            row |= {"start_positions": 2, "end_positions": 2}
+        elif objective == "regression":
+            row["labels"] = float(row["labels"])
+    teacher = tiny.teacher(head, num_labels={"regression": 1, "qa": 2}.get(objective, tiny.CLASSES))
+    weights = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 2, "gradient_accumulation_steps": 2}
+        settings |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "bf16": True}
+        kind = objective if objective in ("qa", "mlm") else "task"
+        losses = EVERY_LOSS if objective == "mlm" else {}
+        args = tiny.arguments(tmp_path / str(checkpointing), objective=kind, **settings, **losses)
+        student = tiny.drop_in(tiny.student(teacher))
+        DistillationTrainer(student, teacher, args, rows).train()
+        weights.append(student.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, msg=name)
+
+
 def test_it_resumes_with_its_schedules(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "temperature": "linear:4:1"}
     masked_lm(tmp_path, alpha_cos="cosine:1:0", **settings).train()

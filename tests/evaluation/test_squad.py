@@ -51,6 +51,26 @@ def test_windows_hold_the_answer_or_say_that_they_do_not(tokenizer, max_length):
     assert found == {0, 1, 2, 3} if max_length > 10 else found >= {0, 1, 3}
 
 
+@pytest.mark.parametrize(
+    ("max_length", "stride", "message"),
+    [
+        (5, 0, "Windows: max_length must be above 5, the longest question with [CLS] and [SEP]s, got 5"),
+        (6, 1, "Windows: stride must be 0 to 0, below the context that the longest question leaves, got 1"),
+        (10, 5, "Windows: stride must be 0 to 4, below the context that the longest question leaves, got 5"),
+        (10, -1, "Windows: stride must be 0 to 4, below the context that the longest question leaves, got -1"),
+    ],
+)
+def test_windows_without_room(tokenizer, max_length, stride, message):
+    with pytest.raises(ValueError) as caught:
+        Windows(questions("cat"), tokenizer, max_length, stride)
+    assert str(caught.value) == message
+
+
+def test_windows_with_just_enough_room(tokenizer):
+    assert len(Windows(questions("cat"), tokenizer, 6, stride=0).rows) == len(CONTEXT.split())
+    assert len(Windows(questions("cat"), tokenizer, 10, stride=4).rows) == len(CONTEXT.split()) - 4
+
+
 def test_the_best_span_of_all():
     torch.manual_seed(0)
     start, end = torch.randn(5, 45), torch.randn(5, 45)

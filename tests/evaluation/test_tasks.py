@@ -54,6 +54,29 @@ def test_numeric_labels_are_in_numeric_order(tmp_path):
     assert load_task(data=path, eval_data=path).label_names == tuple(map(str, range(12)))
 
 
+def test_classes_in_the_order_of_a_teacher(tmp_path):
+    path = tmp_path / "train.tsv"
+    rows = ["good food\tpositive", "bad food\tnegative", "good wine\tpositive", "food\tneutral"]
+    path.write_text("\n".join(["sentence\tlabel", *rows]))
+    task = load_task(data=path, eval_data=path)
+    assert task.label_names == ("negative", "neutral", "positive")
+    same = task.for_classes(["POSITIVE", "neutral", "Negative"], kept=True)
+    assert same.label_names == ("positive", "neutral", "negative")
+    for split in (same.train, same.eval):
+        assert list(split["sentence"]) == [row.split("\t")[0] for row in rows] and split["label"] == [0, 2, 0, 1]
+    for names, kept in (([], True), (["LABEL_0", "LABEL_1", "LABEL_2"], True), (["a", "b"], True), ("abc", False)):
+        assert task.for_classes(names, kept) is task
+    with pytest.raises(ValueError) as caught:
+        task.for_classes(["bad", "neutral", "good"], kept=True)
+    assert str(caught.value) == (
+        "load_task: data: expected the teacher's labels 'bad', 'neutral', 'good', got 'negative', 'neutral', "
+        "'positive'; rename them, or train the teacher on them (teacher_epochs)"
+    )
+    path.write_text("sentence\tlabel\nbad\t0\nneutral\t1\ngood\t2\n")
+    numbers = load_task(data=path, eval_data=path)
+    assert numbers.for_classes(["bad", "neutral", "good"], kept=True) is numbers
+
+
 def test_held_out_part_is_fixed_and_keeps_equal_sentences_together(tmp_path):
     rows = [(f"sentence {i % 50}", str(i % 2)) for i in range(200)]
     task = load_task(data=write(tmp_path / "x.tsv", rows))
