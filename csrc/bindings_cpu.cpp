@@ -274,7 +274,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "A Bᵀ + bias of float32 or bfloat16 matrices");
   m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether the ISA tier in use multiplies bfloat16");
-  m.def("prefers_own_gemm", &prefers_own_gemm, "Whether torch's float32 products are slow on this processor");
+  m.def("prefers_own_gemm", &prefers_own_gemm, "Whether linear_product is faster than torch on this processor");
   m.def(
       "quantize",
       [](Address x, int64_t x_stride, int x_dtype, int64_t rows, int64_t columns, const CodesArguments& x_q,

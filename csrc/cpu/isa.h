@@ -14,7 +14,8 @@ namespace distilbert_fast {
 const Kernels& kernels();
 
 std::string isa();
-// Whether torch's float32 products are slow on this processor: MKL takes AMD's only by halves.
+// Whether the products of linear.h are faster than torch's on this processor, as far as that was timed. AMD: MKL takes
+// its vectors of float32 only by halves, and under autocast torch copies every weight and every gradient.
 bool prefers_own_gemm();
 // Throws std::invalid_argument for an unknown tier or one that cannot run here, with the reason.
 void set_isa(const std::string& name);
