@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -70,6 +72,10 @@ def distill(
     """
     from distilbert_fast.modeling.loading import fingerprint, without_bars
 
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RecipeError(
+            f"distill: WORLD_SIZE: expected 1 process, got {processes}; under torchrun use DistillationTrainer"
+        )
     recipe = recipe or Recipe()
     recipe.student.check("student")
     recipe.teacher.check("teacher")
@@ -113,6 +119,7 @@ def distill(
                 say(f"[{number}/{len(steps) + 1}] {title}{done}")
                 results[name] = run.directory(name, build)
                 run.discard(f"{CHECKPOINTS}/{name}")
+                gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
             run.discard(CHECKPOINTS)
             say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
             measured = run.result(SPEED, flow.measure)

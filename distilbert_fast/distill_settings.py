@@ -34,6 +34,7 @@ class Training:
         weight_decay: of AdamW.
         bf16: compute in bfloat16 where autocast does.
         seed: of what starts at random, the order of the rows, masks and dropout.
+        gradient_checkpointing: keep the input of each layer alone and compute the layer again in backward.
     """
 
     epochs: float | None = 3.0
@@ -45,6 +46,7 @@ class Training:
     weight_decay: float = 0.0
     bf16: bool = False
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def check(self, what: str) -> None:
         """Raise RecipeError for a number out of range."""
@@ -98,7 +100,17 @@ class Training:
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
             **length_grouped(),
+            **(_checkpointing() if self.gradient_checkpointing else {}),
         }
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Under the name that this transformers 5 has for it."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True)

@@ -373,3 +373,48 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
                 for part in ("losses", "quality", "int8"):
                     assert after[name][part] == row[part]
             assert not list(killed.glob(".*partial")) and not (killed / "checkpoints").exists()
+
+
+def test_a_stage_leaves_no_model_in_memory(inputs, monkeypatch):
+    """With an ablation of a large student the memory of every stage would add up."""
+    import gc
+    import weakref
+
+    from distilbert_fast.distillation.trainer import DistillationTrainer
+
+    made, alive = [], []
+
+    class Spy(DistillationTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.append(sum(one() is not None for one in made))
+            made.extend(map(weakref.ref, (self, self.model)))
+
+    monkeypatch.setattr("distilbert_fast.distillation.trainer.DistillationTrainer", Spy)
+    gc.disable()
+    try:
+        distill(
+            task_job(inputs), inputs / "forgetful", inputs / "bert", Recipe(FAST, TEACHING, compare=("random-init",))
+        )
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]  # before the teacher, the student, its variant
+
+
+def test_gradient_checkpointing_makes_the_same_student(inputs):
+    again = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3, gradient_checkpointing=True)
+    for name, student in (("kept", FAST), ("computed-again", again)):
+        distill(task_job(inputs), inputs / name, inputs / "bert", Recipe(student, TEACHING))
+    one, other = (load_file(inputs / name / "student" / "model.safetensors") for name in ("kept", "computed-again"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_several_processes_are_refused(inputs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError) as caught:
+        distill(task_job(inputs), inputs / "parallel", inputs / "bert")
+    assert str(caught.value) == (
+        "distill: WORLD_SIZE: expected 1 process, got 2; under torchrun use DistillationTrainer"
+    )
+    assert not (inputs / "parallel").exists()

@@ -63,6 +63,14 @@ _WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_
 _Bf16 = Annotated[
     bool, typer.Option("--bf16", help="Compute in bfloat16, teacher and student.", rich_help_panel=_TRAINING)
 ]
+_Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Keep less of the student's forward and compute its layers twice.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropout.", rich_help_panel=_TRAINING)]
 
 _LOSSES = "Losses: numbers, or schedules such as linear:2:1"
@@ -143,6 +151,7 @@ def mlm(
     warmup: _Warmup = 0.05,
     weight_decay: _WeightDecay = 0.0,
     bf16: _Bf16 = False,
+    recompute: _Recompute = False,
     seed: _Seed = 0,
     temperature: _Temperature = "2.0",
     alpha_ce: Annotated[str, typer.Option(help="KL to the teacher's vocabulary.", rich_help_panel=_LOSSES)] = "5.0",
@@ -205,7 +214,7 @@ def mlm(
         "relation_heads": relation_heads,
         "teacher_precision": teacher_precision,
     }
-    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
     _distill(
@@ -250,6 +259,7 @@ def task(
     warmup: _Warmup = 0.05,
     weight_decay: _WeightDecay = 0.0,
     bf16: _Bf16 = False,
+    recompute: _Recompute = False,
     seed: _Seed = 0,
     temperature: _Temperature = "2.0",
     alpha: _Alpha = "0.5",
@@ -273,7 +283,7 @@ def task(
 
         return TaskJob(load_task(task, data, eval_data, max_train_rows), max_length)
 
-    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
     objective = {"temperature": temperature, "alpha": alpha, "teacher_precision": teacher_precision}
@@ -306,6 +316,7 @@ def qa(
     warmup: _Warmup = 0.05,
     weight_decay: _WeightDecay = 0.0,
     bf16: _Bf16 = False,
+    recompute: _Recompute = False,
     seed: _Seed = 0,
     temperature: _Temperature = "2.0",
     alpha: _Alpha = "0.5",
@@ -329,7 +340,7 @@ def qa(
 
         return QaJob(*load_squad(data, eval_data), max_length, stride)
 
-    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed)
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
     shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
     objective = {"temperature": temperature, "alpha": alpha, "teacher_precision": teacher_precision}
