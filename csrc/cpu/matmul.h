@@ -2,7 +2,7 @@
 // vectors, so they are padded; C goes, two vectors of a row at a time, to a function of the caller's.
 //
 // A tile of C, kMatmulRows rows by kMatmulColumns columns, stays in registers while k runs: the sum of an element is
-// one chain over k in order, whatever the tile it falls in. Included after vec_<isa>.h.
+// made of chains over kMatmulDepth of k in order, whatever the tile it falls in. Included after vec_<isa>.h.
 #pragma once
 
 namespace distilbert_fast {
@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kMatmulRows = Vec::lanes == 16 ? 12 : Vec::lanes == 8 ? 6 : 4;
 constexpr int64_t kMatmulColumns = 2 * Vec::lanes;
+constexpr int64_t kMatmulDepth = 256;  // longer chains of float32 sums lose digits
 
 // Element (r, i) of A is data[r · row + i · step].
 struct MatmulA {
@@ -17,19 +18,36 @@ struct MatmulA {
   int64_t row, step;
 };
 
+// low, high += A B over ``depth`` of k.
+template <int R>
+inline void matmul_chain(const float* a, int64_t row, int64_t step, const float* b, int64_t b_stride, int64_t depth,
+                         Vec (&low)[R], Vec (&high)[R]) {
+  for (int64_t i = 0; i < depth; ++i, a += step, b += b_stride) {
+    const Vec b_low = load(b), b_high = load(b + Vec::lanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec x = broadcast(a[r * row]);
+      low[r] = fma(x, b_low, low[r]);
+      high[r] = fma(x, b_high, high[r]);
+    }
+  }
+}
+
 template <int R, class Sums, class Out>
 inline void matmul_tile(MatmulA a, const float* b, int64_t b_stride, int64_t depth, int64_t row, int64_t column,
                         const Sums& sums, const Out& out) {
   Vec low[R], high[R];
-  const float* from = a.data + row * a.row;
   for (int r = 0; r < R; ++r) sums(row + r, column, low[r], high[r]);
+  a.data += row * a.row;
   b += column;
-  for (int64_t i = 0; i < depth; ++i, from += a.step, b += b_stride) {
-    const Vec b_low = load(b), b_high = load(b + Vec::lanes);
+  matmul_chain<R>(a.data, a.row, a.step, b, b_stride, smaller(depth, kMatmulDepth), low, high);
+  for (int64_t i = kMatmulDepth; i < depth; i += kMatmulDepth) {
+    Vec more_low[R], more_high[R];
+    for (int r = 0; r < R; ++r) more_low[r] = more_high[r] = broadcast(0);
+    matmul_chain<R>(a.data + i * a.step, a.row, a.step, b + i * b_stride, b_stride, smaller(depth - i, kMatmulDepth),
+                    more_low, more_high);
     for (int r = 0; r < R; ++r) {
-      const Vec x = broadcast(from[r * a.row]);
-      low[r] = fma(x, b_low, low[r]);
-      high[r] = fma(x, b_high, high[r]);
+      low[r] = add(low[r], more_low[r]);
+      high[r] = add(high[r], more_high[r]);
     }
   }
   for (int r = 0; r < R; ++r) out(row + r, column, low[r], high[r]);
