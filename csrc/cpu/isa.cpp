@@ -140,7 +140,7 @@ std::atomic<const Tier*>& in_use() {
 
 const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed)->kernels; }
 
-bool prefers_own_gemm() { return is_amd(); }
+bool prefers_own_gemm() { return is_amd() && isa().compare(0, 6, "avx512") == 0; }
 
 std::string isa() { return in_use().load()->name; }
 

@@ -14,8 +14,9 @@ namespace distilbert_fast {
 const Kernels& kernels();
 
 std::string isa();
-// Whether the products of linear.h are faster than torch's on this processor, as far as that was timed. AMD: MKL takes
-// its vectors of float32 only by halves, and under autocast torch copies every weight and every gradient.
+// Whether the products of linear.h are faster than torch's on this processor, as far as that was timed. AMD with
+// AVX-512: MKL takes its vectors of float32 only by halves, and under autocast torch copies every weight and every
+// gradient.
 bool prefers_own_gemm();
 // Throws std::invalid_argument for an unknown tier or one that cannot run here, with the reason.
 void set_isa(const std::string& name);
