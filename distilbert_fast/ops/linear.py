@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import autocast
+from distilbert_fast.ops._autocast import autocast, enabled
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops._rows import DTYPE_CODE
 
@@ -40,14 +40,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError, ValueError: dtypes and shapes that do not fit, by name.
     """
-    cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
-    if torch.compiler.is_compiling() or not _is_ours(dtype, x, weight, bias):
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    dtypes = tuple(DTYPE_CODE) if cast else (x.dtype,)
-    _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes)
+    cast = enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    dtypes = _check.FLOATS if cast else (x.dtype,)
+    _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes, x.device)
     if bias is not None:
-        _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes)
+        _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes, x.device)
+    if not _is_ours(dtype, x, weight, bias):
+        return F.linear(x, weight, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
     return _Linear.apply(rows, weight, bias, dtype).view(*x.shape[:-1], weight.shape[0])
 

@@ -243,12 +243,12 @@ def test_opcheck():
         (torch.zeros(3, 4), torch.zeros(4), r"linear: bias must be of shape \[3\], got \[4\]"),
     ],
 )
-def test_refuses(weight, bias, message):
+def test_refuses(weight, bias, message, place):
     with pytest.raises(ValueError, match=f"^{message}$"):
         linear(torch.zeros(2, 4), weight, bias)
 
 
-def test_refuses_another_dtype():
+def test_refuses_another_dtype(place):
     with pytest.raises(TypeError, match=r"^linear: weight must be float32, got bfloat16$"):
         linear(torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
 
