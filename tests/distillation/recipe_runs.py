@@ -34,7 +34,6 @@ from distilbert_fast.evaluation.tasks import load_task
 
 COMPARED = {"mlm": "random-init", "task": "without-teacher"}
 MOMENTS = 20
-LONGEST = 4.0  # seconds of a process
 
 
 def run(kind: str, inputs: Path, output: Path) -> None:
@@ -52,13 +51,15 @@ def run(kind: str, inputs: Path, output: Path) -> None:
 
 def die(kind: str, inputs: Path, chance: random.Random) -> list[str]:
     """Kill a run in each of its stages, and let it end; where it was when it died."""
+    start = time.monotonic()
     assert wait(child(lambda: run(kind, inputs, inputs / kind / "whole")))
+    longest = time.monotonic() - start
     at: list[str] = []
     runs = 0
     while len(at) < MOMENTS:
         output = inputs / kind / f"killed-{runs}"
         target = stage(kind, output)
-        by_writing, number, seconds = len(at) % 2 == 0, chance.randint(1, 12), chance.uniform(0, LONGEST)
+        by_writing, number, seconds = len(at) % 2 == 0, chance.randint(1, 12), chance.uniform(0, longest)
 
         def inside(output: Path = output, target: str = target) -> bool:
             return stage(kind, output) == target
