@@ -43,12 +43,10 @@ struct KlDivBackward {
   bool stream;
 };
 
-// Two matrices of logits, rows side by side. Rows [0, kl_rows) count for the KL, and only they have a teacher.
-struct LinearKlDivRows {
-  void* student;        // [rows, columns]; where gradients are wanted the rows of the KL become its gradient
-  const void* teacher;  // [kl_rows, columns]
+// A student's logits for the two vocabulary losses. Rows [0, kl_rows) count for the KL, and only they have a teacher.
+struct VocabularyLosses {
+  void* student;  // [rows, columns]; where gradients are wanted the rows of the KL become its gradient
   DType student_dtype;
-  DType teacher_dtype;
   int64_t rows;
   int64_t kl_rows;
   int64_t columns;
@@ -59,6 +57,12 @@ struct LinearKlDivRows {
   float* kl;          // [kl_rows]
   float* ce;          // [rows]; null if labels is
   void* ce_gradient;  // [rows with a label, columns], dtype of the student; null: not wanted
+};
+
+struct LinearKlDivRows {
+  VocabularyLosses losses;
+  const void* teacher;  // [kl_rows, columns]
+  DType teacher_dtype;
 };
 
 // Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where

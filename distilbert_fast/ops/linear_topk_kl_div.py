@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops._linear_kl_div_backends import chunk_rows, projection_dtype
 from distilbert_fast.ops._rows import accumulation_dtype
+from distilbert_fast.ops._vocabulary_losses import chunk_rows, projection_dtype
 
 OP = "linear_topk_kl_div"
 
