@@ -65,6 +65,15 @@ struct LinearKlDivRows {
   DType teacher_dtype;
 };
 
+// The teacher is known by its most likely tokens. Rows of the KL are written over even where no gradient is wanted.
+struct LinearTopKKlDivRows {
+  VocabularyLosses losses;
+  const int64_t* ids;     // [kl_rows, kept], in [0, columns)
+  const float* log_p;     // [kl_rows, kept]
+  const float* log_tail;  // [kl_rows], the log of all other tokens' mass
+  int64_t kept;
+};
+
 // Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
 // cu_seqlens is null: `length` tokens each, of which those with mask[b · length + i] count; a null mask counts all.
 struct AttentionSequences {
@@ -122,6 +131,8 @@ struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
   void (*linear_kl_div)(const LinearKlDivRows&, int64_t begin, int64_t end);
+  // scratch: 2 · kept doubles, one for each thread.
+  void (*linear_topk_kl_div)(const LinearTopKKlDivRows&, int64_t begin, int64_t end, void* scratch);
   GemmKernel gemm_int8;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;

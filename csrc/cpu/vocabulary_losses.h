@@ -1,4 +1,4 @@
-// What the checked entries of the vocabulary losses refuse alike.
+// What the checked entries of linear_kl_div and linear_topk_kl_div refuse alike. Included by these two alone.
 #pragma once
 
 #include <string>
