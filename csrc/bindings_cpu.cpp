@@ -18,6 +18,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/linear_kl_div.h"
+#include "cpu/linear_topk_kl_div.h"
 #include "cpu/quantize.h"
 
 namespace py = pybind11;
@@ -47,6 +48,14 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
 }
 
 DType dtype(int code) { return static_cast<DType>(code); }
+
+VocabularyLosses vocabulary_losses(Address student, int student_dtype, int64_t rows, int64_t kl_rows, int64_t columns,
+                                   double temperature, Address labels, bool gradient, Address kl, Address ce,
+                                   Address ce_gradient) {
+  return {at<void>(student), dtype(student_dtype),      rows,    kl_rows,  columns,
+          temperature,       at<const int64_t>(labels), nullptr, gradient, at<float>(kl),
+          at<float>(ce),     at<void>(ce_gradient)};
+}
 
 // data, stride, flip, scale_out, scale_in, stride of scale_in: see Codes.
 using CodesArguments = std::tuple<Address, int64_t, int, Address, Address, int64_t>;
@@ -372,14 +381,24 @@ PYBIND11_MODULE(_cpu, m) {
       [](Address student, Address teacher, int student_dtype, int teacher_dtype, int64_t rows, int64_t kl_rows,
          int64_t columns, double temperature, Address labels, bool gradient, Address kl, Address ce,
          Address ce_gradient, int threads) {
+        const VocabularyLosses losses = vocabulary_losses(student, student_dtype, rows, kl_rows, columns, temperature,
+                                                          labels, gradient, kl, ce, ce_gradient);
         py::gil_scoped_release release;
-        linear_kl_div(
-            {at<void>(student), at<const void>(teacher), static_cast<DType>(student_dtype),
-             static_cast<DType>(teacher_dtype), rows, kl_rows, columns, temperature, at<const int64_t>(labels), nullptr,
-             gradient, at<float>(kl), at<float>(ce), at<void>(ce_gradient)},
-            threads);
+        linear_kl_div({losses, at<const void>(teacher), dtype(teacher_dtype)}, threads);
       },
       "Losses of rows of logits; the gradient of the KL over the student's logits, that of the cross-entropy beside");
+  m.def(
+      "linear_topk_kl_div",
+      [](Address student, int student_dtype, int64_t rows, int64_t kl_rows, int64_t columns, double temperature,
+         Address ids, Address log_p, Address log_tail, int64_t kept, Address labels, bool gradient, Address kl,
+         Address ce, Address ce_gradient, int threads) {
+        const VocabularyLosses losses = vocabulary_losses(student, student_dtype, rows, kl_rows, columns, temperature,
+                                                          labels, gradient, kl, ce, ce_gradient);
+        py::gil_scoped_release release;
+        linear_topk_kl_div({losses, at<const int64_t>(ids), at<const float>(log_p), at<const float>(log_tail), kept},
+                           threads);
+      },
+      "The same to a teacher's most likely tokens and the mass of all others");
 
   py::class_<Encoder>(m, "Encoder", "A whole encoder; what its addresses name must outlive it")
       .def(py::init(&make_encoder))

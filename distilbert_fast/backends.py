@@ -29,6 +29,7 @@ _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "kl_div": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear_kl_div": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "linear_topk_kl_div": {"cpu": ("float32", "bfloat16")},
     "attention": {"triton": _FLOAT, "cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},

@@ -77,8 +77,8 @@ LABELS = torch.tensor([2, -1])
         ({"columns": 2**62}, "linear_kl_div: rows · columns must fit in 60 bits, got 2 · 4611686018427387904"),
         ({"teacher_dtype": 7}, "linear_kl_div: dtype must be 0 (float32) or 1 (bfloat16), got 7"),
         ({"temperature": 0.0}, "linear_kl_div: temperature must be finite and above 0, got 0.000000"),
-        ({"student": 0}, "linear_kl_div: student must point to logits, got null"),
-        ({"teacher": 0}, "linear_kl_div: teacher and kl must point to memory, got null"),
+        ({"student": 0}, "linear_kl_div: student must point to memory, got null"),
+        ({"teacher": 0}, "linear_kl_div: teacher must point to memory, got null"),
         ({"ce": 0}, "linear_kl_div: ce must point to memory, got null"),
         ({"ce_gradient": 0}, "linear_kl_div: ce_gradient must point to memory, got null"),
         ({"columns": 2}, "linear_kl_div: labels must be from -1 (none) to columns - 1, got 2"),
@@ -106,6 +106,53 @@ def test_linear_kl_div_refuses_before_touching_memory(changed, message):
     with pytest.raises(ValueError) as error:
         _cpu.linear_kl_div(*{**values, **changed}.values())
     assert str(error.value) == message
+    assert torch.equal(LOGITS, before)
+
+
+IDS = torch.tensor([[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": -1, "kl_rows": -1}, "rows must be 0 or more, got -1"),
+        ({"columns": 2**62}, "rows · columns must fit in 60 bits, got 2 · 4611686018427387904"),
+        ({"student_dtype": 7}, "dtype must be 0 (float32) or 1 (bfloat16), got 7"),
+        ({"student": 0}, "student must point to memory, got null"),
+        ({"kl": 0}, "kl must point to memory, got null"),
+        ({"ids": 0}, "ids must point to memory, got null"),
+        ({"log_p": 0}, "log_p must point to memory, got null"),
+        ({"log_tail": 0}, "log_tail must point to memory, got null"),
+        ({"kept": 0}, "kept must be from 1 to columns, got 0"),
+        ({"kept": 4}, "kept must be from 1 to columns, got 4"),
+        ({"columns": 2, "labels": 0}, "ids must be from 0 to columns - 1, got 2"),
+        ({"columns": 2}, "labels must be from -1 (none) to columns - 1, got 2"),
+    ],
+)
+def test_linear_topk_kl_div_refuses_before_touching_memory(changed, message):
+    values = {
+        "student": LOGITS.data_ptr(),
+        "student_dtype": 0,
+        "rows": 2,
+        "kl_rows": 1,
+        "columns": 3,
+        "temperature": 1.0,
+        "ids": IDS.data_ptr(),
+        "log_p": LOGITS.data_ptr(),
+        "log_tail": LOGITS.data_ptr(),
+        "kept": 2,
+        "labels": LABELS.data_ptr(),
+        "gradient": True,
+        "kl": LOSS.data_ptr(),
+        "ce": LOSS.data_ptr(),
+        "ce_gradient": LOGITS.data_ptr(),
+        "threads": 1,
+    }
+    assert set(changed) <= set(values)
+    before = LOGITS.clone()
+    with pytest.raises(ValueError) as error:
+        _cpu.linear_topk_kl_div(*{**values, **changed}.values())
+    assert str(error.value) == f"linear_topk_kl_div: {message}"
     assert torch.equal(LOGITS, before)
 
 

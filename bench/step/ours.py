@@ -9,17 +9,16 @@ import torch
 
 from bench.step.original import ADAMW, ALPHA_CE, ALPHA_COS, ALPHA_MLM, CLIP, TEMPERATURE
 from distilbert_fast.distillation.masked_lm import MlmObjective
-from distilbert_fast.distillation.teacher import ModelTeacher
 
 
 class Ours:
-    """Args: student: of our classes. teacher: a ForMaskedLM model. precision: of its encoder. autocast: or None."""
+    """Args: student: of our classes. teacher: a Teacher of distilbert_fast.distillation. autocast: a dtype, or None."""
 
-    def __init__(self, student: Any, teacher: Any, precision: str, autocast: torch.dtype | None) -> None:
-        self.student, self.autocast = student.train(), autocast
-        self.teacher = ModelTeacher(teacher, precision)
-        self.teacher.prepare(next(student.parameters()).device)
+    def __init__(self, student: Any, teacher: Any, autocast: torch.dtype | None) -> None:
+        self.student, self.teacher, self.autocast = student.train(), teacher, autocast
         self.objective = MlmObjective(TEMPERATURE, ALPHA_CE, ALPHA_MLM, ALPHA_COS, kd_positions="masked")
+        teacher.check(self.objective)
+        teacher.prepare(next(student.parameters()).device)
         self.optimizer = torch.optim.AdamW(student.parameters(), **ADAMW, fused=True)
         self.part: Callable[[str], None] = lambda name: None
         student.base_model.register_forward_hook(lambda *_: self.part("student forward"))
@@ -43,13 +42,27 @@ class Ours:
 
 
 class Timed:
-    """A teacher that says when its encoder has run."""
+    """A teacher whose answers, when they are asked for, count as its part of the step."""
 
     def __init__(self, teacher: Any, part: Callable[[str], None]) -> None:
         self.teacher, self.part = teacher, part
 
     def answer(self, batch: Any, hidden_states: bool = False) -> Any:
-        answer = self.teacher.answer(batch, hidden_states)
-        answer.hidden(torch.zeros(1, dtype=torch.int64, device=batch["input_ids"].device))
+        return TimedAnswer(self._timed(self.teacher.answer, batch, hidden_states), self._timed)
+
+    def _timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self.part("losses")
+        result = call(*arguments)
         self.part("teacher")
-        return answer
+        return result
+
+
+class TimedAnswer:
+    def __init__(self, answer: Any, timed: Callable[..., Any]) -> None:
+        self.answer, self.timed = answer, timed
+
+    def hidden(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.timed(self.answer.hidden, rows)
+
+    def soft_targets(self, rows: torch.Tensor) -> Any:
+        return self.timed(self.answer.soft_targets, rows)

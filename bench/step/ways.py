@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+Build = Callable[[dict[str, Any], dict[str, Any]], Any]  # of one of SIZES, and the batch that every step is given
+
+
 @dataclass(frozen=True)
 class Way:
-    build: Callable[[dict[str, Any]], Any]
+    build: Build
     rival: str | None = None  # what it is measured against
 
 
@@ -45,8 +49,8 @@ def _models(config: dict[str, Any], ours: bool) -> tuple[Any, Any]:
     return kind(settings), teacher
 
 
-def _original(autocast: str | None) -> Callable[[dict[str, Any]], Any]:
-    def build(config: dict[str, Any]) -> Any:
+def _original(autocast: str | None) -> Build:
+    def build(config: dict[str, Any], batch: dict[str, Any]) -> Any:
         import torch
 
         from bench.step.original import Original
@@ -56,15 +60,62 @@ def _original(autocast: str | None) -> Callable[[dict[str, Any]], Any]:
     return build
 
 
-def _ours(autocast: str | None, teacher: str) -> Callable[[dict[str, Any]], Any]:
-    def build(config: dict[str, Any]) -> Any:
+def _ours(autocast: str | None, teacher_precision: str) -> Build:
+    def build(config: dict[str, Any], batch: dict[str, Any]) -> Any:
+        import torch
+
+        from bench.step.ours import Ours
+        from distilbert_fast.distillation.teacher import ModelTeacher
+
+        student, teacher = _models(config, ours=True)
+        return Ours(student, ModelTeacher(teacher, teacher_precision), autocast and getattr(torch, autocast))
+
+    return build
+
+
+def _ours_cached(autocast: str | None) -> Build:
+    def build(config: dict[str, Any], batch: dict[str, Any]) -> Any:
         import torch
 
         from bench.step.ours import Ours
 
-        return Ours(*_models(config, ours=True), teacher, autocast and getattr(torch, autocast))
+        student, teacher = _models(config, ours=True)
+        return Ours(student, _cached(teacher, batch), autocast and getattr(torch, autocast))
 
     return build
+
+
+def _cached(teacher: Any, batch: dict[str, Any]) -> Any:
+    """A CachedTeacher of the batch: of each row 64 tokens, and the hidden state, which the cosine wants."""
+    import datasets
+
+    from bench.step.original import TEMPERATURE
+    from distilbert_fast.distillation.masking import MaskedDataset, Masking
+    from distilbert_fast.distillation.teacher_cache import CachedTeacher
+    from distilbert_fast.distillation.teacher_cache_build import build_cache
+
+    ids = batch["input_ids"]
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)})
+    already = Masking(_Vocabulary(teacher.config.vocab_size), None, mask=0, keep=1, random=0)  # tokens drawn stay
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
+        directory = build_cache(
+            teacher, MaskedDataset(rows, already), f"{folder}/cache", k=64, temperature=TEMPERATURE, hidden=True
+        )
+        cached = CachedTeacher(directory)
+        cached.answer(batch).hidden(batch["labels"].new_zeros(1))  # its files, mapped now, outlive their names
+    return cached
+
+
+class _Vocabulary:
+    """What Masking asks of a tokenizer."""
+
+    mask_token_id, all_special_ids = 103, (103,)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
 
 
 WAYS = {
@@ -73,6 +124,8 @@ WAYS = {
     "ours-fp32": Way(_ours(None, "fp32"), "original-fp32"),
     "ours-fp32-teacher-bf16": Way(_ours(None, "bf16"), "original-fp32"),
     "ours-fp32-teacher-int8": Way(_ours(None, "int8"), "original-fp32"),
+    "ours-fp32-teacher-cached": Way(_ours_cached(None), "original-fp32"),
     "ours-bf16": Way(_ours("bfloat16", "bf16"), "original-bf16"),
     "ours-bf16-teacher-int8": Way(_ours("bfloat16", "int8"), "original-bf16"),
+    "ours-bf16-teacher-cached": Way(_ours_cached("bfloat16"), "original-bf16"),
 }

@@ -57,7 +57,7 @@ class Run:
             "labels": ids.where(masked, -100),
         }
         torch.manual_seed(1)
-        self.way = way.build(config)
+        self.way = way.build(config, self.batch)
         self.loss = 0.0
         self._step()
         backends.cpu().release_spares()

@@ -12,6 +12,7 @@
 #include "kl_div_rows.h"
 #include "layer_norm_rows.h"
 #include "linear_kl_div_rows.h"
+#include "linear_topk_kl_div_rows.h"
 #include "quantize_rows.h"
 
 namespace distilbert_fast {
@@ -22,6 +23,7 @@ constexpr Kernels common_kernels() {
   kernels.kl_div_forward = kl_div_forward;
   kernels.kl_div_backward = kl_div_backward;
   kernels.linear_kl_div = linear_kl_div;
+  kernels.linear_topk_kl_div = linear_topk_kl_div;
   kernels.quantize = quantize;
   kernels.layer_norm_forward = layer_norm_forward;
   kernels.attention_forward = attention_forward;

@@ -43,12 +43,10 @@ struct KlDivBackward {
   bool stream;
 };
 
-// Two matrices of logits, rows side by side. Rows [0, kl_rows) count for the KL, and only they have a teacher.
-struct LinearKlDivRows {
-  void* student;        // [rows, columns]; where gradients are wanted the rows of the KL become its gradient
-  const void* teacher;  // [kl_rows, columns]
+// A student's logits for the two vocabulary losses. Rows [0, kl_rows) count for the KL, and only they have a teacher.
+struct VocabularyLosses {
+  void* student;  // [rows, columns]; where gradients are wanted the rows of the KL become its gradient
   DType student_dtype;
-  DType teacher_dtype;
   int64_t rows;
   int64_t kl_rows;
   int64_t columns;
@@ -59,6 +57,21 @@ struct LinearKlDivRows {
   float* kl;          // [kl_rows]
   float* ce;          // [rows]; null if labels is
   void* ce_gradient;  // [rows with a label, columns], dtype of the student; null: not wanted
+};
+
+struct LinearKlDivRows {
+  VocabularyLosses losses;
+  const void* teacher;  // [kl_rows, columns]
+  DType teacher_dtype;
+};
+
+// The teacher is known by its most likely tokens. Rows of the KL are written over even where no gradient is wanted.
+struct LinearTopKKlDivRows {
+  VocabularyLosses losses;
+  const int64_t* ids;     // [kl_rows, kept], in [0, columns)
+  const float* log_p;     // [kl_rows, kept]
+  const float* log_tail;  // [kl_rows], the log of all other tokens' mass
+  int64_t kept;
 };
 
 // Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
@@ -118,6 +131,8 @@ struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
   void (*kl_div_backward)(const KlDivBackward&, int64_t begin, int64_t end);
   void (*linear_kl_div)(const LinearKlDivRows&, int64_t begin, int64_t end);
+  // scratch: 2 · kept doubles, one for each thread.
+  void (*linear_topk_kl_div)(const LinearTopKKlDivRows&, int64_t begin, int64_t end, void* scratch);
   GemmKernel gemm_int8;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;

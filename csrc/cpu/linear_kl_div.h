@@ -6,8 +6,8 @@
 
 namespace distilbert_fast {
 
-// Throws std::invalid_argument before logits or outputs are touched if sizes, labels, pointers or temperature make no
-// sense. The slots of the call are made here: the rows with a label, in order.
+// Throws std::invalid_argument before logits or outputs are touched if something makes no sense. The slots of the call
+// are made here.
 void linear_kl_div(LinearKlDivRows call, int threads);
 
 }  // namespace distilbert_fast

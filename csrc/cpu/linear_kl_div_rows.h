@@ -33,47 +33,68 @@ double exponential_sum(const S* x, int64_t columns, float k, float& top) {
 
 template <class S>
 float element(const S* x) {
-  return largest(load_first(x, 1, kNone));
+  return sum(load_first(x, 1, 0));
 }
+
+// factor · 2^((x − top) k)
+struct Exponentials {
+  Vec top, k, factor;
+
+  Exponentials(float top, float k, double factor)
+      : top(broadcast(top)), k(broadcast(k)), factor(broadcast(static_cast<float>(factor))) {}
+
+  Vec of(Vec x) const { return mul(exp2(mul(sub(x, top), k)), factor); }
+
+  // out may be x.
+  template <class S>
+  void write(S* out, const S* x, int64_t columns) const {
+    int64_t i = 0;
+    for (; i + Vec::lanes <= columns; i += Vec::lanes) store(out + i, of(load(x + i)));
+    if (i < columns) store_first(out + i, of(load_first(x + i, columns - i, 0)), columns - i);
+  }
+};
 
 // Returns the loss; writes the gradient where there is memory for it.
 template <class S>
 float cross_entropy_row(const S* s, int64_t columns, int64_t label, S* gradient) {
-  constexpr int64_t lanes = Vec::lanes;
   const float k = static_cast<float>(kLog2e);
   float top;
   const double z = exponential_sum(s, columns, k, top);
   const double below = static_cast<double>(top) - element(s + label);
   if (gradient) {
-    const Vec vm = broadcast(top), vk = broadcast(k), inverse = broadcast(static_cast<float>(1 / z));
-    const auto p = [&](Vec x) { return mul(exp2(mul(sub(x, vm), vk)), inverse); };
-    int64_t i = 0;
-    for (; i + lanes <= columns; i += lanes) store(gradient + i, p(load(s + i)));
-    if (i < columns) store_first(gradient + i, p(load_first(s + i, columns - i, 0)), columns - i);
-    const Vec at_label = sub(p(load_first(s + label, 1, 0)), broadcast(1));
-    store_first(gradient + label, at_label, 1);
+    const Exponentials p(top, k, 1 / z);
+    p.write(gradient, s, columns);
+    store_first(gradient + label, sub(p.of(load_first(s + label, 1, 0)), broadcast(1)), 1);
   }
   return static_cast<float>(below + std::log2(z) / kLog2e);
 }
 
+// The cross-entropy of row r, whose logits it returns.
+template <class S>
+S* with_cross_entropy(const VocabularyLosses& call, int64_t r) {
+  S* s = static_cast<S*>(call.student) + r * call.columns;
+  if (call.labels && call.labels[r] >= 0) {
+    S* gradient = call.gradient ? static_cast<S*>(call.ce_gradient) + call.slots[r] * call.columns : nullptr;
+    call.ce[r] = cross_entropy_row(s, call.columns, call.labels[r], gradient);
+  } else if (call.ce) {
+    call.ce[r] = 0;
+  }
+  return s;
+}
+
 template <class S, class T>
 void linear_kl_div_rows(const LinearKlDivRows& call, int64_t begin, int64_t end) {
-  const int64_t columns = call.columns;
-  const double tau = call.temperature;
+  const VocabularyLosses& losses = call.losses;
+  const int64_t columns = losses.columns;
+  const double tau = losses.temperature;
   const float k = static_cast<float>(kLog2e / tau);
   for (int64_t r = begin; r < end; ++r) {
-    S* s = static_cast<S*>(call.student) + r * columns;
-    if (call.labels && call.labels[r] >= 0) {
-      S* gradient = call.ce_gradient ? static_cast<S*>(call.ce_gradient) + call.slots[r] * columns : nullptr;
-      call.ce[r] = cross_entropy_row(s, columns, call.labels[r], gradient);
-    } else if (call.ce) {
-      call.ce[r] = 0;
-    }
-    if (r >= call.kl_rows) continue;
+    S* s = with_cross_entropy<S>(losses, r);
+    if (r >= losses.kl_rows) continue;
     const T* t = static_cast<const T*>(call.teacher) + r * columns;
     const RowSums row = sums(s, t, columns, k);
-    call.kl[r] = row_loss(row, tau, k);
-    if (call.gradient) {
+    losses.kl[r] = row_loss(row, tau, k);
+    if (losses.gradient) {
       const GradientRow<S, T> out(s, t, k, row.m_s, row.z_s, row.m_t, row.z_t, tau);
       out.write(s, columns, false);
     }
@@ -84,7 +105,7 @@ inline void linear_kl_div(const LinearKlDivRows& call, int64_t begin, int64_t en
   static constexpr RowsFunction<LinearKlDivRows> instances[2][2] = {
       {linear_kl_div_rows<float, float>, linear_kl_div_rows<float, bfloat16>},
       {linear_kl_div_rows<bfloat16, float>, linear_kl_div_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.student_dtype)][static_cast<int>(call.teacher_dtype)](call, begin, end);
+  instances[static_cast<int>(call.losses.student_dtype)][static_cast<int>(call.teacher_dtype)](call, begin, end);
 }
 
 }  // namespace

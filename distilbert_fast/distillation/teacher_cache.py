@@ -34,7 +34,7 @@ from distilbert_fast.distillation.masked_lm import MlmObjective
 from distilbert_fast.distillation.masking import MaskedDataset
 from distilbert_fast.distillation.objectives import need, tokens
 from distilbert_fast.distillation.schedule import bounds, is_zero
-from distilbert_fast.distillation.teacher import Batch, Projection
+from distilbert_fast.distillation.teacher import Batch
 from distilbert_fast.ops._check import refuse
 from distilbert_fast.ops.linear_topk_kl_div import linear_topk_kl_div
 
@@ -56,16 +56,14 @@ class TopK(NamedTuple):
     def losses(
         self, h: Tensor, projection: torch.nn.Linear, temperature: float, kd_mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See SoftTargets; the KL is ``linear_topk_kl_div``. Rows with a label are projected once more for it."""
+        """See SoftTargets; the KL is that of ``linear_topk_kl_div``."""
         if temperature != self.temperature:
             refuse(OP, "temperature", f"{self.temperature}, that of the cache", temperature)
         if projection.out_features != self.vocabulary:
             refuse(OP, "model", f"one with the {self.vocabulary} tokens of the cache", projection.out_features)
         targets = self.ids, self.log_p, self.log_tail
-        kl = linear_topk_kl_div(h, projection.weight, projection.bias, *targets, temperature, kd_mask)
-        itself = Projection.of(h, projection)  # no row of it is projected
-        _, ce = itself.losses(h, projection, temperature, torch.zeros_like(kd_mask), labels)
-        return kl * kd_mask.sum(), ce
+        kl, ce = linear_topk_kl_div(h, projection.weight, projection.bias, *targets, temperature, kd_mask, labels)
+        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
         raise ValueError(f"{OP}: mse needs all logits, which a cache has not")

@@ -15,7 +15,6 @@ L_ce and L_mlm of Sanh et al.: DistilBERT, a distilled version of BERT, arXiv:19
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,12 +22,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check, _rows
+from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
-from distilbert_fast.ops._linear_kl_div_backends import FORWARD, OP, Call, Result, outputs_like
+from distilbert_fast.ops._linear_kl_div_backends import FORWARD, Teacher
 from distilbert_fast.ops._operator import is_eager, operator
+from distilbert_fast.ops._vocabulary_losses import Call, Result, check_rows, gradients, outputs_like, save
 from distilbert_fast.ops.kl_div import kl_div_reference
-from distilbert_fast.ops.linear import operands, product
+from distilbert_fast.ops.linear import operands
+
+OP = "linear_kl_div"
 
 
 def linear_kl_div(
@@ -84,12 +86,7 @@ def linear_kl_div(
     if b_t is not None:
         _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype, *kept), device)
     _check.positive(OP, "temperature", temperature)
-    if kd_mask is not None:
-        _check.tensor(OP, "kd_mask", kd_mask, (n,), (torch.bool,), device)
-    if labels is not None:
-        _check.tensor(OP, "labels", labels, (n,), (torch.int64,), device)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        _check.refuse(OP, "ignore_index", "an integer", type(ignore_index).__name__, TypeError)
+    check_rows(OP, h_s, kd_mask, labels, ignore_index)
     h_t, W_t, b_t = h_t.detach(), W_t.detach(), None if b_t is None else b_t.detach()
     student = [x for x in (h_s, W_s, b_s) if x is not None and x.requires_grad]
     call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, float(temperature), ignore_index
@@ -121,75 +118,25 @@ def linear_kl_div_reference(
 
 class _LinearKLDiv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_s: torch.Tensor,
-        W_s: torch.Tensor,
-        b_s: torch.Tensor | None,
-        h_t: torch.Tensor,
-        W_t: torch.Tensor,
-        b_t: torch.Tensor | None,
-        kd_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        temperature: float,
-        ignore_index: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = Call(W_s, b_s, h_t, W_t, b_t, kd_mask, labels, temperature, ignore_index, *ctx.needs_input_grad[:3])
-        ctx.ignore_index, ctx.shape = ignore_index, h_s.shape
-        ctx.dtypes = h_s.dtype, W_s.dtype, None if b_s is None else b_s.dtype
-        (kl, ce, *sums), chunk = _kernel(h_s, call, True) if is_eager(h_s) else (_forward(h_s, *call), None)
-        ctx.single = chunk is not None
-        if chunk is not None:
-            (rows, ctx.first_label, ctx.end_kl), h, losses = chunk
-            ctx.save_for_backward(W_s, rows, h, losses.kl_gradient, losses.ce_gradient)
-        else:
-            ctx.save_for_backward(kd_mask, labels, *sums)
-        return kl, ce
+    def forward(ctx: Any, h_s: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments: those of ``_call`` but the last three."""
+        arguments += ctx.needs_input_grad[:3]
+        call = _call(*arguments)
+        result = _kernel(h_s, call, True) if is_eager(h_s) else (_forward(h_s, *arguments), None)
+        return save(ctx, h_s, call, *result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.single:
-            with as_written(dkl.device):
-                some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
-                gradients = [None if x is None else x.to(dtype) for x, dtype in some]
-            return *gradients, *[None] * 7
-        kd_mask, labels, *sums = ctx.saved_tensors
-        weights = [dkl / _rows.count(sums[0][0], kd_mask)]
-        if labels is not None:
-            weights.append(dce / _rows.count(labels, labels != ctx.ignore_index))
-        gradients = [
-            _weighted(weights, x).to(dtype) if wanted else None
-            for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        ]
-        return *gradients, *[None] * 7
+        return *gradients(ctx, dkl, dce), *[None] * 7
 
 
-def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:
-    """dh [N, C_s], dW [V, C_s], db [V]: the two losses' gradients are one matrix before anything is multiplied."""
-    W, rows, h, kl, ce = ctx.saved_tensors
-    r, v = len(rows), len(W)
-    G = kl.new_empty((r, max(v, kl.stride(0))))[:, :v]  # [R, V], its rows as far apart as those of the logits
-    torch.mul(kl, dkl / max(ctx.end_kl, 1), out=G[: ctx.end_kl])
-    G[ctx.end_kl :] = 0
-    G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
-    wanted, dtype = ctx.needs_input_grad, _rows.accumulation_dtype(h.dtype)
-    yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.t(), None)) if wanted[0] else None
-    yield product(G.t(), h.t(), None, dtype) if wanted[1] else None
-    yield G.sum(dim=0, dtype=dtype) if wanted[2] else None
-
-
-def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Σ_l weights[l] · x[l], in the precision of the weights."""
-    dtype = weights[0].dtype
-    total = x[0].to(dtype) * weights[0]
-    for weight, part in zip(weights[1:], x[1:], strict=True):
-        total.addcmul_(part.to(dtype), weight)
-    return total
+def _call(W: torch.Tensor, b: torch.Tensor | None, h_t: Any, W_t: Any, b_t: Any, *others: Any) -> Call:
+    return Call(OP, W, b, Teacher(h_t, W_t, b_t), *others)
 
 
 def _forward_fake(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
-    return outputs_like(h_s, Call(*call))
+    return outputs_like(h_s, _call(*call))
 
 
 @operator(
@@ -200,10 +147,10 @@ def _forward_fake(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
 )
 def _forward(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
     """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
-    return _kernel(h_s, Call(*call), False)[0]
+    return _kernel(h_s, _call(*call), False)[0]
 
 
 def _kernel(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
-    kernel = FORWARD[backends.select(OP, h_s.device, h_s.dtype, call.h_t.dtype)]
+    kernel = FORWARD[backends.select(OP, h_s.device, h_s.dtype, call.teacher.h.dtype)]
     with as_written(h_s.device):
         return kernel(h_s, call, defer)

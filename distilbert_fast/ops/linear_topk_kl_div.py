@@ -1,28 +1,48 @@
-"""linear_topk_kl_div: KL to soft targets of which the k most likely are known, and the mass of the rest.
+"""linear_topk_kl_div: the vocabulary losses where k of the teacher's tokens are known, and the mass of the rest.
 
     s = h Wᵀ + b    q = softmax(s/τ)    q_tail = Σ q_v over v not in ids        p, p_tail: given, of sum 1
-    kl = mean over mask of τ² [Σ_ids p_i (log p_i − log q_i) + p_tail (log p_tail − log q_tail)]
+    kl = mean over kd_mask of τ² [Σ_ids p_i (log p_i − log q_i) + p_tail (log p_tail − log q_tail)]
     d / d s_v = τ (q_v − p_v) at ids    τ (q_tail − p_tail) q_v / q_tail elsewhere
+    ce = mean over labels ≠ ignore_index of −log softmax(s)[label]
 
 This is the KL of both distributions with all other tokens taken as one: never more than the full KL (data processing
 inequality, Cover and Thomas, Elements of Information Theory, 2.8), and equal to it for k = V. Leaving the tail out
 instead, as is often done, has its minimum at a student that gives the tail no mass at all.
 
-Rows are projected a chunk at a time; its gradients are summed before the next is made, as in linear_kl_div.
+Rows are projected once for both losses, a chunk at a time, as in linear_kl_div.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops._linear_kl_div_backends import chunk_rows, projection_dtype
-from distilbert_fast.ops._rows import accumulation_dtype
+from distilbert_fast.ops._autocast import as_written, enabled
+from distilbert_fast.ops._operator import is_eager, operator
+from distilbert_fast.ops._rows import DTYPE_CODE
+from distilbert_fast.ops._vocabulary_losses import (
+    Call,
+    CpuChunks,
+    Losses,
+    Result,
+    by_chunks,
+    check_range,
+    check_rows,
+    cpu_plan,
+    gradients,
+    outputs_like,
+    plan,
+    save,
+    torch_cross_entropy,
+    torch_projection,
+)
+from distilbert_fast.ops.linear import operands, product_into
 
 OP = "linear_topk_kl_div"
 
@@ -35,50 +55,51 @@ def linear_topk_kl_div(
     log_p: torch.Tensor,
     log_tail: torch.Tensor,
     temperature: float = 1.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """KL to a teacher's k most likely tokens and the mass of all others, from hidden states.
+    kd_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL to a teacher's k most likely tokens and the mass of all others, and cross-entropy to labels.
 
     Args:
         h, W, b: the student's hidden states [N, C] and vocabulary projection [V, C], [V] or None, one dtype: float32,
-            bfloat16, float16 or float64. The loss is differentiable in these.
+            bfloat16, float16 or float64. The losses are differentiable in these.
         ids: int64 [N, k] in [0, V), no two alike in a row. On CUDA an id out of range is a device assertion.
         log_p: float [N, k], the log-probabilities of ids at this temperature.
         log_tail: float [N], the log of the other tokens' mass; -inf for none. exp(log_p) and exp(log_tail) of a row
             sum to 1.
-        temperature: τ > 0 of both sides.
-        mask: bool [N], True = the row counts. None counts all.
+        temperature: τ > 0 of both sides of the KL; the cross-entropy has none.
+        kd_mask: bool [N], True = the row counts for the KL. None counts all. The other rows of ids, log_p and log_tail
+            are not read.
+        labels, ignore_index: as in ``linear_kl_div``.
 
     Returns:
-        A scalar, float32 (float64 if the student is). No counted row: 0, gradient 0.
+        (kl, ce), two scalars, float32 (float64 if the student is). No counted row: 0, gradient 0.
 
-    The logits have the dtype of the student (float32 for float16), all else is float32, float64 for float64. Memory
-    beyond inputs and gradients is that of one chunk of rows. Under torch.autocast as in ``linear_kl_div``.
+    dtypes, memory and torch.autocast as in ``linear_kl_div``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "h", h, ("N", "C"))
-    h, W, b = autocast(h.device, h, W, b)
+    h, W, b = operands(h, W, b)
     device, n = h.device, h.shape[0]
-    _check.tensor(OP, "W", W, ("V", h.shape[1]), (h.dtype,), device)
+    kept = (torch.float32,) if enabled(device.type) else ()
+    _check.tensor(OP, "W", W, ("V", h.shape[1]), (h.dtype, *kept), device)
     if b is not None:
-        _check.tensor(OP, "b", b, (W.shape[0],), (h.dtype,), device)
+        _check.tensor(OP, "b", b, (W.shape[0],), (h.dtype, *kept), device)
     _check.tensor(OP, "ids", ids, (n, "k"), (torch.int64,), device)
     if not 0 < ids.shape[1] <= W.shape[0]:
         _check.refuse(OP, "ids", f"1 to V = {W.shape[0]} a row", ids.shape[1])
     _check.tensor(OP, "log_p", log_p, tuple(ids.shape), device=device)
     _check.tensor(OP, "log_tail", log_tail, (n,), device=device)
     _check.positive(OP, "temperature", temperature)
-    if mask is not None:
-        _check.tensor(OP, "mask", mask, (n,), (torch.bool,), device)
-    if device.type == "cpu" and bool(((ids < 0) | (ids >= W.shape[0])).any()):
-        wrong = ids[(ids < 0) | (ids >= W.shape[0])]
-        _check.refuse(OP, "ids", f"in [0, V = {W.shape[0]})", int(wrong[0]))
-    call = h, W, b, ids, log_p.detach(), log_tail.detach(), float(temperature), mask
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, W, b))):
-        with as_written(device):
-            return _forward(*call, False, False, False)[0]
+    check_rows(OP, h, kd_mask, labels, ignore_index)
+    student = [x for x in (h, W, b) if x is not None and x.requires_grad]
+    of_teacher = ids, log_p.detach(), log_tail.detach()
+    call = h, W, b, *of_teacher, kd_mask, labels, float(temperature), ignore_index
+    if not (torch.is_grad_enabled() and student):
+        return _forward(*call, False, False, False)[:2]
     return _LinearTopKKLDiv.apply(*call)
 
 
@@ -90,89 +111,102 @@ def linear_topk_kl_div_reference(
     log_p: torch.Tensor,
     log_tail: torch.Tensor,
     temperature: float = 1.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    kd_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of ``linear_topk_kl_div`` in differentiable torch, all logits stored."""
-    log_q = torch.log_softmax(F.linear(h, W, b) / temperature, dim=1)  # [N, V]
+    s = F.linear(h, W, b)  # [N, V]
+    log_q = torch.log_softmax(s / temperature, dim=1)
     others = torch.ones_like(log_q, dtype=torch.bool).scatter(1, ids, False)
     log_q_tail = log_q.masked_fill(~others, -torch.inf).logsumexp(dim=1)  # [N]
     kl = (log_p.exp() * (log_p - log_q.gather(1, ids))).sum(dim=1)
     if ids.shape[1] < W.shape[0]:
-        kl = kl + log_tail.exp() * (log_tail - log_q_tail)
-    counted = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
-    return temperature**2 * kl[counted].sum() / counted.sum().clamp(min=1)
+        kl = kl + torch.where(log_tail == -torch.inf, 0.0, log_tail.exp() * (log_tail - log_q_tail))
+    counted = torch.ones_like(kl, dtype=torch.bool) if kd_mask is None else kd_mask
+    kl = temperature**2 * kl[counted].sum() / counted.sum().clamp(min=1)
+    if labels is None:
+        return kl, s.new_zeros(())
+    ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
+    return kl, ce / (labels != ignore_index).sum().clamp(min=1)
 
 
 class _LinearTopKKLDiv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: torch.Tensor,
-        W: torch.Tensor,
-        b: torch.Tensor | None,
-        ids: torch.Tensor,
-        log_p: torch.Tensor,
-        log_tail: torch.Tensor,
-        temperature: float,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        with as_written(h.device):
-            kl, *sums = _forward(h, W, b, ids, log_p, log_tail, temperature, mask, *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*sums)
-        ctx.dtype = h.dtype
-        return kl
+    def forward(ctx: Any, h: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments: those of ``_call`` but the last three."""
+        arguments += ctx.needs_input_grad[:3]
+        call = _call(*arguments)
+        result = _kernel(h, call, True) if is_eager(h) else (_forward(h, *arguments), None)
+        return save(ctx, h, call, *result)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dkl: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = (None if x is None else (dkl * x).to(ctx.dtype) for x in ctx.saved_tensors)
-        return *gradients, None, None, None, None, None
+    def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *gradients(ctx, dkl, dce), *[None] * 7
 
 
-def _forward(
-    h: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    ids: torch.Tensor,
-    log_p: torch.Tensor,
-    log_tail: torch.Tensor,
-    temperature: float,
-    mask: torch.Tensor | None,
-    *wanted: bool,
-) -> tuple[Any, ...]:
-    """The loss, and its gradients dh [N, C], dW [V, C], db [V], or None for one that is not wanted."""
-    work, accumulate = projection_dtype(h), accumulation_dtype(h.dtype)
-    W, b = W.to(work), None if b is None else b.to(work)
-    kl = h.new_zeros((), dtype=accumulate)
-    dh, dW, db = (
-        torch.zeros(shape, dtype=dtype, device=h.device) if want else None
-        for shape, dtype, want in zip(
-            (h.shape, W.shape, W.shape[:1]), (work, accumulate, accumulate), wanted, strict=True
-        )
-    )
-    rows = torch.arange(len(h), device=h.device) if mask is None else mask.nonzero().flatten()
-    share = temperature**2 / max(1, len(rows))  # of a row in the mean
-    for chunk in rows.split(chunk_rows(len(W), h.device)):
-        x = h[chunk].to(work)  # [R, C]
-        of_teacher = ids[chunk], log_p[chunk].to(accumulate), log_tail[chunk].to(accumulate)
-        loss, G = _losses(F.linear(x, W, b).to(accumulate) / temperature, *of_teacher, any(wanted))
-        kl += loss * share
-        if G is None:
-            continue
-        G = G.mul_(share / temperature).to(work)  # [R, V]
-        if dh is not None:
-            dh[chunk] = G @ W
-        if dW is not None:
-            dW += G.t() @ x
-        if db is not None:
-            db += G.sum(dim=0, dtype=accumulate)
-    return kl, dh, dW, db
+class Targets(NamedTuple):
+    """``Call.teacher`` of this op, or the same of some rows."""
+
+    ids: torch.Tensor  # [N, k]
+    log_p: torch.Tensor  # [N, k]
+    log_tail: torch.Tensor  # [N]
+
+    def of(self, rows: torch.Tensor, v: int, dtype: torch.dtype) -> Targets:
+        """Those of places [R], contiguous and in range, the logarithms in a dtype."""
+        ids = self.ids[rows]
+        check_range(OP, "ids", ids, v)
+        return Targets(ids, self.log_p[rows].to(dtype), self.log_tail[rows].to(dtype))
 
 
-def _losses(
-    z: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, log_tail: torch.Tensor, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _call(W: torch.Tensor, b: torch.Tensor | None, ids: Any, log_p: Any, log_tail: Any, *others: Any) -> Call:
+    return Call(OP, W, b, Targets(ids, log_p, log_tail), *others)
+
+
+def _forward_fake(h: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    return outputs_like(h, _call(*call))
+
+
+@operator(
+    "linear_topk_kl_div_forward(Tensor h, Tensor W, Tensor? b, Tensor ids, Tensor log_p, Tensor log_tail,"
+    " Tensor? kd_mask, Tensor? labels, float temperature, int ignore_index, bool dh, bool dW, bool db)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(h: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+    """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
+    return _kernel(h, _call(*call), False)[0]
+
+
+def _kernel(h: torch.Tensor, call: Call, defer: bool) -> Result:
+    kernel = _FORWARD[backends.select(OP, h.device, h.dtype)]
+    with as_written(h.device):
+        return kernel(h, call, defer)
+
+
+# torch ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_torch(h: torch.Tensor, call: Call, defer: bool) -> Result:
+    begun = plan(h, call, defer)
+    W, b = torch_projection(h, call.W, call.b)
+    wanted, tau = call.any_gradient, call.temperature
+
+    def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
+        s = F.linear(x, W, b)  # [R, V]
+        dtype = begun.outputs[0].dtype
+        z = s[: len(part)].to(dtype) / tau  # [R_kl, V]
+        kl, G = _divergence(z, call.teacher.of(part, len(W), dtype), wanted)
+        kl_gradient = s[:0] if G is None else G.mul_(tau).to(s.dtype)
+        return Losses(tau**2 * kl, kl_gradient, *torch_cross_entropy(s, targets, dtype, wanted))
+
+    return by_chunks(losses, h, W, call, begun)
+
+
+def _divergence(z: torch.Tensor, teacher: Targets, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The KL summed over R rows, and its gradient for the student's logits over τ, z [R, V], written over these."""
+    ids, log_p, log_tail = teacher
     p, p_tail = log_p.exp(), log_tail.exp()
     mass = p.sum(dim=1) + p_tail  # 1, but for the rounding of what is given
     z -= z.amax(dim=1, keepdim=True)  # the sums of exponentials are then small, and so are their roundings
@@ -193,3 +227,26 @@ def _losses(
 def _terms(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """p (log p − log q), 0 at p = 0."""
     return torch.where(log_p == -torch.inf, 0.0, p * (log_p - log_q))
+
+
+# cpu -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(h: torch.Tensor, call: Call, defer: bool) -> Result:
+    """The logits of every chunk stand in the same memory, and gradients are written over them."""
+    begun = cpu_plan(h, call, defer)
+    memory, v, k = CpuChunks(h, call, begun), call.W.shape[0], call.teacher.ids.shape[1]
+
+    def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
+        r, r_kl = len(x), len(part)
+        of_teacher = call.teacher.of(part, v, torch.float32)
+        s = product_into(memory.logits[:r], x, call.W, call.b)
+        pointers = (y.data_ptr() for y in of_teacher)
+        shape = DTYPE_CODE[s.dtype], r, r_kl, v, call.temperature
+        kernel = partial(backends.cpu().linear_topk_kl_div, s.data_ptr(), *shape, *pointers, k)
+        return memory.losses(kernel, r, r_kl, targets)
+
+    return by_chunks(losses, h, call.W, call, begun)
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import distilbert_fast
 from distilbert_fast import backends
-from distilbert_fast.ops import _linear_kl_div_backends as op
+from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
 
@@ -100,7 +100,7 @@ def assert_as_good_as_torch(n, v, dtype=torch.float32, teacher_dtype=None, bias=
 
 @pytest.fixture(params=[4, 10_000], ids=lambda size: f"chunks of {size}")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: request.param)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: request.param)
 
 
 # The op --------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_no_gradient_wanted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_non_finite_row_leaves_others_exact_in_every_chunk(bad, dtype, monkeypatch):
     """V is no multiple of 16: what the row leaves in the padding must not reach the next chunk's."""
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 2)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 2)
     tensors, (kd_mask, labels) = sides(9, 7, dtype=dtype), rows(9, 7)
     kd_mask[:], labels[0] = True, IGNORE
     clean = triton(tensors, 2.0, kd_mask, labels)
@@ -187,7 +187,7 @@ def test_layouts(layout):
 
 
 def test_same_bits_every_run(monkeypatch):
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 8)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 8)
     tensors, arguments = sides(20, 501, 32, 32, torch.bfloat16), (2.0, *rows(20, 501))
     first = triton(tensors, *arguments)
     for _ in range(2):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import distilbert_fast
 from distilbert_fast import backends, linear_kl_div
 from distilbert_fast.ops import _linear_kl_div_backends as op
+from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out
 
@@ -68,7 +69,7 @@ def double(tensors):
 
 @pytest.fixture(params=[1, 4, 10_000], ids=lambda size: f"chunks of {size}")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: request.param)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: request.param)
     return request.param
 
 
@@ -109,7 +110,7 @@ def test_losses_and_gradients(n, v, dtypes, bias, chunk, forced):
 
 @pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
 def test_many_columns(dtypes, monkeypatch, forced):
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 32)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 32)
     assert_as_good_as_torch(40, 3001, *dtypes)
 
 
@@ -157,7 +158,7 @@ def test_random_rows(counted, size, all_distilled):
         tensors[0][~kd_mask & (labels == -1)] = math.nan
         tensors[3][~kd_mask] = math.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "chunk_rows", lambda v, device: size)
+        patch.setattr(shared, "chunk_rows", lambda v, device: size)
         close(results(linear_kl_div, tensors, 2.0, kd_mask, labels, ignore_index=-1), expected)
 
 
@@ -190,7 +191,7 @@ def test_random_rows_in_float32_and_bfloat16(forced, counted, v, size, temperatu
     tensors[0][~kd_mask & (labels == -1)] = math.nan
     tensors[3][~kd_mask] = math.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "chunk_rows", lambda v, device: size)
+        patch.setattr(shared, "chunk_rows", lambda v, device: size)
         found = results(linear_kl_div, tensors, temperature, kd_mask, labels, ignore_index=-1)
     tolerance = {"rtol": 0.1, "atol": 0.1} if torch.bfloat16 in dtypes else {"rtol": 1e-4, "atol": 1e-5}
     for x, y in zip(found, expected, strict=True):
@@ -212,7 +213,7 @@ def test_only_counted_rows_are_projected(monkeypatch, forced):
     else:
         into = op.product_into
         monkeypatch.setattr(op, "product_into", lambda y, h, *a: projected.append(tuple(h.shape)) or into(y, h, *a))
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 4)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 4)
     kd_mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([IGNORE, 1, 2, IGNORE, IGNORE, IGNORE, 3, 0, IGNORE, IGNORE])
     linear_kl_div(*sides(10, 7), 2.0, kd_mask, labels)
@@ -301,7 +302,7 @@ def test_backward_twice_changes_nothing(forced):
 
 
 def test_same_bits_every_run(monkeypatch, forced):
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 16)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 16)
     tensors, (kd_mask, labels) = sides(70, 501, 32, 32), rows(70, 501)
     first = results(linear_kl_div, tensors, 2.0, kd_mask, labels)
     for _ in range(3):
@@ -373,7 +374,7 @@ def memory_beyond_the_gradients(function, n, v, c, chunk):
     tensors, (kd_mask, labels) = sides(n, v, c, c), rows(n, v)
     leaves = [x.requires_grad_(i < 3) for i, x in enumerate(tensors)]
     with pytest.MonkeyPatch.context() as patch, LiveMemory() as memory:
-        patch.setattr(op, "chunk_rows", lambda v, device: chunk)
+        patch.setattr(shared, "chunk_rows", lambda v, device: chunk)
         kl, ce = function(*leaves, 2.0, kd_mask, labels)
         (kl + ce).backward()
     return memory.peak - 4 * 3 * (n + v) * c - 4 * 3 * v, memory.largest
@@ -393,10 +394,10 @@ def test_memory_does_not_grow_with_the_logits():
 
 def test_chunks_of_the_real_vocabulary():
     v = 30522
-    assert op.chunk_rows(v, torch.device("cpu")) * v * 4 <= 32 * 2**20
-    assert 2048 <= op.chunk_rows(v, torch.device("cuda")) <= 4500
-    assert op.chunk_rows(2**40, torch.device("cpu")) == 1
-    n = op.chunk_rows(v, torch.device("cpu")) + 3
+    assert shared.chunk_rows(v, torch.device("cpu")) * v * 4 <= 32 * 2**20
+    assert 2048 <= shared.chunk_rows(v, torch.device("cuda")) <= 4500
+    assert shared.chunk_rows(2**40, torch.device("cpu")) == 1
+    n = shared.chunk_rows(v, torch.device("cpu")) + 3
     tensors, labels = sides(n, v, 4, 4), torch.full((n,), IGNORE)
     labels[[0, n - 1]] = torch.tensor([v - 1, 0])
     close(
@@ -504,7 +505,7 @@ def test_chunks_go_through_kl_div(monkeypatch):
     """So the kernels of kl_div serve where this op has none."""
     seen = []
     original = op._kl_div_forward
-    monkeypatch.setattr(op, "chunk_rows", lambda v, device: 4)
+    monkeypatch.setattr(shared, "chunk_rows", lambda v, device: 4)
     monkeypatch.setattr(op, "_kl_div_forward", lambda s, *a: seen.append((tuple(s.shape), a[-1])) or original(s, *a))
     tensors = sides(9, 7, dtype=torch.float16)
     linear_kl_div(*tensors, 2.0)

@@ -1,0 +1,314 @@
+"""What linear_kl_div and linear_topk_kl_div share: the rows that count, a chunk at a time, and their gradients.
+
+A backend of an op projects a chunk on the vocabulary, once for both losses, and makes of its logits the row losses and
+their gradients; all else is the same for every backend and for either kind of teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from distilbert_fast import backends
+from distilbert_fast.ops import _check, _rows
+from distilbert_fast.ops._autocast import as_written
+from distilbert_fast.ops._rows import accumulation_dtype
+from distilbert_fast.ops.linear import product, product_into
+
+
+class Call(NamedTuple):
+    """All arguments but the student's hidden states h [N, C], and which of the student's gradients are wanted."""
+
+    op: str
+    W: torch.Tensor  # [V, C]
+    b: torch.Tensor | None  # [V]
+    teacher: Any  # tensors, as the op takes them
+    kd_mask: torch.Tensor | None  # bool [N]
+    labels: torch.Tensor | None  # int64 [N]
+    temperature: float
+    ignore_index: int
+    dh: bool
+    dW: bool
+    db: bool
+
+    @property
+    def any_gradient(self) -> bool:
+        return self.dh or self.dW or self.db
+
+
+def check_rows(
+    op: str, h: torch.Tensor, kd_mask: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: object
+) -> None:
+    """Check what says which rows count; the values of labels come later, see ``check_range``."""
+    if kd_mask is not None:
+        _check.tensor(op, "kd_mask", kd_mask, h.shape[:1], (torch.bool,), h.device)
+    if labels is not None:
+        _check.tensor(op, "labels", labels, h.shape[:1], (torch.int64,), h.device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        _check.refuse(op, "ignore_index", "an integer", type(ignore_index).__name__, TypeError)
+
+
+def check_range(op: str, argument: str, x: torch.Tensor, v: int, otherwise: str = "") -> None:
+    """Check for numbers in [0, V): read where that is free; elsewhere asserted on the device, nobody waits for it."""
+    outside, expected = (x < 0) | (x >= v), f"in [0, V = {v}){otherwise}"
+    if x.device.type != "cpu":
+        torch._assert_async(~outside.any(), f"{op}: {argument} must be {expected}")
+    elif len(wrong := x[outside]) > 0:
+        _check.refuse(op, argument, expected, int(wrong[0]))
+
+
+def projection_dtype(h: torch.Tensor) -> torch.dtype:
+    """The dtype in which a side is projected."""
+    return torch.float32 if h.dtype == torch.float16 else h.dtype
+
+
+def outputs_like(h: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
+    """Memory for kl, ce, and of the gradients that are wanted those of the sums of row losses: of the KL and, with
+    labels, of the cross-entropy: dh [1 or 2, N, C], dW [1 or 2, V, C], db [1 or 2, V].
+    """
+    losses, dtype = (1 if call.labels is None else 2), accumulation_dtype(h.dtype)
+    (n, c), v = h.shape, call.W.shape[0]
+    return (
+        h.new_empty((), dtype=dtype),
+        h.new_empty((), dtype=dtype),
+        h.new_empty((losses, n, c if call.dh else 0), dtype=projection_dtype(h)),
+        h.new_empty((losses, v, c if call.dW else 0), dtype=dtype),
+        h.new_empty((losses, v if call.db else 0), dtype=dtype),
+    )
+
+
+# Chunks --------------------------------------------------------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """Of one chunk: sums of row losses, and where they are wanted gradients of these with respect to logits."""
+
+    kl: torch.Tensor
+    kl_gradient: torch.Tensor  # [R_kl, V] in the dtype of the projection; or [0, V]
+    ce: torch.Tensor
+    ce_gradient: torch.Tensor  # [R_ce, V]; or [0, V]
+
+
+class Counted(NamedTuple):
+    """The rows that count [R]: of the KL alone, then of both losses, then of the cross-entropy alone."""
+
+    rows: torch.Tensor
+    first_label: int
+    end_kl: int
+
+
+class Chunk(NamedTuple):
+    """All that backward needs of the rows that count, where they are one chunk."""
+
+    counted: Counted
+    h: torch.Tensor  # [R, C] in the dtype of the projection
+    losses: Losses
+
+
+# What a backend gives: the outputs. Or, where it may defer the products with gradients and one chunk holds all rows:
+# that chunk, and outputs without gradients. The chunk's gradients of logits are smaller than a dW for each loss, and by
+# the time of backward the upstream gradients are known, so the two losses' are one matrix before they are multiplied.
+Result = tuple[tuple[torch.Tensor, ...], Chunk | None]
+
+
+class Plan(NamedTuple):
+    """What a backend begins with."""
+
+    counted: Counted
+    outputs: tuple[torch.Tensor, ...]  # memory for ``outputs_like``
+    chunk: int  # rows of every chunk but the last
+    defer: bool  # whether the gradients are in fact deferred
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest chunk."""
+        return min(self.chunk, len(self.counted.rows))
+
+
+# From h [R, C], the places [R_kl] of the first rows, those of the KL, and the labels [R_ce] of the last.
+LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Losses]
+
+
+def chunk_rows(v: int, device: torch.device) -> int:
+    """Rows projected at a time: enough for efficient products, few enough to be no burden (32 MB on a CPU)."""
+    return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+
+
+def _counted(h: torch.Tensor, call: Call) -> Counted:
+    """In an order in which the rows of either loss are neighbours in every chunk."""
+    n, device, kd_mask, labels = h.shape[0], h.device, call.kd_mask, call.labels
+    if kd_mask is None and labels is None:
+        return Counted(torch.arange(n, device=device), n, n)
+    distilled = torch.ones(n, dtype=torch.bool, device=device) if kd_mask is None else kd_mask
+    labelled = (torch.zeros_like(distilled) if labels is None else labels != call.ignore_index).to(torch.uint8)
+    kind = torch.where(distilled, labelled, 3 - labelled)  # 3: counts for neither
+    # The one place where the host waits for a GPU: it must know how many rows to project.
+    alone, both, rest = (kind[:, None] == torch.arange(3, device=device)).sum(dim=0).tolist()
+    return Counted(kind.argsort(stable=True)[: alone + both + rest], alone, alone + both)
+
+
+def plan(h: torch.Tensor, call: Call, defer: bool) -> Plan:
+    counted, chunk = _counted(h, call), chunk_rows(call.W.shape[0], h.device)
+    defer = defer and call.any_gradient and 0 < len(counted.rows) <= chunk
+    held = call._replace(dh=False, dW=False, db=False) if defer else call
+    return Plan(counted, outputs_like(h, held), chunk, defer)
+
+
+def by_chunks(losses_of_chunk: LossesOfChunk, h: torch.Tensor, W: torch.Tensor, call: Call, plan: Plan) -> Result:
+    """Fill the outputs. W: the student's, as ``product`` takes it."""
+    kl, ce, dh_sum, dW_sum, db_sum = plan.outputs
+    for x in (kl, ce, dh_sum, db_sum):
+        x.zero_()
+    v = W.shape[0]
+    begun = [False] * len(dW_sum)  # the largest of them is not even set to zero if it need not be
+
+    def add_gradients(loss: int, rows: torch.Tensor, h: torch.Tensor, G: torch.Tensor) -> None:
+        if len(G) == 0:
+            return
+        if dh_sum.numel() > 0:
+            dh_sum[loss].index_copy_(0, rows, product(G, W.t(), None))
+        if dW_sum.numel() > 0:
+            product_into(dW_sum[loss], G.t(), h.t(), add=begun[loss])
+        begun[loss] = True
+        if db_sum.numel() > 0:
+            db_sum[loss].add_(G.sum(dim=0, dtype=db_sum.dtype))
+
+    deferred = None
+    rows, first_label, end_kl = plan.counted
+    for begin in range(0, len(rows), plan.chunk):
+        chunk = rows[begin : begin + plan.chunk]
+        part, targeted = chunk[: max(0, end_kl - begin)], chunk[max(0, first_label - begin) :]
+        x = h[chunk].to(projection_dtype(h))  # [R, C]
+        targets = chunk[:0] if call.labels is None else call.labels[targeted]
+        check_range(call.op, "labels", targets, v, f" or ignore_index = {call.ignore_index}")
+        losses = losses_of_chunk(x, part, targets)
+        kl += losses.kl
+        ce += losses.ce
+        if plan.defer:
+            deferred = Chunk(plan.counted, x, losses)
+            break
+        add_gradients(0, part, x[: len(part)], losses.kl_gradient)
+        add_gradients(1, targeted, x[len(chunk) - len(targeted) :], losses.ce_gradient)
+    for loss, some in enumerate(begun):
+        if not some:
+            dW_sum[loss].zero_()
+    kl /= max(1, end_kl)
+    ce /= max(1, len(rows) - first_label)
+    return plan.outputs, deferred
+
+
+def torch_projection(
+    h: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W and b of a side, in the dtype in which it is projected."""
+    dtype = projection_dtype(h)
+    return W.to(dtype), None if b is None else b.to(dtype)
+
+
+def torch_cross_entropy(
+    s: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the last rows of logits s [R, V], whose labels are given [R_ce]: the sum, and its gradient [R_ce or 0, V]."""
+    if len(targets) == 0:
+        return s.new_zeros((), dtype=dtype), s[:0]
+    columns = targets[:, None]  # [R_ce, 1]
+    log_p = torch.log_softmax(s[len(s) - len(targets) :], dim=1, dtype=dtype)
+    ce = -log_p.gather(1, columns).sum()
+    if not gradient:
+        return ce, s[:0]
+    return ce, log_p.exp_().scatter_add_(1, columns, log_p.new_full(columns.shape, -1.0)).to(s.dtype)
+
+
+class CpuChunks:
+    """Memory that stands for all chunks of a call to the native kernels, and how these are handed a chunk.
+
+    They write the gradient of the KL over the logits, that of the cross-entropy beside them.
+    """
+
+    def __init__(self, h: torch.Tensor, call: Call, plan: Plan) -> None:
+        rows, v = plan.largest, call.W.shape[0]
+        self.wanted = call.any_gradient
+        self.logits = backends.empty_cpu(h.new_empty((rows, v)))
+        self.ce_gradient = h.new_empty((rows if self.wanted and call.labels is not None else 0, v))
+        self.kl, self.ce = (h.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+    def losses(self, kernel: Callable[..., None], r: int, r_kl: int, targets: torch.Tensor) -> Losses:
+        """``kernel(labels, gradient, kl, ce, ce_gradient, threads)`` computes those of r rows of logits."""
+        r_ce = len(targets)
+        labels_of_all = F.pad(targets, (r - r_ce, 0), value=-1)  # [R], -1 = none
+        outputs = (x.data_ptr() for x in (self.kl, self.ce, self.ce_gradient))
+        kernel(labels_of_all.data_ptr() if r_ce > 0 else 0, self.wanted, *outputs, torch.get_num_threads())
+        return Losses(
+            self.kl[:r_kl].sum(),
+            self.logits[: r_kl if self.wanted else 0],
+            self.ce[r - r_ce : r].sum(),
+            self.ce_gradient[: r_ce if self.wanted else 0],
+        )
+
+
+def cpu_plan(h: torch.Tensor, call: Call, defer: bool) -> Plan:
+    """``plan``, with the memory of dW kept from step to step."""
+    begun = plan(h, call, defer)
+    outputs = begun.outputs
+    return begun._replace(outputs=(*outputs[:3], backends.empty_cpu(outputs[3]), outputs[4]))
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    ctx: Any, h: torch.Tensor, call: Call, outputs: tuple[torch.Tensor, ...], chunk: Chunk | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the forward of an op's Function: keep what ``gradients`` needs; kl and ce."""
+    kl, ce, *sums = outputs
+    ctx.ignore_index, ctx.shape = call.ignore_index, h.shape
+    ctx.dtypes = h.dtype, call.W.dtype, None if call.b is None else call.b.dtype
+    ctx.single = chunk is not None
+    if chunk is not None:
+        (rows, ctx.first_label, ctx.end_kl), x, losses = chunk
+        ctx.save_for_backward(call.W, rows, x, losses.kl_gradient, losses.ce_gradient)
+    else:
+        ctx.save_for_backward(call.kd_mask, call.labels, *sums)
+    return kl, ce
+
+
+def gradients(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> list[torch.Tensor | None]:
+    """In its backward: those of h, W and b."""
+    if ctx.single:
+        with as_written(dkl.device):
+            some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
+            return [None if x is None else x.to(dtype) for x, dtype in some]
+    kd_mask, labels, *sums = ctx.saved_tensors
+    weights = [dkl / _rows.count(sums[0][0], kd_mask)]
+    if labels is not None:
+        weights.append(dce / _rows.count(labels, labels != ctx.ignore_index))
+    return [
+        _weighted(weights, x).to(dtype) if wanted else None
+        for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    ]
+
+
+def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:
+    """dh [N, C], dW [V, C], db [V]: the two losses' gradients are one matrix before anything is multiplied."""
+    W, rows, h, kl, ce = ctx.saved_tensors
+    r, v = len(rows), len(W)
+    G = kl.new_empty((r, max(v, kl.stride(0))))[:, :v]  # [R, V], its rows as far apart as those of the logits
+    torch.mul(kl, dkl / max(ctx.end_kl, 1), out=G[: ctx.end_kl])
+    G[ctx.end_kl :] = 0
+    G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
+    wanted, dtype = ctx.needs_input_grad, _rows.accumulation_dtype(h.dtype)
+    yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.t(), None)) if wanted[0] else None
+    yield product(G.t(), h.t(), None, dtype) if wanted[1] else None
+    yield G.sum(dim=0, dtype=dtype) if wanted[2] else None
+
+
+def _weighted(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Σ_l weights[l] · x[l], in the precision of the weights."""
+    dtype = weights[0].dtype
+    total = x[0].to(dtype) * weights[0]
+    for weight, part in zip(weights[1:], x[1:], strict=True):
+        total.addcmul_(part.to(dtype), weight)
+    return total
