@@ -83,17 +83,27 @@ void run_tile(int rows, Arguments... arguments) {
   Tile::template run<R>(arguments...);
 }
 
+constexpr int64_t kAnyDepth = INT32_MAX;  // of a Tile that takes all of K at once
+constexpr int64_t kTilesAtOnce = 24;      // whose sums are kept from one part of K to the next
+
 // Rows [row_begin, row_end) of A, which start at `a`, in panels [panel_begin, panel_end) of the call's list.
+//
+// Where half a panel is larger than the first cache holds beside the rows, all tiles pass by a part of it, of
+// Tile::depth blocks of K, and then by the next: each goes on from its sums, so that these are the same.
 template <class Tile>
 void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t row_begin, int64_t row_end,
                    int64_t panel_begin, int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
   if (rows == 0) return;
   const int64_t tiles = (rows + Tile::rows - 1) / Tile::rows;
-  alignas(64) typename Tile::Sum sums[Tile::rows * Tile::columns];
+  constexpr int64_t sums_of_tile = Tile::rows * Tile::columns;
+  alignas(64) typename Tile::Sum sums[(Tile::depth < kAnyDepth ? kTilesAtOnce : 1) * sums_of_tile];
   int64_t blocks = 0;
   for (int64_t i = 0; i < call.block_ranges; ++i) blocks += call.blocks[i].end - call.blocks[i].begin;
   const bool all_blocks = blocks == call.weights.blocks;  // else nobody knows the sums of the columns
+  const bool in_parts = call.block_ranges == 1 && blocks > Tile::depth;
+  const int64_t parts = in_parts ? (blocks + Tile::depth - 1) / Tile::depth : 1;
+  const int64_t at_once = in_parts ? kTilesAtOnce : 1;
   for (int64_t i = panel_begin; i < panel_end; ++i) {
     const int64_t panel = call.panels == nullptr ? i : call.panels[i];
     const int64_t next = i + 1 == panel_end ? -1 : call.panels == nullptr ? i + 1 : call.panels[i + 1];
@@ -103,13 +113,27 @@ void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t
     for (int64_t half = 0; half < kPanelColumns && panel * kPanelColumns + half < call.weights.columns;
          half += Tile::columns) {
       const int64_t column = panel * kPanelColumns + half;
-      for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height
-        const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        run_tile<Tile, Tile::rows>(static_cast<int>(end - begin), a + begin * a_stride, a_stride,
-                                   b + half / 16 * kHalfBytes, all_blocks ? call.weights.column_sums + column : nullptr,
-                                   call.blocks, call.block_ranges, prefetch, sums);
-        prefetch.next += prefetch.lines * 64 * call.weights.blocks;
-        finish<Tile>(call, sums, row_begin + begin, end - begin, column);
+      for (int64_t first = 0; first < tiles; first += at_once) {
+        const int64_t last = smaller(tiles, first + at_once);
+        for (int64_t p = 0; p < parts; ++p) {
+          BlockRange part = {};
+          if (in_parts) {
+            part.begin = static_cast<int32_t>(call.blocks[0].begin + p * Tile::depth);
+            part.end = static_cast<int32_t>(smaller(call.blocks[0].end, part.begin + Tile::depth));
+          }
+          for (int64_t t = first; t < last; ++t) {
+            const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;  // tiles of nearly equal height
+            run_tile<Tile, Tile::rows>(
+                static_cast<int>(end - begin), a + begin * a_stride, a_stride, b + half / 16 * kHalfBytes,
+                all_blocks ? call.weights.column_sums + column : nullptr, in_parts ? &part : call.blocks,
+                call.block_ranges, p > 0, prefetch, sums + (t - first) * sums_of_tile);
+            prefetch.next += prefetch.lines * 64 * (in_parts ? part.end - part.begin : call.weights.blocks);
+          }
+        }
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+          finish<Tile>(call, sums + (t - first) * sums_of_tile, row_begin + begin, end - begin, column);
+        }
       }
     }
   }

@@ -11,6 +11,7 @@ struct Int8Tile {
   using Sum = int32_t;
   static constexpr bool quantized = true;
   static constexpr int rows = 2, columns = 16;
+  static constexpr int64_t depth = kAnyDepth;
   static constexpr int64_t a_block_bytes = 128;  // int16
 
   static void widen_row(const uint8_t* codes, int64_t blocks, uint8_t* out) {
@@ -22,7 +23,7 @@ struct Int8Tile {
 
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t*, const BlockRange* ranges,
-                  int64_t range_count, Prefetch prefetch, int32_t* out) {
+                  int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
     __m256i sum[R][4];
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 4; ++v) sum[r][v] = _mm256_setzero_si256();

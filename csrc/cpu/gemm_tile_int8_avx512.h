@@ -52,6 +52,7 @@ struct Int8Tile {
   using Sum = int32_t;
   static constexpr bool quantized = true;
   static constexpr int rows = 12, columns = 32;
+  static constexpr int64_t depth = kAnyDepth;
   static constexpr int64_t a_block_bytes = 64;
 
   // 128 · Σ_k w of some blocks.
@@ -76,7 +77,7 @@ struct Int8Tile {
 
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t* column_sums,
-                  const BlockRange* ranges, int64_t range_count, Prefetch prefetch, int32_t* out) {
+                  const BlockRange* ranges, int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
     Int8Sums<R> sums;
     sums.start(start(b, column_sums, ranges, range_count),
                start(b + kHalfBytes, column_sums == nullptr ? nullptr : column_sums + 16, ranges, range_count));

@@ -8,11 +8,12 @@ struct Int8Tile {
   using Sum = int32_t;
   static constexpr bool quantized = true;
   static constexpr int rows = 1, columns = 16;
+  static constexpr int64_t depth = kAnyDepth;
   static constexpr int64_t a_block_bytes = 64;
 
   template <int R>
   static void run(const uint8_t* a, int64_t, const uint8_t* b, const int32_t*, const BlockRange* ranges,
-                  int64_t range_count, Prefetch, int32_t* out) {
+                  int64_t range_count, bool, Prefetch, int32_t* out) {
     static_assert(R == 1, "one row at a time");
     uint32_t sum[16] = {};  // wraps around as every tier's sums do
     for (int64_t i = 0; i < range_count; ++i) {

@@ -49,10 +49,11 @@ struct PairTile {
   using Sum = float;
   static constexpr bool quantized = false;
   static constexpr int rows = 12, columns = 32;
+  static constexpr int64_t depth = kAnyDepth;
 
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t*, const BlockRange* ranges,
-                  int64_t range_count, Prefetch prefetch, float* out) {
+                  int64_t range_count, bool, Prefetch prefetch, float* out) {
     PairSums<R> sums;
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * 64;
