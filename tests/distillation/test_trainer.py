@@ -129,7 +129,7 @@ def test_multiple_choice(tmp_path):
     args = tiny.arguments(tmp_path, max_steps=2, logging_steps=1, gradient_accumulation_steps=2)
     trainer = DistillationTrainer(student, teacher, args, rows)
     trainer.train()
-    assert trainer.state.log_history[0]["kl"] == pytest.approx(whole.kl.item(), rel=1e-4)
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(whole.kl.item(), rel=1e-4, abs=1e-6)  # 0.001 of it
 
 
 def test_rows_without_labels_are_predicted(tmp_path):
