@@ -402,6 +402,26 @@ def test_noise_on_embeddings_is_that_of_transformers(tmp_path):
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
+def test_a_batch_that_was_too_large_is_not_in_the_logs(tmp_path):
+    teacher = tiny.teacher()
+    args = tiny.arguments(
+        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=1, logging_steps=1
+    )
+    trainer = DistillationTrainer(tiny.student(teacher), teacher, args, tiny.rows(8))
+    compute = trainer.compute_loss
+
+    def small(model, inputs, *args, **kwargs):
+        loss = compute(model, inputs, *args, **kwargs)
+        if len(inputs["labels"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    trainer.compute_loss = small
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(0.5 * logged["kl"] + 0.5 * logged["ce"], rel=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
