@@ -9,6 +9,7 @@ What transformers' own Trainer does, and what is done here instead:
 - resuming a run that is finished trains one step more, if max_steps lies inside an epoch: here none;
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
+- callbacks begin anew in a resumed run, so that early stopping comes later: here they go on;
 - evaluation draws from the random generators, so that evaluating more often changes the model: here not;
 - a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch;
 - a stream that ends inside of an optimizer step leaves its gradients to the next one, and a run resumed after its first
@@ -159,6 +160,7 @@ class ResumableTrainer(Trainer):
                 )
         if self.accelerator.dispatch_batches is None:
             self.accelerator.dataloader_config.dispatch_batches = False
+        self.args.restore_callback_states_from_checkpoint = True
         self.add_callback(_SetEpoch(lambda: self.train_dataset))
         self._settings: dict[str, Any] = {}
         self._save_total_limit = self.args.save_total_limit
