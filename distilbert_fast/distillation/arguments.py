@@ -32,6 +32,8 @@ _ALPHAS = {
     "hidden": "alpha_hidden",
     "relation": "alpha_relation",
 }
+# How metrics that are losses end, of which Trainer knows those in "loss".
+_LOSSES = tuple(f"_{name}" for name in (*_ALPHAS, "ce"))
 
 
 @dataclass
@@ -39,7 +41,7 @@ class DistillationArguments(TrainingArguments):
     """TrainingArguments, and what a student is trained for.
 
     temperature and the alphas are numbers, or follow a schedule over the steps of the run: "linear:2.0:1.0" or
-    "cosine:2.0:1.0" goes from 2 to 1.
+    "cosine:2.0:1.0" goes from 2 to 1. For ``metric_for_best_model`` any loss may be named; less of it is better.
 
     Raises:
         ValueError: a setting out of range.
@@ -92,6 +94,9 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        best = self.metric_for_best_model
+        if self.greater_is_better is None and best is not None and f"_{best}".endswith(_LOSSES):
+            self.greater_is_better = False
         super().__post_init__()
         if self.objective not in ("task", "qa", "mlm"):
             _refuse("objective", "one of task, qa, mlm", self.objective)

@@ -9,14 +9,19 @@ What transformers' own Trainer does, and what is done here instead:
 - resuming a run that is finished trains one step more, if max_steps lies inside an epoch: here none;
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
+- callbacks begin anew in a resumed run, so that early stopping comes later: here they go on;
 - evaluation draws from the random generators, so that evaluating more often changes the model: here not;
-- a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch.
+- a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch;
+- a stream that ends inside of an optimizer step leaves its gradients to the next one, and a run resumed after its first
+  end reads on from the wrong place: here a stream is read over and over as if it never ended (see ``_Endless``);
+- of a stream one process reads for all, whose batches must then be of one width: here each process reads it.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,7 +29,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -35,6 +40,9 @@ from transformers.trainer_utils import TrainOutput
 from distilbert_fast.distillation import manifest
 from distilbert_fast.distillation.manifest import newest_complete_checkpoint
 from distilbert_fast.distillation.training_state import load_state, random_state, save_state, set_random_state
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 __all__ = ["ResumableTrainer", "newest_complete_checkpoint"]
 
@@ -97,6 +105,28 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return len(self.sampler)  # type: ignore[arg-type]
 
 
+class _Endless(torch.utils.data.IterableDataset[Any]):
+    """A stream that begins anew, as its next epoch, where it ends.
+
+    Trainer, which does not know its length, takes all of it for one epoch: each optimizer step then has all its
+    batches, and its number tells what was read before.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in itertools.count():
+            if hasattr(self.stream, "set_epoch"):
+                self.stream.set_epoch(epoch)
+            empty = True
+            for row in self.stream:
+                empty = False
+                yield row
+            if empty:
+                return
+
+
 class _SetEpoch(TrainerCallback):
     def __init__(self, dataset: Callable[[], Any]) -> None:
         self.dataset = dataset
@@ -128,6 +158,9 @@ class ResumableTrainer(Trainer):
                 raise ValueError(
                     f"{type(self).__name__}: args.{setting} must be off, got {getattr(self.args, setting)}"
                 )
+        if self.accelerator.dispatch_batches is None:
+            self.accelerator.dataloader_config.dispatch_batches = False
+        self.args.restore_callback_states_from_checkpoint = True
         self.add_callback(_SetEpoch(lambda: self.train_dataset))
         self._settings: dict[str, Any] = {}
         self._save_total_limit = self.args.save_total_limit
@@ -254,6 +287,17 @@ class ResumableTrainer(Trainer):
     @property
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; of a stream, without an end."""
+        stream = self.train_dataset
+        if not isinstance(stream, torch.utils.data.IterableDataset) or hasattr(stream, "__len__"):
+            return super().get_train_dataloader()
+        self.train_dataset = _Endless(stream)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

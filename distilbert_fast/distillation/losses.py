@@ -46,9 +46,9 @@ def task_loss(
         label_smoothing: of the cross-entropy.
 
     Raises:
-        ValueError: shapes that do not fit, no teacher for alpha above 0, a label out of range (looked for on
-            the
+        ValueError: shapes that do not fit, no teacher for alpha above 0, a label out of range (looked for on the
             CPU only: on a GPU it would make the host wait).
+        TypeError: labels are not int64.
     """
     classes = student.shape[-1]
     if labels.shape != student.shape[:-1]:
@@ -56,6 +56,8 @@ def task_loss(
             f"task_loss: labels must be of shape {list(student.shape[:-1])}, one for each row of logits, "
             f"got {list(labels.shape)}"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"task_loss: labels must be int64, got {str(labels.dtype)[6:]}")
     if labels.device.type == "cpu":
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):

@@ -71,20 +71,30 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
         return f"its manifest has format {record.get('format')!r}, this version reads {_FORMAT}"
     if not record.get("complete"):
         return "half-written: saving began and did not end"
-    for name, entry in record["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
-        if contents and sha256(file) != entry["sha256"]:
-            return f"the contents of {name} do not fit their checksum"
+    faults = (file_fault(checkpoint, name, entry, contents) for name, entry in record["files"].items())
+    return next((reason for reason in faults if reason is not None), None)
+
+
+def file_fault(checkpoint: Path, name: str, entry: dict[str, Any], contents: bool = True) -> str | None:
+    """Why one file is not what its entry among ``files_of`` says; None if it is."""
+    file = checkpoint / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != entry["size"]:
+        return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
+    if contents and sha256(file) != entry["sha256"]:
+        return f"the contents of {name} do not fit their checksum"
     return None
 
 
 def settings_of(checkpoint: Path) -> dict[str, Any]:
     """The settings that a complete checkpoint was written with."""
     return json.loads((checkpoint / MANIFEST).read_text())["settings"]
+
+
+def files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file of a complete checkpoint, by its path in it."""
+    return json.loads((checkpoint / MANIFEST).read_text())["files"]
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

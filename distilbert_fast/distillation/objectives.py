@@ -17,7 +17,7 @@ from torch import Tensor
 from distilbert_fast.distillation.losses import IGNORED, task_loss
 from distilbert_fast.distillation.relations import EXCLUDED
 from distilbert_fast.distillation.schedule import Scheduled, at, bounds, is_zero
-from distilbert_fast.distillation.teacher import Batch, Teacher, full, inputs_of, model_of, only
+from distilbert_fast.distillation.teacher import Batch, Teacher, full, head_output, model_of
 from distilbert_fast.ops.kl_div import kl_div
 
 OP = "DistillationTrainer"
@@ -83,7 +83,7 @@ class TaskObjective:
         return (need(batch, "labels") != IGNORED).sum().expand(len(self.names))
 
     def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
-        output = student(**only(batch, inputs_of(student)))
+        output = head_output(student, batch)
         taught = None if is_zero(self.alpha) or teacher is None else teacher.answer(batch).logits().logits
         _, kl, ce = task_loss(
             output.logits,
@@ -126,7 +126,7 @@ class RegressionObjective:
         return torch.full((len(self.names),), labels.numel(), device=labels.device)
 
     def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
-        output = student(**only(batch, inputs_of(student)))
+        output = head_output(student, batch)
         predicted = full(output.logits.flatten())  # [B·K]
         targets = [need(batch, "labels")]
         if not is_zero(self.alpha) and teacher is not None:
@@ -179,7 +179,7 @@ class QaObjective:
         return ce[None] if is_zero(self.alpha) else torch.stack([2 * allowed.any(dim=1).sum(), ce])
 
     def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
-        output = student(**only(batch, inputs_of(student)))
+        output = head_output(student, batch)
         allowed = answer_places(batch)
         rows = _spans(output, allowed)  # [2B, T]
         ce = torch.nn.functional.cross_entropy(rows, _places(batch, allowed), ignore_index=IGNORED, reduction="sum")

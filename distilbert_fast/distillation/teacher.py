@@ -190,7 +190,7 @@ class ModelAnswer:
 
     def logits(self) -> Any:
         with torch.no_grad(), self._precision():
-            return self.model(**only(self.batch, inputs_of(self.model)))
+            return head_output(self.model, self.batch)
 
     def soft_targets(self, rows: Tensor) -> Projection:
         head = vocabulary_head(self.model, "teacher")
@@ -240,6 +240,11 @@ def only(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def full(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def head_output(model: Any, batch: Batch) -> Any:
+    """A model's output by name, whatever its config says."""
+    return model(**only(batch, inputs_of(model)), return_dict=True)
 
 
 def encode(encoder: Any, batch: Batch, hidden_states: bool = False) -> Any:

@@ -84,7 +84,8 @@ class CachedTeacher:
 
     Raises:
         ValueError: no complete cache, or one of another corpus, masking or teacher, by name. Later: an objective that
-            asks for more than the cache holds, or for another temperature; an example that is not in it.
+            asks for more than the cache holds, or for another temperature; an example that is not in it; a file whose
+            checksum, taken when it is first needed, is not that of its manifest.
     """
 
     columns = ("input_ids", "attention_mask", "labels")
@@ -103,6 +104,7 @@ class CachedTeacher:
             wanted["teacher"] = fingerprint(teacher)
         refuse_other_key(OP, self.directory, self.key, wanted)
         self.rows: int = settings["rows"]
+        self._files = manifest.files_of(self.directory)
         self.device = torch.device("cpu")
         self._shards: dict[int, dict[str, np.ndarray]] = {}
 
@@ -133,7 +135,7 @@ class CachedTeacher:
 
     @cached_property
     def _index(self) -> dict[str, np.ndarray]:
-        return _map(self.directory / INDEX)
+        return self._map(INDEX)
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of S16 [B] keys: shards [B], and the first row [B] of each in it."""
@@ -149,10 +151,17 @@ class CachedTeacher:
         return self._index["shard"][at], self._index["begin"][at]
 
     def shard(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a shard, mapped into memory."""
+        """The arrays of a shard."""
         if number not in self._shards:
-            self._shards[number] = _map(self.directory / SHARD.format(number))
+            self._shards[number] = self._map(SHARD.format(number))
         return self._shards[number]
+
+    def _map(self, name: str) -> dict[str, np.ndarray]:
+        """The tensors of a file: read through once for its checksum, then mapped."""
+        if (reason := manifest.file_fault(self.directory, name, self._files[name])) is not None:
+            refuse(OP, "directory", "a cache as build_cache wrote it", f"{self.directory}: {reason}")
+        with safe_open(str(self.directory / name), framework="pt") as file:
+            return {field: file.get_tensor(field).numpy() for field in file.keys()}  # noqa: SIM118
 
 
 class CachedAnswer:
@@ -241,9 +250,3 @@ def example_keys(batch: Batch, positions: str) -> np.ndarray:
             digest.update(places[inside].tobytes())
         digests += digest.digest()
     return np.frombuffer(bytes(digests), "S16")
-
-
-def _map(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file; nothing is read before it is used."""
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118

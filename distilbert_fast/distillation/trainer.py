@@ -19,7 +19,7 @@ from distilbert_fast.distillation.training_state import random_state, set_random
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import EvalLoopOutput
 
 __all__ = ["DistillationArguments", "DistillationTrainer", "DivergedError"]
 
@@ -104,9 +104,14 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher = of
         if of is not None:
             of.prepare(self.args.device)
-        self.add_callback(_AtBegin(self._log_teacher_effect))
+        self.add_callback(_AtBegin(self._begin))
         self._train_parts = self._no_parts()
         self._eval_parts = self._no_parts()
+
+    def _begin(self) -> None:
+        self._train_parts = self._no_parts()  # without those of a larger batch that auto_find_batch_size gave up
+        if self.state.global_step == 0:
+            self._log_teacher_effect()
 
     def _log_teacher_effect(self) -> None:
         """What a precision that was asked for makes of the teacher and of the loss, by the first rows."""
@@ -114,7 +119,8 @@ class DistillationTrainer(ResumableTrainer):
         if not isinstance(teacher, ModelTeacher) or teacher.precision in ("auto", "model"):
             return
         state = random_state(self.args.device)
-        batch = next(iter(self.get_eval_dataloader(self.train_dataset)), None)
+        # not get_eval_dataloader, which keeps what it gives for every evaluation, where workers are persistent
+        batch = next(iter(self.get_test_dataloader(self.train_dataset)), None)
         set_random_state(state, self.args.device)
         if batch is None:
             return
@@ -174,11 +180,6 @@ class DistillationTrainer(ResumableTrainer):
         """As in Trainer; an objective whose logits are never stored has a loss only."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, None if isinstance(logits, tuple) and not logits else logits, labels
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in ResumableTrainer."""
-        self._train_parts = self._no_parts()
-        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; what reports the training loss reports its parts too, which must be finite."""
@@ -254,14 +255,13 @@ class DistillationTrainer(ResumableTrainer):
 
 
 class _AtBegin(TrainerCallback):
-    """Calls once before the first step of a run."""
+    """Calls before the first step of a run, and of a resumed one."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.call()
+        self.call()
 
 
 def _teacher(

@@ -220,6 +220,9 @@ class DistilBertModel(hf.DistilBertModel):
         if position_ids is None:
             position_ids = torch.arange(length, device=device)[None]
         positions = tokens.rows(position_ids.expand(batch, length))  # [M]
+        words = self.embeddings.word_embeddings
+        if input_ids is not None and (words._forward_hooks or words._forward_pre_hooks):
+            given = words(given)  # [B, T, C]: a hook, such as NEFTune's, finds what it finds in transformers
         x = self.embeddings(tokens.rows(given), positions)
         hidden_states, attentions = self.transformer(x, tokens, masks, probabilities)
 

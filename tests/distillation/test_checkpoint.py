@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -454,6 +455,23 @@ def test_evaluation_does_not_change_training(tmp_path, whole):
     often = trainer(tmp_path, eval_strategy="steps", eval_steps=1)
     often.train()
     assert same(weights(tmp_path / "checkpoint-12"), weights(whole / "checkpoint-12"))
+
+
+def test_early_stopping_counts_on(tmp_path):
+    """Evaluations that are ever worse: the first is the best, and after the third more of them it is over."""
+
+    def run(name):
+        seen = [transformers.EarlyStoppingCallback(3)]
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "metric_for_best_model": "growing"}
+        made = trainer(tmp_path / name, callbacks=seen, greater_is_better=False, **settings)
+        made.compute_metrics = lambda prediction: {"growing": made.state.global_step}
+        made.args.load_best_model_at_end = True  # what the callback asks for
+        return made.train(resume_from_checkpoint="auto").global_step
+
+    assert run("whole") == 4
+    for step in (1, 3):
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
+    assert run("resumed") == 4
 
 
 def test_any_trainer_can_be_resumable(tmp_path):

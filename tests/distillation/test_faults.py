@@ -5,7 +5,6 @@ That its question answering spans padding is in test_objectives.py, that it save
 
 from __future__ import annotations
 
-import copy
 import shutil
 
 import accelerate.data_loader
@@ -123,44 +122,79 @@ def test_without_being_told_it_would_mask_alike(tmp_path, untold):
 # Gradients that were left over at the end of an epoch leaked into the next -------------------------------------
 
 
-def test_no_gradient_is_left_over_at_the_end_of_an_epoch(tmp_path):
-    teacher = tiny.teacher()
-    start = tiny.student(teacher, dropout=0.0)
-    rows = tiny.rows(6)
+def descent(output_dir, rows, **settings):
+    """By labels alone, four rows a step."""
     args = tiny.arguments(
-        tmp_path,
+        output_dir,
         alpha=0.0,
-        num_train_epochs=2,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         optim="sgd",
         learning_rate=0.1,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
+        **settings,
     )
-    trainer = Ordered(copy.deepcopy(start), None, args, rows)
+    return Ordered(tiny.student(tiny.teacher(), dropout=0.0), None, args, rows)
+
+
+def descend(rows, steps):
+    """The weights after plain descent; a step is the rows whose gradients it takes together."""
+    model = tiny.student(tiny.teacher(), dropout=0.0)
+    for step in steps:
+        batch = tensors([rows[index] for index in step])
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / len(step)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, g in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.1 * g
+    return flat(model)
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_no_gradient_is_left_over_at_the_end_of_an_epoch(tmp_path):
+    rows = tiny.rows(6)
+    trainer = descent(tmp_path, rows, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 4
-
-    def descend(steps):
-        """Plain descent; a step is the rows whose gradients it takes together."""
-        model = copy.deepcopy(start)
-        for step in steps:
-            batch = tensors([rows[index] for index in step])
-            logits = model(batch["input_ids"], batch["attention_mask"]).logits
-            loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / len(step)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            with torch.no_grad():
-                for parameter, g in zip(model.parameters(), gradients, strict=True):
-                    parameter -= 0.1 * g
-        return torch.cat([parameter.flatten() for parameter in model.parameters()])
-
-    got = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
     first, last = [0, 1, 2, 3], [4, 5]
-    right = descend([first, last, first, last])
-    old = descend([first, last + first])  # the last two batches of an epoch never made a step of their own
-    torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-5)
+    right = descend(rows, [first, last, first, last])
+    old = descend(rows, [first, last + first])  # the last two batches of an epoch never made a step of their own
+    torch.testing.assert_close(flat(trainer.model), right, atol=1e-6, rtol=1e-5)
     assert (old - right).abs().max() > 1e-3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length; it notes in which epochs it was begun."""
+
+    def __init__(self, rows):
+        self.rows, self.epoch, self.begun = rows, None, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.begun.append(self.epoch)
+        yield from self.rows
+
+
+def test_nor_at_the_end_of_a_stream_and_a_resumed_run_reads_on(tmp_path):
+    rows, saving = tiny.rows(5), {"save_strategy": "steps", "save_steps": 1}
+    stream = Stream(rows)
+    trainer = descent(tmp_path / "whole", stream, max_steps=4, **saving)
+    assert trainer.accelerator.dispatch_batches is False  # batches of several processes may differ in width
+    trainer.train()
+    assert stream.begun == [0, 1, 2, 3]
+    expected = descend(rows, [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1], [2, 3, 4, 0]])
+    torch.testing.assert_close(flat(trainer.model), expected, atol=1e-6, rtol=1e-5)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = descent(tmp_path / "resumed", stream, max_steps=4, **saving)
+    resumed.train(resume_from_checkpoint="auto")
+    assert torch.equal(flat(resumed.model), flat(trainer.model)) and resumed.train_dataset is stream
 
 
 # Weight decay missed the names of its LayerNorms ---------------------------------------------------------------

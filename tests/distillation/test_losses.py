@@ -109,6 +109,8 @@ BAD = [
     ({"labels": torch.zeros(4).long()}, "labels must be of shape [3], one for each row of logits, got [4]"),
     ({"labels": torch.tensor([0, 5, 1])}, "labels must be 0 to 4, or -100 for none, got 5"),
     ({"labels": torch.tensor([0, -1, 1])}, "labels must be 0 to 4, or -100 for none, got -1"),
+    ({"labels": torch.zeros(3)}, "labels must be int64, got float32"),
+    ({"labels": torch.zeros(3).int()}, "labels must be int64, got int32"),
     ({"teacher": None}, "teacher must be given for alpha above 0, got None for alpha 0.5"),
     ({"teacher": torch.zeros(3, 6)}, "teacher must be of the student's shape [3, 5], got [3, 6]"),
 ]
@@ -117,6 +119,6 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input(arguments, message):
     good = {"student": torch.zeros(3, 5), "teacher": torch.zeros(3, 5), "labels": torch.zeros(3).long()}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         task_loss(**{**good, **arguments})
     assert str(caught.value) == f"task_loss: {message}"

@@ -301,6 +301,15 @@ def test_tasks_are_their_definition(head, alpha):
     assert objective.counts(batch).tolist() == [spec[name][1] for name in objective.names]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "model"])
+def test_outputs_have_names_whatever_the_config_says(precision):
+    teacher = tiny.teacher()
+    student, batch, objective = tiny.student(teacher, dropout=0.0), padded(tiny.rows(3)), TaskObjective(2.0, 0.5)
+    expected = objective(student, ModelTeacher(teacher, precision), batch, 0.0).sums
+    student.config.return_dict = teacher.config.return_dict = False
+    assert torch.equal(objective(student, ModelTeacher(teacher, precision), batch, 0.0).sums, expected)
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_regression_is_its_definition(outputs):
     teacher = without_dropout(tiny.teacher(num_labels=outputs, problem_type="regression").double())

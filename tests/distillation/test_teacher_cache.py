@@ -298,6 +298,22 @@ def test_a_directory_that_is_no_cache(tmp_path, model):
         CachedTeacher(path)
 
 
+@pytest.mark.parametrize("name", ["index.safetensors", "shard-00000.safetensors"])
+def test_a_file_that_was_altered_is_refused_when_it_is_needed(tmp_path, model, name):
+    dataset = masked()
+    path = build_cache(model, dataset, tmp_path / "c", k=3)
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    (path / name).write_bytes(content)
+    teacher = CachedTeacher(path, dataset)
+    with pytest.raises(ValueError) as caught:
+        teacher.answer(batch_of(dataset)).soft_targets(torch.tensor([0]))
+    assert str(caught.value) == (
+        f"CachedTeacher: directory must be a cache as build_cache wrote it, got {path}: "
+        f"the contents of {name} do not fit their checksum"
+    )
+
+
 def killed(work):
     """Do it in a forked process; its wait status."""
     process = os.fork()

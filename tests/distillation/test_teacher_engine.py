@@ -173,6 +173,16 @@ def test_telling_the_effect_does_not_change_the_run(tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
+def test_telling_it_leaves_evaluation_its_own_rows(tmp_path):
+    """Where workers are persistent, Trainer keeps the loader that it made for the first evaluation."""
+    model, held_out = tiny.teacher("MaskedLM"), tiny.masked_rows(3, seed=1)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    args = tiny.arguments(tmp_path, objective="mlm", teacher_precision="int8", max_steps=1, **workers)
+    trainer = DistillationTrainer(tiny.student(model), model, args, tiny.masked_rows(8), eval_dataset=held_out)
+    trainer.train()
+    assert trainer.get_eval_dataloader().dataset is held_out
+
+
 def test_settings(tmp_path):
     words = "--output_dir out --use_cpu --teacher_precision int8"
     (args,) = transformers.HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(words.split())

@@ -9,6 +9,7 @@ import torch
 import transformers
 from distillation import tiny
 
+import distilbert_fast
 from distilbert_fast.distillation.losses import task_loss
 from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer, DivergedError
@@ -370,8 +371,6 @@ def test_half_of_the_real_bert_learns_from_the_whole(tmp_path, bert_dir, tokeniz
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_drop_in_classes_are_trained_alike(tmp_path, head):
-    import distilbert_fast
-
     teacher = tiny.teacher(head)
     student = tiny.student(teacher, dropout=0.0)
     student.save_pretrained(tmp_path / "student")
@@ -386,6 +385,41 @@ def test_the_drop_in_classes_are_trained_alike(tmp_path, head):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     again, report = student_from_teacher(fast)
     assert report.left_out == () and type(again) is type(fast)
+
+
+def test_noise_on_embeddings_is_that_of_transformers(tmp_path):
+    """NEFTune's hook takes its scale from the length of the padded rows."""
+    teacher, losses = tiny.teacher(), []
+    tiny.student(teacher, dropout=0.0).save_pretrained(tmp_path / "student")
+    for library in (transformers, distilbert_fast):
+        model = library.DistilBertForSequenceClassification.from_pretrained(tmp_path / "student")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for alpha in (None, 30.0):
+            args = tiny.arguments(tmp_path / "run", max_steps=2, neftune_noise_alpha=alpha)
+            losses.append(DistillationTrainer(copy.deepcopy(model), teacher, args, tiny.rows(8)).train().training_loss)
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_batch_that_was_too_large_is_not_in_the_logs(tmp_path):
+    teacher = tiny.teacher()
+    args = tiny.arguments(
+        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=1, logging_steps=1
+    )
+    trainer = DistillationTrainer(tiny.student(teacher), teacher, args, tiny.rows(8))
+    compute = trainer.compute_loss
+
+    def small(model, inputs, *args, **kwargs):
+        loss = compute(model, inputs, *args, **kwargs)
+        if len(inputs["labels"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    trainer.compute_loss = small
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(0.5 * logged["kl"] + 0.5 * logged["ce"], rel=1e-5)
 
 
 @pytest.mark.gpu

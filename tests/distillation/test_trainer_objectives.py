@@ -44,6 +44,15 @@ def test_arguments_and_their_objective_read_from_a_command_line():
     )
 
 
+def test_of_a_loss_less_is_better(tmp_path):
+    for metric, greater in (
+        ("kl", False), ("eval_mlm", False), ("eval_held_cos", False), ("label_mse", False), ("loss", False),
+        ("accuracy", True), ("performance", True), (None, None),
+    ):  # fmt: skip
+        assert tiny.arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater, metric
+    assert tiny.arguments(tmp_path, metric_for_best_model="kl", greater_is_better=True).greater_is_better
+
+
 def test_what_is_left_open_comes_from_the_models(tmp_path):
     trainer = masked_lm(tmp_path, **EVERY_LOSS)
     assert trainer.objective.layer_map == ((0, 1),) and trainer.objective.relation_heads == 4
