@@ -216,7 +216,7 @@ class _Demo:
         from distilbert_fast.modeling.loading import FAMILIES, load_classifier
         from distilbert_fast.modeling.optimize import optimize
 
-        sentences = list(self.task.eval["sentence"])
+        texts = self.task.texts(self.task.eval)
         labels = torch.tensor(self.task.eval["label"])
         rows: dict[str, dict[str, Any]] = {}
         candidates: dict[str, Any] = {}
@@ -239,7 +239,7 @@ class _Demo:
             }
             candidates |= {f"{name} transformers": model, f"{name} distilbert_fast": fast}
         self.say("      accuracy is known; now the clocks, all models in turns")
-        timed = sentences[:: max(1, len(sentences) // 128)][:128]
+        timed = texts[:: max(1, len(texts) // 128)][:128]
         device = next(model.parameters()).device
         single = speed.batches(tokenizer, timed[:32], 1, self.training.max_length, device)
         batched = speed.batches(tokenizer, timed, 32, self.training.max_length, device)
@@ -292,8 +292,9 @@ class _Demo:
         from transformers import DataCollatorWithPadding
 
         from distilbert_fast.distillation.checkpoint import newest_complete_checkpoint
+        from distilbert_fast.evaluation.texts import tokenized
 
-        encoded = tokenizer(list(self.task.train["sentence"]), truncation=True, max_length=self.training.max_length)
+        encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.training.max_length)
         trainer = trainer_class(
             train_dataset=Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])}),
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -331,7 +332,7 @@ class _Demo:
     def _logits(self, model: Any, tokenizer: Any) -> Tensor:
         from distilbert_fast.evaluation.metrics import predictions
 
-        return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
+        return predictions(model, tokenizer, self.task.texts(self.task.eval), max_length=self.training.max_length)
 
 
 def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, sentences, tsv
+from demo_input import bert, pairs_tsv, sentences, tsv
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
@@ -23,6 +23,7 @@ from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
 from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
 from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
+from distilbert_fast.distillation.teacher import ModelTeacher
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
 from distilbert_fast.recipes import RecipeError, save
@@ -213,6 +214,37 @@ def test_a_task_with_its_baseline(inputs, tmp_path):
     for name in ("accuracy", "macro_f1"):
         assert other["models"]["teacher"]["quality"][name] == again["models"]["teacher"]["quality"][name]
     assert other["models"]["student"]["quality"]["accuracy"] > 0.8
+
+
+def test_pairs(inputs, tmp_path, monkeypatch):
+    """A BERT teacher reads which sentence is which; the DistilBERT student does without."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    seen = []
+    answer = ModelTeacher.answer
+
+    def spy(self, batch, *args, **kwargs):
+        seen.append(int(batch["token_type_ids"].max()))
+        return answer(self, batch, *args, **kwargs)
+
+    monkeypatch.setattr(ModelTeacher, "answer", spy)
+    dev = pairs_tsv(tmp_path / "dev.tsv", 40, seed=2)
+    job = TaskJob(load_task(data=pairs_tsv(tmp_path / "train.tsv", 320, seed=1), eval_data=dev), max_length=24)
+    teaching = Training(epochs=6, batch_size=16, micro_batch=16, learning_rate=5e-3)
+    report = distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, teaching))
+    assert set(seen) == {1}
+    assert report["data"]["pairs"] == "premise, hypothesis"
+    assert report["models"]["teacher"]["quality"]["accuracy"] > 0.8  # which half of the words would give
+    rows = [line.split("\t") for line in dev.read_text().splitlines()[1:]]
+    for name, row in report["models"].items():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / name)
+        right = 0
+        for premise, hypothesis, label in rows:
+            encoded = tokenizer(premise, hypothesis, truncation=True, max_length=24, return_tensors="pt")
+            with torch.no_grad():
+                right += model.config.id2label[int(model(**encoded).logits.argmax())] == label
+        assert row["quality"]["accuracy"] == pytest.approx(right / 40)
 
 
 def test_questions(inputs, tmp_path):

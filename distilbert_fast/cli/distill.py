@@ -233,6 +233,11 @@ Sentences in files with the columns sentence and label; the teacher is fine-tune
 A teacher that knows the task is taken as it is:
 
     distilbert-fast distill task --teacher textattack/bert-base-uncased-SST-2 --task glue/sst2
+
+Pairs of sentences, of the hub or in files with such columns (premise and hypothesis, sentence1 and sentence2, …):
+
+    distilbert-fast distill task --teacher ./my-bert --task glue/mnli --max-length 256 -o runs/mnli
+    distilbert-fast distill task --teacher ./my-bert --data pairs.jsonl -o runs/pairs
 """
 )
 def task(
@@ -244,11 +249,17 @@ def task(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="TSV, CSV, JSONL or Parquet with the columns sentence and label."),
+        typer.Option(
+            metavar="FILE",
+            help="TSV, CSV, JSONL or Parquet with the columns sentence and label; for pairs sentence1 and sentence2, "
+            "question1 and question2, premise and hypothesis, or question and sentence.",
+        ),
     ] = None,
     eval_data: _EvalData = None,
     max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = 128,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
+    ] = 128,
     baseline: _Baseline = False,
     ablate: _Ablate = False,
     epochs: _Epochs = 3.0,
@@ -275,7 +286,7 @@ def task(
     intermediate_size: _Intermediate = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Distil a student that classifies text."""
+    """Distil a student that classifies sentences, or pairs of them."""
 
     def job() -> Job:
         from distilbert_fast.distill_jobs import TaskJob

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TaskJob:
-    """Text classification; see `load_task` for the data."""
+    """Classification of sentences or pairs of them; see `load_task` for the data."""
 
     kind, head = "task", "SequenceClassification"
     teacher_epochs = 3.0
@@ -50,6 +50,7 @@ class TaskJob:
             "name": task.name,
             "train": len(task.train),
             "eval": len(task.eval),
+            **({"pairs": ", ".join(task.columns)} if len(task.columns) > 1 else {}),
             "classes": ", ".join(task.label_names),
             "fingerprint": task.fingerprint[:12],
             "max_length": self.max_length,
@@ -58,8 +59,10 @@ class TaskJob:
     def prepare(self, tokenizer: Any, directory: Path) -> None:
         from datasets import Dataset
 
+        from distilbert_fast.evaluation.texts import tokenized
+
         self.tokenizer = tokenizer
-        encoded = tokenizer(list(self.task.train["sentence"]), truncation=True, max_length=self.max_length)
+        encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.max_length)
         self._rows = Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])})
 
     def rows(self) -> Any:
@@ -76,7 +79,8 @@ class TaskJob:
         from distilbert_fast.evaluation import metrics
 
         def answers(of: Any) -> Any:
-            return metrics.predictions(of, self.tokenizer, self.task.eval["sentence"], max_length=self.max_length)
+            texts = self.task.texts(self.task.eval)
+            return metrics.predictions(of, self.tokenizer, texts, max_length=self.max_length)
 
         labels, logits = torch.tensor(self.task.eval["label"]), answers(model)
         row = {name: getattr(metrics, name)(logits, labels) for name in ("accuracy", "matthews", "macro_f1")}
@@ -91,6 +95,6 @@ class TaskJob:
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
         from distilbert_fast.evaluation import speed
 
-        sentences = list(self.task.eval["sentence"])
-        timed = sentences[:: max(1, len(sentences) // rows)][:rows]
+        texts = self.task.texts(self.task.eval)
+        timed = texts[:: max(1, len(texts) // rows)][:rows]
         return speed.batches(self.tokenizer, timed, size, self.max_length, "cpu")

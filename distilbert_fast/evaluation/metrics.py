@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distilbert_fast.evaluation.texts import Text, tokenized
+
 
 @torch.inference_mode()
 def predictions(
-    model: nn.Module, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32, max_length: int = 128
+    model: nn.Module, tokenizer: Any, texts: Sequence[Text], batch_size: int = 32, max_length: int = 128
 ) -> Tensor:
-    """The logits of a sequence classifier, fp32 [len(sentences), labels] on the CPU, in the order given.
+    """The logits of a sequence classifier, fp32 [len(texts), labels] on the CPU, in the order given.
 
-    Sentences of like length share a batch, so little of the work is padding. The model is left in eval mode.
+    Texts of like length share a batch, so little of the work is padding. The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
-    encoded = tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(sentences)), key=lambda i: len(encoded[i]))
-    logits: list[Tensor] = [torch.empty(0)] * len(sentences)
+    encoded = tokenized(tokenizer, texts, max_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    logits: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = tokenizer(
-            [sentences[i] for i in rows], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-        )
+        batch = tokenized(tokenizer, [texts[i] for i in rows], max_length, padding=True, return_tensors="pt")
         for i, row in zip(rows, model(**batch.to(device)).logits.float().cpu(), strict=True):
             logits[i] = row
     return torch.stack(logits)

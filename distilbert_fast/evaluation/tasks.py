@@ -1,15 +1,16 @@
-"""Text classification tasks: the built-in one, a file of the user's, or a data set of the Hugging Face hub."""
+"""Tasks on sentences and pairs of sentences: the built-in one, a file of the user's, or a data set of the hub."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.json
 import pyarrow.parquet
@@ -17,9 +18,17 @@ import pyarrow.parquet
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from distilbert_fast.evaluation.texts import Text
+
 BUILT_IN = "stdlib-docs"
 FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
-EVAL_PERCENT = 10  # of a file's sentences when no evaluation file is given
+SENTENCE = ("sentence",)
+# Columns of pairs, as GLUE's data sets have them.
+PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
+EVAL_PERCENT = 10  # of a file's texts when no evaluation file is given
+NO_LABEL = -1  # in data sets of the hub whose labels have names
+
+Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
 
 @dataclass(frozen=True)
@@ -28,22 +37,33 @@ class Task:
 
     Attributes:
         name: what it is called in reports.
-        train, eval: data sets with the columns `sentence` (str) and `label` (int, an index into `label_names`).
+        train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`).
         label_names: one name per class.
+        columns: `sentence`, or the two columns of a pair.
     """
 
     name: str
     train: Dataset
     eval: Dataset
     label_names: tuple[str, ...]
+    columns: tuple[str, ...] = SENTENCE
+
+    def texts(self, split: Dataset) -> list[Text]:
+        """Of `train` or `eval`, in their order: sentences, or pairs of them."""
+        columns = [split[column] for column in self.columns]
+        return list(columns[0]) if len(columns) == 1 else list(zip(columns[0], columns[1], strict=True))
+
+    def _rows(self, split: Dataset) -> list[Row]:
+        texts = zip(*(split[column] for column in self.columns), strict=True)
+        return list(zip(texts, split["label"], strict=True))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all sentences, labels and label names: equal for equal tasks on any machine."""
+        """SHA-256 of all texts, labels and label names: equal for equal tasks on any machine."""
         digest = hashlib.sha256(repr(self.label_names).encode())
         for split in (self.train, self.eval):
-            for sentence, label in zip(split["sentence"], split["label"], strict=True):
-                digest.update(f"\0{label}\0{sentence}".encode("utf-8", "surrogatepass"))
+            for texts, label in self._rows(split):
+                digest.update("\0".join(["", str(label), *texts]).encode("utf-8", "surrogatepass"))
             digest.update(b"\1")
         return digest.hexdigest()
 
@@ -62,10 +82,11 @@ class Task:
         if sorted(mine) == sorted(theirs) and len(set(mine)) == len(mine):
             order = [theirs.index(name) for name in mine]
             train, held_out = (
-                _dataset([(text, order[at]) for text, at in zip(split["sentence"], split["label"], strict=True)])
+                _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
                 for split in (self.train, self.eval)
             )
-            return Task(self.name, train, held_out, tuple(self.label_names[mine.index(name)] for name in theirs))
+            turned = tuple(self.label_names[mine.index(name)] for name in theirs)
+            return dataclasses.replace(self, train=train, eval=held_out, label_names=turned)
         telling = not all(re.fullmatch(r"-?\d+", name) for name in mine)
         named = not all(re.fullmatch(r"label_\d+", name) for name in theirs)
         if kept and telling and named and len(mine) == len(theirs):
@@ -77,9 +98,9 @@ class Task:
 
     @property
     def overlap(self) -> int:
-        """How many evaluation sentences also stand in the training split (after folding case and spaces)."""
-        seen = {_folded(sentence) for sentence in self.train["sentence"]}
-        return sum(_folded(sentence) in seen for sentence in self.eval["sentence"])
+        """How many evaluation sentences or pairs also stand in the training split (after folding case and spaces)."""
+        seen = {_folded(texts) for texts, _ in self._rows(self.train)}
+        return sum(_folded(texts) in seen for texts, _ in self._rows(self.eval))
 
 
 def load_task(
@@ -92,24 +113,33 @@ def load_task(
 
     Args:
         name: `"stdlib-docs"` (the default when there is no `data`), or a hub id: `"glue/sst2"`, `"owner/set"`,
-            `"owner/set/config"`. With `data` it is only the name that reports show.
-        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`. TSV files have no
-            quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column names.
-        eval_data: the same for the evaluation split. Without it, about EVAL_PERCENT % of the distinct sentences of
-            `data` are held out, chosen by their hash, so that the same sentence never stands on both sides.
+            `"owner/set/config"`. With `data` it is only the name that reports show. Of a hub data set the split
+            `validation` is evaluated on (mnli: `validation_matched`), or else `test`; rows without label are left out.
+        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
+            `label`. TSV files have no quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column
+            names.
+        eval_data: the same for the evaluation split. Without it, about EVAL_PERCENT % of the distinct sentences (or
+            pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
 
     Raises:
-        ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; a
-            label without a sentence or the reverse; a single class; an evaluation label unknown to the training
-            split; a name that is neither built in nor on the hub.
+        ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
+            other columns than each other; a label without a text or the reverse; a single class; an evaluation label
+            unknown to the training split; a name that is neither built in nor on the hub.
     """
     if max_train_rows is not None and max_train_rows < 2:
         raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
     if data is not None:
-        train = _read_file("data", Path(data))
-        held_out = _read_file("eval_data", Path(eval_data)) if eval_data is not None else None
-        task = _task(name or _file_name(Path(data)), train, held_out)
+        train, columns = _read_file("data", Path(data))
+        held_out = None
+        if eval_data is not None:
+            held_out, others = _read_file("eval_data", Path(eval_data))
+            if others != columns:
+                raise ValueError(
+                    f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
+                    f"{' and '.join(others)}"
+                )
+        task = _task(name or _file_name(Path(data)), train, held_out, columns)
     elif eval_data is not None:
         raise ValueError("load_task: eval_data: given without data")
     elif name is None or name == BUILT_IN:
@@ -119,10 +149,9 @@ def load_task(
     else:
         task = _from_hub(name)
     if max_train_rows is not None and max_train_rows < len(task.train):
-        sentences = list(task.train["sentence"])
-        order = sorted(range(len(sentences)), key=lambda i: _hash(f"{sentences[i]}\0{i}"))
-        train = task.train.select(sorted(order[:max_train_rows]))
-        task = Task(task.name, train, task.eval, task.label_names)
+        hashes = [_hash("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        task = dataclasses.replace(task, train=task.train.select(sorted(order[:max_train_rows])))
     return task
 
 
@@ -130,14 +159,14 @@ def _stdlib_docs() -> Task:
     from distilbert_fast.evaluation import stdlib_docs
 
     names = tuple(stdlib_docs.LIBRARIES)
-    rows: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
+    rows: dict[bool, list[Row]] = {False: [], True: []}
     for passage in stdlib_docs.passages():
-        rows[stdlib_docs.is_eval(passage.name)].append((passage.text, names.index(passage.library)))
-    return Task(BUILT_IN, _dataset(rows[False]), _dataset(rows[True]), names)
+        rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), names.index(passage.library)))
+    return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
 
 
-def _read_file(argument: str, path: Path) -> list[tuple[str, str]]:
-    """The rows (sentence, label) of one file; labels as written."""
+def _read_file(argument: str, path: Path) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows of one file, labels as written, and the columns of their texts."""
     if not path.is_file():
         raise ValueError(f"load_task: {argument}: no such file: {str(path)!r}")
     if path.suffix.lower() not in FORMATS:
@@ -150,16 +179,24 @@ def _read_file(argument: str, path: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError, Warning, pyarrow.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"load_task: {argument}: cannot read {str(path)!r} as {kind}: {reason}") from error
-    columns = table.column_names
-    missing = [column for column in ("sentence", "label") if column not in columns]
+    columns = _text_columns(table.column_names)
+    missing = [column for column in (*columns, "label") if column not in table.column_names]
     if missing:
         raise ValueError(
             f"load_task: {argument}: {str(path)!r} has no column {' and no column '.join(missing)}; "
-            f"its columns: {', '.join(columns)}"
+            f"its columns: {', '.join(table.column_names)}"
         )
     if len(table) == 0:
         raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
-    return _rows(f"{argument}: {str(path)!r}", table["sentence"].to_pylist(), table["label"].to_pylist())
+    texts = [table[column].to_pylist() for column in columns]
+    return _rows(f"{argument}: {str(path)!r}", columns, texts, table["label"].to_pylist()), columns
+
+
+def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a pair, if both are among these, or else that of a sentence; those of a pair that lacks one."""
+    whole = (pair for pair in PAIRS if set(pair) <= set(names))
+    begun = (pair for pair in PAIRS if set(pair) & set(names))
+    return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
 
 
 def _file_name(path: Path) -> str:
@@ -167,14 +204,17 @@ def _file_name(path: Path) -> str:
     return "/".join(path.resolve().parts[-2:])
 
 
-def _rows(source: str, sentences: Iterable[object], labels: Iterable[object]) -> list[tuple[str, str]]:
+def _rows(
+    source: str, columns: Sequence[str], texts: Sequence[Iterable[object]], labels: Iterable[object]
+) -> list[Row]:
+    """The rows of texts [columns][N] and labels [N], each as a string that is not empty."""
     rows = []
-    for number, (sentence, label) in enumerate(zip(sentences, labels, strict=True), start=1):
-        text = "" if sentence is None else str(sentence).strip()
-        name = "" if label is None else str(label).strip()
-        if not text or not name:
-            raise ValueError(f"load_task: {source}: row {number} has an empty {'label' if text else 'sentence'}")
-        rows.append((text, name))
+    for number, row in enumerate(zip(*texts, labels, strict=True), start=1):
+        cells = ["" if cell is None else str(cell).strip() for cell in row]
+        if "" in cells:
+            empty = (*columns, "label")[cells.index("")]
+            raise ValueError(f"load_task: {source}: row {number} has an empty {empty}")
+        rows.append((tuple(cells[:-1]), cells[-1]))
     return rows
 
 
@@ -212,37 +252,49 @@ def _from_hub(name: str) -> Task:
         ) from error
     if "train" not in splits:
         raise ValueError(f"load_task: name: {name!r} has no split train; its splits: {', '.join(splits)}")
-    train = splits["train"]
-    text = next((column for column in ("sentence", "text") if column in train.column_names), None)
-    if text is None or "label" not in train.column_names:
+    names = splits["train"].column_names
+    columns = reading = _text_columns(names)
+    if columns == SENTENCE and "sentence" not in names:
+        reading = ("text",)
+    if not {*reading, "label"} <= set(names):
         raise ValueError(
-            f"load_task: name: {name!r} has no columns sentence (or text) and label; "
-            f"its columns: {', '.join(train.column_names)}"
+            f"load_task: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
+            f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
         )
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    rows = _rows(f"name: {name!r}", train[text], train["label"])
-    eval_rows = None
-    if held_out:
-        eval_rows = _rows(f"name: {name!r}", splits[held_out][text], splits[held_out]["label"])
-    task = _task(name, rows, eval_rows)
-    class_names = getattr(train.features["label"], "names", None)
+    train = _labelled(name, splits["train"], reading)
+    if not train:
+        raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
+    held_out = (_labelled(name, splits[split], reading) for split in _EVAL_SPLITS if split in splits)
+    task = _task(name, train, next(filter(None, held_out), None), columns)
+    class_names = getattr(splits["train"].features["label"], "names", None)
     if class_names and len(class_names) == len(task.label_names):
-        return Task(task.name, task.train, task.eval, tuple(class_names))
+        return dataclasses.replace(task, label_names=tuple(class_names))
     return task
 
 
-def _task(name: str, train: list[tuple[str, str]], held_out: list[tuple[str, str]] | None) -> Task:
+_EVAL_SPLITS = ("validation", "validation_matched", "test")
+
+
+def _labelled(name: str, split: Dataset, columns: Sequence[str]) -> list[Row]:
+    """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
+    if hasattr(split.features["label"], "names"):
+        split = split.select([i for i, label in enumerate(split["label"]) if label != NO_LABEL])
+    return _rows(f"name: {name!r}", columns, [split[column] for column in columns], split["label"])
+
+
+def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tuple[str, ...]) -> Task:
     labels = {label for _, label in train}
     if len(labels) < 2:
         raise ValueError(f"load_task: data: expected at least 2 classes in the column label, got only {labels.pop()!r}")
     if held_out is None:
-        chosen = [_hash(_folded(sentence)) % 100 < EVAL_PERCENT for sentence, _ in train]
+        chosen = [_hash(_folded(texts)) % 100 < EVAL_PERCENT for texts, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
         train = [row for row, out in zip(train, chosen, strict=True) if not out]
         if not held_out or not train:
+            what = "sentences" if len(columns) == 1 else "pairs"
             raise ValueError(
-                "load_task: data: expected enough distinct sentences to hold some out for evaluation, got "
-                f"{len({_folded(sentence) for sentence, _ in [*train, *held_out]})}; give eval_data"
+                f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
+                f"{len({_folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
             )
     labels = {label for _, label in train}
     alien = sorted({label for _, label in held_out} - labels)
@@ -253,8 +305,8 @@ def _task(name: str, train: list[tuple[str, str]], held_out: list[tuple[str, str
         )
     names = _label_order(labels)
     index = {label: i for i, label in enumerate(names)}
-    splits = [_dataset([(sentence, index[label]) for sentence, label in rows]) for rows in (train, held_out)]
-    return Task(name, splits[0], splits[1], names)
+    splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
+    return Task(name, splits[0], splits[1], names, columns)
 
 
 def _label_order(labels: set[str]) -> tuple[str, ...]:
@@ -264,14 +316,15 @@ def _label_order(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _dataset(rows: list[tuple[str, int]]) -> Dataset:
+def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
     from datasets import Dataset
 
-    return Dataset.from_dict({"sentence": [row[0] for row in rows], "label": [row[1] for row in rows]})
+    texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
+    return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})
 
 
-def _folded(sentence: str) -> str:
-    return " ".join(sentence.lower().split())
+def _folded(texts: Sequence[str]) -> str:
+    return "\0".join(" ".join(text.lower().split()) for text in texts)
 
 
 def _hash(text: str) -> int:

@@ -49,3 +49,20 @@ def test_predictions_cut_long_sentences(classifier):
     long, cut = "cat " * 500, "cat " * 6  # [CLS], 6 words, [SEP]
     both = metrics.predictions(model, tokenizer, [long, cut], max_length=8)
     torch.testing.assert_close(both[0], both[1])
+
+
+def test_predictions_for_pairs(classifier):
+    """Token types tell the second sentence; too long a pair loses tokens of the longer one."""
+    model, tokenizer = classifier
+    texts = [text for text, _ in sentences(14, seed=4)]
+    pairs = list(zip(texts[:7], texts[7:], strict=True))
+    together = metrics.predictions(model, tokenizer, pairs, batch_size=3)
+    for (first, second), row in zip(pairs, together, strict=True):
+        encoded = tokenizer(first, second, return_tensors="pt")
+        assert encoded["token_type_ids"].sum() == len(second.split()) + 1
+        torch.testing.assert_close(row, model(**encoded).logits[0], rtol=1e-4, atol=1e-5)
+    long, short, cut = "cat " * 500, "dog saw", "cat " * 4  # [CLS], 4 words, [SEP], 2 words, [SEP]
+    made = metrics.predictions(model, tokenizer, [(long, short), (cut, short)], max_length=9)
+    torch.testing.assert_close(made[0], made[1])
+    made = metrics.predictions(model, tokenizer, [(short, long), (short, cut)], max_length=9)
+    torch.testing.assert_close(made[0], made[1])

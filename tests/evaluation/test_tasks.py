@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.evaluation.tasks import PAIRS, load_task
 
 # What readers like to change: quotes, NA words, numbers, commas, spaces, other scripts.
 ROWS = [
@@ -102,14 +103,74 @@ def test_max_train_rows_is_a_fixed_part(tmp_path):
 
 def test_built_in_task_and_its_fingerprint():
     task = load_task()
-    assert task.name == "stdlib-docs"
+    assert task.name == "stdlib-docs" and task.columns == ("sentence",)
     assert task.overlap == 0
     assert len(task.train) > 4 * len(task.label_names)
     assert set(task.eval["label"]) == set(range(len(task.label_names)))
     assert task.fingerprint == load_task("stdlib-docs").fingerprint
 
 
+def test_the_fingerprint_of_single_sentences_stays_as_it_was(tmp_path):
+    """Output directories that were begun before there were pairs go on."""
+    path = write(tmp_path / "x.tsv", ROWS)
+    digest = hashlib.sha256(b"('0', '1')")
+    for _ in range(2):
+        for sentence, label in ROWS:
+            digest.update(f"\0{label}\0{sentence}".encode())
+        digest.update(b"\1")
+    assert load_task(data=path, eval_data=path).fingerprint == digest.hexdigest()
+
+
+def pairs(path: Path, rows: list[tuple[str, str, str]], columns: tuple[str, str] = PAIRS[0]) -> Path:
+    lines = [(*columns, "label"), *rows]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines))
+    return path
+
+
+PAIRED = [("a cat", "the cat", "same"), ("a cat", "a dog", "other"), ("a dog", "a cat", "other"), ("b", "b", "same")]
+
+
+@pytest.mark.parametrize("columns", PAIRS)
+def test_pairs_by_the_names_that_their_columns_have(tmp_path, columns):
+    path = pairs(tmp_path / "x.tsv", PAIRED, columns)
+    task = load_task(data=path, eval_data=path)
+    assert task.columns == columns and task.train.column_names == [*columns, "label"]
+    assert task.texts(task.eval) == [row[:2] for row in PAIRED]
+    assert [task.label_names[i] for i in task.train["label"]] == [row[2] for row in PAIRED]
+    assert task.overlap == 4
+    turned = task.for_classes(["same", "OTHER"], kept=True)
+    assert turned.texts(turned.train) == task.texts(task.train) and turned.columns == columns
+    assert turned.label_names == ("same", "other") and turned.train["label"] == [0, 1, 1, 0]
+
+
+def test_a_pair_is_more_than_its_sentences(tmp_path):
+    """Its order and where one sentence ends count; what is held out is a pair."""
+    one = load_task(data=pairs(tmp_path / "x.tsv", PAIRED), eval_data=pairs(tmp_path / "dev.tsv", PAIRED[:2]))
+    other = [("a cat", "the cat", "same"), ("a dog", "a cat", "other"), ("a cat", "a dog", "other"), ("b", "b", "same")]
+    dev = pairs(tmp_path / "other.tsv", [("a cat the", "cat", "same"), ("cat a", "a dog", "other")])
+    two = load_task(data=pairs(tmp_path / "y.tsv", other), eval_data=dev)
+    assert (one.overlap, two.overlap) == (2, 0)
+    assert one.fingerprint != two.fingerprint
+    rows = [(f"premise {i % 20}", f"hypothesis {i % 60}", str(i % 2)) for i in range(180)]
+    held = load_task(data=pairs(tmp_path / "z.tsv", rows))
+    assert held.overlap == 0 and 0 < len(held.eval) < 60 and len(held.train) + len(held.eval) == 180
+    part = load_task(data=tmp_path / "z.tsv", max_train_rows=50)
+    assert set(part.texts(part.train)) < set(held.texts(held.train)) and part.eval["label"] == held.eval["label"]
+
+
 BAD = {
+    "half.tsv": (
+        b"premise\tlabel\na\t1\n",
+        "load_task: data: 'half.tsv' has no column hypothesis; its columns: premise, label",
+    ),
+    "pair.csv": (
+        b"sentence1,sentence2,label\na,b,1\nc, ,0\n",
+        "load_task: data: 'pair.csv': row 2 has an empty sentence2",
+    ),
+    "twice.csv": (
+        b"question1,question2,label\na,b,1\nA,B ,2\n",
+        "load_task: data: expected enough distinct pairs to hold some out for evaluation, got 1; give eval_data",
+    ),
     "empty.tsv": (b"", "load_task: data: 'empty.tsv' is empty"),
     "header.csv": (b"sentence,label\n", "load_task: data: 'header.csv' holds no rows"),
     "columns.csv": (
@@ -180,6 +241,10 @@ def test_torn_files_are_named_with_the_readers_reason(tmp_path, monkeypatch, nam
             "load_task: name: expected 'stdlib-docs' or a hub id, got 'good.tsv'; give a file as data",
         ),
         (
+            {"data": "good.tsv", "eval_data": "pairs.tsv"},
+            "load_task: eval_data: expected the columns of data, sentence, got premise and hypothesis",
+        ),
+        (
             {"data": "good.tsv", "eval_data": "alien.tsv"},
             "load_task: the evaluation split has the label 'c', which the training split has not; its labels: 'a', 'b'",
         ),
@@ -189,6 +254,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write(Path("good.tsv"), [("x", "a"), ("y", "b")])
     write(Path("alien.tsv"), [("x", "a"), ("y", "c")])
+    pairs(Path("pairs.tsv"), [("x", "y", "a")], PAIRS[2])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_task(**arguments)
 
@@ -225,11 +291,57 @@ def test_hub_data_sets(hub):
     assert list(load_task("owner/set/part").train["sentence"]) == ["a", "b", "c"]
 
 
+GLUE = {
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_pairs_of_glue(hub, name):
+    from datasets import ClassLabel
+
+    first, second = GLUE[name]
+    rows = Dataset.from_dict({first: ["a", "b", "c"], second: ["d", "e", "f"], "label": [0, 1, -1], "idx": [0, 1, 2]})
+    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
+    hidden = rows.select([2])  # a label of -1
+    parts = {"validation": rows.select([1, 0, 2]), "test": hidden}
+    if name == "mnli":
+        parts = {"test_matched": hidden, "validation_mismatched": hidden, "validation_matched": parts["validation"]}
+    hub["nyu-mll/glue", name] = DatasetDict(train=rows, **parts)
+    task = load_task(f"glue/{name}")
+    assert task.columns == (first, second) and task.label_names == ("no", "yes")
+    assert task.texts(task.train) == [("a", "d"), ("b", "e")] and task.train["label"] == [0, 1]
+    assert task.texts(task.eval) == [("b", "e"), ("a", "d")] and task.eval["label"] == [1, 0]
+
+
+def test_a_hub_data_set_whose_labels_are_kept_secret(hub):
+    from datasets import ClassLabel
+
+    many = Dataset.from_dict({"text": [f"text {i}" for i in range(60)], "label": [i % 2 for i in range(60)]})
+    many = many.cast_column("label", ClassLabel(names=["bad", "good"]))
+    secret = Dataset.from_dict({"text": ["a"], "label": [-1]}).cast_column("label", ClassLabel(names=["bad", "good"]))
+    hub["owner/secret",] = DatasetDict(train=many, test=secret)
+    task = load_task("owner/secret")
+    assert len(task.train) + len(task.eval) == 60 and len(task.eval) > 0  # held out
+    hub["owner/none",] = DatasetDict(train=secret)
+    with pytest.raises(ValueError, match=r"^load_task: name: 'owner/none' has no row with a label in its split train$"):
+        load_task("owner/none")
+
+
 def test_hub_data_sets_that_do_not_fit(hub):
     rows = Dataset.from_dict({"question": ["a"], "label": [0]})
     hub["owner/pairs",] = DatasetDict(train=rows)
     hub["owner/no-train",] = DatasetDict(test=rows)
-    with pytest.raises(ValueError, match=r"no columns sentence \(or text\) and label; its columns: question, label$"):
+    with pytest.raises(ValueError) as caught:
         load_task("owner/pairs")
+    assert str(caught.value) == (
+        "load_task: name: 'owner/pairs' has no columns sentence (or text) and label, nor a pair such as sentence1 and "
+        "sentence2; its columns: question, label"
+    )
     with pytest.raises(ValueError, match=r"^load_task: name: 'owner/no-train' has no split train; its splits: test$"):
         load_task("owner/no-train")
