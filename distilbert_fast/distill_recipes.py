@@ -137,6 +137,7 @@ def _write_report(
         "settings": settings,
         "data": job.describe(),
         "metrics": [list(metric) for metric in job.metrics],
+        "legend": job.legend,
         "models": results,
         **measured,
     }
@@ -302,6 +303,7 @@ class _Flow:
             "teacher_effect": {
                 key.removeprefix("teacher_"): value
                 for entry in trainer.state.log_history
+                if "teacher_loss_change" in entry
                 for key, value in entry.items()
                 if key.startswith("teacher_")
             },
@@ -363,4 +365,4 @@ def _progress_bar() -> Any:
     return Bar()
 
 
-_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation"}
+_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation", "teacher_mse", "label_mse"}

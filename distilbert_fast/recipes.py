@@ -98,6 +98,10 @@ def demo(
         loaded = load_task(task, data, eval_data, max_train_rows)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(str(error)) from error
+    if loaded.regression:
+        raise RecipeError(
+            "demo: task: expected classes as labels, got numbers, which are for `distilbert-fast distill`"
+        )
     source = find_teacher(teacher)
     try:
         loaded = loaded.for_classes(class_names(source), kept=training.teacher_epochs == 0)
@@ -347,9 +351,14 @@ def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
         raise
 
 
+def config_of(teacher: Path) -> dict[str, Any]:
+    """The config of a checkpoint as it was written."""
+    return json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+
+
 def class_names(teacher: Path) -> list[str]:
     """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
-    names = json.loads((teacher / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    names = config_of(teacher).get("id2label") or {}
     return [str(names[number]) for number in sorted(names, key=int)]
 
 
@@ -373,7 +382,7 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
         directory = locate(teacher)
     except CheckpointError as error:
         raise RecipeError(f"{job}: teacher: {error}") from error
-    if "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+    if "quantization_config" in config_of(directory):
         raise RecipeError(f"{job}: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
     return directory
 

@@ -42,7 +42,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
         (["distill", "mlm"], ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--train-body"]),
-        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision"]),
+        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
     ],
 )
@@ -137,6 +137,10 @@ def refused(message: str, *arguments: str) -> None:
         ("task --data train.tsv --temperature soon", "distill: DistillationArguments: temperature must be a number, "),
         ("task --data nowhere.tsv", "load_task: data: no such file: 'nowhere.tsv'"),
         ("task --data train.tsv --alpha 1.5", "distill: DistillationArguments: alpha must be 0 to 1, got 1.5"),
+        (
+            "task --data train.tsv --regression",
+            "load_task: data: 'train.tsv': row 1: expected a number as label, got '",
+        ),
         ("qa --data train.tsv", "load_squad: data: 'train.tsv' is not of SQuAD's form: JSONDecodeError: "),
     ],
 )
@@ -157,6 +161,23 @@ def test_distill_from_the_command_line(place):
     report = json.loads(Path("out/report.json").read_text())
     assert report["models"]["student"]["architecture"] == "RoBERTa"
     assert report["settings"]["objective"] == {"temperature": "2.0", "alpha": "0.5", "teacher_precision": "auto"}
+
+
+def test_a_regression_from_the_command_line(place):
+    """It has no temperature, and takes up what was interrupted."""
+    texts = [line.partition("\t")[0] for line in Path("train.tsv").read_text().splitlines()[1:]]
+    lines = [f"{text}\t{i % 5}" for i, text in enumerate(texts)]
+    Path("numbers.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    training = "--regression --max-steps 2 --teacher-steps 2 --max-length 16 --layers 1 --teacher-precision int8"
+    command = ["distill", "task", "--data", "numbers.tsv", "--teacher", "bert", "-o", "out", *training.split()]
+    for more, done in ([], 0), (["--baseline"], 2):
+        result = run(*command, *more)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.count(": done before") == done
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["settings"]["objective"] == {"alpha": "0.5", "teacher_precision": "int8"}
+    assert set(report["models"]["student"]["teacher_effect"]) == {"teacher_mse", "loss_change"}
+    assert set(report["models"]) == {"teacher", "student", "without-teacher"}
 
 
 def test_bad_data(place):

@@ -224,3 +224,18 @@ def test_pairs(inputs, tmp_path):
             logits = model(**tokenizer(premise, hypothesis, return_tensors="pt")).logits
         right += model.config.id2label[int(logits.argmax())] == label
     assert report["models"]["student"]["accuracy"] == pytest.approx(right / 30)
+
+
+def test_numbers_are_for_distill(inputs, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    from distilbert_fast.recipes import RecipeError, demo
+
+    rows = Dataset.from_dict({"sentence": ["the cat", "a dog"], "label": [0.5, 1.5]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *parts: DatasetDict(train=rows, validation=rows))
+    with pytest.raises(RecipeError) as caught:
+        demo(tmp_path / "out", inputs / "bert", "owner/numbers")
+    assert str(caught.value) == (
+        "demo: task: expected classes as labels, got numbers, which are for `distilbert-fast distill`"
+    )
+    assert not (tmp_path / "out").exists()

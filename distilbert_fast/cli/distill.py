@@ -75,7 +75,10 @@ _Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropo
 
 _LOSSES = "Losses: numbers, or schedules such as linear:2:1"
 _Temperature = Annotated[str, typer.Option(help="τ of the KL divergence.", rich_help_panel=_LOSSES)]
-_Alpha = Annotated[str, typer.Option(help="Weight of KL; the labels have 1 - alpha.", rich_help_panel=_LOSSES)]
+_Alpha = Annotated[
+    str,
+    typer.Option(help="Weight of KL, or the squared error; the labels have 1 - alpha.", rich_help_panel=_LOSSES),
+]
 
 _TEACHING = "Training the teacher"
 _TeacherEpochs = Annotated[
@@ -238,6 +241,11 @@ Pairs of sentences, of the hub or in files with such columns (premise and hypoth
 
     distilbert-fast distill task --teacher ./my-bert --task glue/mnli --max-length 256 -o runs/mnli
     distilbert-fast distill task --teacher ./my-bert --data pairs.jsonl -o runs/pairs
+
+Numbers instead of classes, such as how alike two sentences are:
+
+    distilbert-fast distill task --teacher ./my-bert --task glue/stsb -o runs/stsb
+    distilbert-fast distill task --teacher ./my-bert --data ratings.csv --regression -o runs/ratings
 """
 )
 def task(
@@ -256,6 +264,12 @@ def task(
         ),
     ] = None,
     eval_data: _EvalData = None,
+    regression: Annotated[
+        bool,
+        typer.Option(
+            "--regression", help="Labels are numbers, taken as they are; so are a hub data set's that are floats."
+        ),
+    ] = False,
     max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
     max_length: Annotated[
         int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
@@ -286,13 +300,17 @@ def task(
     intermediate_size: _Intermediate = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Distil a student that classifies sentences, or pairs of them."""
+    """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import TaskJob
+        from distilbert_fast.distill_jobs import RegressionJob, TaskJob
         from distilbert_fast.evaluation.tasks import load_task
 
-        return TaskJob(load_task(task, data, eval_data, max_train_rows), max_length)
+        loaded = load_task(task, data, eval_data, max_train_rows, regression)
+        if not loaded.regression:
+            return TaskJob(loaded, max_length)
+        del objective["temperature"]  # squared errors have none
+        return RegressionJob(loaded, max_length)
 
     student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)

@@ -66,6 +66,10 @@ class Job(Protocol):
         """The first is what counts."""
 
     @property
+    def legend(self) -> str:
+        """What a reader of the metrics has to know, in a sentence or more."""
+
+    @property
     def variants(self) -> tuple[Variant, ...]:
         """STUDENT comes first."""
 
@@ -82,7 +86,7 @@ class Job(Protocol):
         """Tokens of a row."""
 
     def meet(self, classes: Sequence[str], kept: bool) -> None:
-        """Learn what the teacher calls its classes; ``kept``: its head is taken as it is. Before all else."""
+        """Learn what the teacher calls its classes, before all else; ``kept``: a head that it has stays as it is."""
 
     def describe(self) -> dict[str, Any]:
         """The data, for reports; "name" among them. What decides the result is all here."""

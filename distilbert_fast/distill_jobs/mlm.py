@@ -36,6 +36,10 @@ class MlmJob:
         Metric("kl", "KL"),
         Metric("cos", "1 - cos"),
     )
+    legend = (
+        "MLM loss in nats a masked token, on held-out rows masked once, 15 % of their tokens, all tokens alike; KL "
+        "from the teacher in nats a token at temperature 1; 1 - cos of the last hidden states."
+    )
     untaught = _MLM_ALONE
     variants = (
         STUDENT,

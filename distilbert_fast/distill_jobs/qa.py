@@ -19,6 +19,7 @@ class QaJob:
     kind, head, config = "qa", "QuestionAnswering", NOTHING
     teacher_epochs = 3.0
     metrics = (Metric("f1", "F1"), Metric("exact_match", "exact match"))
+    legend = "F1 and exact match in percent, as SQuAD counts them."
     untaught = LABELS_ALONE
     variants = TASK_VARIANTS
 

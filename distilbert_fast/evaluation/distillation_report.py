@@ -1,8 +1,8 @@
 """What a distillation leaves to read: report.md, report.json, a plot of its losses, and the student's model card.
 
 All come from one dict, whose layout is that of report.json: `command`, `kind`, `settings`, `data`, `metrics` (name,
-title, whether it is a share), `models` (name -> row: title, start, objective, losses, quality, int8, parameters ...),
-`date`, `machine`, `environment`, `inputs` and `speed`.
+title, whether it is a share), `legend` (of these), `models` (name -> row: title, start, objective, losses, quality,
+int8, parameters ...), `date`, `machine`, `environment`, `inputs` and `speed`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 PLOT = "losses.png"
 _PIPELINES = {"mlm": "fill-mask", "task": "text-classification", "qa": "question-answering"}
-_READING = {
-    "mlm": "MLM loss in nats a masked token, on held-out rows masked once, 15 % of their tokens, all tokens alike; KL "
-    "from the teacher in nats a token at temperature 1; 1 - cos of the last hidden states.",
-    "task": "Agreement: the share of sentences for which it chooses the teacher's class; KL from the teacher in nats.",
-    "qa": "F1 and exact match in percent, as SQuAD counts them.",
-}
 _HEADS = {"mlm": "MaskedLM", "task": "SequenceClassification", "qa": "QuestionAnswering"}
 
 
@@ -164,7 +158,7 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         "",
         *_markdown(quality_rows(content)),
         "",
-        f'{_READING[content["kind"]]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
+        f'{content["legend"]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
         "",
         f"![losses over time]({PLOT})",
         "",

@@ -1,8 +1,8 @@
-"""What a classifier predicts, how often it is right, and how closely it follows its teacher."""
+"""What a classifier or a regression predicts, how right that is, and how closely it follows its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,3 +63,28 @@ def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
     from distilbert_fast.ops.kl_div import kl_div
 
     return float(kl_div(logits, teacher_logits))
+
+
+def pearson(predicted: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation of numbers [N], -1 to 1; 0 for a constant answer."""
+    from torchmetrics.functional.regression import pearson_corrcoef
+
+    return _correlation(pearson_corrcoef, predicted, labels)
+
+
+def spearman(predicted: Tensor, labels: Tensor) -> float:
+    """Spearman's correlation, of the ranks of numbers [N], -1 to 1; 0 for a constant answer."""
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    return _correlation(spearman_corrcoef, predicted, labels)
+
+
+def _correlation(of: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, labels: Tensor) -> float:
+    if bool((predicted == predicted[0]).all()):
+        return 0.0
+    return float(of(predicted.double(), labels.double()))
+
+
+def mse(predicted: Tensor, labels: Tensor) -> float:
+    """Mean squared error of numbers [N]."""
+    return float((predicted.double() - labels.double()).square().mean())

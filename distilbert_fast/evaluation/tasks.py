@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -33,12 +34,13 @@ Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A classification or regression task.
 
     Attributes:
         name: what it is called in reports.
-        train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`).
-        label_names: one name per class.
+        train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`; float for
+            a regression).
+        label_names: one name per class; none for a regression.
         columns: `sentence`, or the two columns of a pair.
     """
 
@@ -47,6 +49,10 @@ class Task:
     eval: Dataset
     label_names: tuple[str, ...]
     columns: tuple[str, ...] = SENTENCE
+
+    @property
+    def regression(self) -> bool:
+        return not self.label_names
 
     def texts(self, split: Dataset) -> list[Text]:
         """Of `train` or `eval`, in their order: sentences, or pairs of them."""
@@ -108,6 +114,7 @@ def load_task(
     data: str | Path | None = None,
     eval_data: str | Path | None = None,
     max_train_rows: int | None = None,
+    regression: bool = False,
 ) -> Task:
     """Load a task by name, from files, or from the hub.
 
@@ -121,33 +128,37 @@ def load_task(
         eval_data: the same for the evaluation split. Without it, about EVAL_PERCENT % of the distinct sentences (or
             pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
+        regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
 
     Raises:
         ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
-            other columns than each other; a label without a text or the reverse; a single class; an evaluation label
-            unknown to the training split; a name that is neither built in nor on the hub.
+            other columns than each other; a label without a text or the reverse; a single class or number; a label
+            that is no number for a regression, or one with a fraction for classes; an evaluation label unknown to the
+            training split; a name that is neither built in nor on the hub.
     """
     if max_train_rows is not None and max_train_rows < 2:
         raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
     if data is not None:
-        train, columns = _read_file("data", Path(data))
+        train, columns = _read_file("data", Path(data), regression)
         held_out = None
         if eval_data is not None:
-            held_out, others = _read_file("eval_data", Path(eval_data))
+            held_out, others = _read_file("eval_data", Path(eval_data), regression)
             if others != columns:
                 raise ValueError(
                     f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
                     f"{' and '.join(others)}"
                 )
-        task = _task(name or _file_name(Path(data)), train, held_out, columns)
+        task = _task(name or _file_name(Path(data)), train, held_out, columns, regression)
     elif eval_data is not None:
         raise ValueError("load_task: eval_data: given without data")
     elif name is None or name == BUILT_IN:
+        if regression:
+            raise ValueError(f"load_task: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
         task = _stdlib_docs()
     elif Path(name).suffix.lower() in FORMATS:
         raise ValueError(f"load_task: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
     else:
-        task = _from_hub(name)
+        task = _from_hub(name, regression)
     if max_train_rows is not None and max_train_rows < len(task.train):
         hashes = [_hash("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
         order = sorted(range(len(hashes)), key=hashes.__getitem__)
@@ -165,8 +176,8 @@ def _stdlib_docs() -> Task:
     return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
 
 
-def _read_file(argument: str, path: Path) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows of one file, labels as written, and the columns of their texts."""
+def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows of one file, labels as written or numbers, and the columns of their texts."""
     if not path.is_file():
         raise ValueError(f"load_task: {argument}: no such file: {str(path)!r}")
     if path.suffix.lower() not in FORMATS:
@@ -189,7 +200,8 @@ def _read_file(argument: str, path: Path) -> tuple[list[Row], tuple[str, ...]]:
     if len(table) == 0:
         raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
     texts = [table[column].to_pylist() for column in columns]
-    return _rows(f"{argument}: {str(path)!r}", columns, texts, table["label"].to_pylist()), columns
+    source = f"{argument}: {str(path)!r}"
+    return _rows(source, columns, texts, table["label"].to_pylist(), regression), columns
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -205,17 +217,28 @@ def _file_name(path: Path) -> str:
 
 
 def _rows(
-    source: str, columns: Sequence[str], texts: Sequence[Iterable[object]], labels: Iterable[object]
+    source: str, columns: Sequence[str], texts: Sequence[Iterable[object]], labels: Iterable[object], regression: bool
 ) -> list[Row]:
-    """The rows of texts [columns][N] and labels [N], each as a string that is not empty."""
-    rows = []
+    """The rows of texts [columns][N] and labels [N]: strings that are not empty; for a regression labels are floats."""
+    rows: list[Row] = []
     for number, row in enumerate(zip(*texts, labels, strict=True), start=1):
-        cells = ["" if cell is None else str(cell).strip() for cell in row]
-        if "" in cells:
-            empty = (*columns, "label")[cells.index("")]
+        *cells, label = ("" if cell is None else str(cell).strip() for cell in row)
+        if "" in (*cells, label):
+            empty = (*columns, "label")[(*cells, label).index("")]
             raise ValueError(f"load_task: {source}: row {number} has an empty {empty}")
-        rows.append((tuple(cells[:-1]), cells[-1]))
+        if regression and _number(label) is None:
+            raise ValueError(f"load_task: {source}: row {number}: expected a number as label, got {label!r}")
+        rows.append((tuple(cells), _number(label) if regression else label))
     return rows
+
+
+def _number(label: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_table(kind: str, path: Path) -> pyarrow.Table:
@@ -233,7 +256,7 @@ def _read_table(kind: str, path: Path) -> pyarrow.Table:
     return pyarrow.Table.from_pandas(frame)
 
 
-def _from_hub(name: str) -> Task:
+def _from_hub(name: str, regression: bool) -> Task:
     from datasets import load_dataset
 
     owner, _, rest = name.partition("/")
@@ -261,12 +284,14 @@ def _from_hub(name: str) -> Task:
             f"load_task: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
             f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
         )
-    train = _labelled(name, splits["train"], reading)
+    label = splits["train"].features["label"]
+    regression = regression or str(getattr(label, "dtype", "")).startswith("float")
+    train = _labelled(name, splits["train"], reading, regression)
     if not train:
         raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
-    held_out = (_labelled(name, splits[split], reading) for split in _EVAL_SPLITS if split in splits)
-    task = _task(name, train, next(filter(None, held_out), None), columns)
-    class_names = getattr(splits["train"].features["label"], "names", None)
+    held_out = (_labelled(name, splits[split], reading, regression) for split in _EVAL_SPLITS if split in splits)
+    task = _task(name, train, next(filter(None, held_out), None), columns, regression)
+    class_names = getattr(label, "names", None)
     if class_names and len(class_names) == len(task.label_names):
         return dataclasses.replace(task, label_names=tuple(class_names))
     return task
@@ -275,17 +300,20 @@ def _from_hub(name: str) -> Task:
 _EVAL_SPLITS = ("validation", "validation_matched", "test")
 
 
-def _labelled(name: str, split: Dataset, columns: Sequence[str]) -> list[Row]:
+def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
     """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
     if hasattr(split.features["label"], "names"):
         split = split.select([i for i, label in enumerate(split["label"]) if label != NO_LABEL])
-    return _rows(f"name: {name!r}", columns, [split[column] for column in columns], split["label"])
+    return _rows(f"name: {name!r}", columns, [split[column] for column in columns], split["label"], regression)
 
 
-def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tuple[str, ...]) -> Task:
+def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tuple[str, ...], regression: bool) -> Task:
     labels = {label for _, label in train}
     if len(labels) < 2:
-        raise ValueError(f"load_task: data: expected at least 2 classes in the column label, got only {labels.pop()!r}")
+        what = "numbers" if regression else "classes"
+        raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
+    if not regression:
+        _refuse_fractions(labels)
     if held_out is None:
         chosen = [_hash(_folded(texts)) % 100 < EVAL_PERCENT for texts, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
@@ -296,6 +324,12 @@ def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tupl
                 f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
                 f"{len({_folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
             )
+    if regression:
+        if len(numbers := {label for _, label in held_out}) < 2:
+            raise ValueError(
+                f"load_task: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
+            )
+        return Task(name, _dataset(train, columns), _dataset(held_out, columns), (), columns)
     labels = {label for _, label in train}
     alien = sorted({label for _, label in held_out} - labels)
     if alien:
@@ -307,6 +341,16 @@ def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tupl
     index = {label: i for i, label in enumerate(names)}
     splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
     return Task(name, splits[0], splits[1], names, columns)
+
+
+def _refuse_fractions(labels: set[str]) -> None:
+    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression."""
+    numbers = [_number(label) for label in labels]
+    if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
+        raise ValueError(
+            f"load_task: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
+            "a regression, or give the classes other names"
+        )
 
 
 def _label_order(labels: set[str]) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ def load_classifier(
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
+            "problem_type": "single_label_classification",
             "ignore_mismatched_sizes": True,  # judged by load_with_head
         }
     return load_with_head(source, "SequenceClassification", new_head, **labels)[:2]

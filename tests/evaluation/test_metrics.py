@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from demo_input import bert, sentences
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score
 
 from distilbert_fast.evaluation import metrics
@@ -66,3 +67,15 @@ def test_predictions_for_pairs(classifier):
     torch.testing.assert_close(made[0], made[1])
     made = metrics.predictions(model, tokenizer, [(short, long), (short, cut)], max_length=9)
     torch.testing.assert_close(made[0], made[1])
+
+
+def test_numbers():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 6, (60,)).float()  # with ties
+    predicted = labels**3 + torch.randn(60)
+    assert metrics.pearson(predicted, labels) == pytest.approx(pearsonr(predicted, labels).statistic)
+    assert metrics.spearman(predicted, labels) == pytest.approx(spearmanr(predicted, labels).statistic)
+    assert metrics.mse(predicted, labels) == pytest.approx(float(((predicted - labels) ** 2).mean()), rel=1e-6)
+    assert metrics.spearman(labels**3, labels) == pytest.approx(1.0)
+    for same in (metrics.pearson, metrics.spearman):
+        assert same(torch.full((60,), 2.5), labels) == 0  # a constant answer

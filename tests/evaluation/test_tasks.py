@@ -158,6 +158,56 @@ def test_a_pair_is_more_than_its_sentences(tmp_path):
     assert set(part.texts(part.train)) < set(held.texts(held.train)) and part.eval["label"] == held.eval["label"]
 
 
+def test_numbers(tmp_path):
+    rows = [(f"s{i}", str(i % 7 / 4)) for i in range(200)]
+    path = write(tmp_path / "x.csv", rows)
+    task = load_task(data=path, eval_data=path, regression=True)
+    assert task.regression and task.label_names == ()
+    assert task.train["label"] == [float(label) for _, label in rows]
+    assert task.for_classes(["LABEL_0"], kept=True) is task
+    held = load_task(data=path, regression=True)
+    assert held.overlap == 0 and 0 < len(held.eval) < 60
+    part = load_task(data=path, eval_data=path, regression=True, max_train_rows=30)
+    assert len(part.train) == 30 and part.fingerprint != task.fingerprint
+    # and as they may be written
+    for given, number in ((" 3 ", 3.0), ("-.5", -0.5), ("1e2", 100.0)):
+        other = load_task(data=write(tmp_path / "y.tsv", [("a", given), ("b", "0")]), eval_data=path, regression=True)
+        assert other.train["label"] == [number, 0.0]
+    as_numbers = tmp_path / "z.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"sentence": ["a", "b"], "label": [1, 2]}), as_numbers)
+    assert load_task(data=as_numbers, eval_data=as_numbers, regression=True).eval["label"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "regression", "message"),
+    [
+        (["1", "good"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got 'good'"),
+        (["nan", "1"], True, "load_task: data: 'x.tsv': row 1: expected a number as label, got 'nan'"),
+        (["1", "-inf"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got '-inf'"),
+        (["1", "3,5"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got '3,5'"),
+        (["1", "1.0"], True, "load_task: data: expected at least 2 numbers in the column label, got only 1.0"),
+        (
+            ["1", "2"],
+            True,
+            "load_task: expected at least 2 numbers as labels of the evaluation split, got only 1.0",
+        ),
+        (
+            ["1", "2.5"],
+            False,
+            "load_task: data: expected names of classes as labels, got numbers such as 2.5; ask for a regression, or "
+            "give the classes other names",
+        ),
+    ],
+)
+def test_labels_that_are_no_numbers_or_should_be_none(tmp_path, monkeypatch, labels, regression, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("x.tsv"), [("a", labels[0]), ("b", labels[1])])
+    write(Path("dev.tsv"), [("a", "1")])
+    with pytest.raises(ValueError) as caught:
+        load_task(data="x.tsv", eval_data="dev.tsv", regression=regression)
+    assert str(caught.value) == message
+
+
 BAD = {
     "half.tsv": (
         b"premise\tlabel\na\t1\n",
@@ -235,6 +285,10 @@ def test_torn_files_are_named_with_the_readers_reason(tmp_path, monkeypatch, nam
         ({"data": "no.csv"}, "load_task: data: no such file: 'no.csv'"),
         ({"data": "good.tsv", "eval_data": "no.csv"}, "load_task: eval_data: no such file: 'no.csv'"),
         ({"eval_data": "good.tsv"}, "load_task: eval_data: given without data"),
+        (
+            {"regression": True},
+            "load_task: regression: expected labels that are numbers, got the classes of stdlib-docs",
+        ),
         ({"max_train_rows": 1}, "load_task: max_train_rows: expected at least 2, got 1"),
         (
             {"name": "good.tsv"},
@@ -317,6 +371,22 @@ def test_pairs_of_glue(hub, name):
     assert task.columns == (first, second) and task.label_names == ("no", "yes")
     assert task.texts(task.train) == [("a", "d"), ("b", "e")] and task.train["label"] == [0, 1]
     assert task.texts(task.eval) == [("b", "e"), ("a", "d")] and task.eval["label"] == [1, 0]
+
+
+def test_a_hub_data_set_of_numbers(hub):
+    from datasets import Value
+
+    rows = Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [3.75, 0.5], "idx": [0, 1]})
+    rows = rows.cast_column("label", Value("float32"))
+    hidden = rows.map(lambda row: {"label": -1.0})
+    hub["nyu-mll/glue", "stsb"] = DatasetDict(train=rows, validation=rows.select([1, 0]), test=hidden)
+    task = load_task("glue/stsb")
+    assert task.regression and task.columns == ("sentence1", "sentence2")
+    assert (task.train["label"], task.eval["label"]) == ([3.75, 0.5], [0.5, 3.75])
+    stars = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 5, 4]})
+    hub["owner/stars",] = DatasetDict(train=stars, validation=stars)
+    assert load_task("owner/stars").label_names == ("1", "4", "5")
+    assert load_task("owner/stars", regression=True).train["label"] == [1.0, 5.0, 4.0]
 
 
 def test_a_hub_data_set_whose_labels_are_kept_secret(hub):
