@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import math
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.json
-import pyarrow.parquet
+from distilbert_fast.evaluation.sources import (
+    EVAL_SPLITS,
+    FORMATS,
+    check_file,
+    class_order,
+    file_name,
+    folded,
+    hashed,
+    hub_splits,
+    is_held_out,
+    names_in_order,
+    read_table,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,11 +31,9 @@ if TYPE_CHECKING:
     from distilbert_fast.evaluation.texts import Text
 
 BUILT_IN = "stdlib-docs"
-FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 SENTENCE = ("sentence",)
 # Columns of pairs, as GLUE's data sets have them.
 PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
-EVAL_PERCENT = 10  # of a file's texts when no evaluation file is given
 NO_LABEL = -1  # in data sets of the hub whose labels have names
 
 Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
@@ -74,39 +81,22 @@ class Task:
         return digest.hexdigest()
 
     def for_classes(self, names: Sequence[str], kept: bool) -> Task:
-        """The same task, its classes numbered as a teacher numbers its own.
-
-        Args:
-            names: the teacher's, in the order of its logits; compared without case.
-            kept: the teacher's head is taken as it is, not trained.
-
-        Raises:
-            ValueError: it is kept, and its classes are as many but others. Names that tell nothing, LABEL_0 and the
-                like or numbers in the data, are taken in the order they have.
-        """
-        mine, theirs = ([name.casefold() for name in of] for of in (self.label_names, names))
-        if sorted(mine) == sorted(theirs) and len(set(mine)) == len(mine):
-            order = [theirs.index(name) for name in mine]
-            train, held_out = (
-                _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
-                for split in (self.train, self.eval)
-            )
-            turned = tuple(self.label_names[mine.index(name)] for name in theirs)
-            return dataclasses.replace(self, train=train, eval=held_out, label_names=turned)
-        telling = not all(re.fullmatch(r"-?\d+", name) for name in mine)
-        named = not all(re.fullmatch(r"label_\d+", name) for name in theirs)
-        if kept and telling and named and len(mine) == len(theirs):
-            raise ValueError(
-                f"load_task: data: expected the teacher's labels {', '.join(map(repr, names))}, got "
-                f"{', '.join(map(repr, self.label_names))}; rename them, or train the teacher on them (teacher_epochs)"
-            )
-        return self
+        """The same task, its classes numbered as a teacher numbers its own; see `class_order`."""
+        order = class_order("load_task", self.label_names, names, kept)
+        if order is None:
+            return self
+        train, held_out = (
+            _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
+            for split in (self.train, self.eval)
+        )
+        turned = names_in_order(self.label_names, names, order)
+        return dataclasses.replace(self, train=train, eval=held_out, label_names=turned)
 
     @property
     def overlap(self) -> int:
         """How many evaluation sentences or pairs also stand in the training split (after folding case and spaces)."""
-        seen = {_folded(texts) for texts, _ in self._rows(self.train)}
-        return sum(_folded(texts) in seen for texts, _ in self._rows(self.eval))
+        seen = {folded(texts) for texts, _ in self._rows(self.train)}
+        return sum(folded(texts) in seen for texts, _ in self._rows(self.eval))
 
 
 def load_task(
@@ -125,7 +115,7 @@ def load_task(
         data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
             `label`. TSV files have no quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column
             names.
-        eval_data: the same for the evaluation split. Without it, about EVAL_PERCENT % of the distinct sentences (or
+        eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
             pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
         regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
@@ -148,7 +138,7 @@ def load_task(
                     f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
                     f"{' and '.join(others)}"
                 )
-        task = _task(name or _file_name(Path(data)), train, held_out, columns, regression)
+        task = _task(name or file_name(Path(data)), train, held_out, columns, regression)
     elif eval_data is not None:
         raise ValueError("load_task: eval_data: given without data")
     elif name is None or name == BUILT_IN:
@@ -160,7 +150,7 @@ def load_task(
     else:
         task = _from_hub(name, regression)
     if max_train_rows is not None and max_train_rows < len(task.train):
-        hashes = [_hash("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
+        hashes = [hashed("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
         order = sorted(range(len(hashes)), key=hashes.__getitem__)
         task = dataclasses.replace(task, train=task.train.select(sorted(order[:max_train_rows])))
     return task
@@ -178,18 +168,10 @@ def _stdlib_docs() -> Task:
 
 def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...]]:
     """The rows of one file, labels as written or numbers, and the columns of their texts."""
-    if not path.is_file():
-        raise ValueError(f"load_task: {argument}: no such file: {str(path)!r}")
-    if path.suffix.lower() not in FORMATS:
+    if path.is_file() and path.suffix.lower() not in FORMATS:
         raise ValueError(f"load_task: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"load_task: {argument}: {str(path)!r} is empty")
-    kind = FORMATS[path.suffix.lower()]
-    try:
-        table = _read_table(kind, path)
-    except (OSError, ValueError, Warning, pyarrow.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load_task: {argument}: cannot read {str(path)!r} as {kind}: {reason}") from error
+    check_file("load_task", argument, path)
+    table = read_table("load_task", argument, path)
     columns = _text_columns(table.column_names)
     missing = [column for column in (*columns, "label") if column not in table.column_names]
     if missing:
@@ -209,11 +191,6 @@ def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
     whole = (pair for pair in PAIRS if set(pair) <= set(names))
     begun = (pair for pair in PAIRS if set(pair) & set(names))
     return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
-
-
-def _file_name(path: Path) -> str:
-    """`sst2/train.tsv`: most data files are called train."""
-    return "/".join(path.resolve().parts[-2:])
 
 
 def _rows(
@@ -241,40 +218,8 @@ def _number(label: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _read_table(kind: str, path: Path) -> pyarrow.Table:
-    """The file as an Arrow table. CSV and TSV values stay as written: no "NA" becomes a null, no 1 a 1.0."""
-    if kind == "Parquet":
-        return pyarrow.parquet.read_table(path)
-    if kind == "JSONL":
-        return pyarrow.json.read_json(path)
-    import pandas
-
-    dialect = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header, cut silently
-        frame = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig", **dialect)
-    return pyarrow.Table.from_pandas(frame)
-
-
 def _from_hub(name: str, regression: bool) -> Task:
-    from datasets import load_dataset
-
-    owner, _, rest = name.partition("/")
-    if owner == "glue":
-        parts = ["nyu-mll/glue", rest]
-    else:
-        repository, _, config = rest.partition("/")
-        parts = [f"{owner}/{repository}" if repository else owner, *([config] if config else [])]
-    try:
-        splits = load_dataset(*parts)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"load_task: name: {name!r} is not the built-in task {BUILT_IN!r}, and the Hugging Face hub did not "
-            f"give a data set for it: {reason}"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(f"load_task: name: {name!r} has no split train; its splits: {', '.join(splits)}")
+    splits = hub_splits("load_task", name, f"the built-in task {BUILT_IN!r}")
     names = splits["train"].column_names
     columns = reading = _text_columns(names)
     if columns == SENTENCE and "sentence" not in names:
@@ -289,15 +234,12 @@ def _from_hub(name: str, regression: bool) -> Task:
     train = _labelled(name, splits["train"], reading, regression)
     if not train:
         raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
-    held_out = (_labelled(name, splits[split], reading, regression) for split in _EVAL_SPLITS if split in splits)
+    held_out = (_labelled(name, splits[split], reading, regression) for split in EVAL_SPLITS if split in splits)
     task = _task(name, train, next(filter(None, held_out), None), columns, regression)
     class_names = getattr(label, "names", None)
     if class_names and len(class_names) == len(task.label_names):
         return dataclasses.replace(task, label_names=tuple(class_names))
     return task
-
-
-_EVAL_SPLITS = ("validation", "validation_matched", "test")
 
 
 def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
@@ -315,14 +257,14 @@ def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tupl
     if not regression:
         _refuse_fractions(labels)
     if held_out is None:
-        chosen = [_hash(_folded(texts)) % 100 < EVAL_PERCENT for texts, _ in train]
+        chosen = [is_held_out(folded(texts)) for texts, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
         train = [row for row, out in zip(train, chosen, strict=True) if not out]
         if not held_out or not train:
             what = "sentences" if len(columns) == 1 else "pairs"
             raise ValueError(
                 f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
-                f"{len({_folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
+                f"{len({folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
             )
     if regression:
         if len(numbers := {label for _, label in held_out}) < 2:
@@ -365,11 +307,3 @@ def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
 
     texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
     return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})
-
-
-def _folded(texts: Sequence[str]) -> str:
-    return "\0".join(" ".join(text.lower().split()) for text in texts)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
