@@ -100,9 +100,9 @@ def distill(
             "objective": dict(recipe.objective),
             "cache": recipe.cache,
         }
-        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite, [CORPUS]) as run:
+        with RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS]) as run:
             flow = _Flow(run, source, job, recipe, say)
-            say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")
+            say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
             with refused():
                 job.prepare(flow.tokenizer(), run.path)
             if run.result(DATA, job.describe) != job.describe():
@@ -133,7 +133,8 @@ def _write_report(
 
     content = {
         "command": command,
-        "kind": job.kind,
+        "kind": job.name,
+        "head": job.head,
         "settings": settings,
         "data": job.describe(),
         "metrics": [list(metric) for metric in job.metrics],
@@ -154,9 +155,9 @@ class _Flow:
         self.run, self.source, self.job, self.recipe, self.say = run, source, job, recipe, say
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from distilbert_fast.modeling.loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.source)
+        return load_tokenizer(self.source, self.job.head)
 
     def teach(self, path: Path) -> dict[str, Any]:
         from distilbert_fast.modeling.training import for_training

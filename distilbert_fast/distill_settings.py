@@ -189,9 +189,7 @@ def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
     wanted, has = job.config.get("problem_type"), config_of(source).get("problem_type")
     for expected, got in ((f"a model for {job.head}", other), (f"problem_type {wanted}", wanted and has)):
         if got and got != wanted:
-            raise RecipeError(
-                f"distill: teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)"
-            )
+            raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
 
 
 def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:

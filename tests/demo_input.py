@@ -41,6 +41,16 @@ def pairs_tsv(path: Path, count: int = 64, seed: int = 0) -> Path:
     return path
 
 
+def conll(path: Path, count: int = 64, seed: int = 0) -> Path:
+    """Sentences in which animals and tools are entities and "old" is part of an animal, whatever stands before it."""
+    tags = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words} | {"old": "I-animal"}
+    lines = ["-DOCSTART- -X- O", ""]
+    for text, _ in sentences(count, seed):
+        lines += [*(f"{word} X {tags.get(word, 'O')}" for word in text.split()), ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
 def bert(path: Path, layers: int = 2, **config: object) -> Path:
     """A random BERT encoder of 2 layers, C=32, that knows the words above."""
     from transformers import BertConfig, BertModel, BertTokenizer

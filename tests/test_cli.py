@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, tsv
+from demo_input import bert, conll, tsv
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -43,6 +43,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
         (["distill", "mlm"], ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--train-body"]),
         (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"]),
+        (["distill", "tokens"], ["--baseline", "distill tokens --teacher ./my-bert --data eng.train", "ner_tags"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
     ],
 )
@@ -141,6 +142,8 @@ def refused(message: str, *arguments: str) -> None:
             "task --data train.tsv --regression",
             "load_task: data: 'train.tsv': row 1: expected a number as label, got '",
         ),
+        ("tokens --data nowhere.conll", "load_tokens: data: no such file: 'nowhere.conll'"),
+        ("tokens", "load_tokens: data: expected a file, or the name of a hub data set, got neither"),
         ("qa --data train.tsv", "load_squad: data: 'train.tsv' is not of SQuAD's form: JSONDecodeError: "),
     ],
 )
@@ -178,6 +181,17 @@ def test_a_regression_from_the_command_line(place):
     assert report["settings"]["objective"] == {"alpha": "0.5", "teacher_precision": "int8"}
     assert set(report["models"]["student"]["teacher_effect"]) == {"teacher_mse", "loss_change"}
     assert set(report["models"]) == {"teacher", "student", "without-teacher"}
+
+
+def test_words_from_the_command_line(place):
+    conll(Path("train.conll"), 60, seed=1)
+    training = "--epochs 1 --lr 5e-3 --teacher-steps 3 --max-length 16 --layers 1 --teacher-precision int8"
+    result = run("distill", "tokens", "--data", "train.conll", "--teacher", "bert", "-o", "out", *training.split())
+    assert result.exit_code == 0, result.output
+    assert "distill tokens on " in result.stdout and "entity F1" in result.stdout
+    report = json.loads(Path("out/report.json").read_text())
+    assert [name for name, _, _ in report["metrics"]] == ["f1", "accuracy", "agreement", "kl"]
+    assert set(report["models"]["student"]["teacher_effect"]) == {"kl", "loss_change"}
 
 
 def test_bad_data(place):

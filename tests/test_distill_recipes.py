@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, pairs_tsv, sentences, tsv
+from demo_input import bert, sentences, tsv
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
-from distilbert_fast.distill_jobs import MlmJob, QaJob, RegressionJob, TaskJob
+from distilbert_fast.distill_jobs import MlmJob, QaJob, TaskJob
 from distilbert_fast.distill_recipes import Recipe, Shape, Training, distill
 from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
-from distilbert_fast.distillation.teacher import ModelTeacher
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
 from distilbert_fast.recipes import RecipeError, save
@@ -214,133 +213,6 @@ def test_a_task_with_its_baseline(inputs, tmp_path):
     for name in ("accuracy", "macro_f1"):
         assert other["models"]["teacher"]["quality"][name] == again["models"]["teacher"]["quality"][name]
     assert other["models"]["student"]["quality"]["accuracy"] > 0.8
-
-
-def test_pairs(inputs, tmp_path, monkeypatch):
-    """A BERT teacher reads which sentence is which; the DistilBERT student does without."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    seen = []
-    answer = ModelTeacher.answer
-
-    def spy(self, batch, *args, **kwargs):
-        seen.append(int(batch["token_type_ids"].max()))
-        return answer(self, batch, *args, **kwargs)
-
-    monkeypatch.setattr(ModelTeacher, "answer", spy)
-    dev = pairs_tsv(tmp_path / "dev.tsv", 40, seed=2)
-    job = TaskJob(load_task(data=pairs_tsv(tmp_path / "train.tsv", 320, seed=1), eval_data=dev), max_length=24)
-    teaching = Training(epochs=6, batch_size=16, micro_batch=16, learning_rate=5e-3)
-    report = distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, teaching))
-    assert set(seen) == {1}
-    assert report["data"]["pairs"] == "premise, hypothesis"
-    assert report["models"]["teacher"]["quality"]["accuracy"] > 0.8  # which half of the words would give
-    rows = [line.split("\t") for line in dev.read_text().splitlines()[1:]]
-    for name, row in report["models"].items():
-        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name).eval()
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / name)
-        right = 0
-        for premise, hypothesis, label in rows:
-            encoded = tokenizer(premise, hypothesis, truncation=True, max_length=24, return_tensors="pt")
-            with torch.no_grad():
-                right += model.config.id2label[int(model(**encoded).logits.argmax())] == label
-        assert row["quality"]["accuracy"] == pytest.approx(right / 40)
-
-
-def numbers_tsv(path: Path, count: int, seed: int) -> Path:
-    """How many of three a sentence holds: numbers that a mean over tokens can tell."""
-    rows = [(text, sum(word in ("the", "a", "old") for word in text.split()) / 2) for text, _ in sentences(count, seed)]
-    path.write_text("\n".join(["sentence\tlabel", *(f"{text}\t{number}" for text, number in rows)]) + "\n")
-    return path
-
-
-def test_numbers(inputs, tmp_path):
-    """A regression with both of its rivals; again, with a teacher that knows it; and taught by what it must not be."""
-    from scipy.stats import pearsonr, spearmanr
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-    dev = numbers_tsv(tmp_path / "dev.tsv", 40, seed=2)
-    train = numbers_tsv(tmp_path / "train.tsv", 240, seed=1)
-    job = RegressionJob(load_task(data=train, eval_data=dev, regression=True), max_length=16)
-    teaching = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=5e-3)
-    names = [variant.name for variant in RegressionJob.variants]
-    report = distill(job, tmp_path / "out", inputs / "bert", Recipe(FAST, teaching, compare=names))
-    assert report["data"]["numbers"].startswith("0 to ") and "classes" not in report["data"]
-    texts, labels = zip(*(line.split("\t") for line in dev.read_text().splitlines()[1:]), strict=True)
-    labels = [float(label) for label in labels]
-    found = {}
-    for name, row in report["models"].items():
-        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name).eval()
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / name)
-        assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
-        with torch.no_grad():
-            found[name] = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
-        quality = row["quality"]
-        assert quality["pearson"] == pytest.approx(pearsonr(found[name], labels).statistic, abs=1e-4)
-        assert quality["spearman"] == pytest.approx(spearmanr(found[name], labels).statistic, abs=1e-2)
-        assert quality["mse"] == pytest.approx(float((found[name] - torch.tensor(labels)).square().mean()), rel=1e-3)
-        assert row["int8"]["pearson"] == pytest.approx(quality["pearson"], abs=0.05)
-        if name != "teacher":
-            apart = float((found[name] - found["teacher"]).square().mean())
-            assert quality["teacher_mse"] == pytest.approx(apart, rel=1e-3)
-    assert report["models"]["teacher"]["quality"]["pearson"] > 0.5
-    assert report["models"]["student"]["quality"]["pearson"] > 0.4
-    assert set(report["models"]["student"]["losses"][0]) == {"step", "loss", "teacher_mse", "label_mse"}
-    assert set(report["models"]["without-teacher"]["losses"][0]) == {"step", "loss", "label_mse"}
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "| weight file | Pearson | Spearman | MSE | MSE from the teacher | Pearson, int8 |" in text
-    assert "squares of the labels' unit" in (tmp_path / "out" / "student" / "README.md").read_text()
-    (answer,) = pipeline("text-classification", str(tmp_path / "out" / "student"))(texts[0])
-    assert answer["score"] == pytest.approx(float(found["student"][0]), abs=1e-4)  # no sigmoid
-
-    again = distill(job, tmp_path / "again", tmp_path / "out" / "teacher", Recipe(FAST, teaching))
-    assert again["models"]["teacher"]["losses"] == []
-    assert same(tmp_path / "again" / "student", tmp_path / "out" / "student")
-    # a classification does not take the one output for its classes, and trains a new head
-    other = distill(task_job(inputs), tmp_path / "other", tmp_path / "out" / "teacher", Recipe(FAST, TEACHING))
-    assert other["models"]["teacher"]["losses"] and "kl" in other["models"]["student"]["losses"][0]
-
-
-HEADS = [
-    ("SequenceClassification", {"num_labels": 1, "problem_type": "multi_label_classification"}, "numbers", None),
-    ("SequenceClassification", {"num_labels": 2, "problem_type": "multi_label_classification"}, "classes", None),
-    ("MultipleChoice", {}, "numbers", None),
-    ("SequenceClassification", {"num_labels": 3}, "numbers", 0.0),
-]
-REFUSED = [
-    "expected problem_type regression, got multi_label_classification; train it on the data (teacher_epochs)",
-    "expected problem_type single_label_classification, got multi_label_classification; train it on the data "
-    "(teacher_epochs)",
-    "expected a model for SequenceClassification, got BertForMultipleChoice; train it on the data (teacher_epochs)",
-    "lacks 2 tensors that BertForSequenceClassification needs, or has them in other shapes: classifier.bias, "
-    "classifier.weight",
-]
-
-
-@pytest.mark.parametrize(("given", "message"), list(zip(HEADS, REFUSED, strict=True)))
-def test_a_head_for_something_else_is_not_taken_for_the_task(inputs, tmp_path, given, message):
-    import transformers
-
-    head, config, labels, epochs = given
-    source = bert(tmp_path / "bert")
-    kind = getattr(transformers, f"BertFor{head}")
-    kind.from_pretrained(source, **config).save_pretrained(source)
-    job = task_job(inputs)
-    if labels == "numbers":
-        data = numbers_tsv(tmp_path / "train.tsv", 20, seed=1)
-        job = RegressionJob(load_task(data=data, eval_data=data, regression=True), max_length=16)
-    with pytest.raises(RecipeError) as caught:
-        check_models(job, source, Recipe(teacher=Training(epochs=epochs)))
-    assert str(caught.value).startswith("distill: ") and str(caught.value).endswith(message)
-    check_models(job, source, Recipe(teacher=Training(epochs=1.0)))
-
-
-def test_a_job_for_the_other_labels(inputs, tmp_path):
-    data = numbers_tsv(tmp_path / "train.tsv", 20, seed=1)
-    with pytest.raises(ValueError, match=r"^TaskJob: task must have classes as labels, got numbers$"):
-        TaskJob(load_task(data=data, eval_data=data, regression=True))
-    with pytest.raises(ValueError, match=r"^RegressionJob: task must have numbers as labels, got classes$"):
-        RegressionJob(load_task(data=inputs / "train.tsv"))
 
 
 def test_questions(inputs, tmp_path):

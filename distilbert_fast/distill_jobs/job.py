@@ -54,6 +54,10 @@ class Job(Protocol):
         """ "mlm", "task" or "qa": an objective of DistillationArguments."""
 
     @property
+    def name(self) -> str:
+        """What commands, directories and reports call it."""
+
+    @property
     def head(self) -> str:
         """As in `load_with_head`."""
 

@@ -28,7 +28,7 @@ class MlmJob:
         seed: of hold-out and masks.
     """
 
-    kind, head, config = "mlm", "MaskedLM", NOTHING
+    kind, name, head, config = "mlm", "mlm", "MaskedLM", NOTHING
     teacher_epochs = 1.0
     metrics = (
         Metric("mlm", "MLM loss"),

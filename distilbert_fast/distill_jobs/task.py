@@ -21,7 +21,7 @@ class TaskJob:
     Raises ValueError for a task of another kind than the job's.
     """
 
-    kind, head = "task", "SequenceClassification"
+    kind, name, head = "task", "task", "SequenceClassification"
     teacher_epochs = 3.0
     metrics: tuple[Metric, ...] = (
         Metric("accuracy", "accuracy", True),

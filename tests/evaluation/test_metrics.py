@@ -79,3 +79,39 @@ def test_numbers():
     assert metrics.spearman(labels**3, labels) == pytest.approx(1.0)
     for same in (metrics.pearson, metrics.spearman):
         assert same(torch.full((60,), 2.5), labels) == 0  # a constant answer
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("", ""),
+        ("O O", ""),
+        ("B-PER I-PER O B-LOC", "PER:0:2 LOC:3:4"),
+        ("B-PER B-PER", "PER:0:1 PER:1:2"),
+        ("O I-PER I-PER O", "PER:1:3"),  # I- after O
+        ("I-PER", "PER:0:1"),
+        ("B-PER I-LOC I-LOC", "PER:0:1 LOC:1:3"),  # I- of another type
+        ("I-PER B-PER I-PER", "PER:0:1 PER:1:3"),  # IOB1
+        ("B-PER I-PER B-LOC I-LOC", "PER:0:2 LOC:2:4"),
+        ("B-PER I-PER", "PER:0:2"),  # at the end
+        ("S-PER I-PER", "PER:0:1 PER:1:2"),
+        ("B-PER I-PER E-PER I-PER", "PER:0:3 PER:3:4"),
+        ("E-PER E-PER S-LOC", "PER:0:1 PER:1:2 LOC:2:3"),
+        ("B-A-B I-A-B", "A-B:0:2"),
+        ("B I O I", ":0:2 :3:4"),  # one type without a name
+    ],
+)
+def test_entities_as_conll_has_them(tags, found):
+    spans = {f"{kind}:{start}:{stop}" for kind, start, stop in metrics.entities(tags.split())}
+    assert spans == set(found.split())
+
+
+def test_entity_f1():
+    true = ["B-PER I-PER O B-LOC".split(), "O B-ORG I-ORG".split()]
+    assert metrics.entity_f1(true, true) == 1
+    # one right, one of another type, one too short, one that is not there: precision 1/4, recall 1/3
+    predicted = ["B-PER I-PER O B-ORG".split(), "I-LOC B-ORG O".split()]
+    assert metrics.entity_f1(predicted, true) == pytest.approx(2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3))
+    # the same place in another sentence is another entity
+    assert metrics.entity_f1([["B-X"], ["O"]], [["O"], ["B-X"]]) == 0
+    assert metrics.entity_f1([["O"]], [["O"]]) == 0
