@@ -100,9 +100,9 @@ def distill(
             "objective": dict(recipe.objective),
             "cache": recipe.cache,
         }
-        with RunDirectory(output, f"distill-{job.kind}", settings, names, overwrite, [CORPUS]) as run:
+        with RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS]) as run:
             flow = _Flow(run, source, job, recipe, say)
-            say(f"distill {job.kind} on {job.describe()['name']}; output: {run.path}")
+            say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
             with refused():
                 job.prepare(flow.tokenizer(), run.path)
             if run.result(DATA, job.describe) != job.describe():
@@ -133,10 +133,12 @@ def _write_report(
 
     content = {
         "command": command,
-        "kind": job.kind,
+        "kind": job.name,
+        "head": job.head,
         "settings": settings,
         "data": job.describe(),
         "metrics": [list(metric) for metric in job.metrics],
+        "legend": job.legend,
         "models": results,
         **measured,
     }
@@ -153,9 +155,9 @@ class _Flow:
         self.run, self.source, self.job, self.recipe, self.say = run, source, job, recipe, say
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from distilbert_fast.modeling.loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.source)
+        return load_tokenizer(self.source, self.job.head)
 
     def teach(self, path: Path) -> dict[str, Any]:
         from distilbert_fast.modeling.training import for_training
@@ -302,6 +304,7 @@ class _Flow:
             "teacher_effect": {
                 key.removeprefix("teacher_"): value
                 for entry in trainer.state.log_history
+                if "teacher_loss_change" in entry
                 for key, value in entry.items()
                 if key.startswith("teacher_")
             },
@@ -363,4 +366,4 @@ def _progress_bar() -> Any:
     return Bar()
 
 
-_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation"}
+_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation", "teacher_mse", "label_mse"}

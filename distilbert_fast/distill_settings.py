@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.distill_jobs import STUDENT, Job, Variant
-from distilbert_fast.recipes import RecipeError, class_names, length_grouped
+from distilbert_fast.recipes import RecipeError, class_names, config_of, length_grouped
 
 if TYPE_CHECKING:
     from distilbert_fast.distillation.student import StudentReport
@@ -159,8 +159,11 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
     from distilbert_fast.modeling.loading import load_with_head
 
     with refused():
+        other = _other_head(source, job)
+        job.meet(class_names(source), kept=not (recipe.teacher.epochs or other))
         teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
-        job.meet(class_names(source), kept=not (random or recipe.teacher.epochs))
+        if not (random or recipe.teacher.epochs):
+            _check_kept_head(source, job, other)
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
@@ -172,6 +175,21 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
     if recipe.cache:
         _check_cache(job, recipe, objective, teacher.config.vocab_size)
     return made_of
+
+
+def _other_head(source: Path, job: Job) -> str | None:
+    """The class that a checkpoint was saved from, if its head is another than the job's under the same names."""
+    alike = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
+    classes = config_of(source).get("architectures") or []
+    return next((name for name in classes if name.endswith(alike) and not name.endswith(f"For{job.head}")), None)
+
+
+def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
+    """Refuse to take a head as it is that was trained for something else."""
+    wanted, has = job.config.get("problem_type"), config_of(source).get("problem_type")
+    for expected, got in ((f"a model for {job.head}", other), (f"problem_type {wanted}", wanted and has)):
+        if got and got != wanted:
+            raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
 
 
 def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:

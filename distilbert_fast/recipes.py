@@ -98,6 +98,10 @@ def demo(
         loaded = load_task(task, data, eval_data, max_train_rows)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(str(error)) from error
+    if loaded.regression:
+        raise RecipeError(
+            "demo: task: expected classes as labels, got numbers, which are for `distilbert-fast distill`"
+        )
     source = find_teacher(teacher)
     try:
         loaded = loaded.for_classes(class_names(source), kept=training.teacher_epochs == 0)
@@ -216,7 +220,7 @@ class _Demo:
         from distilbert_fast.modeling.loading import FAMILIES, load_classifier
         from distilbert_fast.modeling.optimize import optimize
 
-        sentences = list(self.task.eval["sentence"])
+        texts = self.task.texts(self.task.eval)
         labels = torch.tensor(self.task.eval["label"])
         rows: dict[str, dict[str, Any]] = {}
         candidates: dict[str, Any] = {}
@@ -239,7 +243,7 @@ class _Demo:
             }
             candidates |= {f"{name} transformers": model, f"{name} distilbert_fast": fast}
         self.say("      accuracy is known; now the clocks, all models in turns")
-        timed = sentences[:: max(1, len(sentences) // 128)][:128]
+        timed = texts[:: max(1, len(texts) // 128)][:128]
         device = next(model.parameters()).device
         single = speed.batches(tokenizer, timed[:32], 1, self.training.max_length, device)
         batched = speed.batches(tokenizer, timed, 32, self.training.max_length, device)
@@ -292,8 +296,9 @@ class _Demo:
         from transformers import DataCollatorWithPadding
 
         from distilbert_fast.distillation.checkpoint import newest_complete_checkpoint
+        from distilbert_fast.evaluation.texts import tokenized
 
-        encoded = tokenizer(list(self.task.train["sentence"]), truncation=True, max_length=self.training.max_length)
+        encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.training.max_length)
         trainer = trainer_class(
             train_dataset=Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])}),
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -331,7 +336,7 @@ class _Demo:
     def _logits(self, model: Any, tokenizer: Any) -> Tensor:
         from distilbert_fast.evaluation.metrics import predictions
 
-        return predictions(model, tokenizer, self.task.eval["sentence"], max_length=self.training.max_length)
+        return predictions(model, tokenizer, self.task.texts(self.task.eval), max_length=self.training.max_length)
 
 
 def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
@@ -346,9 +351,14 @@ def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
         raise
 
 
+def config_of(teacher: Path) -> dict[str, Any]:
+    """The config of a checkpoint as it was written."""
+    return json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+
+
 def class_names(teacher: Path) -> list[str]:
     """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
-    names = json.loads((teacher / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    names = config_of(teacher).get("id2label") or {}
     return [str(names[number]) for number in sorted(names, key=int)]
 
 
@@ -372,7 +382,7 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
         directory = locate(teacher)
     except CheckpointError as error:
         raise RecipeError(f"{job}: teacher: {error}") from error
-    if "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+    if "quantization_config" in config_of(directory):
         raise RecipeError(f"{job}: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
     return directory
 

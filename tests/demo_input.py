@@ -32,6 +32,25 @@ def tsv(path: Path, count: int = 64, seed: int = 0) -> Path:
     return path
 
 
+def pairs_tsv(path: Path, count: int = 64, seed: int = 0) -> Path:
+    """Premises and hypotheses; what the hypothesis names is the label, and the premise names anything."""
+    drawn = sentences(2 * count, seed)
+    rows = zip(drawn[:count], drawn[count:], strict=True)
+    lines = ["premise\thypothesis\tlabel", *(f"{premise}\t{text}\t{label}" for (premise, _), (text, label) in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def conll(path: Path, count: int = 64, seed: int = 0) -> Path:
+    """Sentences in which animals and tools are entities and "old" is part of an animal, whatever stands before it."""
+    tags = {word: f"B-{kind}" for kind, words in WORDS.items() for word in words} | {"old": "I-animal"}
+    lines = ["-DOCSTART- -X- O", ""]
+    for text, _ in sentences(count, seed):
+        lines += [*(f"{word} X {tags.get(word, 'O')}" for word in text.split()), ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
 def bert(path: Path, layers: int = 2, **config: object) -> Path:
     """A random BERT encoder of 2 layers, C=32, that knows the words above."""
     from transformers import BertConfig, BertModel, BertTokenizer

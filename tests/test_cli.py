@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, tsv
+from demo_input import bert, conll, tsv
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -42,7 +42,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
         (["distill", "mlm"], ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--train-body"]),
-        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision"]),
+        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"]),
+        (["distill", "tokens"], ["--baseline", "distill tokens --teacher ./my-bert --data eng.train", "ner_tags"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
     ],
 )
@@ -137,6 +138,12 @@ def refused(message: str, *arguments: str) -> None:
         ("task --data train.tsv --temperature soon", "distill: DistillationArguments: temperature must be a number, "),
         ("task --data nowhere.tsv", "load_task: data: no such file: 'nowhere.tsv'"),
         ("task --data train.tsv --alpha 1.5", "distill: DistillationArguments: alpha must be 0 to 1, got 1.5"),
+        (
+            "task --data train.tsv --regression",
+            "load_task: data: 'train.tsv': row 1: expected a number as label, got '",
+        ),
+        ("tokens --data nowhere.conll", "load_tokens: data: no such file: 'nowhere.conll'"),
+        ("tokens", "load_tokens: data: expected a file, or the name of a hub data set, got neither"),
         ("qa --data train.tsv", "load_squad: data: 'train.tsv' is not of SQuAD's form: JSONDecodeError: "),
     ],
 )
@@ -157,6 +164,34 @@ def test_distill_from_the_command_line(place):
     report = json.loads(Path("out/report.json").read_text())
     assert report["models"]["student"]["architecture"] == "RoBERTa"
     assert report["settings"]["objective"] == {"temperature": "2.0", "alpha": "0.5", "teacher_precision": "auto"}
+
+
+def test_a_regression_from_the_command_line(place):
+    """It has no temperature, and takes up what was interrupted."""
+    texts = [line.partition("\t")[0] for line in Path("train.tsv").read_text().splitlines()[1:]]
+    lines = [f"{text}\t{i % 5}" for i, text in enumerate(texts)]
+    Path("numbers.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    training = "--regression --max-steps 2 --teacher-steps 2 --max-length 16 --layers 1 --teacher-precision int8"
+    command = ["distill", "task", "--data", "numbers.tsv", "--teacher", "bert", "-o", "out", *training.split()]
+    for more, done in ([], 0), (["--baseline"], 2):
+        result = run(*command, *more)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.count(": done before") == done
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["settings"]["objective"] == {"alpha": "0.5", "teacher_precision": "int8"}
+    assert set(report["models"]["student"]["teacher_effect"]) == {"teacher_mse", "loss_change"}
+    assert set(report["models"]) == {"teacher", "student", "without-teacher"}
+
+
+def test_words_from_the_command_line(place):
+    conll(Path("train.conll"), 60, seed=1)
+    training = "--epochs 1 --lr 5e-3 --teacher-steps 3 --max-length 16 --layers 1 --teacher-precision int8"
+    result = run("distill", "tokens", "--data", "train.conll", "--teacher", "bert", "-o", "out", *training.split())
+    assert result.exit_code == 0, result.output
+    assert "distill tokens on " in result.stdout and "entity F1" in result.stdout
+    report = json.loads(Path("out/report.json").read_text())
+    assert [name for name, _, _ in report["metrics"]] == ["f1", "accuracy", "agreement", "kl"]
+    assert set(report["models"]["student"]["teacher_effect"]) == {"kl", "loss_change"}
 
 
 def test_bad_data(place):

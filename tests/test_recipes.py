@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, sentences, tsv
+from demo_input import bert, pairs_tsv, sentences, tsv
 from safetensors.torch import load_file
 
 MODELS = ("teacher", "student", "student-int8")
@@ -199,3 +199,43 @@ def test_a_teacher_that_knows_the_task_is_taken_as_it_is(done, place):
         load_file(place / "out" / "teacher" / "model.safetensors").keys()
         == load_file(done[0] / "teacher" / "model.safetensors").keys()
     )
+
+
+def test_pairs(inputs, tmp_path):
+    """What the report says of the student is what transformers says, pair by pair."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from distilbert_fast.recipes import Training, demo
+
+    dev = pairs_tsv(tmp_path / "dev.tsv", 30, seed=2)
+    training = Training(teacher_epochs=1, student_epochs=1, batch_size=16, max_length=24)
+    report = demo(
+        tmp_path / "out",
+        inputs / "bert",
+        data=pairs_tsv(tmp_path / "pairs.tsv", 64, seed=1),
+        eval_data=dev,
+        training=training,
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
+    right = 0
+    for premise, hypothesis, label in (line.split("\t") for line in dev.read_text().splitlines()[1:]):
+        with torch.no_grad():
+            logits = model(**tokenizer(premise, hypothesis, return_tensors="pt")).logits
+        right += model.config.id2label[int(logits.argmax())] == label
+    assert report["models"]["student"]["accuracy"] == pytest.approx(right / 30)
+
+
+def test_numbers_are_for_distill(inputs, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    from distilbert_fast.recipes import RecipeError, demo
+
+    rows = Dataset.from_dict({"sentence": ["the cat", "a dog"], "label": [0.5, 1.5]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *parts: DatasetDict(train=rows, validation=rows))
+    with pytest.raises(RecipeError) as caught:
+        demo(tmp_path / "out", inputs / "bert", "owner/numbers")
+    assert str(caught.value) == (
+        "demo: task: expected classes as labels, got numbers, which are for `distilbert-fast distill`"
+    )
+    assert not (tmp_path / "out").exists()

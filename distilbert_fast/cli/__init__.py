@@ -122,7 +122,10 @@ def demo(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="TSV, CSV, JSONL or Parquet with the columns sentence and label."),
+        typer.Option(
+            metavar="FILE",
+            help="TSV, CSV, JSONL or Parquet with the columns sentence and label, or a pair's, as for distill task.",
+        ),
     ] = None,
     eval_data: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""`distilbert-fast distill mlm|task|qa`."""
+"""`distilbert-fast distill mlm|task|tokens|qa`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="""\
-Distil a teacher into a student: by masked language modelling, on a task, or on questions.
+Distil a teacher into a student: by masked language modelling, on sentences, on words, or on questions.
 
 The recipe is DistilBERT's: the student is made of the teacher's own layers and learns from its soft answers, the \
 labels and, with mlm, its hidden states. What is written: the teacher (with its head trained first, if it had none), \
@@ -75,7 +75,10 @@ _Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropo
 
 _LOSSES = "Losses: numbers, or schedules such as linear:2:1"
 _Temperature = Annotated[str, typer.Option(help="τ of the KL divergence.", rich_help_panel=_LOSSES)]
-_Alpha = Annotated[str, typer.Option(help="Weight of KL; the labels have 1 - alpha.", rich_help_panel=_LOSSES)]
+_Alpha = Annotated[
+    str,
+    typer.Option(help="Weight of KL, or the squared error; the labels have 1 - alpha.", rich_help_panel=_LOSSES),
+]
 
 _TEACHING = "Training the teacher"
 _TeacherEpochs = Annotated[
@@ -233,6 +236,16 @@ Sentences in files with the columns sentence and label; the teacher is fine-tune
 A teacher that knows the task is taken as it is:
 
     distilbert-fast distill task --teacher textattack/bert-base-uncased-SST-2 --task glue/sst2
+
+Pairs of sentences, of the hub or in files with such columns (premise and hypothesis, sentence1 and sentence2, …):
+
+    distilbert-fast distill task --teacher ./my-bert --task glue/mnli --max-length 256 -o runs/mnli
+    distilbert-fast distill task --teacher ./my-bert --data pairs.jsonl -o runs/pairs
+
+Numbers instead of classes, such as how alike two sentences are:
+
+    distilbert-fast distill task --teacher ./my-bert --task glue/stsb -o runs/stsb
+    distilbert-fast distill task --teacher ./my-bert --data ratings.csv --regression -o runs/ratings
 """
 )
 def task(
@@ -244,11 +257,23 @@ def task(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="TSV, CSV, JSONL or Parquet with the columns sentence and label."),
+        typer.Option(
+            metavar="FILE",
+            help="TSV, CSV, JSONL or Parquet with the columns sentence and label; for pairs sentence1 and sentence2, "
+            "question1 and question2, premise and hypothesis, or question and sentence.",
+        ),
     ] = None,
     eval_data: _EvalData = None,
+    regression: Annotated[
+        bool,
+        typer.Option(
+            "--regression", help="Labels are numbers, taken as they are; so are a hub data set's that are floats."
+        ),
+    ] = False,
     max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = 128,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
+    ] = 128,
     baseline: _Baseline = False,
     ablate: _Ablate = False,
     epochs: _Epochs = 3.0,
@@ -275,13 +300,88 @@ def task(
     intermediate_size: _Intermediate = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Distil a student that classifies text."""
+    """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import TaskJob
+        from distilbert_fast.distill_jobs import RegressionJob, TaskJob
         from distilbert_fast.evaluation.tasks import load_task
 
-        return TaskJob(load_task(task, data, eval_data, max_train_rows), max_length)
+        loaded = load_task(task, data, eval_data, max_train_rows, regression)
+        if not loaded.regression:
+            return TaskJob(loaded, max_length)
+        del objective["temperature"]  # squared errors have none
+        return RegressionJob(loaded, max_length)
+
+    student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
+    taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)
+    shape = (layers, architecture, hidden_size, num_heads, intermediate_size)
+    objective = {"temperature": temperature, "alpha": alpha, "teacher_precision": teacher_precision}
+    _distill(job, output, teacher, student, taught, True, shape, objective, 0, ablate, baseline, overwrite)
+
+
+@app.command(
+    epilog="""\
+[bold]Examples[/bold]
+
+Named entities in CoNLL's files: a word and its tag a line, the tag in the last column, a blank line behind a sentence:
+
+    distilbert-fast distill tokens --teacher ./my-bert --data eng.train --eval-data eng.testa --baseline
+
+A tagger that is there, on a data set of the hub:
+
+    distilbert-fast distill tokens --teacher ./my-ner-bert --task unimelb-nlp/wikiann/en -o runs/ner
+"""
+)
+def tokens(
+    output: _Output = Path("distilled"),
+    teacher: _Teacher = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="ID", help="A hub data set with the columns tokens and ner_tags or tags.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="CoNLL's columns, the tag in the last; or JSONL or Parquet with tokens and tags."
+        ),
+    ] = None,
+    eval_data: _EvalData = None,
+    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many sentences only.")] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens a row; longer sentences are cut between words into several.")
+    ] = 128,
+    baseline: _Baseline = False,
+    ablate: _Ablate = False,
+    epochs: _Epochs = 3.0,
+    max_steps: _MaxSteps = 0,
+    batch_size: _BatchSize = 32,
+    micro_batch: _MicroBatch = 32,
+    lr: _Lr = 1e-4,
+    warmup: _Warmup = 0.05,
+    weight_decay: _WeightDecay = 0.0,
+    bf16: _Bf16 = False,
+    recompute: _Recompute = False,
+    seed: _Seed = 0,
+    temperature: _Temperature = "2.0",
+    alpha: _Alpha = "0.5",
+    teacher_epochs: _TeacherEpochs = None,
+    teacher_steps: _TeacherSteps = 0,
+    teacher_lr: _TeacherLr = 5e-5,
+    teacher_batch_size: _TeacherBatch = 32,
+    teacher_precision: _TeacherPrecision = "auto",
+    layers: _Layers = "",
+    architecture: _Architecture = "distilbert",
+    hidden_size: _HiddenSize = None,
+    num_heads: _NumHeads = None,
+    intermediate_size: _Intermediate = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Distil a student that tags words: named entities, parts of speech."""
+
+    def job() -> Job:
+        from distilbert_fast.distill_jobs import TokensJob
+        from distilbert_fast.evaluation.tokens import load_tokens
+
+        return TokensJob(load_tokens(task, data, eval_data, max_train_rows), max_length)
 
     student = Training(epochs, max_steps, batch_size, micro_batch, lr, warmup, weight_decay, bf16, seed, recompute)
     taught = Training(teacher_epochs, teacher_steps, teacher_batch_size, micro_batch, teacher_lr, bf16=bf16, seed=seed)

@@ -1,8 +1,8 @@
 """What a distillation leaves to read: report.md, report.json, a plot of its losses, and the student's model card.
 
-All come from one dict, whose layout is that of report.json: `command`, `kind`, `settings`, `data`, `metrics` (name,
-title, whether it is a share), `models` (name -> row: title, start, objective, losses, quality, int8, parameters ...),
-`date`, `machine`, `environment`, `inputs` and `speed`.
+All come from one dict, whose layout is that of report.json: `command`, `kind`, `head`, `settings`, `data`, `metrics`
+(name, title, whether it is a share), `legend` (of these), `models` (name -> row: title, start, objective, losses,
+quality, int8, parameters ...), `date`, `machine`, `environment`, `inputs` and `speed`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLOT = "losses.png"
-_PIPELINES = {"mlm": "fill-mask", "task": "text-classification", "qa": "question-answering"}
-_READING = {
-    "mlm": "MLM loss in nats a masked token, on held-out rows masked once, 15 % of their tokens, all tokens alike; KL "
-    "from the teacher in nats a token at temperature 1; 1 - cos of the last hidden states.",
-    "task": "Agreement: the share of sentences for which it chooses the teacher's class; KL from the teacher in nats.",
-    "qa": "F1 and exact match in percent, as SQuAD counts them.",
+_PIPELINES = {
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
 }
-_HEADS = {"mlm": "MaskedLM", "task": "SequenceClassification", "qa": "QuestionAnswering"}
 
 
 def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
@@ -47,7 +45,7 @@ def _card(content: Mapping[str, Any], student: str) -> str:
     source = content["settings"]["teacher"].partition(" (")[0]
     results = [
         EvalResult(
-            task_type=_PIPELINES[content["kind"]],
+            task_type=_PIPELINES[content["head"]],
             dataset_type="text",
             dataset_name=content["data"]["name"],
             metric_type=name,
@@ -58,7 +56,7 @@ def _card(content: Mapping[str, Any], student: str) -> str:
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=_PIPELINES[content["kind"]],
+        pipeline_tag=_PIPELINES[content["head"]],
         base_model=source if source.count("/") == 1 and not source.startswith((".", "/")) else None,
         tags=["distillation", "distilbert_fast"],
         model_name=student,
@@ -75,9 +73,9 @@ def _card(content: Mapping[str, Any], student: str) -> str:
         "",
         "```python",
         "import distilbert_fast",
-        f"from transformers import AutoModelFor{_HEADS[content['kind']]}, AutoTokenizer",
+        f"from transformers import AutoModelFor{content['head']}, AutoTokenizer",
         "",
-        f'model = AutoModelFor{_HEADS[content["kind"]]}.from_pretrained("{student}")',
+        f'model = AutoModelFor{content["head"]}.from_pretrained("{student}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{student}")',
         "model = distilbert_fast.optimize(model)  # the same answers, faster",
         "```",
@@ -164,7 +162,7 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         "",
         *_markdown(quality_rows(content)),
         "",
-        f'{_READING[content["kind"]]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
+        f'{content["legend"]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
         "",
         f"![losses over time]({PLOT})",
         "",

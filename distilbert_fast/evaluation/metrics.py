@@ -1,32 +1,32 @@
-"""What a classifier predicts, how often it is right, and how closely it follows its teacher."""
+"""What a classifier or a regression predicts, how right that is, and how closely it follows its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distilbert_fast.evaluation.texts import Text, tokenized
+
 
 @torch.inference_mode()
 def predictions(
-    model: nn.Module, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32, max_length: int = 128
+    model: nn.Module, tokenizer: Any, texts: Sequence[Text], batch_size: int = 32, max_length: int = 128
 ) -> Tensor:
-    """The logits of a sequence classifier, fp32 [len(sentences), labels] on the CPU, in the order given.
+    """The logits of a sequence classifier, fp32 [len(texts), labels] on the CPU, in the order given.
 
-    Sentences of like length share a batch, so little of the work is padding. The model is left in eval mode.
+    Texts of like length share a batch, so little of the work is padding. The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
-    encoded = tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(sentences)), key=lambda i: len(encoded[i]))
-    logits: list[Tensor] = [torch.empty(0)] * len(sentences)
+    encoded = tokenized(tokenizer, texts, max_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    logits: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = tokenizer(
-            [sentences[i] for i in rows], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-        )
+        batch = tokenized(tokenizer, [texts[i] for i in rows], max_length, padding=True, return_tensors="pt")
         for i, row in zip(rows, model(**batch.to(device)).logits.float().cpu(), strict=True):
             logits[i] = row
     return torch.stack(logits)
@@ -63,3 +63,56 @@ def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
     from distilbert_fast.ops.kl_div import kl_div
 
     return float(kl_div(logits, teacher_logits))
+
+
+def pearson(predicted: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation of numbers [N], -1 to 1; 0 for a constant answer."""
+    from torchmetrics.functional.regression import pearson_corrcoef
+
+    return _correlation(pearson_corrcoef, predicted, labels)
+
+
+def spearman(predicted: Tensor, labels: Tensor) -> float:
+    """Spearman's correlation, of the ranks of numbers [N], -1 to 1; 0 for a constant answer."""
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    return _correlation(spearman_corrcoef, predicted, labels)
+
+
+def _correlation(of: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, labels: Tensor) -> float:
+    if bool((predicted == predicted[0]).all()):
+        return 0.0
+    return float(of(predicted.double(), labels.double()))
+
+
+def mse(predicted: Tensor, labels: Tensor) -> float:
+    """Mean squared error of numbers [N]."""
+    return float((predicted.double() - labels.double()).square().mean())
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Type, first word and the word after the last of each entity, by tags such as B-PER, I-PER and O.
+
+    As CoNLL's own script and seqeval read them: an I- that continues no entity of its type begins one; B- and S- always
+    do; E- and S- end theirs. Tjong Kim Sang, De Meulder: CoNLL-2003, arXiv:cs/0306050.
+    """
+    found: set[tuple[str, int, int]] = set()
+    current: tuple[str, int] | None = None  # type and first word of the entity that may go on
+    for at, tag in enumerate([*tags, "O"]):
+        prefix, _, kind = tag.partition("-")
+        if current is not None and not (prefix in ("I", "E") and kind == current[0]):
+            found.add((*current, at))
+            current = None
+        if current is None and prefix != "O":
+            current = kind, at
+        if current is not None and prefix in ("E", "S"):
+            found.add((*current, at + 1))
+            current = None
+    return found
+
+
+def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> float:
+    """F1 of the entities of all sentences, right if type, first and last word are; 0 if there are none."""
+    pairs = [(entities(one), entities(other)) for one, other in zip(predicted, true, strict=True)]
+    right = sum(len(found & there) for found, there in pairs)
+    return 2 * right / max(1, sum(len(found) + len(there) for found, there in pairs))

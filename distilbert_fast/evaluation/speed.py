@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from distilbert_fast.evaluation.texts import Text, tokenized
+
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -29,17 +31,13 @@ class Measured:
     high: float
 
 
-def batches(tokenizer: Any, sentences: Sequence[str], batch_size: int, max_length: int, device: Any) -> list[Batch]:
-    """The sentences in their order, tokenized in batches and padded to the longest of each, on the device."""
+def batches(tokenizer: Any, texts: Sequence[Text], batch_size: int, max_length: int, device: Any) -> list[Batch]:
+    """The texts in their order, tokenized in batches and padded to the longest of each, on the device."""
     return [
-        tokenizer(
-            list(sentences[start : start + batch_size]),
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            return_tensors="pt",
-        ).to(device)
-        for start in range(0, len(sentences), batch_size)
+        tokenized(tokenizer, texts[start : start + batch_size], max_length, padding=True, return_tensors="pt").to(
+            device
+        )
+        for start in range(0, len(texts), batch_size)
     ]
 
 

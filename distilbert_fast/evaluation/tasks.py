@@ -1,85 +1,102 @@
-"""Text classification tasks: the built-in one, a file of the user's, or a data set of the Hugging Face hub."""
+"""Tasks on sentences and pairs of sentences: the built-in one, a file of the user's, or a data set of the hub."""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import hashlib
+import math
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.json
-import pyarrow.parquet
+from distilbert_fast.evaluation.sources import (
+    EVAL_SPLITS,
+    FORMATS,
+    check_file,
+    class_order,
+    file_name,
+    folded,
+    hashed,
+    hub_splits,
+    is_held_out,
+    names_in_order,
+    read_table,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from distilbert_fast.evaluation.texts import Text
+
 BUILT_IN = "stdlib-docs"
-FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
-EVAL_PERCENT = 10  # of a file's sentences when no evaluation file is given
+SENTENCE = ("sentence",)
+# Columns of pairs, as GLUE's data sets have them.
+PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
+NO_LABEL = -1  # in data sets of the hub whose labels have names
+
+Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A classification or regression task.
 
     Attributes:
         name: what it is called in reports.
-        train, eval: data sets with the columns `sentence` (str) and `label` (int, an index into `label_names`).
-        label_names: one name per class.
+        train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`; float for
+            a regression).
+        label_names: one name per class; none for a regression.
+        columns: `sentence`, or the two columns of a pair.
     """
 
     name: str
     train: Dataset
     eval: Dataset
     label_names: tuple[str, ...]
+    columns: tuple[str, ...] = SENTENCE
+
+    @property
+    def regression(self) -> bool:
+        return not self.label_names
+
+    def texts(self, split: Dataset) -> list[Text]:
+        """Of `train` or `eval`, in their order: sentences, or pairs of them."""
+        columns = [split[column] for column in self.columns]
+        return list(columns[0]) if len(columns) == 1 else list(zip(columns[0], columns[1], strict=True))
+
+    def _rows(self, split: Dataset) -> list[Row]:
+        texts = zip(*(split[column] for column in self.columns), strict=True)
+        return list(zip(texts, split["label"], strict=True))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all sentences, labels and label names: equal for equal tasks on any machine."""
+        """SHA-256 of all texts, labels and label names: equal for equal tasks on any machine."""
         digest = hashlib.sha256(repr(self.label_names).encode())
         for split in (self.train, self.eval):
-            for sentence, label in zip(split["sentence"], split["label"], strict=True):
-                digest.update(f"\0{label}\0{sentence}".encode("utf-8", "surrogatepass"))
+            for texts, label in self._rows(split):
+                digest.update("\0".join(["", str(label), *texts]).encode("utf-8", "surrogatepass"))
             digest.update(b"\1")
         return digest.hexdigest()
 
     def for_classes(self, names: Sequence[str], kept: bool) -> Task:
-        """The same task, its classes numbered as a teacher numbers its own.
-
-        Args:
-            names: the teacher's, in the order of its logits; compared without case.
-            kept: the teacher's head is taken as it is, not trained.
-
-        Raises:
-            ValueError: it is kept, and its classes are as many but others. Names that tell nothing, LABEL_0 and the
-                like or numbers in the data, are taken in the order they have.
-        """
-        mine, theirs = ([name.casefold() for name in of] for of in (self.label_names, names))
-        if sorted(mine) == sorted(theirs) and len(set(mine)) == len(mine):
-            order = [theirs.index(name) for name in mine]
-            train, held_out = (
-                _dataset([(text, order[at]) for text, at in zip(split["sentence"], split["label"], strict=True)])
-                for split in (self.train, self.eval)
-            )
-            return Task(self.name, train, held_out, tuple(self.label_names[mine.index(name)] for name in theirs))
-        telling = not all(re.fullmatch(r"-?\d+", name) for name in mine)
-        named = not all(re.fullmatch(r"label_\d+", name) for name in theirs)
-        if kept and telling and named and len(mine) == len(theirs):
-            raise ValueError(
-                f"load_task: data: expected the teacher's labels {', '.join(map(repr, names))}, got "
-                f"{', '.join(map(repr, self.label_names))}; rename them, or train the teacher on them (teacher_epochs)"
-            )
-        return self
+        """The same task, its classes numbered as a teacher numbers its own; see `class_order`."""
+        order = class_order("load_task", self.label_names, names, kept)
+        if order is None:
+            return self
+        train, held_out = (
+            _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
+            for split in (self.train, self.eval)
+        )
+        turned = names_in_order(self.label_names, names, order)
+        return dataclasses.replace(self, train=train, eval=held_out, label_names=turned)
 
     @property
     def overlap(self) -> int:
-        """How many evaluation sentences also stand in the training split (after folding case and spaces)."""
-        seen = {_folded(sentence) for sentence in self.train["sentence"]}
-        return sum(_folded(sentence) in seen for sentence in self.eval["sentence"])
+        """How many evaluation sentences or pairs also stand in the training split (after folding case and spaces)."""
+        seen = {folded(texts) for texts, _ in self._rows(self.train)}
+        return sum(folded(texts) in seen for texts, _ in self._rows(self.eval))
 
 
 def load_task(
@@ -87,42 +104,55 @@ def load_task(
     data: str | Path | None = None,
     eval_data: str | Path | None = None,
     max_train_rows: int | None = None,
+    regression: bool = False,
 ) -> Task:
     """Load a task by name, from files, or from the hub.
 
     Args:
         name: `"stdlib-docs"` (the default when there is no `data`), or a hub id: `"glue/sst2"`, `"owner/set"`,
-            `"owner/set/config"`. With `data` it is only the name that reports show.
-        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`. TSV files have no
-            quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column names.
-        eval_data: the same for the evaluation split. Without it, about EVAL_PERCENT % of the distinct sentences of
-            `data` are held out, chosen by their hash, so that the same sentence never stands on both sides.
+            `"owner/set/config"`. With `data` it is only the name that reports show. Of a hub data set the split
+            `validation` is evaluated on (mnli: `validation_matched`), or else `test`; rows without label are left out.
+        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
+            `label`. TSV files have no quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column
+            names.
+        eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
+            pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
+        regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
 
     Raises:
-        ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; a
-            label without a sentence or the reverse; a single class; an evaluation label unknown to the training
-            split; a name that is neither built in nor on the hub.
+        ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
+            other columns than each other; a label without a text or the reverse; a single class or number; a label
+            that is no number for a regression, or one with a fraction for classes; an evaluation label unknown to the
+            training split; a name that is neither built in nor on the hub.
     """
     if max_train_rows is not None and max_train_rows < 2:
         raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
     if data is not None:
-        train = _read_file("data", Path(data))
-        held_out = _read_file("eval_data", Path(eval_data)) if eval_data is not None else None
-        task = _task(name or _file_name(Path(data)), train, held_out)
+        train, columns = _read_file("data", Path(data), regression)
+        held_out = None
+        if eval_data is not None:
+            held_out, others = _read_file("eval_data", Path(eval_data), regression)
+            if others != columns:
+                raise ValueError(
+                    f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
+                    f"{' and '.join(others)}"
+                )
+        task = _task(name or file_name(Path(data)), train, held_out, columns, regression)
     elif eval_data is not None:
         raise ValueError("load_task: eval_data: given without data")
     elif name is None or name == BUILT_IN:
+        if regression:
+            raise ValueError(f"load_task: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
         task = _stdlib_docs()
     elif Path(name).suffix.lower() in FORMATS:
         raise ValueError(f"load_task: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
     else:
-        task = _from_hub(name)
+        task = _from_hub(name, regression)
     if max_train_rows is not None and max_train_rows < len(task.train):
-        sentences = list(task.train["sentence"])
-        order = sorted(range(len(sentences)), key=lambda i: _hash(f"{sentences[i]}\0{i}"))
-        train = task.train.select(sorted(order[:max_train_rows]))
-        task = Task(task.name, train, task.eval, task.label_names)
+        hashes = [hashed("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        task = dataclasses.replace(task, train=task.train.select(sorted(order[:max_train_rows])))
     return task
 
 
@@ -130,120 +160,118 @@ def _stdlib_docs() -> Task:
     from distilbert_fast.evaluation import stdlib_docs
 
     names = tuple(stdlib_docs.LIBRARIES)
-    rows: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
+    rows: dict[bool, list[Row]] = {False: [], True: []}
     for passage in stdlib_docs.passages():
-        rows[stdlib_docs.is_eval(passage.name)].append((passage.text, names.index(passage.library)))
-    return Task(BUILT_IN, _dataset(rows[False]), _dataset(rows[True]), names)
+        rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), names.index(passage.library)))
+    return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
 
 
-def _read_file(argument: str, path: Path) -> list[tuple[str, str]]:
-    """The rows (sentence, label) of one file; labels as written."""
-    if not path.is_file():
-        raise ValueError(f"load_task: {argument}: no such file: {str(path)!r}")
-    if path.suffix.lower() not in FORMATS:
+def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows of one file, labels as written or numbers, and the columns of their texts."""
+    if path.is_file() and path.suffix.lower() not in FORMATS:
         raise ValueError(f"load_task: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"load_task: {argument}: {str(path)!r} is empty")
-    kind = FORMATS[path.suffix.lower()]
-    try:
-        table = _read_table(kind, path)
-    except (OSError, ValueError, Warning, pyarrow.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load_task: {argument}: cannot read {str(path)!r} as {kind}: {reason}") from error
-    columns = table.column_names
-    missing = [column for column in ("sentence", "label") if column not in columns]
+    check_file("load_task", argument, path)
+    table = read_table("load_task", argument, path)
+    columns = _text_columns(table.column_names)
+    missing = [column for column in (*columns, "label") if column not in table.column_names]
     if missing:
         raise ValueError(
             f"load_task: {argument}: {str(path)!r} has no column {' and no column '.join(missing)}; "
-            f"its columns: {', '.join(columns)}"
+            f"its columns: {', '.join(table.column_names)}"
         )
     if len(table) == 0:
         raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
-    return _rows(f"{argument}: {str(path)!r}", table["sentence"].to_pylist(), table["label"].to_pylist())
+    texts = [table[column].to_pylist() for column in columns]
+    source = f"{argument}: {str(path)!r}"
+    return _rows(source, columns, texts, table["label"].to_pylist(), regression), columns
 
 
-def _file_name(path: Path) -> str:
-    """`sst2/train.tsv`: most data files are called train."""
-    return "/".join(path.resolve().parts[-2:])
+def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a pair, if both are among these, or else that of a sentence; those of a pair that lacks one."""
+    whole = (pair for pair in PAIRS if set(pair) <= set(names))
+    begun = (pair for pair in PAIRS if set(pair) & set(names))
+    return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
 
 
-def _rows(source: str, sentences: Iterable[object], labels: Iterable[object]) -> list[tuple[str, str]]:
-    rows = []
-    for number, (sentence, label) in enumerate(zip(sentences, labels, strict=True), start=1):
-        text = "" if sentence is None else str(sentence).strip()
-        name = "" if label is None else str(label).strip()
-        if not text or not name:
-            raise ValueError(f"load_task: {source}: row {number} has an empty {'label' if text else 'sentence'}")
-        rows.append((text, name))
+def _rows(
+    source: str, columns: Sequence[str], texts: Sequence[Iterable[object]], labels: Iterable[object], regression: bool
+) -> list[Row]:
+    """The rows of texts [columns][N] and labels [N]: strings that are not empty; for a regression labels are floats."""
+    rows: list[Row] = []
+    for number, row in enumerate(zip(*texts, labels, strict=True), start=1):
+        *cells, label = ("" if cell is None else str(cell).strip() for cell in row)
+        if "" in (*cells, label):
+            empty = (*columns, "label")[(*cells, label).index("")]
+            raise ValueError(f"load_task: {source}: row {number} has an empty {empty}")
+        if regression and _number(label) is None:
+            raise ValueError(f"load_task: {source}: row {number}: expected a number as label, got {label!r}")
+        rows.append((tuple(cells), _number(label) if regression else label))
     return rows
 
 
-def _read_table(kind: str, path: Path) -> pyarrow.Table:
-    """The file as an Arrow table. CSV and TSV values stay as written: no "NA" becomes a null, no 1 a 1.0."""
-    if kind == "Parquet":
-        return pyarrow.parquet.read_table(path)
-    if kind == "JSONL":
-        return pyarrow.json.read_json(path)
-    import pandas
-
-    dialect = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header, cut silently
-        frame = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig", **dialect)
-    return pyarrow.Table.from_pandas(frame)
-
-
-def _from_hub(name: str) -> Task:
-    from datasets import load_dataset
-
-    owner, _, rest = name.partition("/")
-    if owner == "glue":
-        parts = ["nyu-mll/glue", rest]
-    else:
-        repository, _, config = rest.partition("/")
-        parts = [f"{owner}/{repository}" if repository else owner, *([config] if config else [])]
+def _number(label: str) -> float | None:
+    """A finite number, or None."""
     try:
-        splits = load_dataset(*parts)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _from_hub(name: str, regression: bool) -> Task:
+    splits = hub_splits("load_task", name, f"the built-in task {BUILT_IN!r}")
+    names = splits["train"].column_names
+    columns = reading = _text_columns(names)
+    if columns == SENTENCE and "sentence" not in names:
+        reading = ("text",)
+    if not {*reading, "label"} <= set(names):
         raise ValueError(
-            f"load_task: name: {name!r} is not the built-in task {BUILT_IN!r}, and the Hugging Face hub did not "
-            f"give a data set for it: {reason}"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(f"load_task: name: {name!r} has no split train; its splits: {', '.join(splits)}")
-    train = splits["train"]
-    text = next((column for column in ("sentence", "text") if column in train.column_names), None)
-    if text is None or "label" not in train.column_names:
-        raise ValueError(
-            f"load_task: name: {name!r} has no columns sentence (or text) and label; "
-            f"its columns: {', '.join(train.column_names)}"
+            f"load_task: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
+            f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
         )
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    rows = _rows(f"name: {name!r}", train[text], train["label"])
-    eval_rows = None
-    if held_out:
-        eval_rows = _rows(f"name: {name!r}", splits[held_out][text], splits[held_out]["label"])
-    task = _task(name, rows, eval_rows)
-    class_names = getattr(train.features["label"], "names", None)
+    label = splits["train"].features["label"]
+    regression = regression or str(getattr(label, "dtype", "")).startswith("float")
+    train = _labelled(name, splits["train"], reading, regression)
+    if not train:
+        raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
+    held_out = (_labelled(name, splits[split], reading, regression) for split in EVAL_SPLITS if split in splits)
+    task = _task(name, train, next(filter(None, held_out), None), columns, regression)
+    class_names = getattr(label, "names", None)
     if class_names and len(class_names) == len(task.label_names):
-        return Task(task.name, task.train, task.eval, tuple(class_names))
+        return dataclasses.replace(task, label_names=tuple(class_names))
     return task
 
 
-def _task(name: str, train: list[tuple[str, str]], held_out: list[tuple[str, str]] | None) -> Task:
+def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
+    """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
+    if hasattr(split.features["label"], "names"):
+        split = split.select([i for i, label in enumerate(split["label"]) if label != NO_LABEL])
+    return _rows(f"name: {name!r}", columns, [split[column] for column in columns], split["label"], regression)
+
+
+def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tuple[str, ...], regression: bool) -> Task:
     labels = {label for _, label in train}
     if len(labels) < 2:
-        raise ValueError(f"load_task: data: expected at least 2 classes in the column label, got only {labels.pop()!r}")
+        what = "numbers" if regression else "classes"
+        raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
+    if not regression:
+        _refuse_fractions(labels)
     if held_out is None:
-        chosen = [_hash(_folded(sentence)) % 100 < EVAL_PERCENT for sentence, _ in train]
+        chosen = [is_held_out(folded(texts)) for texts, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
         train = [row for row, out in zip(train, chosen, strict=True) if not out]
         if not held_out or not train:
+            what = "sentences" if len(columns) == 1 else "pairs"
             raise ValueError(
-                "load_task: data: expected enough distinct sentences to hold some out for evaluation, got "
-                f"{len({_folded(sentence) for sentence, _ in [*train, *held_out]})}; give eval_data"
+                f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
+                f"{len({folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
             )
+    if regression:
+        if len(numbers := {label for _, label in held_out}) < 2:
+            raise ValueError(
+                f"load_task: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
+            )
+        return Task(name, _dataset(train, columns), _dataset(held_out, columns), (), columns)
     labels = {label for _, label in train}
     alien = sorted({label for _, label in held_out} - labels)
     if alien:
@@ -253,8 +281,18 @@ def _task(name: str, train: list[tuple[str, str]], held_out: list[tuple[str, str
         )
     names = _label_order(labels)
     index = {label: i for i, label in enumerate(names)}
-    splits = [_dataset([(sentence, index[label]) for sentence, label in rows]) for rows in (train, held_out)]
-    return Task(name, splits[0], splits[1], names)
+    splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
+    return Task(name, splits[0], splits[1], names, columns)
+
+
+def _refuse_fractions(labels: set[str]) -> None:
+    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression."""
+    numbers = [_number(label) for label in labels]
+    if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
+        raise ValueError(
+            f"load_task: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
+            "a regression, or give the classes other names"
+        )
 
 
 def _label_order(labels: set[str]) -> tuple[str, ...]:
@@ -264,15 +302,8 @@ def _label_order(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _dataset(rows: list[tuple[str, int]]) -> Dataset:
+def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
     from datasets import Dataset
 
-    return Dataset.from_dict({"sentence": [row[0] for row in rows], "label": [row[1] for row in rows]})
-
-
-def _folded(sentence: str) -> str:
-    return " ".join(sentence.lower().split())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
+    return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})

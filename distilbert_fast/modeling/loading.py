@@ -24,6 +24,7 @@ _HEADS = {
     "SequenceClassification": ("classifier.", "pre_classifier.", "bert.pooler."),
     "MaskedLM": ("cls.predictions.", "lm_head.", "vocab_"),
     "QuestionAnswering": ("qa_outputs.",),
+    "TokenClassification": ("classifier.",),
 }
 
 
@@ -85,6 +86,7 @@ def load_classifier(
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
+            "problem_type": "single_label_classification",
             "ignore_mismatched_sizes": True,  # judged by load_with_head
         }
     return load_with_head(source, "SequenceClassification", new_head, **labels)[:2]
@@ -97,7 +99,7 @@ def load_with_head(
 
     Args:
         source: directory or hub id.
-        head: "SequenceClassification", "MaskedLM" or "QuestionAnswering".
+        head: "SequenceClassification", "TokenClassification", "MaskedLM" or "QuestionAnswering".
         new_head: whether tensors of the head that are missing may start at random.
         **config: for `from_pretrained`.
     """
@@ -124,13 +126,23 @@ def load_with_head(
         raise CheckpointError(
             f"checkpoint: {str(source)!r} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory, head)
     if not 0 < len(tokenizer) <= model.config.vocab_size:
         raise CheckpointError(
             f"checkpoint: {str(source)!r}: expected a tokenizer of 1 to {model.config.vocab_size} tokens, as many as "
             f"the model has embeddings, got {len(tokenizer)}"
         )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, random
+
+
+def load_tokenizer(directory: Path, head: str) -> PreTrainedTokenizerBase:
+    """The tokenizer for a head. For "TokenClassification" RoBERTa's reads words one by one as it reads them in a text,
+    where a space stands before each."""
+    from transformers import AutoTokenizer
+
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+    spaced = head == "TokenClassification" and model_type == "roberta"
+    return AutoTokenizer.from_pretrained(directory, **({"add_prefix_space": True} if spaced else {}))
 
 
 def _download(name: str) -> Path:

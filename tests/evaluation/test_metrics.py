@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from demo_input import bert, sentences
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score
 
 from distilbert_fast.evaluation import metrics
@@ -49,3 +50,68 @@ def test_predictions_cut_long_sentences(classifier):
     long, cut = "cat " * 500, "cat " * 6  # [CLS], 6 words, [SEP]
     both = metrics.predictions(model, tokenizer, [long, cut], max_length=8)
     torch.testing.assert_close(both[0], both[1])
+
+
+def test_predictions_for_pairs(classifier):
+    """Token types tell the second sentence; too long a pair loses tokens of the longer one."""
+    model, tokenizer = classifier
+    texts = [text for text, _ in sentences(14, seed=4)]
+    pairs = list(zip(texts[:7], texts[7:], strict=True))
+    together = metrics.predictions(model, tokenizer, pairs, batch_size=3)
+    for (first, second), row in zip(pairs, together, strict=True):
+        encoded = tokenizer(first, second, return_tensors="pt")
+        assert encoded["token_type_ids"].sum() == len(second.split()) + 1
+        torch.testing.assert_close(row, model(**encoded).logits[0], rtol=1e-4, atol=1e-5)
+    long, short, cut = "cat " * 500, "dog saw", "cat " * 4  # [CLS], 4 words, [SEP], 2 words, [SEP]
+    made = metrics.predictions(model, tokenizer, [(long, short), (cut, short)], max_length=9)
+    torch.testing.assert_close(made[0], made[1])
+    made = metrics.predictions(model, tokenizer, [(short, long), (short, cut)], max_length=9)
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_numbers():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 6, (60,)).float()  # with ties
+    predicted = labels**3 + torch.randn(60)
+    assert metrics.pearson(predicted, labels) == pytest.approx(pearsonr(predicted, labels).statistic)
+    assert metrics.spearman(predicted, labels) == pytest.approx(spearmanr(predicted, labels).statistic)
+    assert metrics.mse(predicted, labels) == pytest.approx(float(((predicted - labels) ** 2).mean()), rel=1e-6)
+    assert metrics.spearman(labels**3, labels) == pytest.approx(1.0)
+    for same in (metrics.pearson, metrics.spearman):
+        assert same(torch.full((60,), 2.5), labels) == 0  # a constant answer
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("", ""),
+        ("O O", ""),
+        ("B-PER I-PER O B-LOC", "PER:0:2 LOC:3:4"),
+        ("B-PER B-PER", "PER:0:1 PER:1:2"),
+        ("O I-PER I-PER O", "PER:1:3"),  # I- after O
+        ("I-PER", "PER:0:1"),
+        ("B-PER I-LOC I-LOC", "PER:0:1 LOC:1:3"),  # I- of another type
+        ("I-PER B-PER I-PER", "PER:0:1 PER:1:3"),  # IOB1
+        ("B-PER I-PER B-LOC I-LOC", "PER:0:2 LOC:2:4"),
+        ("B-PER I-PER", "PER:0:2"),  # at the end
+        ("S-PER I-PER", "PER:0:1 PER:1:2"),
+        ("B-PER I-PER E-PER I-PER", "PER:0:3 PER:3:4"),
+        ("E-PER E-PER S-LOC", "PER:0:1 PER:1:2 LOC:2:3"),
+        ("B-A-B I-A-B", "A-B:0:2"),
+        ("B I O I", ":0:2 :3:4"),  # one type without a name
+    ],
+)
+def test_entities_as_conll_has_them(tags, found):
+    spans = {f"{kind}:{start}:{stop}" for kind, start, stop in metrics.entities(tags.split())}
+    assert spans == set(found.split())
+
+
+def test_entity_f1():
+    true = ["B-PER I-PER O B-LOC".split(), "O B-ORG I-ORG".split()]
+    assert metrics.entity_f1(true, true) == 1
+    # one right, one of another type, one too short, one that is not there: precision 1/4, recall 1/3
+    predicted = ["B-PER I-PER O B-ORG".split(), "I-LOC B-ORG O".split()]
+    assert metrics.entity_f1(predicted, true) == pytest.approx(2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3))
+    # the same place in another sentence is another entity
+    assert metrics.entity_f1([["B-X"], ["O"]], [["O"], ["B-X"]]) == 0
+    assert metrics.entity_f1([["O"]], [["O"]]) == 0

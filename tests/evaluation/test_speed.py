@@ -49,6 +49,10 @@ def test_batches_hold_every_sentence_padded_to_the_longest_of_its_batch(tmp_path
     lengths = [min(8, len(text.split()) + 2) for text in texts]
     assert [batch["attention_mask"].sum(1).tolist() for batch in made] == [lengths[:4], lengths[4:8], lengths[8:]]
     assert [batch["input_ids"].shape[1] for batch in made] == [max(lengths[i : i + 4]) for i in (0, 4, 8)]
+    paired = speed.batches(tokenizer, list(zip(texts, reversed(texts), strict=True)), 8, 64, "cpu")
+    assert [len(batch["input_ids"]) for batch in paired] == [8, 2]
+    counts = [len(text.split()) for text in texts]
+    assert paired[1]["token_type_ids"].sum(1).tolist() == [counts[1] + 1, counts[0] + 1]
 
 
 def test_parameters_count_a_shared_tensor_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.evaluation.tasks import PAIRS, load_task
 
 # What readers like to change: quotes, NA words, numbers, commas, spaces, other scripts.
 ROWS = [
@@ -102,14 +103,124 @@ def test_max_train_rows_is_a_fixed_part(tmp_path):
 
 def test_built_in_task_and_its_fingerprint():
     task = load_task()
-    assert task.name == "stdlib-docs"
+    assert task.name == "stdlib-docs" and task.columns == ("sentence",)
     assert task.overlap == 0
     assert len(task.train) > 4 * len(task.label_names)
     assert set(task.eval["label"]) == set(range(len(task.label_names)))
     assert task.fingerprint == load_task("stdlib-docs").fingerprint
 
 
+def test_the_fingerprint_of_single_sentences_stays_as_it_was(tmp_path):
+    """Output directories that were begun before there were pairs go on."""
+    path = write(tmp_path / "x.tsv", ROWS)
+    digest = hashlib.sha256(b"('0', '1')")
+    for _ in range(2):
+        for sentence, label in ROWS:
+            digest.update(f"\0{label}\0{sentence}".encode())
+        digest.update(b"\1")
+    assert load_task(data=path, eval_data=path).fingerprint == digest.hexdigest()
+
+
+def pairs(path: Path, rows: list[tuple[str, str, str]], columns: tuple[str, str] = PAIRS[0]) -> Path:
+    lines = [(*columns, "label"), *rows]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines))
+    return path
+
+
+PAIRED = [("a cat", "the cat", "same"), ("a cat", "a dog", "other"), ("a dog", "a cat", "other"), ("b", "b", "same")]
+
+
+@pytest.mark.parametrize("columns", PAIRS)
+def test_pairs_by_the_names_that_their_columns_have(tmp_path, columns):
+    path = pairs(tmp_path / "x.tsv", PAIRED, columns)
+    task = load_task(data=path, eval_data=path)
+    assert task.columns == columns and task.train.column_names == [*columns, "label"]
+    assert task.texts(task.eval) == [row[:2] for row in PAIRED]
+    assert [task.label_names[i] for i in task.train["label"]] == [row[2] for row in PAIRED]
+    assert task.overlap == 4
+    turned = task.for_classes(["same", "OTHER"], kept=True)
+    assert turned.texts(turned.train) == task.texts(task.train) and turned.columns == columns
+    assert turned.label_names == ("same", "other") and turned.train["label"] == [0, 1, 1, 0]
+
+
+def test_a_pair_is_more_than_its_sentences(tmp_path):
+    """Its order and where one sentence ends count; what is held out is a pair."""
+    one = load_task(data=pairs(tmp_path / "x.tsv", PAIRED), eval_data=pairs(tmp_path / "dev.tsv", PAIRED[:2]))
+    other = [("a cat", "the cat", "same"), ("a dog", "a cat", "other"), ("a cat", "a dog", "other"), ("b", "b", "same")]
+    dev = pairs(tmp_path / "other.tsv", [("a cat the", "cat", "same"), ("cat a", "a dog", "other")])
+    two = load_task(data=pairs(tmp_path / "y.tsv", other), eval_data=dev)
+    assert (one.overlap, two.overlap) == (2, 0)
+    assert one.fingerprint != two.fingerprint
+    rows = [(f"premise {i % 20}", f"hypothesis {i % 60}", str(i % 2)) for i in range(180)]
+    held = load_task(data=pairs(tmp_path / "z.tsv", rows))
+    assert held.overlap == 0 and 0 < len(held.eval) < 60 and len(held.train) + len(held.eval) == 180
+    part = load_task(data=tmp_path / "z.tsv", max_train_rows=50)
+    assert set(part.texts(part.train)) < set(held.texts(held.train)) and part.eval["label"] == held.eval["label"]
+
+
+def test_numbers(tmp_path):
+    rows = [(f"s{i}", str(i % 7 / 4)) for i in range(200)]
+    path = write(tmp_path / "x.csv", rows)
+    task = load_task(data=path, eval_data=path, regression=True)
+    assert task.regression and task.label_names == ()
+    assert task.train["label"] == [float(label) for _, label in rows]
+    assert task.for_classes(["LABEL_0"], kept=True) is task
+    held = load_task(data=path, regression=True)
+    assert held.overlap == 0 and 0 < len(held.eval) < 60
+    part = load_task(data=path, eval_data=path, regression=True, max_train_rows=30)
+    assert len(part.train) == 30 and part.fingerprint != task.fingerprint
+    # and as they may be written
+    for given, number in ((" 3 ", 3.0), ("-.5", -0.5), ("1e2", 100.0)):
+        other = load_task(data=write(tmp_path / "y.tsv", [("a", given), ("b", "0")]), eval_data=path, regression=True)
+        assert other.train["label"] == [number, 0.0]
+    as_numbers = tmp_path / "z.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"sentence": ["a", "b"], "label": [1, 2]}), as_numbers)
+    assert load_task(data=as_numbers, eval_data=as_numbers, regression=True).eval["label"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "regression", "message"),
+    [
+        (["1", "good"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got 'good'"),
+        (["nan", "1"], True, "load_task: data: 'x.tsv': row 1: expected a number as label, got 'nan'"),
+        (["1", "-inf"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got '-inf'"),
+        (["1", "3,5"], True, "load_task: data: 'x.tsv': row 2: expected a number as label, got '3,5'"),
+        (["1", "1.0"], True, "load_task: data: expected at least 2 numbers in the column label, got only 1.0"),
+        (
+            ["1", "2"],
+            True,
+            "load_task: expected at least 2 numbers as labels of the evaluation split, got only 1.0",
+        ),
+        (
+            ["1", "2.5"],
+            False,
+            "load_task: data: expected names of classes as labels, got numbers such as 2.5; ask for a regression, or "
+            "give the classes other names",
+        ),
+    ],
+)
+def test_labels_that_are_no_numbers_or_should_be_none(tmp_path, monkeypatch, labels, regression, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("x.tsv"), [("a", labels[0]), ("b", labels[1])])
+    write(Path("dev.tsv"), [("a", "1")])
+    with pytest.raises(ValueError) as caught:
+        load_task(data="x.tsv", eval_data="dev.tsv", regression=regression)
+    assert str(caught.value) == message
+
+
 BAD = {
+    "half.tsv": (
+        b"premise\tlabel\na\t1\n",
+        "load_task: data: 'half.tsv' has no column hypothesis; its columns: premise, label",
+    ),
+    "pair.csv": (
+        b"sentence1,sentence2,label\na,b,1\nc, ,0\n",
+        "load_task: data: 'pair.csv': row 2 has an empty sentence2",
+    ),
+    "twice.csv": (
+        b"question1,question2,label\na,b,1\nA,B ,2\n",
+        "load_task: data: expected enough distinct pairs to hold some out for evaluation, got 1; give eval_data",
+    ),
     "empty.tsv": (b"", "load_task: data: 'empty.tsv' is empty"),
     "header.csv": (b"sentence,label\n", "load_task: data: 'header.csv' holds no rows"),
     "columns.csv": (
@@ -174,10 +285,18 @@ def test_torn_files_are_named_with_the_readers_reason(tmp_path, monkeypatch, nam
         ({"data": "no.csv"}, "load_task: data: no such file: 'no.csv'"),
         ({"data": "good.tsv", "eval_data": "no.csv"}, "load_task: eval_data: no such file: 'no.csv'"),
         ({"eval_data": "good.tsv"}, "load_task: eval_data: given without data"),
+        (
+            {"regression": True},
+            "load_task: regression: expected labels that are numbers, got the classes of stdlib-docs",
+        ),
         ({"max_train_rows": 1}, "load_task: max_train_rows: expected at least 2, got 1"),
         (
             {"name": "good.tsv"},
             "load_task: name: expected 'stdlib-docs' or a hub id, got 'good.tsv'; give a file as data",
+        ),
+        (
+            {"data": "good.tsv", "eval_data": "pairs.tsv"},
+            "load_task: eval_data: expected the columns of data, sentence, got premise and hypothesis",
         ),
         (
             {"data": "good.tsv", "eval_data": "alien.tsv"},
@@ -189,6 +308,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write(Path("good.tsv"), [("x", "a"), ("y", "b")])
     write(Path("alien.tsv"), [("x", "a"), ("y", "c")])
+    pairs(Path("pairs.tsv"), [("x", "y", "a")], PAIRS[2])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_task(**arguments)
 
@@ -225,11 +345,73 @@ def test_hub_data_sets(hub):
     assert list(load_task("owner/set/part").train["sentence"]) == ["a", "b", "c"]
 
 
+GLUE = {
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_pairs_of_glue(hub, name):
+    from datasets import ClassLabel
+
+    first, second = GLUE[name]
+    rows = Dataset.from_dict({first: ["a", "b", "c"], second: ["d", "e", "f"], "label": [0, 1, -1], "idx": [0, 1, 2]})
+    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
+    hidden = rows.select([2])  # a label of -1
+    parts = {"validation": rows.select([1, 0, 2]), "test": hidden}
+    if name == "mnli":
+        parts = {"test_matched": hidden, "validation_mismatched": hidden, "validation_matched": parts["validation"]}
+    hub["nyu-mll/glue", name] = DatasetDict(train=rows, **parts)
+    task = load_task(f"glue/{name}")
+    assert task.columns == (first, second) and task.label_names == ("no", "yes")
+    assert task.texts(task.train) == [("a", "d"), ("b", "e")] and task.train["label"] == [0, 1]
+    assert task.texts(task.eval) == [("b", "e"), ("a", "d")] and task.eval["label"] == [1, 0]
+
+
+def test_a_hub_data_set_of_numbers(hub):
+    from datasets import Value
+
+    rows = Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [3.75, 0.5], "idx": [0, 1]})
+    rows = rows.cast_column("label", Value("float32"))
+    hidden = rows.map(lambda row: {"label": -1.0})
+    hub["nyu-mll/glue", "stsb"] = DatasetDict(train=rows, validation=rows.select([1, 0]), test=hidden)
+    task = load_task("glue/stsb")
+    assert task.regression and task.columns == ("sentence1", "sentence2")
+    assert (task.train["label"], task.eval["label"]) == ([3.75, 0.5], [0.5, 3.75])
+    stars = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 5, 4]})
+    hub["owner/stars",] = DatasetDict(train=stars, validation=stars)
+    assert load_task("owner/stars").label_names == ("1", "4", "5")
+    assert load_task("owner/stars", regression=True).train["label"] == [1.0, 5.0, 4.0]
+
+
+def test_a_hub_data_set_whose_labels_are_kept_secret(hub):
+    from datasets import ClassLabel
+
+    many = Dataset.from_dict({"text": [f"text {i}" for i in range(60)], "label": [i % 2 for i in range(60)]})
+    many = many.cast_column("label", ClassLabel(names=["bad", "good"]))
+    secret = Dataset.from_dict({"text": ["a"], "label": [-1]}).cast_column("label", ClassLabel(names=["bad", "good"]))
+    hub["owner/secret",] = DatasetDict(train=many, test=secret)
+    task = load_task("owner/secret")
+    assert len(task.train) + len(task.eval) == 60 and len(task.eval) > 0  # held out
+    hub["owner/none",] = DatasetDict(train=secret)
+    with pytest.raises(ValueError, match=r"^load_task: name: 'owner/none' has no row with a label in its split train$"):
+        load_task("owner/none")
+
+
 def test_hub_data_sets_that_do_not_fit(hub):
     rows = Dataset.from_dict({"question": ["a"], "label": [0]})
     hub["owner/pairs",] = DatasetDict(train=rows)
     hub["owner/no-train",] = DatasetDict(test=rows)
-    with pytest.raises(ValueError, match=r"no columns sentence \(or text\) and label; its columns: question, label$"):
+    with pytest.raises(ValueError) as caught:
         load_task("owner/pairs")
+    assert str(caught.value) == (
+        "load_task: name: 'owner/pairs' has no columns sentence (or text) and label, nor a pair such as sentence1 and "
+        "sentence2; its columns: question, label"
+    )
     with pytest.raises(ValueError, match=r"^load_task: name: 'owner/no-train' has no split train; its splits: test$"):
         load_task("owner/no-train")

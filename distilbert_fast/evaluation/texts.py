@@ -1,0 +1,18 @@
+"""What a sequence classifier reads: a sentence, or a pair of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Text = str | tuple[str, str]
+
+
+def tokenized(tokenizer: Any, texts: Sequence[Text], max_length: int, **how: Any) -> Any:
+    """The tokens of N texts, all sentences or all pairs, as the tokenizer returns them.
+
+    A sentence longer than ``max_length`` tokens is cut; of a pair the longer sentence is, until both fit.
+    """
+    pairs = len(texts) > 0 and not isinstance(texts[0], str)
+    columns = map(list, zip(*texts, strict=True)) if pairs else [list(texts)]
+    return tokenizer(*columns, truncation="longest_first", max_length=max_length, **how)

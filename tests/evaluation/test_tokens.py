@@ -1,0 +1,335 @@
+"""Tagged words from files and the hub, the pieces that a model reads, and scores of planted answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from demo_input import bert, conll
+
+from distilbert_fast.evaluation import metrics
+from distilbert_fast.evaluation.tokens import Pieces, Sentence, TagTask, load_tokens
+
+ROWS = [
+    (["EU", "rejects", "German", "call"], ["B-ORG", "O", "B-MISC", "O"]),
+    (["Peter", "Blackburn"], ["B-PER", "I-PER"]),
+]
+
+
+def tagged(rows) -> list[tuple[list[str], list[str]]]:
+    return [([*row.words], [*row.tags]) for row in rows]
+
+
+def named(task: TagTask, rows) -> list[tuple[list[str], list[str]]]:
+    return [(words, [task.tag_names[tag] for tag in tags]) for words, tags in tagged(rows)]
+
+
+CONLL = {
+    "eng.train": "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\nGerman JJ B-NP B-MISC\n"
+    "call NN I-NP O\n\nPeter NNP B-NP B-PER\nBlackburn NNP I-NP I-PER\n\n",
+    "tabs.tsv": "\ufeffEU\tB-ORG\nrejects\tO\nGerman\tB-MISC\ncall\tO\n\n\n\nPeter\tB-PER\nBlackburn\tI-PER",
+    "windows.conll": "EU  B-ORG\r\nrejects  O \r\nGerman  B-MISC\r\ncall\tO\r\n\r\n-DOCSTART- O\r\nPeter B-PER\r\n"
+    "Blackburn I-PER\r\n \r\n",
+}
+
+
+@pytest.mark.parametrize("name", CONLL)
+def test_files_of_conll(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(CONLL[name].encode())
+    task = load_tokens(data=path, eval_data=path)
+    assert task.name == f"{tmp_path.name}/{name}"
+    assert task.tag_names == ("O", "B-MISC", "B-ORG", "B-PER", "I-PER")
+    assert named(task, task.train) == named(task, task.eval) == ROWS
+    assert task.has_entities
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_tables(tmp_path, name):
+    columns = {"tokens": [words for words, _ in ROWS] + [[]], "tags": [tags for _, tags in ROWS] + [[]]}
+    path = tmp_path / name
+    if name.endswith("jsonl"):
+        Dataset.from_dict(columns).to_json(path)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    task = load_tokens(data=path, eval_data=path)
+    assert named(task, task.train) == ROWS
+    (tmp_path / "conll").write_text(CONLL["tabs.tsv"])
+    other = load_tokens(data=tmp_path / "conll", eval_data=tmp_path / "conll")
+    assert other.fingerprint == task.fingerprint
+
+
+def test_words_as_they_stand_in_a_file(tmp_path):
+    """Separators of lines and words other than the ASCII ones are parts of words, as are # and quotes."""
+    words = ["\u2028", "a\u00a0b", "#", '"', "NA", "x\x85"]
+    path = tmp_path / "x"
+    path.write_text("".join(f"{word} {'O' if i else 'B-X'}\n" for i, word in enumerate(words)))
+    assert load_tokens(data=path, eval_data=path).train[0].words == tuple(words)
+    path.write_text("New York\tB-LOC\nis\tO\n")
+    assert load_tokens(data=path, eval_data=path).train[0].words == ("New York", "is")
+
+
+def test_what_is_held_out_and_what_is_left_of_it(tmp_path):
+    path = conll(tmp_path / "x.conll", 150, seed=3)
+    task, part = load_tokens(data=path), load_tokens(data=path, max_train_rows=40)
+    assert len(task.train) + len(task.eval) == 150 and 5 < len(task.eval) < 30
+    assert part.eval == task.eval and len(part.train) == 40 and set(part.train) < set(task.train)
+    assert part.fingerprint != task.fingerprint == load_tokens(data=path).fingerprint
+    # a tag that only a sentence has which is evaluated on, of a type that is known
+    (tmp_path / "train").write_text("a B-X\n")
+    (tmp_path / "dev").write_text("a B-X\nb I-X\nc O\n")
+    assert load_tokens(data=tmp_path / "train", eval_data=tmp_path / "dev").tag_names == ("O", "B-X", "I-X")
+
+
+def test_tags_in_the_order_of_a_teacher_who_may_know_more(tmp_path):
+    path = tmp_path / "x"
+    path.write_text(CONLL["tabs.tsv"])
+    task = load_tokens(data=path, eval_data=path)
+    theirs = ["O", "B-LOC", "I-LOC", "B-PER", "i-per", "B-ORG", "B-MISC"]
+    met = task.for_classes(theirs, kept=True)
+    assert met.tag_names == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER", "B-ORG", "B-MISC")
+    assert named(met, met.train) == named(met, met.eval) == ROWS
+    assert task.for_classes(["LABEL_0", "LABEL_1"], kept=True) is task
+    with pytest.raises(
+        ValueError, match=r"^load_tokens: data: expected the teacher's labels 'a', 'b', 'c', 'd', 'e', got"
+    ):
+        task.for_classes("abcde", kept=True)
+    assert task.for_classes("abcde", kept=False) is task
+
+
+BAD = {
+    "empty": ("", "load_tokens: data: 'empty' is empty"),
+    "blank": ("\n \n-DOCSTART- O\n", "load_tokens: data: 'blank' holds no sentences"),
+    "one.csv": ("EU,B-ORG\n", "load_tokens: data: 'one.csv': line 1: expected a word and its tag, got 'EU,B-ORG'"),
+    "torn": (
+        "a X O\n\nb O\n",
+        "load_tokens: data: 'torn': line 3: expected 3 columns as in the lines before, got 'b O'",
+    ),
+    "missing": (
+        "a\tO\nb\t\n",
+        "load_tokens: data: 'missing': line 2: expected 2 columns as in the lines before, got 'b'",
+    ),
+    "single": ("a O\n\nb O\n", "load_tokens: data: expected at least 2 tags, got only 'O'"),
+    "header": (
+        "token tag\na B-X\nb O\n",
+        "load_tokens: data: expected tags such as B-PER, I-PER and O, got 'tag' among them",
+    ),
+    "x.jsonl": (
+        '{"words": ["a"], "tags": ["O"]}\n',
+        "load_tokens: data: 'x.jsonl' has no columns tokens and tags (or ner_tags); its columns: words, tags",
+    ),
+    "y.jsonl": (
+        '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}\n',
+        "load_tokens: data: 'y.jsonl': row 2: expected lists of as many tokens as tags, got 2 and 1",
+    ),
+    "z.jsonl": (
+        '{"tokens": "a b", "tags": ["O", "O"]}\n',
+        "load_tokens: data: 'z.jsonl': row 1: expected lists of as many tokens as tags, got 'a b' and 2",
+    ),
+    "w.jsonl": (
+        '{"tokens": ["a", " "], "tags": ["O", "X"]}\n',
+        "load_tokens: data: 'w.jsonl': row 1 has an empty token or tag",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named(tmp_path, monkeypatch, name):
+    content, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_tokens(data=name, eval_data=name)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "load_tokens: data: expected a file, or the name of a hub data set, got neither"),
+        ({"eval_data": "good"}, "load_tokens: eval_data: given without data"),
+        ({"data": "nowhere"}, "load_tokens: data: no such file: 'nowhere'"),
+        (
+            {"data": "latin", "eval_data": "good"},
+            "load_tokens: data: 'latin': 'utf-8' codec can't decode byte 0xe9 in ",
+        ),
+        ({"data": "good", "max_train_rows": 1}, "load_tokens: max_train_rows: expected at least 2, got 1"),
+        (
+            {"data": "good"},
+            "load_tokens: data: expected enough distinct sentences to hold some out for evaluation, got 1;",
+        ),
+        (
+            {"data": "good", "eval_data": "alien"},
+            "load_tokens: the evaluation split has the tag 'I-Y', which the training split has not; its tags: 'B-X'",
+        ),
+        (
+            {"name": "nobody/nothing"},
+            "load_tokens: name: the Hugging Face hub did not give the data set 'nobody/nothing': ",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("good").write_text("a B-X\nb O\n")
+    Path("alien").write_text("a I-Y\n")
+    Path("latin").write_bytes(b"\xe9t O\n")
+    with pytest.raises(ValueError) as caught:
+        load_tokens(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_hub_data_sets(monkeypatch):
+    names = ["O", "B-ORG", "I-ORG", "B-PER", "I-PER", "B-MISC"]
+    features = Features(
+        {"tokens": [Value("string")], "pos_tags": [Value("string")], "ner_tags": [ClassLabel(names=names)]}
+    )
+    columns = {
+        "tokens": [words for words, _ in ROWS],
+        "ner_tags": [[names.index(tag) for tag in tags] for _, tags in ROWS],
+    }
+    rows = Dataset.from_dict({**columns, "pos_tags": columns["tokens"]}, features=features)
+    numbers = Dataset.from_dict({"tokens": columns["tokens"], "tags": columns["ner_tags"]})
+    holds = {
+        ("owner/ner", "en"): DatasetDict(train=rows, validation=rows.select([1]), test=rows.select([0])),
+        ("owner/numbers",): DatasetDict(train=numbers, test=numbers),
+        ("owner/texts",): DatasetDict(train=Dataset.from_dict({"text": ["a"]})),
+    }
+    monkeypatch.setattr("datasets.load_dataset", lambda *parts: holds[parts])
+    task = load_tokens("owner/ner/en")
+    assert task.tag_names == tuple(names)
+    assert named(task, task.train) == ROWS and named(task, task.eval) == ROWS[1:]
+    unnamed = load_tokens("owner/numbers")
+    assert unnamed.tag_names == ("0", "1", "3", "4", "5") and not unnamed.has_entities
+    with pytest.raises(ValueError) as caught:
+        load_tokens("owner/texts")
+    assert str(caught.value) == (
+        "load_tokens: name: 'owner/texts' has no columns tokens and tags (or ner_tags); its columns: text"
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Of these words alone; what else it splits into pieces or drops."""
+    from transformers import BertTokenizer
+
+    path = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "##a", "##b", "##c", "##d"]
+    (path / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizer(str(path / "vocab.txt"))
+
+
+NAMES = ("O", "B-X", "I-X")
+SENTENCES = (
+    Sentence(("a", "bcd", "\x00", "d"), (0, 1, 2, 0)),  # 1, 3, 0 and 1 tokens
+    Sentence(("\x00",), (1,)),  # none at all
+    Sentence(("abcdabcd", "c"), (1, 2)),
+    Sentence(("a", "b", "c", "d", "a", "b"), (1, 2, 0, 1, 2, 2)),
+)
+
+
+@pytest.mark.parametrize("max_length", [4, 5, 7, 16])
+def test_every_word_is_in_one_piece_and_its_tag_on_its_first_token(tokenizer, max_length):
+    task = TagTask("test", (), SENTENCES, NAMES)
+    pieces = Pieces(task, task.eval, tokenizer, max_length)
+    words = [word for row in SENTENCES for word in row.words]
+    tags = [tag for row in SENTENCES for tag in row.tags]
+    seen = []
+    for row in pieces.rows:
+        assert len(row["input_ids"]) <= max_length
+        tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+        for token, label in zip(tokens, row["labels"], strict=True):
+            first = not token.startswith(("##", "["))
+            assert (label != -100) == first
+            if first:
+                word = int(pieces.words[len(seen)])
+                assert words[word].startswith(token) and tags[word] == label
+                seen.append(word)
+    assert seen == [word for word, text in enumerate(words) if text != "\x00"]  # in order, once each
+    whole = 3 if max_length == 16 else None  # the second sentence has nothing to read
+    assert whole is None or len(pieces.rows) == whole
+
+
+class Knowing(torch.nn.Module):
+    """Says for each token what it is told by its id."""
+
+    def __init__(self, by_id: dict[int, int], tags: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.table = torch.zeros(64, tags)
+        for token, tag in by_id.items():
+            self.table[token, tag] = 4.0
+
+    def forward(self, input_ids, **_):
+        return type("Output", (), {"logits": self.table[input_ids]})
+
+
+@pytest.mark.parametrize("max_length", [4, 16])
+def test_scores(tokenizer, max_length):
+    task = TagTask("test", (), SENTENCES, NAMES)
+    pieces = Pieces(task, task.eval, tokenizer, max_length)
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in "abcd"}
+    model = Knowing({ids["a"]: 1, ids["b"]: 2, ids["c"]: 0, ids["d"]: 1}, 3)
+    # words without a token are outside, whatever their tag
+    found = [[1, 2, 0, 1], [0], [1, 0], [1, 2, 0, 1, 1, 2]]
+    true = [list(row.tags) for row in SENTENCES]
+    score = pieces.score(model)
+    same = sum(one == other for row in zip(found, true, strict=True) for one, other in zip(*row, strict=True))
+    assert score["accuracy"] == pytest.approx(same / 13)
+    named = [[[NAMES[tag] for tag in row] for row in rows] for rows in (found, true)]
+    assert score["f1"] == pytest.approx(metrics.entity_f1(*named)) and set(score) == {"f1", "accuracy"}
+    teacher = Knowing({ids["a"]: 1, ids["b"]: 2, ids["c"]: 0, ids["d"]: 2}, 3)
+    taught = pieces.score(model, teacher)
+    assert taught["agreement"] == pytest.approx(9 / 11)  # not on the two d of the eleven words that have a token
+    probability = teacher.table[ids["d"]].softmax(0)
+    one = float((probability * (probability.log() - model.table[ids["d"]].log_softmax(0))).sum())
+    assert taught["kl"] == pytest.approx(one * 2 / 11, rel=1e-4)
+    assert [len(batch["input_ids"]) for batch in pieces.batches(2, 3)] == [2, 1]
+    assert "labels" not in pieces.batches(2, 3)[0]
+
+
+def test_tags_without_entities_have_no_f1(tokenizer):
+    task = TagTask("test", (), SENTENCES, ("DET", "NOUN", "VERB"))
+    score = Pieces(task, task.eval, tokenizer, 16).score(Knowing({}, 3))
+    assert set(score) == {"accuracy"}
+    assert score["accuracy"] == pytest.approx(3 / 13)  # a word without a token is no DET either
+
+
+def test_words_of_which_nothing_is_left(tokenizer):
+    with pytest.raises(ValueError, match=r"^Pieces: sentences must have a word that the tokenizer knows, got none$"):
+        Pieces(TagTask("test", (), (), NAMES), SENTENCES[1:2], tokenizer, 16)
+
+
+def test_a_tokenizer_of_roberta_sees_words_as_in_a_text(tmp_path):
+    from transformers import RobertaTokenizer
+
+    from distilbert_fast.modeling.loading import load_tokenizer
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "Ġ", "Ġa", "Ġb", "ab"]
+    merges = [("Ġ", "a"), ("Ġ", "b"), ("a", "b")]
+    RobertaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    tokenizer = load_tokenizer(tmp_path, "TokenClassification")
+    pieces = Pieces(TagTask("x", (), (), NAMES), [Sentence(("a", "ba"), (1, 2))], tokenizer, 16)
+    tokens = tokenizer.convert_ids_to_tokens(pieces.rows[0]["input_ids"])
+    assert (
+        tokens == ["<s>", "Ġa", "Ġb", "a", "</s>"] == tokenizer.convert_ids_to_tokens(tokenizer(" a ba")["input_ids"])
+    )
+    assert pieces.rows[0]["labels"] == [-100, 1, 2, -100, -100]
+    tokenizer.save_pretrained(tmp_path / "again")  # as beside the student
+    (tmp_path / "again" / "config.json").write_text('{"model_type": "distilbert"}')
+    again = load_tokenizer(tmp_path / "again", "TokenClassification")
+    assert again(["a", "ba"], is_split_into_words=True)["input_ids"] == pieces.rows[0]["input_ids"]
+
+
+def test_pieces_of_a_real_file_keep_its_words(tmp_path):
+    from transformers import AutoTokenizer
+
+    task = load_tokens(data=conll(tmp_path / "x.conll", 40, seed=1))
+    tokenizer = AutoTokenizer.from_pretrained(bert(tmp_path / "bert"))
+    pieces = Pieces(task, task.train, tokenizer, 6)
+    assert pieces.words.tolist() == list(range(sum(len(row.words) for row in task.train)))
+    assert len(pieces.rows) > len(task.train)
