@@ -6,7 +6,7 @@ A job knows its data, the head of its models, how good a model is, and which stu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -174,7 +174,7 @@ class MlmJob:
         from distilbert_fast.distillation.data import load_corpus
         from distilbert_fast.distillation.masking import MaskedDataset, Masking
 
-        self.tokenizer, self.scratch = tokenizer, directory / "checkpoints" / "evaluation"
+        self.tokenizer = tokenizer
         corpus = self.corpus = load_corpus(
             self.data[0] if len(self.data) == 1 else self.data,
             tokenizer,
@@ -200,41 +200,35 @@ class MlmJob:
         return pad_collator(self.tokenizer)
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
-        from transformers import PrinterCallback
+        import torch
 
-        from distilbert_fast.distillation.arguments import DistillationArguments
-        from distilbert_fast.distillation.trainer import DistillationTrainer
+        from distilbert_fast.distillation.masked_lm import MlmObjective
+        from distilbert_fast.distillation.teacher import ModelTeacher
 
         as_wide = teacher is not None and teacher.config.hidden_size == model.config.hidden_size
-        arguments = DistillationArguments(
-            objective="mlm",
-            temperature=1.0,
-            teacher_precision="model",
-            alpha_mlm=1.0,
-            alpha_ce=float(teacher is not None),
-            alpha_cos=float(as_wide),
-            per_device_eval_batch_size=32,
-            output_dir=str(self.scratch),  # Trainer makes it
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = DistillationTrainer(
-            model, teacher, arguments, eval_dataset=self.holdout, data_collator=self.collator()
-        )
-        trainer.remove_callback(PrinterCallback)
-        found = trainer.evaluate()
-        row = {metric.name: found[f"eval_{metric.name}"] for metric in self.metrics if f"eval_{metric.name}" in found}
+        objective = MlmObjective(1.0, kl=float(teacher is not None), mlm=1.0, cos=float(as_wide))
+        taught = None if teacher is None else ModelTeacher(teacher.eval(), "model")
+        device, totals = next(model.eval().parameters()).device, torch.zeros(2, len(objective.names))
+        with torch.no_grad():
+            for batch in self._held_out(32, len(self.holdout)):
+                placed = {name: x.to(device) for name, x in batch.items()}
+                sums = objective(model, taught, placed, 0.0).sums
+                totals += torch.stack([sums, objective.counts(placed).to(sums.dtype)]).cpu()
+        means = dict(zip(objective.names, (totals[0] / totals[1].clamp(min=1)).tolist(), strict=True))
+        row = {metric.name: means[metric.name] for metric in self.metrics if metric.name in means}
         return row | {"perplexity": math.exp(min(row["mlm"], 700.0))}
 
     def timed(self, model: Any) -> Any:
         return model.base_model
 
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
-        collate = self.collator()
-        held = [self.holdout[i] for i in range(min(rows, len(self.holdout)))]
-        batches = [collate(held[start : start + size]) for start in range(0, len(held), size)]
+        batches = self._held_out(size, min(rows, len(self.holdout)))
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+    def _held_out(self, size: int, rows: int) -> Iterator[dict[str, Any]]:
+        collate = self.collator()
+        for start in range(0, rows, size):
+            yield collate([self.holdout[at] for at in range(start, min(start + size, rows))])
 
 
 class TaskJob:

@@ -25,6 +25,7 @@ from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.processes import ProcessError, Processes
 from distilbert_fast.recipes import RecipeError, save
 from distilbert_fast.stages import StageError
 
@@ -410,11 +411,38 @@ def test_gradient_checkpointing_makes_the_same_student(inputs):
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_several_processes_are_refused(inputs, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "message"),
+    [
+        (32, 16, None),
+        (32, 32, None),  # a process has 16
+        (33, 8, "distill: student batch_size: expected a multiple of the 2 processes, got 33"),
+        (1, 8, "distill: student batch_size: expected a multiple of the 2 processes, got 1"),
+        (36, 12, "distill: student batch_size: expected a multiple of micro_batch x 2 processes, got 36"),
+    ],
+)
+def test_processes_share_a_batch_evenly(tmp_path, batch_size, micro_batch, message):
+    training = Training(batch_size=batch_size, micro_batch=micro_batch)
+    if message is None:
+        training.check("student", 2)
+        shared = training.arguments(tmp_path, 100, 2)
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        assert [shared[name] for name in names] == [16, 1]
+        return
     with pytest.raises(RecipeError) as caught:
-        distill(task_job(inputs), inputs / "parallel", inputs / "bert")
-    assert str(caught.value) == (
-        "distill: WORLD_SIZE: expected 1 process, got 2; under torchrun use DistillationTrainer"
-    )
-    assert not (inputs / "parallel").exists()
+        training.check("student", 2)
+    assert str(caught.value) == message
+
+
+def test_a_process_that_has_several_gpus_is_told_of_torchrun(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(RecipeError, match=r"^distill: GPUs: expected one a process, got 4; start it by torchrun "):
+        distill(task_job(inputs), tmp_path / "out", inputs / "bert")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_world_that_nobody_launched_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ProcessError, match=r"^WORLD_SIZE is 2, but no launcher started so many: .* RANK expected"):
+        Processes()
