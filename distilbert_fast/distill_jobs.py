@@ -45,6 +45,7 @@ class Metric(NamedTuple):
 
 STUDENT = Variant("student", "distilled")
 _NOTHING: Mapping[str, Any] = {}
+_HEAD, _SHUFFLED = 50_000, 10_000  # rows of a stream: read before the first step; mixed with each other
 _LABELS_ALONE: Mapping[str, Any] = {"alpha": 0.0}
 _MLM_ALONE: Mapping[str, Any] = {
     "alpha_mlm": 1.0,
@@ -85,6 +86,10 @@ class Job(Protocol):
     def max_length(self) -> int:
         """Tokens of a row."""
 
+    @property
+    def streaming(self) -> bool:
+        """Whether its rows come from a stream without an end; then nobody knows their number."""
+
     def meet(self, classes: Sequence[str], kept: bool) -> None:
         """Learn what the teacher calls its classes; ``kept``: its head is taken as it is. Before all else."""
 
@@ -115,7 +120,9 @@ class MlmJob:
     Args:
         data, text_column, split, packing, max_length, min_length, holdout: see `load_corpus`.
         probability, smoothing: see `Masking`.
-        seed: of hold-out and masks.
+        seed: of hold-out and masks, and of a stream's order.
+        streaming: rows are read while training, again and again, shuffled within 10,000 of them. Of the first 50,000
+            those held out are evaluated on, and the others are counted for ``smoothing``.
     """
 
     kind, head, config = "mlm", "MaskedLM", _NOTHING
@@ -148,8 +155,9 @@ class MlmJob:
         probability: float = 0.15,
         smoothing: float = 0.7,
         seed: int = 0,
+        streaming: bool = False,
     ) -> None:
-        self.data, self.max_length, self.seed = list(data), max_length, seed
+        self.data, self.max_length, self.seed, self.streaming = list(data), max_length, seed, streaming
         self.probability, self.smoothing = probability, smoothing
         self.reading: dict[str, Any] = {
             "text_column": text_column,
@@ -167,12 +175,21 @@ class MlmJob:
         masking = {"probability": self.probability, "smoothing": self.smoothing}
         read = {}
         if self.corpus is not None:
-            read = {"rows": str(self.corpus.report), "fingerprint": self.corpus.fingerprint}
-        return {"name": ", ".join(self.data), "max_length": self.max_length, **self.reading, **masking, **read}
+            head = "at its head " if self.streaming else ""
+            read = {"rows": f"{head}{self.corpus.report}", "fingerprint": self.corpus.fingerprint}
+        stream = {"streaming": True} if self.streaming else {}
+        return {
+            "name": ", ".join(self.data),
+            "max_length": self.max_length,
+            **self.reading,
+            **masking,
+            **read,
+            **stream,
+        }
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
         from distilbert_fast.distillation.data import load_corpus
-        from distilbert_fast.distillation.masking import MaskedDataset, Masking
+        from distilbert_fast.distillation.masking import MaskedDataset, MaskedStream, Masking
 
         self.tokenizer = tokenizer
         corpus = self.corpus = load_corpus(
@@ -180,15 +197,20 @@ class MlmJob:
             tokenizer,
             max_length=self.max_length,
             cache_dir=directory / "corpus",
+            streaming=self.streaming,
+            head=_HEAD if self.streaming else 0,
             seed=self.seed,
             **self.reading,
         )
         if corpus.holdout is None or len(corpus.holdout) == 0:
             raise ValueError(f"holdout must leave a row to evaluate on, got {self.reading['holdout']}")
         counts, p = corpus.token_counts, self.probability
-        self._rows = MaskedDataset(
-            corpus.train, Masking(tokenizer, counts, p, smoothing=self.smoothing, seed=self.seed)
-        )
+        masking = Masking(tokenizer, counts, p, smoothing=self.smoothing, seed=self.seed)
+        if self.streaming:
+            shuffled = corpus.train.shuffle(seed=self.seed, buffer_size=_SHUFFLED)
+            self._rows: Any = MaskedStream(shuffled, masking, endless=True)
+        else:
+            self._rows = MaskedDataset(corpus.train, masking)
         self.holdout = MaskedDataset(corpus.holdout, Masking(tokenizer, None, seed=self.seed), cycle=1)
 
     def rows(self) -> Any:
@@ -234,7 +256,7 @@ class MlmJob:
 class TaskJob:
     """Text classification; see `load_task` for the data."""
 
-    kind, head = "task", "SequenceClassification"
+    kind, head, streaming = "task", "SequenceClassification", False
     teacher_epochs = 3.0
     metrics = (
         Metric("accuracy", "accuracy", True),
@@ -321,7 +343,7 @@ class TaskJob:
 class QaJob:
     """Extractive question answering on files of SQuAD's form; see `evaluation.squad`."""
 
-    kind, head, config = "qa", "QuestionAnswering", _NOTHING
+    kind, head, config, streaming = "qa", "QuestionAnswering", _NOTHING, False
     teacher_epochs = 3.0
     metrics = (Metric("f1", "F1"), Metric("exact_match", "exact match"))
     untaught = _LABELS_ALONE

@@ -295,7 +295,7 @@ class _Flow:
 
         rows = self.job.rows()
         path = self.run.path / CHECKPOINTS / name
-        settings = training.arguments(path, len(rows), self.together.count)
+        settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
         settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
         arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
         trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())

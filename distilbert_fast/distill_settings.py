@@ -100,6 +100,7 @@ class Training:
             "seed": self.seed,
             "report_to": "none",
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "accelerator_config": {"dispatch_batches": False},  # of a stream too each process pads its own batches
             **length_grouped(),
             **(_checkpointing() if self.gradient_checkpointing else {}),
         }
@@ -165,6 +166,8 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
+    if job.streaming:
+        _check_stream(recipe, trains=bool(recipe.teacher.epochs or random))
     positions = _positions(job, student.config)
     if not 4 <= job.max_length <= positions:
         raise RecipeError(
@@ -173,6 +176,17 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
     if recipe.cache:
         _check_cache(job, recipe, objective, teacher.config.vocab_size)
     return made_of
+
+
+def _check_stream(recipe: Recipe, trains: bool) -> None:
+    """Refuse what a corpus without an end cannot have; ``trains``: the teacher is trained."""
+    for name, good, expected, got in (
+        ("student max_steps", recipe.student.max_steps > 0, "above 0", recipe.student.max_steps),
+        ("teacher max_steps", recipe.teacher.max_steps > 0 or not trains, "above 0", recipe.teacher.max_steps),
+        ("cache", recipe.cache == 0, "0", recipe.cache),
+    ):
+        if not good:
+            raise RecipeError(f"distill: {name}: expected {expected} for a corpus that is streamed, got {got}")
 
 
 def check_devices(processes: int) -> None:

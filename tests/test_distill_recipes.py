@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -374,6 +375,42 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
                 for part in ("losses", "quality", "int8"):
                     assert after[name][part] == row[part]
             assert not list(killed.glob(".*partial")) and not (killed / "checkpoints").exists()
+
+
+def test_a_stream_has_no_end_and_a_head_to_evaluate_on(inputs, tmp_path, ablation):
+    steps = Training(epochs=1, max_steps=20, batch_size=32, micro_batch=16, learning_rate=5e-3)
+    recipe = Recipe(steps, dataclasses.replace(TEACHING, max_steps=10), train_body=False)
+    report = distill(mlm_job(inputs, streaming=True), tmp_path / "out", inputs / "bert", recipe)
+    assert report["models"]["student"]["steps"] == 20  # of 32 rows; there are 270
+    assert report["data"]["rows"].startswith("at its head texts ") and report["data"]["streaming"]
+    (head,), (stored,) = (
+        [path for path in (output / "corpus").iterdir() if path.is_dir()] for output in (tmp_path / "out", ablation[0])
+    )
+    assert {path.name for path in head.glob("*.arrow")} == {"holdout.arrow"}
+    assert (head / "holdout.arrow").read_bytes() == (stored / "holdout.arrow").read_bytes()  # so losses can be compared
+    students = [report["models"]["student"] for report in (report, ablation[1])]
+    assert students[0]["quality"]["mlm"] < students[1]["quality"]["mlm"]  # of 9 steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"student": FAST}, "student max_steps: expected above 0 for a corpus that is streamed, got 0"),
+        ({"teacher": TEACHING}, "teacher max_steps: expected above 0 for a corpus that is streamed, got 0"),
+        ({"cache": 8}, "cache: expected 0 for a corpus that is streamed, got 8"),
+    ],
+)
+def test_what_a_stream_cannot_have(inputs, tmp_path, changed, message):
+    steps = dataclasses.replace(FAST, max_steps=9)
+    with pytest.raises(RecipeError) as caught:
+        distill(
+            mlm_job(inputs, streaming=True),
+            tmp_path / "out",
+            inputs / "bert",
+            Recipe(**{"student": steps, "teacher": steps, **changed}),
+        )
+    assert str(caught.value) == f"distill: {message}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stage_leaves_no_model_in_memory(inputs, monkeypatch):

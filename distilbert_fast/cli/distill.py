@@ -125,6 +125,10 @@ A general student from text; the teacher gets an MLM head first if it has none:
 What each loss and the start from the teacher's layers are worth, each at equal steps:
 
     distilbert-fast distill mlm --data corpus.txt --max-steps 500 --ablate -o runs/ablation
+
+A corpus that need not fit on the disk:
+
+    distilbert-fast distill mlm --data owner/set --streaming --max-steps 100000 -o runs/large
 """
 )
 def mlm(
@@ -141,9 +145,24 @@ def mlm(
     ] = "full_sentences",
     max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
     min_length: Annotated[int, typer.Option(help="Drop rows of fewer tokens.")] = 12,
-    holdout: Annotated[float, typer.Option(help="Share of the rows to evaluate on.")] = 0.02,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Read the corpus while training, again and again, and keep nothing of it but the first rows held out. "
+            "Needs --max-steps, and --teacher-steps for a teacher without its head; goes without --teacher-cache.",
+        ),
+    ] = False,
+    holdout: Annotated[
+        float, typer.Option(help="Share of the rows to evaluate on; of a stream, of its first 50,000.")
+    ] = 0.02,
     mask_probability: Annotated[float, typer.Option(help="Share of tokens that are masked.")] = 0.15,
-    smoothing: Annotated[float, typer.Option(help="How much rare tokens are masked more often; 0: not.")] = 0.7,
+    smoothing: Annotated[
+        float,
+        typer.Option(
+            help="How much tokens that are rare (of a stream, in its first 50,000 rows) are masked more often; 0: not."
+        ),
+    ] = 0.7,
     ablate: _Ablate = False,
     epochs: _Epochs = 3.0,
     max_steps: _MaxSteps = 0,
@@ -198,9 +217,8 @@ def mlm(
     def job() -> Job:
         from distilbert_fast.distill_jobs import MlmJob
 
-        return MlmJob(
-            data, text_column, split, packing, max_length, min_length, holdout, mask_probability, smoothing, seed
-        )
+        reading = (text_column, split, packing, max_length, min_length, holdout)
+        return MlmJob(data, *reading, mask_probability, smoothing, seed, streaming)
 
     objective = {
         "temperature": temperature,

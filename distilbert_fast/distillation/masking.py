@@ -18,6 +18,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -226,13 +227,20 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """``MaskedDataset`` for a corpus that is streamed; a row's number is its place in the stream.
 
-    Every process must read the whole stream and take its share of the batches, as accelerate does. In a DataLoader
-    one worker reads; the others have nothing to do.
+    Every process must read the whole stream and take its share of the batches, as accelerate does where
+    ``dispatch_batches`` is off. In a DataLoader one worker reads; the others have nothing to do.
+
+    Args:
+        rows: ``train`` of a ``Corpus`` that is streamed. If they are shuffled, they are so anew in each epoch.
+        masking: hides the tokens.
+        epoch: the first.
+        endless: behind the last row comes the first again, as in the next epoch. Trainer can resume such a stream
+            wherever it was; one that ends, in its first pass only.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, masking: Masking, epoch: int = 0) -> None:
+    def __init__(self, rows: datasets.IterableDataset, masking: Masking, epoch: int = 0, endless: bool = False) -> None:
         self._rows = rows.with_format("arrow")
-        self.masking = masking
+        self.masking, self.endless = masking, endless
         self._epoch = torch.tensor(epoch).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -243,10 +251,14 @@ class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.id > 0:
             return
-        epoch, first = int(self._epoch), 0
-        for table in self._rows.iter(batch_size=_STREAM_CHUNK):
-            examples = range(first, first := first + len(table))
-            yield from _masked(table, self.masking, epoch, examples)
+        for epoch in count(int(self._epoch)):
+            self._rows.set_epoch(epoch)
+            first = 0
+            for table in self._rows.iter(batch_size=_STREAM_CHUNK):
+                examples = range(first, first := first + len(table))
+                yield from _masked(table, self.masking, epoch, examples)
+            if first == 0 or not self.endless:
+                return
 
 
 def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:

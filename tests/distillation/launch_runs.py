@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from distilbert_fast.distillation.checkpoint import ResumeError
 from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
 from distilbert_fast.evaluation.tasks import load_task
 
-KINDS = ("mlm", "task")
+KINDS = ("mlm", "task", "stream")
 
 
 def run(kind: str, inputs: Path, output: Path, model: str = "bert") -> None:
@@ -45,8 +46,12 @@ def run(kind: str, inputs: Path, output: Path, model: str = "bert") -> None:
     logging.disable(logging.CRITICAL)
     teaching = Training(epochs=2, batch_size=32, micro_batch=16, learning_rate=1e-2)
     training = Training(epochs=2, batch_size=32, micro_batch=8, learning_rate=5e-3)
+    if kind == "stream":  # more steps than its rows make once
+        teaching, training = replace(teaching, max_steps=4), replace(training, max_steps=24)
+    reading = {"max_length": 16, "min_length": 4, "holdout": 0.1, "streaming": kind == "stream"}
     job = {
-        "mlm": lambda: MlmJob([str(inputs / "text.txt")], max_length=16, min_length=4, holdout=0.1),
+        "mlm": lambda: MlmJob([str(inputs / "text.txt")], **reading),
+        "stream": lambda: MlmJob([str(inputs / "text.txt")], **reading),
         "task": lambda: TaskJob(load_task(None, inputs / "train.tsv", inputs / "dev.tsv"), max_length=16),
     }[kind]()
     distill(job, output, inputs / model, Recipe(training, teaching, kind == "task"))
@@ -96,6 +101,20 @@ def kill(directory: Path) -> list[str]:
     return there
 
 
+def kill_in_a_stream(directory: Path) -> str:
+    """Kill one process when it reads a stream for the second time, and let it end."""
+    output = directory / "killed-stream"
+    process = child(lambda: run("stream", directory, output, "dropping"))
+    begun = output / "checkpoints" / "student" / "checkpoint-15"
+    while not begun.exists():
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    assert not wait(process)
+    newest = manifest.newest_complete_checkpoint(begun.parent)
+    assert wait(child(lambda: run("stream", directory, output, "dropping")))
+    return Path(newest).name
+
+
 def alone(directory: Path, output: Path) -> None:
     """One process cannot go on with what two have begun."""
     try:
@@ -136,10 +155,12 @@ def main(directory: Path) -> dict[str, Any]:
         assert wait(child(lambda kind=kind: run(kind, directory, directory / kind / "one")))
         assert wait(launch(directory / "pids", lambda kind=kind: run(kind, directory, directory / kind / "two")))
     assert wait(launch(directory / "pids", lambda: run("mlm", directory, directory / "whole", "dropping")))
+    assert wait(child(lambda: run("stream", directory, directory / "whole-stream", "dropping")))
     (directory / "held").mkdir()
     (directory / "held" / "something").touch()
     return {
         "killed": kill(directory),
+        "killed in a stream": kill_in_a_stream(directory),
         "failed": {
             "held": fail(directory, "held", lambda: None),
             "full": fail(directory, "full", lambda: setattr(distill_recipes, "save", full)),

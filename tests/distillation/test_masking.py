@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -255,6 +256,28 @@ def test_stream(rows):
         items = list(stream)
         assert [item["example"] for item in items] == list(range(10))
         assert all(equal(*pair) for pair in zip(items, masked(rows, mask, epoch), strict=True))
+
+
+def test_an_endless_stream_is_masked_and_shuffled_anew_in_every_pass(rows):
+    mask = masking()
+    streamed = rows.to_iterable_dataset()
+    items = list(itertools.islice(MaskedStream(streamed, mask, epoch=2, endless=True), 25))
+    assert [item["example"] for item in items] == [*range(10), *range(10), *range(5)]
+    for epoch, passed in ((2, items[:10]), (3, items[10:20]), (4, items[20:])):
+        assert all(equal(*pair) for pair in zip(passed, masked(rows, mask, epoch), strict=False))
+    shuffled = MaskedStream(streamed.shuffle(seed=1, buffer_size=10), mask, endless=True)
+    twice = [list(itertools.islice(shuffled, 20)) for _ in range(2)]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(*twice, strict=True) for name in PARTS)
+    orders = [[unmasked(item) for item in twice[0][start : start + 10]] for start in (0, 10)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert list(MaskedStream(streamed.take(0), mask, endless=True)) == []
+
+
+PARTS = ("input_ids", "labels")
+
+
+def unmasked(item):
+    return torch.where(item["labels"] == IGNORED, item["input_ids"], item["labels"]).tolist()
 
 
 def test_batches(rows):
