@@ -6,7 +6,8 @@ The recipe is DistilBERT's (Sanh, Debut, Chaumond, Wolf, arXiv:1910.01108): a st
 
     teacher → student (and its rivals, one after another) → speed → report
 
-Each is a stage of a `RunDirectory`: a command that was killed goes on from its newest complete checkpoint.
+Each is a stage of a `RunDirectory`: a command that was killed goes on from its newest complete checkpoint. Under
+torchrun or accelerate launch every process comes here; all train, and the first does all else (processes.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -26,13 +26,16 @@ from distilbert_fast.distill_settings import (
     Recipe,
     Shape,
     Training,
+    check_devices,
     check_models,
     distinct,
     is_taught,
+    leaves_head,
     merged,
     objective_for,
     refused,
 )
+from distilbert_fast.processes import Processes, SharedRun, processes
 from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
 from distilbert_fast.stages import RunDirectory, write_file
 
@@ -57,7 +60,7 @@ def distill(
         job: data and metrics, from `distill_jobs`.
         output: directory for `teacher/`, `student/` (models with tokenizer; the student with a model card), a
             directory for each variant, report.md, report.json, losses.png. Killed at any moment, the same call
-            continues; with more to compare, it adds that.
+            continues; with more to compare, it adds that. Of several processes, all have to see it.
         teacher: directory or hub id of a BERT, RoBERTa or DistilBERT; by default the one in the extra `demo`.
         recipe: training, losses and the student's shape.
         overwrite: see `RunDirectory`.
@@ -72,22 +75,19 @@ def distill(
     """
     from distilbert_fast.modeling.loading import fingerprint, without_bars
 
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise RecipeError(
-            f"distill: WORLD_SIZE: expected 1 process, got {processes}; under torchrun use DistillationTrainer"
-        )
-    recipe = recipe or Recipe()
-    recipe.student.check("student")
-    recipe.teacher.check("teacher")
+    recipe, together = recipe or Recipe(), processes()
+    check_devices(together.count)
+    recipe.student.check("student", together.count)
+    recipe.teacher.check("teacher", together.count)
     if recipe.student.epochs is None or recipe.student.epochs + recipe.student.max_steps == 0:
         raise RecipeError(f"distill: student epochs: expected above 0, got {recipe.student.epochs}")
     source = find_teacher(teacher, "distill")
     known = {variant.name: variant for variant in job.variants}
     if unknown := [name for name in recipe.compare if name not in known]:
         raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
-    say = console()
+    say = console() if together.is_first else _silent
     names = (TEACHER, *known, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
-    with without_bars():
+    with without_bars(), together.joined():
         made_of = check_models(job, source, recipe)
         compared = [known[name] for name in recipe.compare if name != STUDENT.name]
         variants = [STUDENT, *distinct(compared, recipe, from_layers=bool(made_of.layers))]
@@ -100,11 +100,12 @@ def distill(
             "objective": dict(recipe.objective),
             "cache": recipe.cache,
         }
-        with RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS]) as run:
-            flow = _Flow(run, source, job, recipe, say)
+        directory = RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS])
+        with SharedRun(directory, together) as run:
+            flow = _Flow(run, source, job, recipe, together, say)
             say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
             with refused():
-                job.prepare(flow.tokenizer(), run.path)
+                together.in_turn(lambda: job.prepare(flow.tokenizer(), run.path))
             if run.result(DATA, job.describe) != job.describe():
                 raise RecipeError(
                     f"distill: data: {str(run.path)!r} was made from other data of that name; choose another directory"
@@ -123,11 +124,12 @@ def distill(
             run.discard(CHECKPOINTS)
             say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
             measured = run.result(SPEED, flow.measure)
-            return _write_report(run, say, job, settings, results, measured, command or "distilbert_fast.distill(...)")
+            command = command or "distilbert_fast.distill(...)"
+            return together.first(lambda: _write_report(run, say, job, settings, results, measured, command))
 
 
 def _write_report(
-    run: RunDirectory, say: Any, job: Job, settings: Any, results: Any, measured: Any, command: str
+    run: SharedRun, say: Any, job: Job, settings: Any, results: Any, measured: Any, command: str
 ) -> dict[str, Any]:
     from distilbert_fast.evaluation import distillation_report as report
 
@@ -151,8 +153,16 @@ def _write_report(
 class _Flow:
     """The stages; each builds its directory or its numbers from those before it."""
 
-    def __init__(self, run: RunDirectory, source: Path, job: Job, recipe: Recipe, say: Callable[..., None]):
-        self.run, self.source, self.job, self.recipe, self.say = run, source, job, recipe, say
+    def __init__(
+        self,
+        run: SharedRun,
+        source: Path,
+        job: Job,
+        recipe: Recipe,
+        together: Processes,
+        say: Callable[..., None],
+    ) -> None:
+        self.run, self.source, self.job, self.recipe, self.together, self.say = run, source, job, recipe, together, say
 
     def tokenizer(self) -> Any:
         from distilbert_fast.modeling.loading import load_tokenizer
@@ -190,8 +200,9 @@ class _Flow:
         objective = merged(self.recipe, variant)
         taught = teacher if is_taught(self.job.kind, objective) else None
         if taught is not None and self.recipe.cache:
-            objective |= {"teacher_cache": str(self._cache(teacher)), "teacher_precision": "auto"}
-            cached = self._cache_report(objective["teacher_cache"], student, teacher)
+            cache = self.together.first(lambda: str(self._cache(teacher)))
+            objective |= {"teacher_cache": cache, "teacher_precision": "auto"}
+            cached = self.together.first(lambda: self._cache_report(cache, student, teacher))
         else:
             cached = {}
         made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
@@ -286,7 +297,9 @@ class _Flow:
 
         rows = self.job.rows()
         path = self.run.path / CHECKPOINTS / name
-        arguments = DistillationArguments(objective=self.job.kind, **training.arguments(path, len(rows)), **objective)
+        settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
+        settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
+        arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
         trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_progress_bar())
@@ -295,6 +308,7 @@ class _Flow:
             self.say(f"      continuing from {Path(checkpoint).name}")
         start = time.perf_counter()
         result = trainer.train(resume_from_checkpoint="auto")
+        self.together.meet()  # all have read a checkpoint before the first may remove it
         parts = ("step", "loss", *trainer.objective.names)
         return {
             "seconds": time.perf_counter() - start,
@@ -316,7 +330,9 @@ class _Flow:
         }
 
     def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
-        """Save, read back, and judge what was read, as it is and with int8 linear layers."""
+        """Save, read back, and judge what was read, as it is and with int8 linear layers: the first process does."""
+        if not self.together.is_first:
+            return {}
         import torch
 
         from distilbert_fast.evaluation import speed
@@ -347,6 +363,10 @@ def _freeze(body: Any) -> None:
     for module in body.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+def _silent(*lines: Any) -> None:
+    """What the first process says needs no other to say it again."""
 
 
 def _of(build: Callable[[Variant, Path], Mapping[str, Any]], variant: Variant) -> Callable[[Path], Mapping[str, Any]]:

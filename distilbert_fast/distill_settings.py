@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ class Training:
     Attributes:
         epochs: passes over the training rows; None for a teacher: 0 if it has its head, else the job's.
         max_steps: stop after so many optimizer steps; 0: after the epochs.
-        batch_size: rows an optimizer step.
-        micro_batch: rows computed at a time; gradients add up to those of the whole batch.
+        batch_size: rows an optimizer step, of all processes together.
+        micro_batch: rows that a process computes at a time; gradients add up to those of the whole batch.
         learning_rate: peak of AdamW's.
         warmup: share of the steps over which it rises; then it falls linearly to 0.
         weight_decay: of AdamW.
@@ -48,18 +49,17 @@ class Training:
     seed: int = 0
     gradient_checkpointing: bool = False
 
-    def check(self, what: str) -> None:
-        """Raise RecipeError for a number out of range."""
+    def check(self, what: str, processes: int = 1) -> None:
+        """Raise RecipeError for a number out of range, or a batch that processes cannot share evenly."""
+        share = max(1, self.batch_size // processes)
+        together = f" x {processes} processes" if processes > 1 else ""
         for name, good, expected in (
             ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
             ("max_steps", self.max_steps >= 0, "0 or more"),
             ("micro_batch", self.micro_batch >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            (
-                "batch_size",
-                self.batch_size % max(1, min(self.micro_batch, self.batch_size)) == 0,
-                "a multiple of micro_batch",
-            ),
+            ("batch_size", self.batch_size % processes == 0, f"a multiple of the {processes} processes"),
+            ("batch_size", share % max(1, min(self.micro_batch, share)) == 0, f"a multiple of micro_batch{together}"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
             ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
@@ -71,18 +71,19 @@ class Training:
         """Over the rows, the last one perhaps not to its end."""
         return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
 
-    def arguments(self, path: Path, rows: int) -> dict[str, Any]:
-        """For TrainingArguments."""
+    def arguments(self, path: Path, rows: int, processes: int = 1) -> dict[str, Any]:
+        """For TrainingArguments, of each of so many processes."""
         import torch
 
-        micro = min(self.micro_batch, self.batch_size)
+        share = self.batch_size // processes
+        micro = min(self.micro_batch, share)
         steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
         return {
             "output_dir": str(path),
             "num_train_epochs": self.epochs or 1,
             "max_steps": self.max_steps or -1,
             "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": self.batch_size // micro,
+            "gradient_accumulation_steps": share // micro,
             "learning_rate": self.learning_rate,
             "warmup_steps": math.ceil(self.warmup * steps),
             "weight_decay": self.weight_decay,
@@ -167,6 +168,8 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
+    if job.streaming:
+        _check_stream(recipe, trains=bool(recipe.teacher.epochs or random))
     positions = _positions(job, student.config)
     if not 4 <= job.max_length <= positions:
         raise RecipeError(
@@ -190,6 +193,28 @@ def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
     for expected, got in ((f"a model for {job.head}", other), (f"problem_type {wanted}", wanted and has)):
         if got and got != wanted:
             raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
+
+
+def _check_stream(recipe: Recipe, trains: bool) -> None:
+    """Refuse what a corpus without an end cannot have; ``trains``: the teacher is trained."""
+    for name, good, expected, got in (
+        ("student max_steps", recipe.student.max_steps > 0, "above 0", recipe.student.max_steps),
+        ("teacher max_steps", recipe.teacher.max_steps > 0 or not trains, "above 0", recipe.teacher.max_steps),
+        ("cache", recipe.cache == 0, "0", recipe.cache),
+    ):
+        if not good:
+            raise RecipeError(f"distill: {name}: expected {expected} for a corpus that is streamed, got {got}")
+
+
+def check_devices(processes: int) -> None:
+    """Refuse a process that has several GPUs, of which it would use one."""
+    import torch
+
+    if processes == 1 and "LOCAL_RANK" not in os.environ and (count := torch.cuda.device_count()) > 1:
+        raise RecipeError(
+            f"distill: GPUs: expected one a process, got {count}; start it by torchrun --nproc-per-node {count} "
+            "-m distilbert_fast distill, or name one in CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:
@@ -262,6 +287,14 @@ def is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
 
     weights = _weights(objective)
     return not all(is_zero(weights[name]) for name in (_OF_MLM if kind == "mlm" else ("alpha",)))
+
+
+def leaves_head(kind: str, objective: Mapping[str, Any]) -> bool:
+    """Whether no loss reaches the head, whose weights then get no gradient."""
+    from distilbert_fast.distillation.schedule import is_zero
+
+    weights = _weights(objective)
+    return kind == "mlm" and all(is_zero(weights[name]) for name in ("alpha_ce", "alpha_mlm", "alpha_mse"))
 
 
 def _weights(objective: Mapping[str, Any]) -> dict[str, Any]:

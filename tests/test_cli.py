@@ -41,7 +41,10 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("command", "shown"),
     [
         (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
-        (["distill", "mlm"], ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--train-body"]),
+        (
+            ["distill", "mlm"],
+            ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--streaming"],
+        ),
         (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"]),
         (["distill", "tokens"], ["--baseline", "distill tokens --teacher ./my-bert --data eng.train", "ner_tags"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
@@ -134,6 +137,7 @@ def refused(message: str, *arguments: str) -> None:
     [
         ("mlm --data nowhere.txt", "distill: load_corpus: source must be files that are there, got 'nowhere.txt'"),
         ("mlm --data train.tsv --kd-positions all", "distill: DistillationTrainer: kd_positions must be one of "),
+        ("mlm --data train.tsv --streaming", "distill: student max_steps: expected above 0 for a corpus that is "),
         ("mlm --data train.tsv --layers 0,x", "distill: layers: expected a depth or layers such as 0,2,5, got '0,x'"),
         ("task --data train.tsv --temperature soon", "distill: DistillationArguments: temperature must be a number, "),
         ("task --data nowhere.tsv", "load_task: data: no such file: 'nowhere.tsv'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.processes import ProcessError, Processes
 from distilbert_fast.recipes import RecipeError, save
 from distilbert_fast.stages import StageError
 
@@ -375,6 +377,42 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
             assert not list(killed.glob(".*partial")) and not (killed / "checkpoints").exists()
 
 
+def test_a_stream_has_no_end_and_a_head_to_evaluate_on(inputs, tmp_path, ablation):
+    steps = Training(epochs=1, max_steps=20, batch_size=32, micro_batch=16, learning_rate=5e-3)
+    recipe = Recipe(steps, dataclasses.replace(TEACHING, max_steps=10), train_body=False)
+    report = distill(mlm_job(inputs, streaming=True), tmp_path / "out", inputs / "bert", recipe)
+    assert report["models"]["student"]["steps"] == 20  # of 32 rows; there are 270
+    assert report["data"]["rows"].startswith("at its head texts ") and report["data"]["streaming"]
+    (head,), (stored,) = (
+        [path for path in (output / "corpus").iterdir() if path.is_dir()] for output in (tmp_path / "out", ablation[0])
+    )
+    assert {path.name for path in head.glob("*.arrow")} == {"holdout.arrow"}
+    assert (head / "holdout.arrow").read_bytes() == (stored / "holdout.arrow").read_bytes()  # so losses can be compared
+    students = [report["models"]["student"] for report in (report, ablation[1])]
+    assert students[0]["quality"]["mlm"] < students[1]["quality"]["mlm"]  # of 9 steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"student": FAST}, "student max_steps: expected above 0 for a corpus that is streamed, got 0"),
+        ({"teacher": TEACHING}, "teacher max_steps: expected above 0 for a corpus that is streamed, got 0"),
+        ({"cache": 8}, "cache: expected 0 for a corpus that is streamed, got 8"),
+    ],
+)
+def test_what_a_stream_cannot_have(inputs, tmp_path, changed, message):
+    steps = dataclasses.replace(FAST, max_steps=9)
+    with pytest.raises(RecipeError) as caught:
+        distill(
+            mlm_job(inputs, streaming=True),
+            tmp_path / "out",
+            inputs / "bert",
+            Recipe(**{"student": steps, "teacher": steps, **changed}),
+        )
+    assert str(caught.value) == f"distill: {message}"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_leaves_no_model_in_memory(inputs, monkeypatch):
     """With an ablation of a large student the memory of every stage would add up."""
     import gc
@@ -410,11 +448,38 @@ def test_gradient_checkpointing_makes_the_same_student(inputs):
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_several_processes_are_refused(inputs, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "message"),
+    [
+        (32, 16, None),
+        (32, 32, None),  # a process has 16
+        (33, 8, "distill: student batch_size: expected a multiple of the 2 processes, got 33"),
+        (1, 8, "distill: student batch_size: expected a multiple of the 2 processes, got 1"),
+        (36, 12, "distill: student batch_size: expected a multiple of micro_batch x 2 processes, got 36"),
+    ],
+)
+def test_processes_share_a_batch_evenly(tmp_path, batch_size, micro_batch, message):
+    training = Training(batch_size=batch_size, micro_batch=micro_batch)
+    if message is None:
+        training.check("student", 2)
+        shared = training.arguments(tmp_path, 100, 2)
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        assert [shared[name] for name in names] == [16, 1]
+        return
     with pytest.raises(RecipeError) as caught:
-        distill(task_job(inputs), inputs / "parallel", inputs / "bert")
-    assert str(caught.value) == (
-        "distill: WORLD_SIZE: expected 1 process, got 2; under torchrun use DistillationTrainer"
-    )
-    assert not (inputs / "parallel").exists()
+        training.check("student", 2)
+    assert str(caught.value) == message
+
+
+def test_a_process_that_has_several_gpus_is_told_of_torchrun(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(RecipeError, match=r"^distill: GPUs: expected one a process, got 4; start it by torchrun "):
+        distill(task_job(inputs), tmp_path / "out", inputs / "bert")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_world_that_nobody_launched_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ProcessError, match=r"^WORLD_SIZE is 2, but no launcher started so many: .* RANK expected"):
+        Processes()

@@ -36,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": ABOVE,
     "evaluation": ABOVE,
     "stages": set(),
+    "processes": {"stages"},
     "recipes": RECIPES,
     "distill_jobs": RECIPES,
     "distill_settings": RECIPES | {"distill_jobs", "recipes"},
-    "distill_recipes": RECIPES | {"distill_jobs", "distill_settings", "recipes"},
+    "distill_recipes": RECIPES | {"distill_jobs", "distill_settings", "processes", "recipes"},
     "cli": RECIPES | {"recipes", "distill_jobs", "distill_recipes", ""},  # "": the package itself, for its version
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported

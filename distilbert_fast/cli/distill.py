@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ The recipe is DistilBERT's: the student is made of the teacher's own layers and 
 labels and, with mlm, its hidden states. What is written: the teacher (with its head trained first, if it had none), \
 the student with a model card, and a report with losses, sizes, speed and evaluation.
 
-Interrupt it whenever you like: the same command continues where it was.
+Interrupt it whenever you like: the same command continues where it was. On several GPUs start it by \
+torchrun --nproc-per-node N -m distilbert_fast distill …, or by accelerate launch -m …: the steps stay the same.
 """,
     no_args_is_help=True,
 )
@@ -55,7 +57,7 @@ _Epochs = Annotated[float, typer.Option(help="Passes over the rows.", rich_help_
 _MaxSteps = Annotated[
     int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=_TRAINING)
 ]
-_BatchSize = Annotated[int, typer.Option(help="Rows an optimizer step.", rich_help_panel=_TRAINING)]
+_BatchSize = Annotated[int, typer.Option(help="Rows an optimizer step, of all processes.", rich_help_panel=_TRAINING)]
 _MicroBatch = Annotated[int, typer.Option(help="Rows computed at a time; gradients add up.", rich_help_panel=_TRAINING)]
 _Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)]
 _Warmup = Annotated[float, typer.Option(help="Share of the steps that it rises.", rich_help_panel=_TRAINING)]
@@ -126,6 +128,10 @@ A general student from text; the teacher gets an MLM head first if it has none:
 What each loss and the start from the teacher's layers are worth, each at equal steps:
 
     distilbert-fast distill mlm --data corpus.txt --max-steps 500 --ablate -o runs/ablation
+
+A corpus that need not fit on the disk:
+
+    distilbert-fast distill mlm --data owner/set --streaming --max-steps 100000 -o runs/large
 """
 )
 def mlm(
@@ -142,9 +148,24 @@ def mlm(
     ] = "full_sentences",
     max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
     min_length: Annotated[int, typer.Option(help="Drop rows of fewer tokens.")] = 12,
-    holdout: Annotated[float, typer.Option(help="Share of the rows to evaluate on.")] = 0.02,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Read the corpus while training, again and again, and keep nothing of it but the first rows held out. "
+            "Needs --max-steps, and --teacher-steps for a teacher without its head; goes without --teacher-cache.",
+        ),
+    ] = False,
+    holdout: Annotated[
+        float, typer.Option(help="Share of the rows to evaluate on; of a stream, of its first 50,000.")
+    ] = 0.02,
     mask_probability: Annotated[float, typer.Option(help="Share of tokens that are masked.")] = 0.15,
-    smoothing: Annotated[float, typer.Option(help="How much rare tokens are masked more often; 0: not.")] = 0.7,
+    smoothing: Annotated[
+        float,
+        typer.Option(
+            help="How much tokens that are rare (of a stream, in its first 50,000 rows) are masked more often; 0: not."
+        ),
+    ] = 0.7,
     ablate: _Ablate = False,
     epochs: _Epochs = 3.0,
     max_steps: _MaxSteps = 0,
@@ -199,9 +220,8 @@ def mlm(
     def job() -> Job:
         from distilbert_fast.distill_jobs import MlmJob
 
-        return MlmJob(
-            data, text_column, split, packing, max_length, min_length, holdout, mask_probability, smoothing, seed
-        )
+        reading = (text_column, split, packing, max_length, min_length, holdout)
+        return MlmJob(data, *reading, mask_probability, smoothing, seed, streaming)
 
     objective = {
         "temperature": temperature,
@@ -476,8 +496,17 @@ def _distill(
             teacher,
             Recipe(student, taught, train_body, _shape(*shape), objective, cache, compare),
             overwrite,
-            shlex.join(["distilbert-fast", *sys.argv[1:]]),
+            shlex.join([*_launcher(), *sys.argv[1:]]),
         )
+
+
+def _launcher() -> list[str]:
+    """What started this command, as one would do it again."""
+    processes, of_node = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes == 1:
+        return ["distilbert-fast"]
+    nodes = [] if processes == of_node else ["--nnodes", str(processes // of_node)]
+    return ["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "distilbert_fast"]
 
 
 def _shape(layers: str, architecture: str, hidden: int | None, heads: int | None, inner: int | None) -> Shape:

@@ -89,6 +89,10 @@ class Job(Protocol):
     def max_length(self) -> int:
         """Tokens of a row."""
 
+    @property
+    def streaming(self) -> bool:
+        """Whether its rows come from a stream, which is read over and over; then nobody knows their number."""
+
     def meet(self, classes: Sequence[str], kept: bool) -> None:
         """Learn what the teacher calls its classes, before all else; ``kept``: a head that it has stays as it is."""
 

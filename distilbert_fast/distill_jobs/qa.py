@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class QaJob:
     """Extractive question answering on files of SQuAD's form; see `evaluation.squad`."""
 
-    kind, name, head, config = "qa", "qa", "QuestionAnswering", NOTHING
+    kind, name, head, config, streaming = "qa", "qa", "QuestionAnswering", NOTHING, False
     teacher_epochs = 3.0
     metrics = (Metric("f1", "F1"), Metric("exact_match", "exact match"))
     legend = "F1 and exact match in percent, as SQuAD counts them."

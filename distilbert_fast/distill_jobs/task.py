@@ -21,7 +21,7 @@ class TaskJob:
     Raises ValueError for a task of another kind than the job's.
     """
 
-    kind, name, head = "task", "task", "SequenceClassification"
+    kind, name, head, streaming = "task", "task", "SequenceClassification", False
     teacher_epochs = 3.0
     metrics: tuple[Metric, ...] = (
         Metric("accuracy", "accuracy", True),

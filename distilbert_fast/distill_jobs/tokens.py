@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TokensJob:
     """Token classification: entities, or any tags of words; see `load_tokens` for the data, `Pieces` for its rows."""
 
-    kind, name, head = "task", "tokens", "TokenClassification"
+    kind, name, head, streaming = "task", "tokens", "TokenClassification", False
     teacher_epochs = 3.0
     untaught = LABELS_ALONE
     variants = TASK_VARIANTS

@@ -10,6 +10,7 @@ What transformers' own Trainer does, and what is done here instead:
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
 - callbacks begin anew in a resumed run, so that early stopping comes later: here they go on;
+- in several processes, length-grouped batches are of a length in each process alone: here in all;
 - evaluation draws from the random generators, so that evaluating more often changes the model: here not;
 - a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch;
 - a stream that ends inside of an optimizer step leaves its gradients to the next one, and a run resumed after its first
@@ -44,7 +45,7 @@ from distilbert_fast.distillation.training_state import load_state, random_state
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-__all__ = ["ResumableTrainer", "newest_complete_checkpoint"]
+__all__ = ["ResumableTrainer", "ResumeError", "newest_complete_checkpoint"]
 
 _OPTIMIZER = "optimizer.safetensors"
 _SCALER = "scaler.safetensors"
@@ -78,6 +79,10 @@ _SETTINGS = (
     "world_size",
 )
 _CONFIG_IGNORED = ("transformers_version", "_name_or_path", "problem_type", "use_cache")
+
+
+class ResumeError(ValueError):
+    """A checkpoint that training cannot go on from, or is not asked to."""
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
@@ -183,8 +188,9 @@ class ResumableTrainer(Trainer):
             Trainer's TrainOutput; of a run that was already finished, with the training loss logged last.
 
         Raises:
-            ValueError: the checkpoint is not complete, or was written with other settings; or output_dir
-                holds a complete checkpoint beyond the one this run starts from, which it would overwrite.
+            ResumeError: the checkpoint is not complete, or was written with other settings or by another number of
+                processes; or output_dir holds a complete checkpoint beyond the one this run starts from, which it
+                would overwrite.
         """
         if trial is not None:
             raise ValueError(f"{type(self).__name__}: train: hyperparameter search is not supported")
@@ -241,15 +247,15 @@ class ResumableTrainer(Trainer):
             checkpoint = newest
         elif asked is True:
             if newest is None:
-                raise ValueError(f"train: resume_from_checkpoint is True, but {output_dir} has no complete checkpoint")
+                raise ResumeError(f"train: resume_from_checkpoint is True, but {output_dir} has no complete checkpoint")
             checkpoint = newest
         else:
             checkpoint = os.fspath(asked)
             reason = manifest.fault(Path(checkpoint))
             if reason is not None:
-                raise ValueError(f"train: cannot resume from {checkpoint}: {reason}")
+                raise ResumeError(f"train: cannot resume from {checkpoint}: {reason}")
         if newest is not None and (checkpoint is None or not Path(checkpoint).samefile(newest)):
-            raise ValueError(
+            raise ResumeError(
                 f"train: {output_dir} already holds {Path(newest).name}, complete; "
                 f'pass resume_from_checkpoint="auto" to go on from it, or choose another output_dir'
             )
@@ -265,7 +271,7 @@ class ResumableTrainer(Trainer):
             if old.get(name) != now.get(name)
         ]
         if changed:
-            raise ValueError(
+            raise ResumeError(
                 f"train: {checkpoint} was written with other settings: {'; '.join(changed)}; "
                 "resume with the old ones, or choose another output_dir to start anew"
             )
@@ -307,6 +313,8 @@ class ResumableTrainer(Trainer):
             sampler: Any = LengthGroupedSampler(batch, lengths=dataset.lengths)
         else:
             sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size  # the rows of an optimizer step, however it is shared
         if sampler is None or hasattr(sampler, "set_epoch"):  # the latter is repeatable by itself
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -2,11 +2,12 @@
 
 ``load_corpus`` reads text with `datasets`, makes rows of it (rows.py) and keeps them as Arrow files in
 
-    cache_dir/<fingerprint>/    train.arrow  [holdout.arrow]  token_counts.npy  checkpoint_manifest.json
+    cache_dir/<fingerprint>/    [train.arrow]  [holdout.arrow]  token_counts.npy  checkpoint_manifest.json
 
 The fingerprint hashes the bytes of the sources, the tokenizer and the settings: a corpus that has not changed is read
 from there, one that has never is. The directory is built under a hidden name, flushed and renamed while a lock is
-held: it stands there whole or not at all, and of several processes one builds while the others wait.
+held: it stands there whole or not at all, and of several processes one builds while the others wait. Of a stream it
+holds what the first rows tell, and no train.arrow.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,13 @@ class Corpus:
     Attributes:
         train: a ``datasets.Dataset``, memory-mapped, with the columns input_ids (list of uint16, or of int32 if the
             vocabulary needs it) and length; of a streamed corpus an ``IterableDataset`` with the same rows.
-        holdout: the held-out rows, of the same kind; None if none were asked for.
-        token_counts: int64 [V], how often each id stands in ``train``; None if streamed.
-        report: what was read, kept and dropped; None if streamed.
-        fingerprint: of sources, tokenizer and settings; None if streamed.
-        path: the directory it is cached in; None if streamed.
+        holdout: the held-out rows, of the same kind; None if none were asked for. Of a stream's head: a ``Dataset``.
+        token_counts: int64 [V], how often each id stands in ``train``.
+        report: what was read, kept and dropped.
+        fingerprint: of sources, tokenizer and settings.
+        path: the directory it is cached in.
+
+    Of a corpus that is streamed these four are about its head, or None if that was not asked for.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -75,6 +78,7 @@ def load_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
     streaming: bool = False,
+    head: int = 0,
     holdout: float = 0.0,
     seed: int = 0,
 ) -> Corpus:
@@ -95,9 +99,11 @@ def load_corpus(
         split: of a data set.
         min_length: shorter rows are dropped.
         max_unknown: rows are dropped whose share of unknown tokens is this or more.
-        cache_dir: where corpora are kept; needed unless streaming.
+        cache_dir: where corpora are kept; needed unless streaming without ``head``.
         num_proc: processes that tokenize. None: this one, whose tokenizer uses all cores.
         streaming: keep nothing; read, tokenize and pack while training. What is wrong with the source shows then.
+        head: of a stream, so many rows (or all there are) are read at once; what is held out of them is kept, and how
+            often each id stands in the others. It is taken for the same stream while names and sizes of its files are.
         holdout: share of rows that is held out of ``train``. A row's ids and ``seed`` decide, so equal rows are never
             on both sides and the choice is the same everywhere.
         seed: of the hold-out.
@@ -110,6 +116,8 @@ def load_corpus(
     choice("load_corpus", "packing", packing, ("full_sentences", "lines"))
     if max_length < 3:
         refuse("load_corpus", "max_length", "at least 3", max_length)
+    if head < 0 or (head and not streaming):
+        refuse("load_corpus", "head", "0, or rows of a stream", head)
     if not 0 <= holdout < 1:
         refuse("load_corpus", "holdout", "0 or more and below 1", holdout)
     if not 0 <= seed < 2**64:
@@ -125,12 +133,13 @@ def load_corpus(
     texts = Texts(source, text_column, split, across_lines=packing == "full_sentences")
     if streaming:
         train, held_out = (_stream(texts, tokenizer, layout, keep, part) for part in (0, 1))
-        return Corpus(train, held_out if holdout else None)
+        if not head:
+            return Corpus(train, held_out if holdout else None)
     if cache_dir is None:
         refuse("load_corpus", "cache_dir", "given unless streaming", None)
     settings = {
         "format": _FORMAT,
-        "source": texts.identity(num_proc or 1),
+        "source": [head, *texts.sizes()] if streaming else texts.identity(num_proc or 1),
         "text_column": text_column,
         "tokenizer": _tokenizer_hash(tokenizer),
         "layout": asdict(layout),
@@ -139,12 +148,15 @@ def load_corpus(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir).resolve() / fingerprint
     if manifest.fault(path, contents=False) is not None:
-        _build(path, texts, tokenizer, layout, keep, num_proc)
-    return _open(path)
+        if streaming:
+            _build(path, lambda directory: _write_head(directory, texts, tokenizer, layout, keep, head))
+        else:
+            _build(path, lambda directory: _write(directory, texts, tokenizer, layout, keep, num_proc))
+    return replace(_open(path), train=train) if streaming else _open(path)
 
 
-def _build(path: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, num_proc: int | None = None) -> None:
-    """Make the directory ``path``, unless another process does so first."""
+def _build(path: Path, write: Callable[[Path], Report]) -> None:
+    """Make the directory ``path``, which ``write`` fills, unless another process does so first."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +172,7 @@ def _build(path: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filte
             shutil.rmtree(partial)
         try:
             manifest.begin(partial)
-            report = _write(partial, texts, tokenizer, layout, keep, num_proc)
+            report = write(partial)
             manifest.complete(partial, {"report": asdict(report)})
             partial.rename(path)
             logger.info("load_corpus: made %s: %s", path, report)
@@ -172,8 +184,6 @@ def _build(path: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filte
 
 def _write(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, num_proc: int | None) -> Report:
     """Fill a directory with the files of a corpus."""
-    import pyarrow as pa
-
     work = directory / "work"
     work.mkdir()
     table = texts.open(work, num_proc)
@@ -187,22 +197,48 @@ def _write(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: 
         desc="Tokenizing",
     )
     report = Report(texts=len(table.rows) - table.added)
-    counts = np.zeros(len(tokenizer), np.int64)  # [V]
-    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(layout.dtype)), "length": pa.int32()})
-    parts = ("train", "holdout") if keep.holdout > 0 else ("train",)
-    with ExitStack() as files:
-        writers = [files.enter_context(pa.ipc.new_stream(directory / f"{part}.arrow", schema)) for part in parts]
-        chunks = (Flat.of(chunk["input_ids"]) for chunk in pieces.iter(_CHUNK))
-        for rows in join(chunks, layout):
-            split = keep(rows, report)
-            counts += np.bincount(split[0].ids, minlength=len(counts))
-            for writer, flat in zip(writers, split, strict=False):
-                writer.write_batch(pa.record_batch([flat.to_arrow(), flat.lengths.astype(np.int32)], schema=schema))
+    chunks = (Flat.of(chunk["input_ids"]) for chunk in pieces.iter(_CHUNK))
+    splits = (keep(rows, report) for rows in join(chunks, layout))
+    _store(directory, ("train", "holdout") if keep.holdout > 0 else ("train",), splits, layout, len(tokenizer))
     if report.kept == 0:
         raise ValueError(f"load_corpus: source must hold rows that pass the filters, got none: {report}")
-    np.save(directory / _COUNTS, counts)
     shutil.rmtree(work)
     return report
+
+
+def _write_head(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, head: int) -> Report:
+    """Fill a directory with what the first rows of a stream tell."""
+    report = Report()
+
+    def first() -> Iterator[tuple[Flat, Flat]]:
+        for split in _splits(texts, tokenizer, layout, keep, report):
+            yield split
+            if report.kept + report.held_out >= head:
+                return
+
+    _store(directory, ("holdout",) if keep.holdout > 0 else (), first(), layout, len(tokenizer))
+    if report.kept == 0:
+        raise ValueError(f"load_corpus: source must begin with rows that pass the filters, got none: {report}")
+    return report
+
+
+def _store(
+    directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], layout: Layout, vocabulary: int
+) -> None:
+    """Write rows to train on, held-out ones, or both, and how often each id stands in the former."""
+    import pyarrow as pa
+
+    counts = np.zeros(vocabulary, np.int64)  # [V]
+    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(layout.dtype)), "length": pa.int32()})
+    with ExitStack() as files:
+        writers = {part: files.enter_context(pa.ipc.new_stream(directory / f"{part}.arrow", schema)) for part in parts}
+        for split in splits:
+            counts += np.bincount(split[0].ids, minlength=vocabulary)
+            for part, flat in zip(("train", "holdout"), split, strict=True):
+                if part in writers:
+                    columns = [flat.to_arrow(), flat.lengths.astype(np.int32)]
+                    writers[part].write_batch(pa.record_batch(columns, schema=schema))
+    np.save(directory / _COUNTS, counts)
 
 
 def _open(path: Path) -> Corpus:
@@ -231,12 +267,22 @@ def _stream(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, part: in
 
 
 def _rows(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, part: int) -> Iterator[dict[str, Any]]:
+    for split in _splits(texts, tokenizer, layout, keep, Report()):
+        for row in split[part].split():
+            yield {"input_ids": row, "length": len(row)}
+
+
+def _splits(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, report: Report) -> Iterator[tuple[Flat, Flat]]:
+    """Rows of a stream to train on and held-out ones, as it is read."""
     table = texts.open(streaming=True)
     pieces = Pieces(tokenizer, table.column, table.documents, layout)
-    batches = table.rows.with_format("arrow").iter(_STREAM_CHUNK)
-    for rows in join((Flat.of(pieces(batch)["input_ids"]) for batch in batches), layout):
-        for row in keep(rows, Report())[part].split():
-            yield {"input_ids": row, "length": len(row)}
+
+    def chunks() -> Iterator[Flat]:
+        for batch in table.rows.with_format("arrow").iter(_STREAM_CHUNK):
+            report.texts += len(batch)
+            yield Flat.of(pieces(batch)["input_ids"])
+
+    return (keep(rows, report) for rows in join(chunks(), layout))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -226,8 +226,13 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """``MaskedDataset`` for a corpus that is streamed; a row's number is its place in the stream.
 
-    Every process must read the whole stream and take its share of the batches, as accelerate does. In a DataLoader
-    one worker reads; the others have nothing to do.
+    Every process must read the whole stream and take its share of the batches, as accelerate does where
+    ``dispatch_batches`` is off. In a DataLoader one worker reads; the others have nothing to do.
+
+    Args:
+        rows: ``train`` of a ``Corpus`` that is streamed. If they are shuffled, they are so anew in each epoch.
+        masking: hides the tokens.
+        epoch: the first.
     """
 
     def __init__(self, rows: datasets.IterableDataset, masking: Masking, epoch: int = 0) -> None:
@@ -244,6 +249,7 @@ class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if worker is not None and worker.id > 0:
             return
         epoch, first = int(self._epoch), 0
+        self._rows.set_epoch(epoch)
         for table in self._rows.iter(batch_size=_STREAM_CHUNK):
             examples = range(first, first := first + len(table))
             yield from _masked(table, self.masking, epoch, examples)

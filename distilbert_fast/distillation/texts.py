@@ -79,13 +79,26 @@ class Texts:
 
     def identity(self, threads: int) -> list[Any]:
         """What the texts depend on, wherever they lie: SHA-256 of every file; of a data set of the hub its commit."""
-        if not self.files and not Path(self.name).is_dir():
+        if not self._is_here():
             return [self._data_set({})._fingerprint, self.split]
-        files = self.files or sorted(file for file in Path(self.name).rglob("*") if file.is_file())
+        files = self._named_files()
         with ThreadPoolExecutor(threads) as pool:
-            sums = list(pool.map(manifest.sha256, files))
-        names = [file.suffix if self.files else file.relative_to(self.name).as_posix() for file in files]
-        return [*zip(names, sums, strict=True), self.split]
+            sums = list(pool.map(manifest.sha256, (file for _, file in files)))
+        return [*zip((name for name, _ in files), sums, strict=True), self.split]
+
+    def sizes(self) -> list[Any]:
+        """What can be told of the texts without reading them: each file's size; of a data set of the hub its name."""
+        known = [(name, file.stat().st_size) for name, file in self._named_files()] if self._is_here() else [self.name]
+        return [*known, self.split]
+
+    def _is_here(self) -> bool:
+        return bool(self.files) or Path(self.name).is_dir()
+
+    def _named_files(self) -> list[tuple[str, Path]]:
+        if self.files:
+            return [(file.suffix, file) for file in self.files]
+        files = sorted(file for file in Path(self.name).rglob("*") if file.is_file())
+        return [(file.relative_to(self.name).as_posix(), file) for file in files]
 
     def open(self, work: Path | None = None, num_proc: int | None = None, streaming: bool = False) -> Table:
         """Open the source.
@@ -96,7 +109,7 @@ class Texts:
             streaming: read while iterating.
         """
         how: dict[str, Any] = {"streaming": streaming}
-        if work is not None and (self.files or Path(self.name).is_dir()):  # a data set of the hub is kept where it was
+        if work is not None and self._is_here():  # a data set of the hub is kept where it was
             how["cache_dir"] = str(work)
         if self.files and READERS[self.files[0].suffix.lower()][0] == "text":
             return self._lines(how)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillationArguments", "DistillationTrainer", "DivergedError"]
 
+_AGAIN = "again"  # in a batch: all its rows are counted elsewhere
+
 
 class DivergedError(ArithmeticError):
     """Training came to a loss or a weight that is not finite; no checkpoint holds it."""
@@ -45,9 +47,10 @@ class DistillationTrainer(ResumableTrainer):
     ``args.teacher_cache`` none runs: its answers are read from the disk (see ``CachedTeacher``).
 
     Every loss is a sum over rows divided by the count of its own rows in the whole optimizer step, over all
-    accumulated batches and processes: 1×64, 4×16 and 2 processes × 32 give the same gradient. (Trainer alone does
-    not: with a model that takes ``**kwargs`` and ignores ``num_items_in_batch``, as BERT's and DistilBERT's
-    classifiers do, accumulation over 4 batches gives 4 times the gradient.)
+    accumulated batches and processes: 1×64, 4×16 and 2 processes × 32 give the same gradient, of the same rows, in the
+    last step of an epoch too. (Trainer alone does not: with a model that takes ``**kwargs`` and ignores
+    ``num_items_in_batch``, as BERT's and DistilBERT's classifiers do, accumulation over 4 batches gives 4 times the
+    gradient.)
 
     Logged beside ``loss``: every loss by its name, unweighted (kl with its τ²); evaluation returns them as
     ``eval_kl`` and so on, with ``eval_loss`` their weighted sum over the whole dataset. (Where several processes
@@ -105,6 +108,7 @@ class DistillationTrainer(ResumableTrainer):
         if of is not None:
             of.prepare(self.args.device)
         self.add_callback(_AtBegin(self._begin))
+        self._epoch_rows = 0
         self._train_parts = self._no_parts()
         self._eval_parts = self._no_parts()
 
@@ -112,6 +116,8 @@ class DistillationTrainer(ResumableTrainer):
         self._train_parts = self._no_parts()  # without those of a larger batch that auto_find_batch_size gave up
         if self.state.global_step == 0:
             self._log_teacher_effect()
+            if self.args.process_index:
+                torch.manual_seed(self.args.seed + self.args.process_index)  # or all processes drop out the same units
 
     def _log_teacher_effect(self) -> None:
         """What a precision that was asked for makes of the teacher and of the loss, by the first rows."""
@@ -119,8 +125,9 @@ class DistillationTrainer(ResumableTrainer):
         if not isinstance(teacher, ModelTeacher) or teacher.precision in ("auto", "model"):
             return
         state = random_state(self.args.device)
+        dataset: Any = self.train_dataset
         # not get_eval_dataloader, which keeps what it gives for every evaluation, where workers are persistent
-        batch = next(iter(self.get_test_dataloader(self.train_dataset)), None)
+        batch = next(iter(self.get_test_dataloader(dataset)), None)
         set_random_state(state, self.args.device)
         if batch is None:
             return
@@ -135,10 +142,29 @@ class DistillationTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(dim=0).to(device)
+        batches[-1] = self._counted_once(batches[-1])
+        counts = torch.stack([self.objective.counts(batch) * (_AGAIN not in batch) for batch in batches])
+        counts = counts.sum(dim=0).to(device)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
+
+    def _counted_once(self, batch: Any) -> Any:
+        """Without the rows from an epoch's beginning by which accelerate fills up the last batches of processes.
+
+        A batch of nothing else keeps a row, for its process to take part with, and is marked.
+        """
+        size, processes = self.args.train_batch_size, self.args.world_size
+        last = self._epoch_rows % (size * processes)  # rows of the last batches
+        if last == 0 or processes == 1 or not self.accelerator.gradient_state.end_of_dataloader:
+            return batch
+        own = last - self.args.process_index * size
+        return {name: x[: max(own, 1)] for name, x in batch.items()} | ({} if own > 0 else {_AGAIN: True})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        self._epoch_rows = 0 if sampler is None or self.args.dataloader_drop_last else len(sampler)
+        return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Trainer's count, of labels; ``get_batch_samples`` has ours."""
@@ -153,6 +179,7 @@ class DistillationTrainer(ResumableTrainer):
         """The loss of one batch; in training, its share of the loss of the optimizer step."""
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress)
+        counted = not inputs.pop(_AGAIN, False)
 
         def step(student: torch.nn.Module) -> Step:
             with self.accelerator.autocast():
@@ -160,7 +187,7 @@ class DistillationTrainer(ResumableTrainer):
 
         sums, output = _as_forward_of(model, self.model, step)
         if model.training and isinstance(num_items_in_batch, torch.Tensor):
-            losses = sums / num_items_in_batch.clamp(min=1)
+            losses = sums * counted / num_items_in_batch.clamp(min=1)
             # Without the counts of all processes, each has a mean of its own, and the mean of these is taken.
             together = self.args.average_tokens_across_devices
             processes = self.accelerator.num_processes

@@ -219,6 +219,29 @@ def test_holdout(tokenizer, text, tmp_path):
     assert [row["input_ids"] for row in streamed.train] == rows_of(part.train)
 
 
+def test_the_head_of_a_stream_is_kept(tokenizer, text, tmp_path):
+    def load(head, **settings):
+        shape = {"max_length": 16, "min_length": 4, "holdout": 0.25}
+        return load_corpus(text, tokenizer, cache_dir=tmp_path, **shape, **settings, **({"head": head} if head else {}))
+
+    stored, every = load(0), load(10**9, streaming=True)
+    assert rows_of(every.holdout) == rows_of(stored.holdout)
+    assert np.array_equal(every.token_counts, stored.token_counts)
+    assert [row["input_ids"] for row in every.train] == rows_of(stored.train)
+    assert sorted(path.name for path in every.path.iterdir() if path.suffix != ".json") == [
+        "holdout.arrow",
+        "token_counts.npy",
+    ]
+    assert load(10**9, streaming=True).path == every.path
+    first = load(20, streaming=True)
+    assert 0 < len(first.holdout) <= len(every.holdout)
+    assert rows_of(first.holdout) == rows_of(every.holdout)[: len(first.holdout)]
+    assert first.token_counts.sum() == first.report.tokens
+    assert first.path != every.path
+    with pytest.raises(ValueError, match=r"^load_corpus: head must be 0, or rows of a stream, got 20"):
+        load(20)
+
+
 def test_masked(tokenizer, text, tmp_path):
     """The stored and the streamed corpus, masked, are the same."""
     corpus = load_corpus(text, tokenizer, max_length=32, cache_dir=tmp_path)

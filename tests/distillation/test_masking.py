@@ -257,6 +257,26 @@ def test_stream(rows):
         assert all(equal(*pair) for pair in zip(items, masked(rows, mask, epoch), strict=True))
 
 
+def test_a_stream_is_masked_and_shuffled_anew_in_every_epoch(rows):
+    shuffled = MaskedStream(rows.to_iterable_dataset().shuffle(seed=1, buffer_size=10), masking())
+    passes = []
+    for epoch in (0, 1, 0):
+        shuffled.set_epoch(epoch)
+        passes.append(list(shuffled))
+        assert [item["example"] for item in passes[-1]] == list(range(10))
+    first, second, again = passes
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(first, again, strict=True) for name in PARTS)
+    orders = [[unmasked(item) for item in items] for items in (first, second)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+PARTS = ("input_ids", "labels")
+
+
+def unmasked(item):
+    return torch.where(item["labels"] == IGNORED, item["input_ids"], item["labels"]).tolist()
+
+
 def test_batches(rows):
     dataset = MaskedDataset(rows, masking())
     items = dataset.__getitems__([3, 0, 6])  # 3, 12 and 9 tokens
