@@ -141,7 +141,8 @@ class ResumableTrainer(Trainer):
 
     Same arguments as Trainer. A run that is killed and resumed with ``train(resume_from_checkpoint="auto")``
     ends with the very weights of a run that was not, if the arithmetic of the machine is deterministic and
-    the data collator is a function of its examples alone.
+    the data collator and a stream are repeatable. A stream is one epoch, however often it is read: what is to be done
+    every "epoch" is done at the end.
 
     Raises:
         ValueError: FSDP, DeepSpeed or save_only_model is asked for: their checkpoints cannot be resumed here.
