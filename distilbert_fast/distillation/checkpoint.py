@@ -19,6 +19,7 @@ What transformers' own Trainer does, and what is done here instead:
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import itertools
@@ -116,11 +117,15 @@ class _Endless(torch.utils.data.IterableDataset[Any]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Any]:
+        stream = copy.copy(self.stream)
+        for name, value in vars(stream).items():
+            if isinstance(value, torch.Tensor) and value.is_shared():
+                setattr(stream, name, value.clone())  # its epoch: workers come to their ends at different times
         for epoch in itertools.count():
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(epoch)
             empty = True
-            for row in self.stream:
+            for row in stream:
                 empty = False
                 yield row
             if empty:
