@@ -20,6 +20,7 @@ What transformers' own Trainer does, and what is done here instead:
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import itertools
@@ -121,11 +122,15 @@ class _Endless(torch.utils.data.IterableDataset[Any]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Any]:
+        stream = copy.copy(self.stream)
+        for name, value in vars(stream).items():
+            if isinstance(value, torch.Tensor) and value.is_shared():
+                setattr(stream, name, value.clone())  # its epoch: workers come to their ends at different times
         for epoch in itertools.count():
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(epoch)
             empty = True
-            for row in self.stream:
+            for row in stream:
                 empty = False
                 yield row
             if empty:
@@ -146,7 +151,8 @@ class ResumableTrainer(Trainer):
 
     Same arguments as Trainer. A run that is killed and resumed with ``train(resume_from_checkpoint="auto")``
     ends with the very weights of a run that was not, if the arithmetic of the machine is deterministic and
-    the data collator is a function of its examples alone.
+    the data collator and a stream are repeatable. A stream is one epoch, however often it is read: what is to be done
+    every "epoch" is done at the end.
 
     Raises:
         ValueError: FSDP, DeepSpeed or save_only_model is asked for: their checkpoints cannot be resumed here.

@@ -226,8 +226,9 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """``MaskedDataset`` for a corpus that is streamed; a row's number is its place in the stream.
 
-    Every process must read the whole stream and take its share of the batches, as accelerate does where
-    ``dispatch_batches`` is off. In a DataLoader one worker reads; the others have nothing to do.
+    Every process must read the whole stream and take its share of the batches, as DistillationTrainer has it (a plain
+    Trainer: with ``accelerator_config={"dispatch_batches": False}``). In a DataLoader one worker reads; the others have
+    nothing to do.
 
     Args:
         rows: ``train`` of a ``Corpus`` that is streamed. If they are shuffled, they are so anew in each epoch.

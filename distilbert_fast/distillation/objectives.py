@@ -205,7 +205,7 @@ def answer_places(batch: Batch) -> Tensor:
 
 def _spans(output: Any, allowed: Tensor) -> Tensor:
     """Logits of starts and ends [2B, T], those of other places out of the softmax."""
-    logits = full(torch.cat([output.start_logits, output.end_logits]))
+    logits = torch.cat([full(output.start_logits), full(output.end_logits)])
     return logits.masked_fill(~allowed.repeat(2, 1), EXCLUDED)
 
 

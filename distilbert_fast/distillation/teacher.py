@@ -127,8 +127,9 @@ class ModelTeacher:
         model: the teacher. It is not changed; the engine's copy of its encoder follows its weights.
         precision: what computes its encoder. "fp32", "bf16", "fp16" or "int8": the engine, see ``optimize``; the
             student's autocast does not reach it, a task head keeps the dtype of the model. "model": the model's own
-            forward under the student's autocast. "auto": on a CPU the engine in the precision that the model has, if
-            it takes the model; else as "model". ``teacher_effect`` tells what a precision costs.
+            forward under the student's autocast, unless one of them is float16 and the other bfloat16. "auto": on a
+            CPU the engine in the precision that the model has, if it takes the model; else as "model".
+            ``teacher_effect`` tells what a precision costs.
 
     Raises:
         TypeError, ValueError: in ``prepare``, a precision asked for by name of a model that the engine does not take.
@@ -189,32 +190,28 @@ class ModelAnswer:
         self._encoded: Any = None
 
     def logits(self) -> Any:
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), own_precision(self.model, self.by_engine):
             return head_output(self.model, self.batch)
 
     def soft_targets(self, rows: Tensor) -> Projection:
         head = vocabulary_head(self.model, "teacher")
-        with torch.no_grad():
+        with torch.no_grad(), own_precision(self.model):
             h = head.transform(self.hidden(rows))  # [R, C_t]
         return Projection.of(h, head.projection)
 
     def hidden(self, rows: Tensor, layer: int = -1) -> Tensor:
         return hidden_rows(self._encode(), rows, layer)
 
-    @torch.no_grad()
     def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return last_attention_inputs(self.model.base_model, self._encode())
+        encoded = self._encode()
+        with torch.no_grad(), own_precision(self.model):
+            return last_attention_inputs(self.model.base_model, encoded)
 
     def _encode(self) -> Any:
         if self._encoded is None:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), own_precision(self.model, self.by_engine):
                 self._encoded = encode(self.model.base_model, self.batch, self.hidden_states)
         return self._encoded
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The engine has one of its own and does not serve inside of autocast."""
-        device = self.model.device.type
-        return torch.autocast(device, enabled=False) if self.by_engine else contextlib.nullcontext()
 
 
 def model_of(teacher: Teacher | None) -> Any:
@@ -222,6 +219,13 @@ def model_of(teacher: Teacher | None) -> Any:
 
 
 # What students and teachers that are models have in common ---------------------------------------------------------
+
+
+def own_precision(model: Any, by_engine: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """No autocast for an engine, nor for weights in the half precision that it is not, whose modules fail in it."""
+    device = model.device.type
+    other = model.dtype in {torch.bfloat16, torch.float16} - {torch.get_autocast_dtype(device)}
+    return torch.autocast(device, enabled=False) if by_engine or other else contextlib.nullcontext()
 
 
 def inputs_of(model: torch.nn.Module) -> set[str]:

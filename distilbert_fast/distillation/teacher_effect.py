@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distilbert_fast.distillation.objectives import Objective
-from distilbert_fast.distillation.teacher import Batch, ModelTeacher, Teacher
+from distilbert_fast.distillation.teacher import Batch, ModelTeacher, Teacher, own_precision
 
 _OF_LABELS = {"ce", "mlm", "label_mse"}
 
@@ -49,7 +49,9 @@ def teacher_effect(
         for batch in batches:
             counted += objective.counts(batch).cpu()
             pairs = (reference.model, teacher), (student, teacher), (student, reference)
-            sums += torch.stack([objective(of, by, batch, progress).sums.double().cpu() for of, by in pairs])
+            for place, (of, by) in enumerate(pairs):
+                with own_precision(of):
+                    sums[place] += objective(of, by, batch, progress).sums.double().cpu()
     finally:
         for module, training in modes:
             module.training = training

@@ -125,9 +125,9 @@ class DistillationTrainer(ResumableTrainer):
         if not isinstance(teacher, ModelTeacher) or teacher.precision in ("auto", "model"):
             return
         state = random_state(self.args.device)
-        dataset: Any = self.train_dataset
+        rows: Any = self.train_dataset
         # not get_eval_dataloader, which keeps what it gives for every evaluation, where workers are persistent
-        batch = next(iter(self.get_test_dataloader(dataset)), None)
+        batch = next(iter(self.get_test_dataloader(rows)), None)
         set_random_state(state, self.args.device)
         if batch is None:
             return

@@ -5,6 +5,7 @@ That its question answering spans padding is in test_objectives.py, that it save
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import accelerate.data_loader
@@ -12,7 +13,7 @@ import pytest
 import torch
 from distillation import tiny
 
-from distilbert_fast.distillation.checkpoint import _SetEpoch
+from distilbert_fast.distillation.checkpoint import _Endless, _SetEpoch
 from distilbert_fast.distillation.masked_lm import MlmObjective
 from distilbert_fast.distillation.teacher import ModelTeacher
 from distilbert_fast.distillation.trainer import DistillationTrainer
@@ -172,13 +173,14 @@ class Stream(torch.utils.data.IterableDataset):
     """Rows without a length; it notes in which epochs it was begun."""
 
     def __init__(self, rows):
-        self.rows, self.epoch, self.begun = rows, None, []
+        self.rows, self.begun = rows, []
+        self.epoch = torch.tensor(-1).share_memory_()
 
     def set_epoch(self, epoch):
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __iter__(self):
-        self.begun.append(self.epoch)
+        self.begun.append(int(self.epoch))
         yield from self.rows
 
 
@@ -195,6 +197,24 @@ def test_nor_at_the_end_of_a_stream_and_a_resumed_run_reads_on(tmp_path):
     resumed = descent(tmp_path / "resumed", stream, max_steps=4, **saving)
     resumed.train(resume_from_checkpoint="auto")
     assert torch.equal(flat(resumed.model), flat(trainer.model)) and resumed.train_dataset is stream
+
+
+class Numbers(Stream):
+    """In each worker its own share, in an order that the epoch decides."""
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for number in range(worker.id, 12, worker.num_workers + worker.id):  # one worker has less than the other
+            yield number + 100 * int(self.epoch)
+
+
+def test_each_worker_counts_its_own_epochs():
+    loader = torch.utils.data.DataLoader(_Endless(Numbers([])), batch_size=1, num_workers=2)
+    read = [int(number) for number in itertools.islice(loader, 36)]
+    shares = [0, 2, 4, 6, 8, 10], [1, 4, 7, 10]
+    for worker, share in enumerate(shares):
+        expected = [number + 100 * epoch for epoch in range(5) for number in share]
+        assert read[worker::2] == expected[:18], worker
 
 
 # Weight decay missed the names of its LayerNorms ---------------------------------------------------------------

@@ -183,6 +183,22 @@ def test_telling_it_leaves_evaluation_its_own_rows(tmp_path):
     assert trainer.get_eval_dataloader().dataset is held_out
 
 
+@pytest.mark.parametrize("head", ["MaskedLM", "QuestionAnswering"])
+@pytest.mark.parametrize("precision", ["auto", "model", "fp32"])
+def test_float16_teaches_under_bfloat16(tmp_path, head, precision):
+    """Modules of float16 weights fail in an autocast to bfloat16 on a CPU."""
+    model, settings = tiny.teacher(head, num_labels=2), {"objective": "mlm", "alpha_hidden": 1.0, "alpha_relation": 1.0}
+    rows, losses = tiny.masked_rows(8), []
+    if head == "QuestionAnswering":
+        settings = {"objective": "qa"}
+        rows = [{**row, "start_positions": 0, "end_positions": 0} for row in tiny.rows(8, pairs=True)]
+    for dtype, bf16 in ((torch.float32, False), (torch.float16, True)):
+        student = tiny.student(model.float(), dropout=0.0)
+        args = tiny.arguments(tmp_path, teacher_precision=precision, max_steps=1, bf16=bf16, **settings)
+        losses.append(DistillationTrainer(student, model.to(dtype), args, rows).train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_settings(tmp_path):
     words = "--output_dir out --use_cpu --teacher_precision int8"
     (args,) = transformers.HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(words.split())
