@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distilbert_fast.cli import distill_options as option
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.distill_recipes import Recipe, Shape, Training
 
@@ -30,91 +31,6 @@ torchrun --nproc-per-node N -m distilbert_fast distill …, or by accelerate lau
 """,
     no_args_is_help=True,
 )
-
-# What commands have in common.
-_Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
-]
-_Teacher = Annotated[
-    str | None,
-    typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
-]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
-]
-_EvalData = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data.")
-]
-_Ablate = Annotated[
-    bool, typer.Option("--ablate", help="Also train the students that lack something, and compare them in one table.")
-]
-_Baseline = Annotated[
-    bool, typer.Option("--baseline", help="Also fine-tune the same student without its teacher, to compare.")
-]
-
-_TRAINING = "Training the student"
-_Epochs = Annotated[float, typer.Option(help="Passes over the rows.", rich_help_panel=_TRAINING)]
-_MaxSteps = Annotated[
-    int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=_TRAINING)
-]
-_BatchSize = Annotated[int, typer.Option(help="Rows an optimizer step, of all processes.", rich_help_panel=_TRAINING)]
-_MicroBatch = Annotated[int, typer.Option(help="Rows computed at a time; gradients add up.", rich_help_panel=_TRAINING)]
-_Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)]
-_Warmup = Annotated[float, typer.Option(help="Share of the steps that it rises.", rich_help_panel=_TRAINING)]
-_WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAINING)]
-_Bf16 = Annotated[
-    bool, typer.Option("--bf16", help="Compute in bfloat16, teacher and student.", rich_help_panel=_TRAINING)
-]
-_Recompute = Annotated[
-    bool,
-    typer.Option(
-        "--gradient-checkpointing",
-        help="Keep less of the student's forward and compute its layers twice.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-_Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropout.", rich_help_panel=_TRAINING)]
-
-_LOSSES = "Losses: numbers, or schedules such as linear:2:1"
-_Temperature = Annotated[str, typer.Option(help="τ of the KL divergence.", rich_help_panel=_LOSSES)]
-_Alpha = Annotated[
-    str,
-    typer.Option(help="Weight of KL, or the squared error; the labels have 1 - alpha.", rich_help_panel=_LOSSES),
-]
-
-_TEACHING = "Training the teacher"
-_TeacherEpochs = Annotated[
-    float | None,
-    typer.Option(help="By default: none if it has its head, else some.", rich_help_panel=_TEACHING),
-]
-_TeacherSteps = Annotated[
-    int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=_TEACHING)
-]
-_TeacherLr = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TEACHING)]
-_TeacherBatch = Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TEACHING)]
-
-_TeacherPrecision = Annotated[
-    str,
-    typer.Option(
-        help="fp32, bf16, fp16 or int8: of the engine that runs it beside the student; model: its own forward; auto: "
-        "the engine on a CPU.",
-        rich_help_panel=_TEACHING,
-    ),
-]
-
-_SHAPE = "The student's shape"
-_Layers = Annotated[
-    str,
-    typer.Option(
-        metavar="N|I,J,…", help="Depth, or which of the teacher's layers; by default half.", rich_help_panel=_SHAPE
-    ),
-]
-_Architecture = Annotated[str, typer.Option(help="distilbert or roberta.", rich_help_panel=_SHAPE)]
-_HiddenSize = Annotated[
-    int | None, typer.Option(help="Another width; the student then starts at random.", rich_help_panel=_SHAPE)
-]
-_NumHeads = Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_SHAPE)]
-_Intermediate = Annotated[int | None, typer.Option(help="Width of the feed-forward layers.", rich_help_panel=_SHAPE)]
 
 
 @app.command(
@@ -139,8 +55,8 @@ def mlm(
         list[str],
         typer.Option(metavar="FILES", help=".txt, .jsonl, .parquet, .csv or .tsv; a glob; or a hub data set."),
     ],
-    output: _Output = Path("distilled"),
-    teacher: _Teacher = None,
+    output: option.Output = Path("distilled"),
+    teacher: option.Teacher = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
     packing: Annotated[
@@ -166,54 +82,59 @@ def mlm(
             help="How much tokens that are rare (of a stream, in its first 50,000 rows) are masked more often; 0: not."
         ),
     ] = 0.7,
-    ablate: _Ablate = False,
-    epochs: _Epochs = 3.0,
-    max_steps: _MaxSteps = 0,
-    batch_size: _BatchSize = 256,
-    micro_batch: _MicroBatch = 32,
-    lr: _Lr = 5e-4,
-    warmup: _Warmup = 0.05,
-    weight_decay: _WeightDecay = 0.0,
-    bf16: _Bf16 = False,
-    recompute: _Recompute = False,
-    seed: _Seed = 0,
-    temperature: _Temperature = "2.0",
-    alpha_ce: Annotated[str, typer.Option(help="KL to the teacher's vocabulary.", rich_help_panel=_LOSSES)] = "5.0",
-    alpha_mlm: Annotated[str, typer.Option(help="Cross-entropy of masked tokens.", rich_help_panel=_LOSSES)] = "2.0",
-    alpha_cos: Annotated[str, typer.Option(help="1 - cosine of hidden states.", rich_help_panel=_LOSSES)] = "1.0",
-    alpha_mse: Annotated[str, typer.Option(help="Squared error of logits.", rich_help_panel=_LOSSES)] = "0.0",
-    alpha_hidden: Annotated[str, typer.Option(help="Hidden states by layer.", rich_help_panel=_LOSSES)] = "0.0",
-    alpha_relation: Annotated[str, typer.Option(help="MiniLMv2's relations.", rich_help_panel=_LOSSES)] = "0.0",
+    ablate: option.Ablate = False,
+    epochs: option.Epochs = 3.0,
+    max_steps: option.MaxSteps = 0,
+    batch_size: option.BatchSize = 256,
+    micro_batch: option.MicroBatch = 32,
+    lr: option.Lr = 5e-4,
+    warmup: option.Warmup = 0.05,
+    weight_decay: option.WeightDecay = 0.0,
+    bf16: option.Bf16 = False,
+    recompute: option.Recompute = False,
+    seed: option.Seed = 0,
+    temperature: option.Temperature = "2.0",
+    alpha_ce: Annotated[
+        str, typer.Option(help="KL to the teacher's vocabulary.", rich_help_panel=option.LOSSES)
+    ] = "5.0",
+    alpha_mlm: Annotated[
+        str, typer.Option(help="Cross-entropy of masked tokens.", rich_help_panel=option.LOSSES)
+    ] = "2.0",
+    alpha_cos: Annotated[str, typer.Option(help="1 - cosine of hidden states.", rich_help_panel=option.LOSSES)] = "1.0",
+    alpha_mse: Annotated[str, typer.Option(help="Squared error of logits.", rich_help_panel=option.LOSSES)] = "0.0",
+    alpha_hidden: Annotated[str, typer.Option(help="Hidden states by layer.", rich_help_panel=option.LOSSES)] = "0.0",
+    alpha_relation: Annotated[str, typer.Option(help="MiniLMv2's relations.", rich_help_panel=option.LOSSES)] = "0.0",
     kd_positions: Annotated[
-        str, typer.Option(help="KL over real tokens, or masked ones.", rich_help_panel=_LOSSES)
+        str, typer.Option(help="KL over real tokens, or masked ones.", rich_help_panel=option.LOSSES)
     ] = "real",
-    hidden_loss: Annotated[str, typer.Option(help="mse or cosine.", rich_help_panel=_LOSSES)] = "mse",
+    hidden_loss: Annotated[str, typer.Option(help="mse or cosine.", rich_help_panel=option.LOSSES)] = "mse",
     layer_map: Annotated[
-        str, typer.Option(help="0:1,1:3,… for --alpha-hidden; by default even.", rich_help_panel=_LOSSES)
+        str, typer.Option(help="0:1,1:3,… for --alpha-hidden; by default even.", rich_help_panel=option.LOSSES)
     ] = "",
-    relation_heads: Annotated[int, typer.Option(help="0: the teacher's.", rich_help_panel=_LOSSES)] = 0,
-    teacher_epochs: _TeacherEpochs = None,
-    teacher_steps: _TeacherSteps = 0,
-    teacher_lr: _TeacherLr = 1e-3,
-    teacher_batch_size: _TeacherBatch = 64,
-    teacher_precision: _TeacherPrecision = "auto",
+    relation_heads: Annotated[int, typer.Option(help="0: the teacher's.", rich_help_panel=option.LOSSES)] = 0,
+    teacher_epochs: option.TeacherEpochs = None,
+    teacher_steps: option.TeacherSteps = 0,
+    teacher_lr: option.TeacherLr = 1e-3,
+    teacher_batch_size: option.TeacherBatch = 64,
+    teacher_precision: option.TeacherPrecision = "auto",
     teacher_cache: Annotated[
         int,
         typer.Option(
             metavar="K",
             help="Run it once and keep its K likeliest tokens a row on disk, the rest as one number; 0: do not.",
-            rich_help_panel=_TEACHING,
+            rich_help_panel=option.TEACHING,
         ),
     ] = 0,
     train_body: Annotated[
-        bool, typer.Option("--train-body", help="Train all of it, not the new head alone.", rich_help_panel=_TEACHING)
+        bool,
+        typer.Option("--train-body", help="Train all of it, not the new head alone.", rich_help_panel=option.TEACHING),
     ] = False,
-    layers: _Layers = "",
-    architecture: _Architecture = "distilbert",
-    hidden_size: _HiddenSize = None,
-    num_heads: _NumHeads = None,
-    intermediate_size: _Intermediate = None,
-    overwrite: _Overwrite = False,
+    layers: option.Layers = "",
+    architecture: option.Architecture = "distilbert",
+    hidden_size: option.HiddenSize = None,
+    num_heads: option.NumHeads = None,
+    intermediate_size: option.Intermediate = None,
+    overwrite: option.Overwrite = False,
 ) -> None:
     """Distil a general student by masked language modelling on text, as DistilBERT was made."""
 
@@ -269,8 +190,8 @@ Numbers instead of classes, such as how alike two sentences are:
 """
 )
 def task(
-    output: _Output = Path("distilled"),
-    teacher: _Teacher = None,
+    output: option.Output = Path("distilled"),
+    teacher: option.Teacher = None,
     task: Annotated[
         str | None,
         typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
@@ -283,7 +204,7 @@ def task(
             "question1 and question2, premise and hypothesis, or question and sentence.",
         ),
     ] = None,
-    eval_data: _EvalData = None,
+    eval_data: option.EvalData = None,
     regression: Annotated[
         bool,
         typer.Option(
@@ -294,31 +215,31 @@ def task(
     max_length: Annotated[
         int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
     ] = 128,
-    baseline: _Baseline = False,
-    ablate: _Ablate = False,
-    epochs: _Epochs = 3.0,
-    max_steps: _MaxSteps = 0,
-    batch_size: _BatchSize = 32,
-    micro_batch: _MicroBatch = 32,
-    lr: _Lr = 1e-4,
-    warmup: _Warmup = 0.05,
-    weight_decay: _WeightDecay = 0.0,
-    bf16: _Bf16 = False,
-    recompute: _Recompute = False,
-    seed: _Seed = 0,
-    temperature: _Temperature = "2.0",
-    alpha: _Alpha = "0.5",
-    teacher_epochs: _TeacherEpochs = None,
-    teacher_steps: _TeacherSteps = 0,
-    teacher_lr: _TeacherLr = 5e-5,
-    teacher_batch_size: _TeacherBatch = 32,
-    teacher_precision: _TeacherPrecision = "auto",
-    layers: _Layers = "",
-    architecture: _Architecture = "distilbert",
-    hidden_size: _HiddenSize = None,
-    num_heads: _NumHeads = None,
-    intermediate_size: _Intermediate = None,
-    overwrite: _Overwrite = False,
+    baseline: option.Baseline = False,
+    ablate: option.Ablate = False,
+    epochs: option.Epochs = 3.0,
+    max_steps: option.MaxSteps = 0,
+    batch_size: option.BatchSize = 32,
+    micro_batch: option.MicroBatch = 32,
+    lr: option.Lr = 1e-4,
+    warmup: option.Warmup = 0.05,
+    weight_decay: option.WeightDecay = 0.0,
+    bf16: option.Bf16 = False,
+    recompute: option.Recompute = False,
+    seed: option.Seed = 0,
+    temperature: option.Temperature = "2.0",
+    alpha: option.Alpha = "0.5",
+    teacher_epochs: option.TeacherEpochs = None,
+    teacher_steps: option.TeacherSteps = 0,
+    teacher_lr: option.TeacherLr = 5e-5,
+    teacher_batch_size: option.TeacherBatch = 32,
+    teacher_precision: option.TeacherPrecision = "auto",
+    layers: option.Layers = "",
+    architecture: option.Architecture = "distilbert",
+    hidden_size: option.HiddenSize = None,
+    num_heads: option.NumHeads = None,
+    intermediate_size: option.Intermediate = None,
+    overwrite: option.Overwrite = False,
 ) -> None:
     """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
@@ -353,8 +274,8 @@ A tagger that is there, on a data set of the hub:
 """
 )
 def tokens(
-    output: _Output = Path("distilled"),
-    teacher: _Teacher = None,
+    output: option.Output = Path("distilled"),
+    teacher: option.Teacher = None,
     task: Annotated[
         str | None, typer.Option(metavar="ID", help="A hub data set with the columns tokens and ner_tags or tags.")
     ] = None,
@@ -364,36 +285,36 @@ def tokens(
             metavar="FILE", help="CoNLL's columns, the tag in the last; or JSONL or Parquet with tokens and tags."
         ),
     ] = None,
-    eval_data: _EvalData = None,
+    eval_data: option.EvalData = None,
     max_train_rows: Annotated[int | None, typer.Option(help="Train on this many sentences only.")] = None,
     max_length: Annotated[
         int, typer.Option(help="Tokens a row; longer sentences are cut between words into several.")
     ] = 128,
-    baseline: _Baseline = False,
-    ablate: _Ablate = False,
-    epochs: _Epochs = 3.0,
-    max_steps: _MaxSteps = 0,
-    batch_size: _BatchSize = 32,
-    micro_batch: _MicroBatch = 32,
-    lr: _Lr = 1e-4,
-    warmup: _Warmup = 0.05,
-    weight_decay: _WeightDecay = 0.0,
-    bf16: _Bf16 = False,
-    recompute: _Recompute = False,
-    seed: _Seed = 0,
-    temperature: _Temperature = "2.0",
-    alpha: _Alpha = "0.5",
-    teacher_epochs: _TeacherEpochs = None,
-    teacher_steps: _TeacherSteps = 0,
-    teacher_lr: _TeacherLr = 5e-5,
-    teacher_batch_size: _TeacherBatch = 32,
-    teacher_precision: _TeacherPrecision = "auto",
-    layers: _Layers = "",
-    architecture: _Architecture = "distilbert",
-    hidden_size: _HiddenSize = None,
-    num_heads: _NumHeads = None,
-    intermediate_size: _Intermediate = None,
-    overwrite: _Overwrite = False,
+    baseline: option.Baseline = False,
+    ablate: option.Ablate = False,
+    epochs: option.Epochs = 3.0,
+    max_steps: option.MaxSteps = 0,
+    batch_size: option.BatchSize = 32,
+    micro_batch: option.MicroBatch = 32,
+    lr: option.Lr = 1e-4,
+    warmup: option.Warmup = 0.05,
+    weight_decay: option.WeightDecay = 0.0,
+    bf16: option.Bf16 = False,
+    recompute: option.Recompute = False,
+    seed: option.Seed = 0,
+    temperature: option.Temperature = "2.0",
+    alpha: option.Alpha = "0.5",
+    teacher_epochs: option.TeacherEpochs = None,
+    teacher_steps: option.TeacherSteps = 0,
+    teacher_lr: option.TeacherLr = 5e-5,
+    teacher_batch_size: option.TeacherBatch = 32,
+    teacher_precision: option.TeacherPrecision = "auto",
+    layers: option.Layers = "",
+    architecture: option.Architecture = "distilbert",
+    hidden_size: option.HiddenSize = None,
+    num_heads: option.NumHeads = None,
+    intermediate_size: option.Intermediate = None,
+    overwrite: option.Overwrite = False,
 ) -> None:
     """Distil a student that tags words: named entities, parts of speech."""
 
@@ -421,36 +342,36 @@ def qa(
     data: Annotated[
         Path, typer.Option(metavar="FILE", help="Questions with answers, a .json file of SQuAD 1.1's form.")
     ],
-    output: _Output = Path("distilled"),
-    teacher: _Teacher = None,
-    eval_data: _EvalData = None,
+    output: option.Output = Path("distilled"),
+    teacher: option.Teacher = None,
+    eval_data: option.EvalData = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a window: a question and what fits of its context.")] = 384,
     stride: Annotated[int, typer.Option(help="Tokens by which windows overlap.")] = 128,
-    baseline: _Baseline = False,
-    ablate: _Ablate = False,
-    epochs: _Epochs = 3.0,
-    max_steps: _MaxSteps = 0,
-    batch_size: _BatchSize = 32,
-    micro_batch: _MicroBatch = 8,
-    lr: _Lr = 1e-4,
-    warmup: _Warmup = 0.05,
-    weight_decay: _WeightDecay = 0.0,
-    bf16: _Bf16 = False,
-    recompute: _Recompute = False,
-    seed: _Seed = 0,
-    temperature: _Temperature = "2.0",
-    alpha: _Alpha = "0.5",
-    teacher_epochs: _TeacherEpochs = None,
-    teacher_steps: _TeacherSteps = 0,
-    teacher_lr: _TeacherLr = 5e-5,
-    teacher_batch_size: _TeacherBatch = 32,
-    teacher_precision: _TeacherPrecision = "auto",
-    layers: _Layers = "",
-    architecture: _Architecture = "distilbert",
-    hidden_size: _HiddenSize = None,
-    num_heads: _NumHeads = None,
-    intermediate_size: _Intermediate = None,
-    overwrite: _Overwrite = False,
+    baseline: option.Baseline = False,
+    ablate: option.Ablate = False,
+    epochs: option.Epochs = 3.0,
+    max_steps: option.MaxSteps = 0,
+    batch_size: option.BatchSize = 32,
+    micro_batch: option.MicroBatch = 8,
+    lr: option.Lr = 1e-4,
+    warmup: option.Warmup = 0.05,
+    weight_decay: option.WeightDecay = 0.0,
+    bf16: option.Bf16 = False,
+    recompute: option.Recompute = False,
+    seed: option.Seed = 0,
+    temperature: option.Temperature = "2.0",
+    alpha: option.Alpha = "0.5",
+    teacher_epochs: option.TeacherEpochs = None,
+    teacher_steps: option.TeacherSteps = 0,
+    teacher_lr: option.TeacherLr = 5e-5,
+    teacher_batch_size: option.TeacherBatch = 32,
+    teacher_precision: option.TeacherPrecision = "auto",
+    layers: option.Layers = "",
+    architecture: option.Architecture = "distilbert",
+    hidden_size: option.HiddenSize = None,
+    num_heads: option.NumHeads = None,
+    intermediate_size: option.Intermediate = None,
+    overwrite: option.Overwrite = False,
 ) -> None:
     """Distil a student that finds answers in a text."""
 
