@@ -141,6 +141,15 @@ def processes() -> Processes:
     return Processes()
 
 
+def launcher() -> list[str]:
+    """The words of a command line that start these processes again."""
+    count, of_node = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == 1:
+        return ["distilbert-fast"]
+    nodes = [] if count == of_node else ["--nnodes", str(count // of_node)]
+    return ["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "distilbert_fast"]
+
+
 class SharedRun:
     """A ``RunDirectory`` that the first process holds; the others go from stage to stage beside it.
 

@@ -26,7 +26,7 @@ from distilbert_fast.distill_settings import check_models, distinct
 from distilbert_fast.distillation.masking import MaskedDataset, Masking
 from distilbert_fast.evaluation.squad import load_squad
 from distilbert_fast.evaluation.tasks import load_task
-from distilbert_fast.processes import ProcessError, Processes
+from distilbert_fast.processes import ProcessError, Processes, launcher
 from distilbert_fast.recipes import RecipeError, save
 from distilbert_fast.stages import StageError
 
@@ -483,3 +483,17 @@ def test_a_world_that_nobody_launched_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ProcessError, match=r"^WORLD_SIZE is 2, but no launcher started so many: .* RANK expected"):
         Processes()
+
+
+@pytest.mark.parametrize(
+    ("world", "expected"),
+    [
+        ({}, "distilbert-fast"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "torchrun --nproc-per-node 4 -m distilbert_fast"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "torchrun --nnodes 2 --nproc-per-node 4 -m distilbert_fast"),
+    ],
+)
+def test_a_report_names_the_launcher(monkeypatch, world, expected):
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    assert " ".join(launcher()) == expected

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distill_jobs": RECIPES,
     "distill_settings": RECIPES | {"distill_jobs", "recipes"},
     "distill_recipes": RECIPES | {"distill_jobs", "distill_settings", "processes", "recipes"},
-    "cli": RECIPES | {"recipes", "distill_jobs", "distill_recipes", ""},  # "": the package itself, for its version
+    # "": the package itself, for its version
+    "cli": RECIPES | {"recipes", "processes", "distill_jobs", "distill_recipes", ""},
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported
     "testing": set(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -403,6 +402,7 @@ def _distill(
     overwrite: bool,
 ) -> None:
     from distilbert_fast import distill_recipes
+    from distilbert_fast.processes import launcher
     from distilbert_fast.recipes import RecipeError
 
     with plain_errors("the same command continues"):
@@ -417,17 +417,8 @@ def _distill(
             teacher,
             Recipe(student, taught, train_body, _shape(*shape), objective, cache, compare),
             overwrite,
-            shlex.join([*_launcher(), *sys.argv[1:]]),
+            shlex.join([*launcher(), *sys.argv[1:]]),
         )
-
-
-def _launcher() -> list[str]:
-    """What started this command, as one would do it again."""
-    processes, of_node = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if processes == 1:
-        return ["distilbert-fast"]
-    nodes = [] if processes == of_node else ["--nnodes", str(processes // of_node)]
-    return ["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "distilbert_fast"]
 
 
 def _shape(layers: str, architecture: str, hidden: int | None, heads: int | None, inner: int | None) -> Shape:
