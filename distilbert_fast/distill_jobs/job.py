@@ -48,6 +48,16 @@ TASK_VARIANTS = (
 )
 
 
+def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
+    """The config of a head for classes of these names."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "ignore_mismatched_sizes": True,  # a head of others is one that is missing
+    }
+
+
 class Job(Protocol):
     @property
     def kind(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.distill_jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric
+from distilbert_fast.distill_jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric, classes_of_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,14 +43,7 @@ class TaskJob:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        names = self.task.label_names
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-            "ignore_mismatched_sizes": True,  # a head of other classes is one that is missing
-        }
+        return {**classes_of_head(self.task.label_names), "problem_type": "single_label_classification"}
 
     def meet(self, classes: Sequence[str], kept: bool) -> None:
         self.task = self.task.for_classes(classes, kept)
@@ -131,13 +124,7 @@ class RegressionJob(TaskJob):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return {
-            "num_labels": 1,
-            "id2label": {0: "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-            "problem_type": "regression",
-            "ignore_mismatched_sizes": True,  # a classifier's head is one that is missing
-        }
+        return {**classes_of_head(["LABEL_0"]), "problem_type": "regression"}
 
     def meet(self, classes: Sequence[str], kept: bool) -> None:
         """A number has no classes."""

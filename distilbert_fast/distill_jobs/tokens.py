@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.distill_jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric
+from distilbert_fast.distill_jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric, classes_of_head
 
 if TYPE_CHECKING:
     from distilbert_fast.evaluation.speed import Batch
@@ -46,13 +46,7 @@ class TokensJob:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        names = self.task.tag_names
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "ignore_mismatched_sizes": True,  # a head of other tags is one that is missing
-        }
+        return classes_of_head(self.task.tag_names)
 
     def meet(self, classes: Sequence[str], kept: bool) -> None:
         self.task = self.task.for_classes(classes, kept)
