@@ -6,10 +6,14 @@ torch leaves float32 products on a CPU to MKL, which does not use the whole widt
 to bfloat16 it writes a copy of each weight before its products, and a copy of each weight's gradient behind them. Here
 weights are packed anew with every call, into the cache of the thread that multiplies with them, and rounded on the way;
 gradients are written as they are summed, in float32.
+
+Where a processor has no instructions for bfloat16 and no AVX-512, torch multiplies it number by number, several times
+as slowly as float32: there the operands are widened, and torch multiplies float32.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import autocast, enabled
+from distilbert_fast.ops._autocast import as_written, autocast, enabled
 from distilbert_fast.ops._operator import operator
 from distilbert_fast.ops._rows import DTYPE_CODE
 
@@ -48,7 +52,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     _check.tensor(OP, "weight", weight, ("F", x.shape[-1]), dtypes, x.device)
     if bias is not None:
         _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes, x.device)
-    if not _is_ours(dtype, x, weight, bias):
+    if not (_is_ours(dtype, x, weight, bias) or _is_widened(dtype, x, weight, bias)):
         return F.linear(x, weight, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
     return _Linear.apply(rows, weight, bias, dtype).view(*x.shape[:-1], weight.shape[0])
@@ -96,13 +100,17 @@ def product(
 ) -> torch.Tensor:
     """[M, F] = a [M, K] bᵀ + bias, b [F, K]; either may be a transposed view. The result has the dtype of a, or this.
 
-    Where one of a, b and the result is bfloat16, bfloat16 numbers are multiplied and their products summed in float32.
+    Where one of a, b and the result is bfloat16, bfloat16 numbers are multiplied and their products summed in float32;
+    or, where they are widened, float32 ones as they are.
     """
     dtype = dtype or a.dtype
     if _is_ours(dtype, a, b, bias):
         return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias, dtype)), add=False)
     if dtype != a.dtype and a.is_cuda and bias is None:  # there it leaves the tensor cores as it was summed
         return torch.mm(a, b.t(), out_dtype=dtype)
+    if _is_widened(dtype, a, b, bias):
+        with as_written(a.device):
+            return F.linear(a.float(), b.float(), None if bias is None else bias.float()).to(dtype)
     work = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype, dtype) else a.dtype
     return F.linear(a.to(work), b.to(work), None if bias is None else bias.to(work)).to(dtype)
 
@@ -113,7 +121,7 @@ def product_into(
     """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous; in the dtypes of ``product``. For other ops."""
     if _is_ours(out.dtype, a, b, bias):
         return _native(a, b, bias, out, add)
-    if not out.dtype == a.dtype == b.dtype:
+    if not out.dtype == a.dtype == b.dtype or _is_widened(out.dtype, a, b, bias):
         y = product(a, b, bias, out.dtype)
         return out.add_(y) if add else out.copy_(y)
     if bias is not None and not add:
@@ -127,7 +135,8 @@ def operands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As torch.autocast hands them to a product; weight and bias as they are where ``product`` rounds them itself."""
     (low,) = autocast(h.device, h)
-    if not torch.compiler.is_compiling() and _is_ours(low.dtype, low, weight, bias):
+    call = low.dtype, low, weight, bias
+    if not torch.compiler.is_compiling() and (_is_ours(*call) or _is_widened(*call)):
         return low, weight, bias
     return low, *autocast(h.device, weight, bias)
 
@@ -143,6 +152,20 @@ def _is_ours(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
     if torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16():
         return False
     return backends.forced() == "cpu" or backends.cpu().prefers_own_gemm()
+
+
+def _is_widened(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether a product of these, of such a result, is one of float32 since torch has no fast one of bfloat16."""
+    given = [x for x in tensors if x is not None]
+    dtypes = {dtype, *(x.dtype for x in given)}
+    if torch.bfloat16 not in dtypes or not dtypes.issubset(DTYPE_CODE) or any(x.device.type != "cpu" for x in given):
+        return False
+    return backends.forced() in (None, "cpu") and not _torch_multiplies_bfloat16()
+
+
+@functools.cache
+def _torch_multiplies_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _touching(x: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,14 @@ def pairs(request):
         yield request.param
 
 
+@pytest.fixture
+def widened(monkeypatch):
+    """A processor without instructions for bfloat16, of torch's or of ours."""
+    monkeypatch.setattr(op, "_torch_multiplies_bfloat16", lambda: False)
+    with places.on_tier("scalar"):
+        yield
+
+
 def check_bfloat16(x, weight, bias, dy, context=autocast):
     """Against torch under the same autocast; gradients have the dtypes of their leaves."""
     before = [t.clone() for t in (x, weight, dy)]
@@ -132,6 +140,32 @@ def test_bfloat16_weights(pairs):
     dy = logits(35, 39, torch.bfloat16, seed=4)
     check_bfloat16(x, weight, bias, dy, contextlib.nullcontext)
     check_bfloat16(x.float(), weight, bias.float(), dy)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "c", "f"), [*SHAPES, (0, 4, 3), (4, 0, 3)])
+def test_bfloat16_is_widened(n, c, f, dtype, bias, widened):
+    x, weight, bias = case(n, c, f, bias)
+    dy = logits(n, f, torch.bfloat16, seed=4, spread=1.0)
+    check_bfloat16(x.to(dtype), weight, bias, dy)
+    low = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
+    check_bfloat16(*low, dy, contextlib.nullcontext)
+
+
+def test_no_bfloat16_is_multiplied_where_it_is_widened(widened, monkeypatch):
+    multiplied = []
+
+    def product(x, weight, bias=None, of=F.linear):
+        assert not torch.is_autocast_enabled("cpu")  # it would round the operands again
+        multiplied.extend(t.dtype for t in (x, weight, bias) if t is not None)
+        return of(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", product)
+    x, weight, bias = case(5, 6, 7)
+    with autocast():
+        run(linear, x.bfloat16(), weight, bias, torch.ones(5, 7, dtype=torch.bfloat16))
+    assert multiplied == [torch.float32] * 9  # y; dx, dW; db as a product too
 
 
 @pytest.mark.parametrize("n", [4096, 4097, 9000])
@@ -198,7 +232,7 @@ def test_what_is_not_finite_stays_in_its_row(pairs):
 
 
 def test_who_serves(monkeypatch, tier):
-    """Ours in float32, and in bfloat16 where the tier multiplies it, if it is faster or forced."""
+    """Ours in float32, and in bfloat16 where the tier multiplies it or torch does not, if it is faster or forced."""
     x, weight, bias = case(4, 8, 6)
     low = [t.bfloat16() for t in (x, weight, bias)]
     served = []
@@ -208,7 +242,9 @@ def test_who_serves(monkeypatch, tier):
     with autocast():
         assert linear(x, weight, bias).dtype == torch.bfloat16
         assert linear(low[0], weight, bias).dtype == torch.bfloat16
-    assert served == [torch.float32] + 3 * [torch.bfloat16] * backends.cpu().multiplies_bfloat16()
+    assert served == [torch.float32] + 3 * [torch.bfloat16] * (
+        backends.cpu().multiplies_bfloat16() or not op._torch_multiplies_bfloat16()
+    )
     served.clear()
     linear(x.double(), weight.double(), bias.double())
     with autocast(), contextlib.suppress(RuntimeError):  # torch leaves float64 alone
