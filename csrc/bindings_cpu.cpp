@@ -406,7 +406,8 @@ PYBIND11_MODULE(_cpu, m) {
           "run",
           [](Encoder& encoder, Address ids, bool ids_are_int64, int64_t batch, int64_t length, Address mask,
              int64_t mask_bytes, Address position_ids, int64_t position_stride, Address token_type_ids,
-             int64_t token_type_stride, Address head_mask, int64_t head_mask_stride, Address out, int out_dtype,
+             int64_t token_type_stride, bool padding, Address head_mask, int64_t head_mask_stride, Address out,
+             int out_dtype,
              const std::vector<Address>& hidden_states, Address largest, int threads) {
             std::vector<void*> states;
             for (const Address state : hidden_states) states.push_back(at<void>(state));
@@ -420,6 +421,7 @@ PYBIND11_MODULE(_cpu, m) {
                                       position_stride,
                                       at<const int64_t>(token_type_ids),
                                       token_type_stride,
+                                      padding,
                                       at<const float>(head_mask),
                                       head_mask_stride,
                                       at<void>(out),
@@ -429,5 +431,5 @@ PYBIND11_MODULE(_cpu, m) {
             py::gil_scoped_release release;
             encoder.run(call, threads);
           },
-          "Hidden states [batch, length, C] of ids, 0 at padding");
+          "Hidden states [batch, length, C] of ids, 0 at padding that is not computed");
 }

@@ -21,7 +21,7 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.cuda_graphs import GRAPHS, Graphs, Layout
-from distilbert_fast.layers import Int8Linear, Tokens
+from distilbert_fast.layers import Int8Linear, Tokens, token_mask
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._rows import parameter
@@ -33,7 +33,7 @@ __all__ = ["GRAPHS", "PRECISIONS", "Encoded", "EncoderModules", "Engine", "Layer
 
 
 class Encoded(NamedTuple):
-    """Hidden states in the dtype of the embeddings, 0 at padded positions."""
+    """Hidden states in the dtype of the embeddings, 0 at padded positions unless these were asked for."""
 
     last: torch.Tensor  # [B, T, C]; [B, 1, C] of the first tokens if only those were asked for
     hidden_states: tuple[torch.Tensor, ...]  # L + 1 times [B, T, C] if asked for, else empty
@@ -227,6 +227,7 @@ class Engine:
         hidden_states: bool = False,
         rows: str = "all",
         num_tokens: int | None = None,
+        padding: bool = False,
     ) -> Encoded:
         """Run the encoder on the real tokens of a batch.
 
@@ -241,6 +242,8 @@ class Engine:
             rows: "all", or "first" for each sequence's first token alone, as classifiers read it: the last layer
                 computes little else.
             num_tokens: how many positions attention_mask counts, if known: the host then need not wait either.
+            padding: compute padded positions too, as transformers does: their queries meet the keys of the tokens. Not
+                with rows "first".
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
@@ -255,6 +258,9 @@ class Engine:
         first = rows == "first"
         if first and hidden_states:
             _check.refuse(OP, "hidden_states", "False where only the first rows are wanted", hidden_states)
+        if first and padding:
+            _check.refuse(OP, "padding", "False where only the first rows are wanted", padding)
+        padding = padding and attention_mask is not None
         for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
             if ids is not None:
                 _check_broadcast(name, ids, input_ids)
@@ -263,13 +269,13 @@ class Engine:
         if position_ids is None and self.padding_idx is None and length > self.position.shape[0]:
             _check.refuse(OP, "input_ids", f"at most {self.position.shape[0]} tokens long", length)
         masks = _head_masks(head_mask, self.num_heads, self.heads, device)
+        given = (input_ids, attention_mask, token_type_ids, position_ids)
         if self.packed is not None and backends.forced() in (None, "cpu"):
-            states = self.packed.run(input_ids, attention_mask, token_type_ids, position_ids, masks, hidden_states)
+            states = self.packed.run(*given, masks, hidden_states, padding=padding)
             if first:
                 states = [_first_rows(states[-1], attention_mask)]
         else:
-            given = (input_ids, attention_mask, token_type_ids, position_ids)
-            states = self._run_ops(*given, masks, hidden_states, first, num_tokens)
+            states = self._run_ops(*given, masks, hidden_states, first, num_tokens, padding=padding)
         return Encoded(states[-1], tuple(states) if hidden_states else ())
 
     def _run_ops(
@@ -283,10 +289,13 @@ class Engine:
         first: bool = False,
         num_tokens: int | None = None,
         largest: torch.Tensor | None = None,
+        padding: bool = False,
     ) -> list[torch.Tensor]:
         ops = self._op_encoder()
         batch, length = input_ids.shape
-        tokens = Tokens.packed(attention_mask, batch, length, input_ids.device, num_tokens)
+        device = input_ids.device
+        keys = token_mask(OP, attention_mask, batch, length).to(device) if padding and attention_mask is not None else None
+        tokens = Tokens.packed(None if padding else attention_mask, batch, length, device, num_tokens)
         ids = tokens.rows(input_ids)  # [N]
 
         def layout() -> Layout:
@@ -304,13 +313,13 @@ class Engine:
             assert tokens.cu_seqlens is not None
             return Layout(tokens.rows(positions), types, tokens.cu_seqlens)
 
-        plain = not hidden_states and largest is None and all(mask is None for mask in masks or ())
+        plain = not (hidden_states or padding) and largest is None and all(mask is None for mask in masks or ())
         if plain and self.graphs is not None and self.graphs.take(ids.shape[0]):
             by_shape = attention_mask is None and token_type_ids is None and position_ids is None
             by_shape = by_shape and self.padding_idx is None
             states = [self.graphs.run(ids, batch, layout, first, (batch, length) if by_shape else None)]
         else:
-            states = ops.run(ids, *layout(), masks, hidden_states, first, largest)
+            states = ops.run(ids, *layout(), masks, hidden_states, first, largest, keys)
         return [state[:, None] if first else tokens.padded(state) for state in states]
 
 

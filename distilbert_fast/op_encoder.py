@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from distilbert_fast.layers import Tokens, attend
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding, embedding_quantize
 from distilbert_fast.ops.int8_linear import int8_linear
@@ -48,6 +49,7 @@ class OpEncoder:
         hidden_states: bool = False,
         first: bool = False,
         largest: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states [N, C] of packed tokens in the dtype of the word table: the last, or the embeddings and the
         output of each layer.
@@ -59,6 +61,7 @@ class OpEncoder:
             first: of the last state only each sequence's first token, [B, C], 0 where it has none: in the last layer
                 nothing behind the attention is computed for the others. Not with ``hidden_states``.
             largest: float32 [L, 2], raised to the largest magnitudes of what each layer's out and ffn_out read.
+            keys: bool [B, T], where the rows are those of a padded batch, N = B·T: which of them are anybody's keys.
         """
         rows = None
         if first:
@@ -72,7 +75,7 @@ class OpEncoder:
             mask = None if head_masks is None else head_masks[i]
             seen = None if largest is None else largest[i]
             wanted = rows if following is None else None
-            x, codes = self._layer(layer, x, codes, cu_seqlens, mask, following and following.qkv, wanted, seen)
+            x, codes = self._layer(layer, x, codes, cu_seqlens, mask, following and following.qkv, wanted, seen, keys)
             states = [*states, x] if hidden_states else [x]
         if rows is not None:
             x = states[-1] if self.layers else states[-1].index_select(0, rows)
@@ -100,6 +103,7 @@ class OpEncoder:
         reader: Linear | None,
         rows: torch.Tensor | None = None,  # of x, [M]; None = all
         largest: torch.Tensor | None = None,  # float32 [2]
+        keys: torch.Tensor | None = None,  # bool [B, T]
     ) -> tuple[torch.Tensor, Codes | None]:
         """x [N or M, C] after one layer, and its codes if ``reader``, the linear layer after it, wants them."""
         if layer.heads:
@@ -107,7 +111,12 @@ class OpEncoder:
             if layer.mask is not None:
                 mask = layer.mask if mask is None else mask * layer.mask
             q, k, v = qkv.unbind(1)
-            context = attention(q, k, v, cu_seqlens, mask).flatten(1)  # [N, H_l·D]
+            if keys is None:
+                context = attention(q, k, v, cu_seqlens, mask)
+            else:
+                context = attend(q, k, v, Tokens(*keys.shape, mask=keys), mask)[0].unflatten(0, keys.shape)
+                context = context.masked_fill(~keys.any(1)[:, None, None, None], 0).flatten(0, 1)  # 0 without a key
+            context = context.flatten(1)  # [N, H_l·D]
             if rows is not None:
                 context, x = context.index_select(0, rows), x.index_select(0, rows)  # [M, …]
             _raise(largest, 0, context)

@@ -125,9 +125,10 @@ class PackedEncoder:
         head_masks: Sequence[torch.Tensor | None] = (),
         hidden_states: bool = False,
         largest: torch.Tensor | None = None,
+        padding: bool = False,
     ) -> list[torch.Tensor]:
-        """Hidden states [B, T, C] in the dtype of the embeddings, 0 at padding: the last, or with ``hidden_states``
-        the embeddings and the output of each layer.
+        """Hidden states [B, T, C] in the dtype of the embeddings: the last, or with ``hidden_states`` the embeddings and
+        the output of each layer. They are 0 at padding, or, with ``padding``, what its queries find at the tokens.
 
         Args:
             input_ids: int64 or int32 [B, T].
@@ -160,6 +161,7 @@ class PackedEncoder:
             length if positions is not None and positions.shape[0] == batch else 0,
             0 if types is None else types.data_ptr(),
             length if types is not None and types.shape[0] == batch else 0,
+            padding,
             0 if factors is None else factors.data_ptr(),
             self._widest,
             outputs[-1].data_ptr(),

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": OPS,
     "layers": LAYERS,
     "packing": LAYERS,
-    "op_encoder": LAYERS | {"packing"},
+    "op_encoder": LAYERS | {"layers", "packing"},
     "cuda_graphs": LAYERS | {"packing", "op_encoder"},
     "packed_encoder": LAYERS,
     "engine": LAYERS | {"layers", "packing", "op_encoder", "cuda_graphs", "packed_encoder"},

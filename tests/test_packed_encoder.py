@@ -71,6 +71,47 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(tier, precision, th
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_padding_is_computed_on_demand(tier, precision, threads):
+    ids, mask = ragged(40)
+    ids[ids == 1] = 2
+    ids[mask == 0] = 1
+    factors = torch.tensor([[0.5, 0.0, 1.0], [0.0, 0.0, 0.0]])  # of both layers' heads
+    for padding_idx, head_mask in ((None, None), (None, factors), (1, None)):
+        model = make(padding_idx=padding_idx)
+        if padding_idx is not None:
+            model = model._replace(position=torch.nn.Embedding(30, C))
+        positions = None if padding_idx is None else (ids != 1).cumsum(1) * (ids != 1) + 1
+        want = reference(model, ids, mask, positions=positions, head_mask=head_mask, padding=True).detach()
+        engine = Engine.from_model(model, precision)
+        threads(1)
+        found = engine.encode(ids, mask, head_mask=head_mask, hidden_states=True, padding=True).hidden_states
+        torch.testing.assert_close(found[-1], want, rtol=0, atol=CLOSE[precision])
+        tokens = engine.encode(ids, mask, head_mask=head_mask, hidden_states=True).hidden_states
+        for padded, packed in zip(found, tokens, strict=True):  # nothing changes for the tokens
+            assert torch.equal(padded[mask == 1], packed[mask == 1])
+            assert padded[mask == 0].any(-1).all()
+        for count in (2, 3):
+            threads(count)
+            for part in (slice(0, 40), slice(3, 4), slice(7, 9)):
+                again = engine.encode(ids[part], mask[part], head_mask=head_mask, padding=True).last
+                assert torch.equal(again, found[-1][part])
+
+
+def test_padding_on_demand_by_ops(ids):
+    model = make()
+    want = reference(model, ids, MASK, padding=True).detach()
+    engine = Engine.from_model(model)
+    with distilbert_fast.backend("torch"):
+        found = engine.encode(ids, MASK, padding=True, hidden_states=True).hidden_states
+    torch.testing.assert_close(found[-1], want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[-1], engine.encode(ids, MASK, padding=True).last, rtol=0, atol=1e-4)
+    full = engine.encode(ids, padding=True)
+    assert torch.equal(full.last, engine(ids))
+    with pytest.raises(ValueError, match=r"engine: padding must be False where only the first rows are wanted, got True"):
+        engine.encode(ids, MASK, rows="first", padding=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_of_python_at_the_same_time(precision):
     engine = Engine.from_model(make(), precision)
     batches = [ragged(9, seed) for seed in range(24)]

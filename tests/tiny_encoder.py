@@ -35,22 +35,26 @@ def make(layers=2, types=2, padding_idx=None, int8=False, bias=True, seed=0, dty
     return EncoderModules(*tables, norm(), stack, H, D, padding_idx)
 
 
-def reference(model, ids, mask=None, types=None, positions=None, head_mask=None):
-    """[B, T, C] one sequence at a time, in the dtype of the modules; 0 at padding."""
+def reference(model, ids, mask=None, types=None, positions=None, head_mask=None, padding=False):
+    """[B, T, C] one sequence at a time, in the dtype of the modules; 0 at padding unless that is computed too: then all
+    queries meet the tokens' keys, and where there is none attention gives 0."""
     mask = torch.ones_like(ids) if mask is None else mask
     head_mask = torch.ones(len(model.layers), H) if head_mask is None else head_mask.expand(len(model.layers), H)
     positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions.expand_as(ids)
     types = torch.zeros_like(ids) if types is None else types
     out = torch.zeros(*ids.shape, C, dtype=model.word.weight.dtype)
     for b in range(ids.shape[0]):
-        real = mask[b].bool()
+        keys = mask[b].bool()
+        real = torch.ones_like(keys) if padding else keys
+        keys = keys[real]
         x = model.word(ids[b, real]) + model.position(positions[b, real])
         if model.token_type is not None:
             x = x + model.token_type(types[b, real])
         x = model.norm(x)
         for layer, factors in zip(model.layers, head_mask, strict=True):
             q, k, v = (f(x).view(-1, H, D).transpose(0, 1) for f in (layer.query, layer.key, layer.value))
-            p = (q @ k.transpose(1, 2) / D**0.5).softmax(-1)  # [H, t, t]
+            scores = (q @ k.transpose(1, 2) / D**0.5).masked_fill(~keys, float("-inf"))  # [H, t, t]
+            p = scores.softmax(-1).nan_to_num(0)
             context = (p @ v * factors[:, None, None].to(v.dtype)).transpose(0, 1).flatten(1)
             x = layer.attention_norm(layer.out(context) + x)
             x = layer.ffn_norm(layer.ffn_out(F.gelu(layer.ffn_in(x))) + x)

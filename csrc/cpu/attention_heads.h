@@ -17,10 +17,11 @@
 namespace distilbert_fast {
 namespace {
 
-// One sequence of a call: n tokens that count, and where.
+// One sequence of a call: n tokens that count, and where; after them those that are queries alone.
 struct Sequence {
   int64_t index;
   int64_t n;
+  int64_t queries;  // n and the others
   const int32_t* tokens;
 };
 
@@ -29,13 +30,18 @@ inline Sequence find_tokens(const AttentionSequences& sequences, int64_t index, 
   if (sequences.cu_seqlens) {
     const int32_t begin = sequences.cu_seqlens[index], end = sequences.cu_seqlens[index + 1];
     for (int32_t i = begin; i < end; ++i) tokens[n++] = i;
+    if (sequences.cu_queries) {
+      int64_t queries = n;
+      for (int32_t i = sequences.cu_queries[index]; i < sequences.cu_queries[index + 1]; ++i) tokens[queries++] = i;
+      return {index, n, queries, tokens};
+    }
   } else {
     const bool* mask = sequences.mask ? sequences.mask + index * sequences.length : nullptr;
     for (int64_t i = 0; i < sequences.length; ++i) {
       if (!mask || mask[i]) tokens[n++] = static_cast<int32_t>(i);
     }
   }
-  return {index, n, tokens};
+  return {index, n, n, tokens};
 }
 
 template <class T, class Pointer>
@@ -212,7 +218,7 @@ inline WriteHead writer(const AttentionTensor<void*>& x, DType dtype, int64_t se
   return {out, dtype, x.token, tokens, factor, d};
 }
 
-// Zeros at padding, or, where the head counts for nothing, at every token.
+// Zeros at padding, or, where the head or no key counts, at every token.
 inline void write_zeros(const AttentionCall& call, const AttentionTensor<void*>& x, DType dtype,
                         const Sequence& sequence, int64_t head, bool all) {
   const auto zero = [&](int32_t token) {
@@ -220,7 +226,7 @@ inline void write_zeros(const AttentionCall& call, const AttentionTensor<void*>&
     for (int64_t j = 0; j < call.head_size; j += Vec::lanes) out.write(0, j, broadcast(0));
   };
   if (all) {
-    for (int64_t i = 0; i < sequence.n; ++i) zero(sequence.tokens[i]);
+    for (int64_t i = 0; i < sequence.queries; ++i) zero(sequence.tokens[i]);
   }
   if (call.sequences.cu_seqlens || !call.sequences.mask) return;
   const bool* mask = call.sequences.mask + sequence.index * call.sequences.length;
@@ -238,7 +244,7 @@ inline void attention_head(const AttentionForward& forward, const Sequence& sequ
   const AttentionCall& call = forward.call;
   const int64_t n = sequence.n, d = call.head_size, columns = sizes.columns;
   const float m = head_mask_of(call, sequence.index, head);
-  write_zeros(call, forward.o, forward.o_dtype, sequence, head, m == 0);
+  write_zeros(call, forward.o, forward.o_dtype, sequence, head, m == 0 || n == 0);
   if (m == 0 || n == 0) return;
 
   float* k = memory;
@@ -250,8 +256,8 @@ inline void attention_head(const AttentionForward& forward, const Sequence& sequ
   pack_rows(call.v, call.dtype, sequence, head, 0, n, d, v, columns);
   const float c = static_cast<float>(kLog2e * call.scale);
   const Dropout dropout(call, sequence.index * call.heads + head);
-  for (int64_t first = 0; first < n; first += kAttentionQueries) {
-    const int64_t rows = smaller(kAttentionQueries, n - first);
+  for (int64_t first = 0; first < sequence.queries; first += kAttentionQueries) {
+    const int64_t rows = smaller(kAttentionQueries, sequence.queries - first);
     pack_rows(call.q, call.dtype, sequence, head, first, rows, d, q, columns);
     multiply_panels(q, columns, rows, k, n, d, s, sizes.scores);
     for (int64_t r = 0; r < rows; ++r) {
@@ -270,7 +276,7 @@ inline void attention_forward(const AttentionForward& forward, int64_t begin, in
   int32_t* tokens = static_cast<int32_t*>(scratch);
   for (int64_t pair = begin; pair < end; ++pair) {
     const Sequence sequence = find_tokens(call.sequences, pair / call.heads, tokens);
-    const AttentionSizes sizes(sequence.n, call.head_size);
+    const AttentionSizes sizes(sequence.queries, call.head_size);
     attention_head(forward, sequence, pair % call.heads, static_cast<float*>(scratch) + sizes.tokens, sizes);
   }
 }

@@ -73,7 +73,7 @@ void attention_pair_head(const AttentionForward& forward, const Sequence& sequen
   const AttentionCall& call = forward.call;
   const int64_t n = sequence.n, d = call.head_size;
   const float m = head_mask_of(call, sequence.index, head);
-  write_zeros(call, forward.o, forward.o_dtype, sequence, head, m == 0);
+  write_zeros(call, forward.o, forward.o_dtype, sequence, head, m == 0 || n == 0);
   if (m == 0 || n == 0) return;
 
   const int64_t key_blocks = pair_blocks(d), value_blocks = pair_blocks(n), q_stride = sizes.columns * 2;
@@ -90,8 +90,8 @@ void attention_pair_head(const AttentionForward& forward, const Sequence& sequen
   pack_pair_values(part(call.v), call.v.token, sequence.tokens, n, d, v);
   const float c = static_cast<float>(kLog2e * call.scale);
   const Dropout dropout(call, sequence.index * call.heads + head);
-  for (int64_t first = 0; first < n; first += kPairQueries) {
-    const int64_t rows = smaller(kPairQueries, n - first);
+  for (int64_t first = 0; first < sequence.queries; first += kPairQueries) {
+    const int64_t rows = smaller(kPairQueries, sequence.queries - first);
     pack_pair_rows(part(call.q), call.q.token, sequence.tokens + first, rows, d, q, q_stride);
     for (int64_t panel = 0; panel < n; panel += kPanelColumns) {
       Product::multiply(q, q_stride, rows, k + panel / kPanelColumns * key_blocks * kBlockBytes, key_blocks, s + panel,
@@ -123,7 +123,7 @@ void attention_pairs_forward(const AttentionForward& forward, int64_t begin, int
   Product::begin();
   for (int64_t pair = begin; pair < end; ++pair) {
     const Sequence sequence = find_tokens(call.sequences, pair / call.heads, tokens);
-    const AttentionSizes sizes(sequence.n, call.head_size);
+    const AttentionSizes sizes(sequence.queries, call.head_size);
     attention_pair_head<Product>(forward, sequence, pair % call.heads,
                                  static_cast<uint8_t*>(scratch) + sizes.tokens * 4, sizes);
   }

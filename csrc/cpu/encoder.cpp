@@ -30,7 +30,8 @@ int64_t widest(const EncoderModel& model) {
 // What a layer computes under the head mask of a call: all of it, or not the columns and blocks of heads that are 0.
 struct LiveHeads {
   const float* mask = nullptr;      // [heads]; null: all 1
-  std::vector<int32_t> qkv_panels;  // only if some are left out
+  std::vector<int32_t> qkv_panels;    // only if some are left out
+  std::vector<int32_t> query_panels;  // those of them with queries
   std::vector<BlockRange> out_blocks;
 };
 
@@ -44,13 +45,20 @@ LiveHeads live_heads(const EncoderModel& model, const EncoderLayer& layer, const
     }
     return false;
   };
-  if (mask != nullptr && !std::all_of(mask, mask + layer.heads, [](float m) { return m != 0; })) {
-    for (int64_t p = 0; p < layer.qkv.panel_count(); ++p) {
-      const int64_t end = std::min(3 * wide, (p + 1) * kPanelColumns);
-      bool wanted = false;
-      for (int64_t c = p * kPanelColumns; c < end && !wanted; ++c) wanted = any(c % wide, c % wide + 1);
-      if (wanted) live.qkv_panels.push_back(static_cast<int32_t>(p));
+  const auto panels = [&](int64_t columns, bool masked) {
+    std::vector<int32_t> wanted;
+    for (int64_t p = 0; p * kPanelColumns < columns; ++p) {
+      const int64_t end = std::min(columns, (p + 1) * kPanelColumns);
+      bool live = !masked;
+      for (int64_t c = p * kPanelColumns; c < end && !live; ++c) live = any(c % wide, c % wide + 1);
+      if (live) wanted.push_back(static_cast<int32_t>(p));
     }
+    return wanted;
+  };
+  const bool masked = mask != nullptr && !std::all_of(mask, mask + layer.heads, [](float m) { return m != 0; });
+  live.query_panels = panels(wide, masked);
+  if (masked) {
+    live.qkv_panels = panels(3 * wide, true);
     for (int64_t b = 0; b < layer.out.blocks; ++b) {
       if (!any(b * block, std::min(wide, (b + 1) * block))) continue;
       const auto at = static_cast<int32_t>(b);
@@ -112,7 +120,10 @@ class Walk {
 
   void layer(const EncoderLayer& layer, const LiveHeads& live) {
     if (layer.heads > 0) {
-      project(layer.qkv, x_operand(), Activation::none, at_.qkv, &live.qkv_panels);
+      project(layer.qkv, x_operand(), Activation::none, at_.qkv, &live.qkv_panels, {0, chunk_.keys});
+      if (chunk_.keys < chunk_.tokens) {  // nobody's keys and values
+        project(layer.qkv, x_operand(), Activation::none, at_.qkv, &live.query_panels, {chunk_.keys, chunk_.tokens});
+      }
       attend(layer, live);
       quantize(at_.context, layer.heads * model_.head_size, at_.context_codes, at_.context_scale, layer.context_scale);
     }
@@ -122,7 +133,7 @@ class Walk {
     if (flow_.codes && layer.ffn_scale > 0) {
       project_codes(layer.ffn_in, x_operand(), at_.ffn_codes, layer.ffn_factors);
     } else {
-      project(layer.ffn_in, x_operand(), Activation::gelu, at_.ffn, nullptr);
+      project(layer.ffn_in, x_operand(), Activation::gelu, at_.ffn, nullptr, {0, chunk_.tokens});
       quantize(at_.ffn, model_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale);
     }
     add_product(layer.ffn_out, operand(at_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale),
@@ -146,13 +157,14 @@ class Walk {
   }
 
   void project(const PackedLinear& weights, const Operand& a, Activation activation, const Rows& out,
-               const std::vector<int32_t>* panels) {
+               const std::vector<int32_t>* panels, Range rows) {
     Gemm gemm = {};
     gemm.activation = activation;
-    gemm.out = out.data;
+    gemm.out = out.row(rows.begin);
     gemm.out_stride = out.stride / flow_.low_bytes();
     gemm.output = flow_.low_is_bfloat16 ? Output::bfloat16 : Output::float32;
-    multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, panels);
+    const Operand from = {{a.rows.row(rows.begin), a.rows.stride}, a.scale + rows.begin * a.scale_stride, a.scale_stride};
+    multiply(gemm, weights, from, {{0, static_cast<int32_t>(weights.blocks)}}, panels, rows.end - rows.begin);
   }
 
   void project_codes(const PackedLinear& weights, const Operand& a, const Rows& out, const float* factors) {
@@ -163,7 +175,7 @@ class Walk {
     gemm.output = Output::codes;
     gemm.out_factors = factors;
     gemm.out_flip = tier_.code_flip;
-    multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, nullptr);
+    multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, nullptr, chunk_.tokens);
   }
 
   // x += a Wᵀ + b
@@ -172,11 +184,11 @@ class Walk {
     gemm.residual = gemm.out = at_.x.data;
     gemm.residual_stride = gemm.out_stride = at_.x.stride / 4;
     gemm.output = Output::float32;
-    multiply(gemm, weights, a, blocks, nullptr);
+    multiply(gemm, weights, a, blocks, nullptr, chunk_.tokens);
   }
 
   void multiply(Gemm& gemm, const PackedLinear& weights, const Operand& a, const std::vector<BlockRange>& blocks,
-                const std::vector<int32_t>* panels) {
+                const std::vector<int32_t>* panels, int64_t rows) {
     gemm.weights = weights;
     gemm.a = a.rows.data;
     gemm.a_stride = a.rows.stride;
@@ -192,11 +204,11 @@ class Walk {
                                                                     : tier_.gemm_float32;
     // Sharing panels, each weight is read by one member only. Where there are too few, row bands share them.
     const int64_t bands = count > 0 ? (team_.size + count - 1) / count : 1;
-    const int64_t height = round_up((chunk_.tokens + bands - 1) / bands, kRowUnit);
+    const int64_t height = round_up((rows + bands - 1) / bands, kRowUnit);
     const auto [begin, end] = team_.share(count * bands);
     for (int64_t unit = begin; unit < end;) {
       const int64_t band = unit / count, stop = std::min(end, (band + 1) * count);
-      const int64_t from = std::min(chunk_.tokens, band * height), to = std::min(chunk_.tokens, from + height);
+      const int64_t from = std::min(rows, band * height), to = std::min(rows, from + height);
       if (from < to) kernel(gemm, from, to, unit - band * count, stop - band * count, scratch_);
       unit = stop;
     }
@@ -209,7 +221,8 @@ class Walk {
       return AttentionTensor<const void*>{at_.qkv.data + i * wide * size, 0, at_.qkv.stride / size, model_.head_size};
     };
     AttentionForward forward = {};
-    forward.call.sequences = {plan_.offsets.data() + chunk_.first_offset, nullptr, 0, chunk_.sequences};
+    forward.call.sequences = {plan_.offsets.data() + chunk_.first_offset, nullptr, 0, chunk_.sequences,
+                              plan_.padding_offsets.data() + chunk_.first_offset};
     forward.call.heads = layer.heads;
     forward.call.head_size = model_.head_size;
     forward.call.q = part(0);

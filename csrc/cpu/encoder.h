@@ -2,7 +2,7 @@
 //
 //     embedding + LayerNorm → L × (QKV → attention → out + x → LayerNorm → FFN in, GELU → FFN out + x → LayerNorm)
 //
-// Padding goes on entry. A batch of many tokens is dealt out by sequences, chunk by chunk: a thread takes one through
+// Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a thread takes one through
 // all layers in its own caches and waits for nobody. Of a small batch all threads compute each step together, so that
 // every weight is read once. Which of the two, and by how many threads, changes no bit of the result.
 #pragma once
@@ -59,9 +59,10 @@ struct EncoderCall {
   int64_t position_stride;        // length or 0
   const int64_t* token_type_ids;  // null: 0
   int64_t token_type_stride;
+  bool padding;            // compute padded positions too: their queries meet the keys of the tokens
   const float* head_mask;  // [L, widest layer's heads]; null: 1
   int64_t head_mask_stride;
-  void* out;  // [batch, length, C]; 0 at padding
+  void* out;  // [batch, length, C]; 0 at padding that is not computed
   DType out_dtype;
   void* const* hidden_states;  // L + 1 times the like of out; null: not wanted
   float* largest;  // [L, widest · D + F]: raised to the magnitudes that out and ffn_out read, by channel; or null

@@ -57,14 +57,40 @@ std::vector<std::vector<int64_t>> deal(const std::vector<int64_t>& lengths, int6
   return hands;
 }
 
+// Appends the tokens of a sequence, or its padded positions.
+void append(const EncoderModel& model, const EncoderCall& call, int64_t b, bool padding, Plan* plan) {
+  int64_t seen = 0;  // RoBERTa's count of ids that are not padding's, masked or not
+  for (int64_t t = 0; t < call.length; ++t) {
+    const int64_t place = b * call.length + t;
+    const int64_t id = id_at(call, place);
+    const bool counts = id != model.padding_idx;
+    seen += counts ? 1 : 0;
+    if (is_token(call, place) == padding) continue;
+    int64_t position = t;
+    if (call.position_ids != nullptr) {
+      position = call.position_ids[b * call.position_stride + t];
+    } else if (model.padding_idx >= 0) {
+      position = (counts ? seen : 0) + model.padding_idx;
+    }
+    const int64_t type = call.token_type_ids == nullptr ? 0 : call.token_type_ids[b * call.token_type_stride + t];
+    require_index("input_ids", id, model.word);
+    require_index("position_ids", position, model.position);
+    if (model.token_type.data != nullptr) require_index("token_type_ids", type, model.token_type);
+    plan->ids.push_back(id);
+    plan->positions.push_back(position);
+    plan->types.push_back(type);
+    plan->places.push_back(place);
+  }
+}
+
 }  // namespace
 
 Plan make_plan(const EncoderModel& model, const EncoderCall& call, int threads) {
   Plan plan;
-  std::vector<int64_t> lengths(call.batch);
+  std::vector<int64_t> lengths(call.batch);  // positions to compute
   int64_t tokens = 0;
   for (int64_t b = 0; b < call.batch; ++b) {
-    for (int64_t t = 0; t < call.length; ++t) lengths[b] += is_token(call, b * call.length + t) ? 1 : 0;
+    for (int64_t t = 0; t < call.length; ++t) lengths[b] += call.padding || is_token(call, b * call.length + t) ? 1 : 0;
     tokens += lengths[b];
   }
 
@@ -79,46 +105,28 @@ Plan make_plan(const EncoderModel& model, const EncoderCall& call, int threads) 
 
   for (auto* numbers : {&plan.ids, &plan.positions, &plan.types, &plan.places}) numbers->reserve(tokens);
   const int64_t limit = plan.shared ? kChunkTokens * threads : kChunkTokens;
+  const auto here = [&] { return static_cast<int64_t>(plan.ids.size()); };
   plan.groups.push_back(0);
   for (const auto& hand : hands) {
-    for (size_t i = 0; i < hand.size(); ++i) {
-      const int64_t b = hand[i];
-      const bool fits = i > 0 && plan.chunks.back().tokens + lengths[b] <= limit;
-      if (!fits) {
-        plan.chunks.push_back({static_cast<int64_t>(plan.ids.size()), 0, static_cast<int64_t>(plan.sequences.size()), 0,
-                               static_cast<int64_t>(plan.offsets.size()), 0});
-        plan.offsets.push_back(0);
+    for (size_t first = 0, end = 0; first < hand.size(); first = end) {
+      int64_t size = 0;
+      while (end < hand.size() && (end == first || size + lengths[hand[end]] <= limit)) {
+        size += lengths[hand[end]];
+        plan.longest = std::max(plan.longest, lengths[hand[end]]);
+        ++end;
       }
-      Chunk& chunk = plan.chunks.back();
-      int64_t seen = 0;  // RoBERTa's count of ids that are not padding's, masked or not
-      for (int64_t t = 0; t < call.length; ++t) {
-        const int64_t place = b * call.length + t;
-        const int64_t id = id_at(call, place);
-        const bool counts = id != model.padding_idx;
-        seen += counts ? 1 : 0;
-        if (!is_token(call, place)) continue;
-        int64_t position = t;
-        if (call.position_ids != nullptr) {
-          position = call.position_ids[b * call.position_stride + t];
-        } else if (model.padding_idx >= 0) {
-          position = (counts ? seen : 0) + model.padding_idx;
+      Chunk chunk = {here(), size, 0, static_cast<int64_t>(end - first), static_cast<int64_t>(plan.offsets.size())};
+      for (const bool padding : {false, true}) {
+        auto& offsets = padding ? plan.padding_offsets : plan.offsets;
+        offsets.push_back(static_cast<int32_t>(here() - chunk.first_token));
+        for (size_t i = first; i < end; ++i) {
+          if (!padding || call.padding) append(model, call, hand[i], padding, &plan);
+          offsets.push_back(static_cast<int32_t>(here() - chunk.first_token));
         }
-        const int64_t type = call.token_type_ids == nullptr ? 0 : call.token_type_ids[b * call.token_type_stride + t];
-        require_index("input_ids", id, model.word);
-        require_index("position_ids", position, model.position);
-        if (model.token_type.data != nullptr) require_index("token_type_ids", type, model.token_type);
-        plan.ids.push_back(id);
-        plan.positions.push_back(position);
-        plan.types.push_back(type);
-        plan.places.push_back(place);
+        if (!padding) chunk.keys = here() - chunk.first_token;
       }
-      plan.sequences.push_back(b);
-      chunk.tokens += lengths[b];
-      chunk.sequences += 1;
-      chunk.longest = std::max(chunk.longest, lengths[b]);
-      plan.offsets.push_back(static_cast<int32_t>(chunk.tokens));
-      plan.largest = std::max(plan.largest, chunk.tokens);
-      plan.longest = std::max(plan.longest, lengths[b]);
+      plan.chunks.push_back(chunk);
+      plan.largest = std::max(plan.largest, size);
     }
     plan.groups.push_back(static_cast<int64_t>(plan.chunks.size()));
   }
