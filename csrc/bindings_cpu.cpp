@@ -11,6 +11,7 @@
 #include "cpu/cosine_loss.h"
 #include "cpu/embedding.h"
 #include "cpu/encoder.h"
+#include "cpu/fingerprint.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
@@ -197,6 +198,18 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Buffer& buffer) { return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.bytes()); });
   m.def("release_spares", &release_spares, "Free the memory that is kept for the next large outputs; its bytes");
+
+  py::class_<Fingerprint>(m, "Fingerprint", "Hashes of memory, (address, bytes) each, which must outlive it")
+      .def(py::init([](const std::vector<std::tuple<Address, int64_t>>& memory, int64_t lines) {
+        std::vector<Fingerprint::Region> regions;
+        for (const auto& [address, bytes] : memory) regions.push_back({at<const uint8_t>(address), bytes});
+        py::gil_scoped_release release;
+        return std::make_unique<Fingerprint>(std::move(regions), lines);
+      }))
+      .def("matches_sample", &Fingerprint::matches_sample, py::call_guard<py::gil_scoped_release>(),
+           "Whether some of the memory, another part with every call, is what it was")
+      .def("samples", &Fingerprint::samples, "How many such calls see all of it")
+      .def("matches", &Fingerprint::matches, py::call_guard<py::gil_scoped_release>(), "Whether all of it is");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");
@@ -407,8 +420,7 @@ PYBIND11_MODULE(_cpu, m) {
           [](Encoder& encoder, Address ids, bool ids_are_int64, int64_t batch, int64_t length, Address mask,
              int64_t mask_bytes, Address position_ids, int64_t position_stride, Address token_type_ids,
              int64_t token_type_stride, bool padding, Address head_mask, int64_t head_mask_stride, Address out,
-             int out_dtype,
-             const std::vector<Address>& hidden_states, Address largest, int threads) {
+             int out_dtype, const std::vector<Address>& hidden_states, Address largest, int threads) {
             std::vector<void*> states;
             for (const Address state : hidden_states) states.push_back(at<void>(state));
             const EncoderCall call = {at<const void>(ids),

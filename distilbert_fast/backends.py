@@ -6,6 +6,7 @@ reference inside ops/<op>.py, which always exists. A tensor's device decides the
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
@@ -13,12 +14,13 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 log = logging.getLogger("distilbert_fast")
+T = TypeVar("T")
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
@@ -133,6 +135,37 @@ def availability(name: str) -> Availability:
             return Availability(False, "the native module is built, but torch sees no CUDA device")
         return Availability(True, f"CUDA {torch.version.cuda}")
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:
+    """Hashes of the bytes of CPU tensors, to learn of writes that torch does not count (csrc/cpu/fingerprint.h).
+
+    Of large tensors a sample compares some ``lines`` cache lines. Whoever asks it keeps their storages alive.
+    """
+
+    def span(tensor: torch.Tensor) -> int:
+        """Bytes from the first element to the end of the last one."""
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return (steps + 1) * tensor.element_size() if tensor.numel() > 0 else 0
+
+    return cpu().Fingerprint([(tensor.data_ptr(), span(tensor)) for tensor in tensors], lines)
+
+
+def run_aside(work: Callable[[], T]) -> T:
+    """``work()`` on a thread of its own, in the caller's grad and inference mode.
+
+    What runs at load must go through here: OpenMP's threads belong to the thread that first needed them, and end with
+    it. Had the caller needed them, a process forked from it later, as servers and data loaders do, would wait for ever
+    for the ones that its parent has.
+    """
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run() -> T:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return work()
+
+    with concurrent.futures.ThreadPoolExecutor(1, "distilbert_fast") as executor:
+        return executor.submit(run).result()
 
 
 def _named(name: str, source: str) -> str:

@@ -294,7 +294,9 @@ class Engine:
         ops = self._op_encoder()
         batch, length = input_ids.shape
         device = input_ids.device
-        keys = token_mask(OP, attention_mask, batch, length).to(device) if padding and attention_mask is not None else None
+        keys = (
+            token_mask(OP, attention_mask, batch, length).to(device) if padding and attention_mask is not None else None
+        )
         tokens = Tokens.packed(None if padding else attention_mask, batch, length, device, num_tokens)
         ids = tokens.rows(input_ids)  # [N]
 

@@ -114,7 +114,8 @@ class OpEncoder:
             if keys is None:
                 context = attention(q, k, v, cu_seqlens, mask)
             else:
-                context = attend(q, k, v, Tokens(*keys.shape, mask=keys), mask)[0].unflatten(0, keys.shape)
+                tokens = Tokens(keys.shape[0], keys.shape[1], mask=keys)
+                context = attend(q, k, v, tokens, mask)[0].unflatten(0, keys.shape)
                 context = context.masked_fill(~keys.any(1)[:, None, None, None], 0).flatten(0, 1)  # 0 without a key
             context = context.flatten(1)  # [N, H_l·D]
             if rows is not None:

@@ -127,8 +127,8 @@ class PackedEncoder:
         largest: torch.Tensor | None = None,
         padding: bool = False,
     ) -> list[torch.Tensor]:
-        """Hidden states [B, T, C] in the dtype of the embeddings: the last, or with ``hidden_states`` the embeddings and
-        the output of each layer. They are 0 at padding, or, with ``padding``, what its queries find at the tokens.
+        """Hidden states [B, T, C] in the dtype of the embeddings: the last, or with ``hidden_states`` the embeddings
+        and the output of each layer. They are 0 at padding, or, with ``padding``, what its queries find at the tokens.
 
         Args:
             input_ids: int64 or int32 [B, T].

@@ -107,7 +107,9 @@ def test_padding_on_demand_by_ops(ids):
     torch.testing.assert_close(found[-1], engine.encode(ids, MASK, padding=True).last, rtol=0, atol=1e-4)
     full = engine.encode(ids, padding=True)
     assert torch.equal(full.last, engine(ids))
-    with pytest.raises(ValueError, match=r"engine: padding must be False where only the first rows are wanted, got True"):
+    with pytest.raises(
+        ValueError, match=r"engine: padding must be False where only the first rows are wanted, got True"
+    ):
         engine.encode(ids, MASK, rows="first", padding=True)
 
 

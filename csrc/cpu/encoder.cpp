@@ -29,7 +29,7 @@ int64_t widest(const EncoderModel& model) {
 
 // What a layer computes under the head mask of a call: all of it, or not the columns and blocks of heads that are 0.
 struct LiveHeads {
-  const float* mask = nullptr;      // [heads]; null: all 1
+  const float* mask = nullptr;        // [heads]; null: all 1
   std::vector<int32_t> qkv_panels;    // only if some are left out
   std::vector<int32_t> query_panels;  // those of them with queries
   std::vector<BlockRange> out_blocks;
@@ -163,7 +163,8 @@ class Walk {
     gemm.out = out.row(rows.begin);
     gemm.out_stride = out.stride / flow_.low_bytes();
     gemm.output = flow_.low_is_bfloat16 ? Output::bfloat16 : Output::float32;
-    const Operand from = {{a.rows.row(rows.begin), a.rows.stride}, a.scale + rows.begin * a.scale_stride, a.scale_stride};
+    const Operand from = {
+        {a.rows.row(rows.begin), a.rows.stride}, a.scale + rows.begin * a.scale_stride, a.scale_stride};
     multiply(gemm, weights, from, {{0, static_cast<int32_t>(weights.blocks)}}, panels, rows.end - rows.begin);
   }
 

@@ -2,9 +2,10 @@
 //
 //     embedding + LayerNorm → L × (QKV → attention → out + x → LayerNorm → FFN in, GELU → FFN out + x → LayerNorm)
 //
-// Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a thread takes one through
-// all layers in its own caches and waits for nobody. Of a small batch all threads compute each step together, so that
-// every weight is read once. Which of the two, and by how many threads, changes no bit of the result.
+// Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a
+// thread takes one through all layers in its own caches and waits for nobody. Of a small batch all threads compute each
+// step together, so that every weight is read once. Which of the two, and by how many threads, changes no bit of the
+// result.
 #pragma once
 
 #include <cstdint>

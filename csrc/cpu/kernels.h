@@ -76,8 +76,8 @@ struct LinearTopKKlDivRows {
 
 // Which tokens form a sequence. Packed: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] − 1. Padded, where
 // cu_seqlens is null: `length` tokens each, of which those with mask[b · length + i] count; a null mask counts all.
-// Packed sequences may have queries that are nobody's keys, as transformers computes at padding: the tokens cu_queries[b]
-// to cu_queries[b + 1] − 1. Only forward knows them.
+// Packed sequences may have queries that are nobody's keys, as transformers computes at padding: the tokens
+// cu_queries[b] to cu_queries[b + 1] − 1. Only forward knows them.
 struct AttentionSequences {
   const int32_t* cu_seqlens;  // [batch + 1]
   const bool* mask;           // [batch, length]

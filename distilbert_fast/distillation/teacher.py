@@ -177,9 +177,7 @@ def _with_engine(model: Any, precision: str | None) -> Any:
     whole = copy.copy(model)
     if model.base_model is not model:
         whole._modules = {**model._modules, model.base_model_prefix: copy.copy(model.base_model)}
-    # a head for question answering asks for what is on padding, which no loss counts: so only the encoder is optimized
-    optimize(whole.base_model if type(model).__name__.endswith("ForQuestionAnswering") else whole, precision)
-    return whole
+    return optimize(whole, precision, keep_padding=False)  # no loss counts what is on padding
 
 
 class ModelAnswer:

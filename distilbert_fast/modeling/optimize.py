@@ -10,22 +10,22 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from distilbert_fast.backends import run_aside
 from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
+from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder, reads_first_token
-from distilbert_fast.modeling.snapshot import Snapshot
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._operator import is_eager
 
-log = logging.getLogger("distilbert_fast")
-OP = "optimize"
 PACK = "pack_encoder"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -36,6 +36,7 @@ def optimize(
     calibration: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cuda_graphs: int = GRAPHS,
+    keep_padding: bool | None = None,
 ) -> Model:
     """Accelerate a DistilBERT, BERT or RoBERTa model for inference, in place.
 
@@ -52,25 +53,32 @@ def optimize(
         tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
         cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 16,384 tokens, one for each size they
             are rounded up to (see cuda_graphs.py); their inputs and outputs take 512 MiB at most. 0 = none.
+        keep_padding: compute what transformers does at padded positions, instead of 0. None: where something may read
+            it, see below.
 
     Returns:
         ``model``: same object, parameters, config, signature and files.
 
     Where only first tokens are read, by ``…ForSequenceClassification``, the last layer computes little for the others.
-    Hidden states at padded positions are 0. Padding is never computed, wherever in its row it stands.
-    ``head_mask`` [H] or [L, H] is honoured (transformers 5 ignores it).
+    Hidden states at padded positions are 0 and not computed, unless something may read them: question answering, whose
+    softmax runs over every position, a head that is not transformers' own, a label on padding, and padding on the left
+    (heads read position 0). Then the engine computes what transformers does. ``head_mask`` [H] or [L, H] is honoured
+    (transformers 5 ignores it).
 
     transformers' own forward runs, exactly as before, in training mode; where gradients may be wanted (grad mode
-    is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast, torch.export and
-    torch.jit; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else the engine does not know;
-    where padded positions matter (question answering, labels on padding, padding on the left); and while
-    someone's hook sits on a module inside the encoder. Under torch.compile the engine runs as one graph break.
+    is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast and tracers such as torch.export
+    and torch.jit; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else the engine does not know;
+    and while someone's hook sits on a module inside the encoder. Under torch.compile the engine runs as one graph
+    break. ``explain(model)`` counts these calls, with the reasons.
 
-    Weights may change at any time, by an optimizer step, ``load_state_dict``, ``to`` or replaced modules: a look
-    at their version counters and addresses before each call finds out, and they are packed again. Only writes
-    through ``parameter.data``, which torch does not count, are not seen: call ``optimize`` again after them.
+    Weights may change at any time and by any means: before each call a look at their version counters, addresses and
+    some of their bytes finds out, and they are packed again. After the model has trained, all bytes are compared. What
+    remains: a write that torch does not count (``parameter.data[i] = …``, a NumPy view, another process) of few numbers
+    in a large weight may be seen late, with a warning: call ``optimize`` again after it. On a GPU no bytes are looked
+    at: call it after any such write.
 
-    Thread-safe. A deep copy or an unpickled model packs its own weights, uncalibrated.
+    Thread-safe. Nothing here starts a thread that a process forked later would need. A deep copy or an unpickled model
+    packs its own weights, uncalibrated.
 
     Raises:
         TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision; a calibration
@@ -79,13 +87,15 @@ def optimize(
     if precision is not None:
         _check.choice(OP, "precision", precision, tuple(PRECISIONS))
     encoder: Any = find_encoder(model, OP)
-    reads_padding = type(model).__name__.endswith("ForQuestionAnswering") or getattr(
-        encoder, "always_keep_padding", False
-    )
-    accelerator = _Accelerator(precision, reads_padding, cuda_graphs)
-    accelerator.pack(encoder)
+    if keep_padding is None:
+        known = type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
+        asks = type(model).__name__.endswith("ForQuestionAnswering") or getattr(encoder, "always_keep_padding", False)
+        keep_padding = asks or not (known or model is encoder)
+    accelerator = Accelerator(precision, keep_padding, cuda_graphs)
+    run_aside(lambda: accelerator.pack(encoder))
     if calibration is not None:
-        accelerator.calibrate(batches(calibration, model, tokenizer, OP))
+        given = list(batches(calibration, model, tokenizer, OP))
+        run_aside(lambda: accelerator.calibrate(given))
     encoder._accelerator = accelerator
     encoder.__class__ = _with_forward(type(encoder), _encoder_forward)
     if model is not encoder:
@@ -114,62 +124,12 @@ def pack_encoder(
     Raises:
         TypeError, ValueError: as ``optimize`` and ``Engine.from_model`` do.
     """
-    engine = Engine.from_model(encoder_modules(find_encoder(model, PACK), PACK), precision, head_mask)
-    return engine if calibration is None else engine.calibrated(batches(calibration, model, tokenizer, PACK))
-
-
-class _Accelerator:
-    """The packed weights of one encoder, and whether they are still what it holds."""
-
-    def __init__(self, precision: str | None, reads_padding: bool, graphs: int) -> None:
-        self.precision, self.reads_padding, self.graphs = precision, reads_padding, graphs
-        self._packed: tuple[Snapshot, Engine] | None = None
-        self._calibrated = False
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Accelerator, (self.precision, self.reads_padding, self.graphs)
-
-    def pack(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
-        devices = {str(tensor.device) for tensor in encoder.parameters()}
-        if len(devices) > 1 or devices == {"meta"}:
-            _check.refuse(OP, "model weights", "on one device", ", ".join(sorted(devices)))
-        if any(tensor.is_inference() for tensor in encoder.parameters()):
-            _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
-        snapshot = Snapshot(encoder)
-        with torch.inference_mode(False):
-            modules = encoder_modules(find_encoder(encoder, OP), OP)
-            engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
-        self._packed = snapshot, engine
-        return snapshot, engine
-
-    def calibrate(self, calibration: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        if self._packed is not None:
-            snapshot, engine = self._packed
-            self._packed, self._calibrated = (snapshot, engine.calibrated(calibration)), True
-
-    def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot | None, Engine | None]:
-        """The current weights, packed; no engine if they have become something that it cannot run."""
-        packed = self._packed
-        if packed is not None and packed[0].holds(encoder):
-            return packed
-        with self._lock:
-            packed = self._packed
-            if packed is not None and packed[0].holds(encoder):
-                return packed
-            if self._calibrated:
-                _warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
-                self._calibrated = False
-            try:
-                return self.pack(encoder)
-            except (TypeError, ValueError) as error:
-                _warn_once(f"the model has changed, transformers' own forward runs: {error}")
-                return None, None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+    modules = encoder_modules(find_encoder(model, PACK), PACK)
+    engine = run_aside(lambda: Engine.from_model(modules, precision, head_mask))
+    if calibration is None:
+        return engine
+    given = list(batches(calibration, model, tokenizer, PACK))
+    return run_aside(lambda: engine.calibrated(given))
 
 
 # The exchanged classes --------------------------------------------------------------------------------------
@@ -211,7 +171,9 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     labels, mask = given.get("labels"), given.get("attention_mask")
     packed = "_accelerator" in vars(self.base_model)
     if packed and labels is not None and mask is not None and labels.shape == mask.shape:
-        kwargs["keep_padding"] = torch.compiler.is_compiling() or bool(((labels != -100) & (mask == 0)).any())
+        kwargs["keep_padding"] = not (is_eager(labels) and is_eager(mask)) or bool(
+            ((labels != -100) & (mask == 0)).any()
+        )
     if packed and reads_first_token(kind) and not self.base_model._forward_hooks:
         kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
@@ -223,22 +185,24 @@ def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *
     kwargs.pop("first_rows", None)
     if not ours:
         kwargs.pop("keep_padding", None)
-    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    packed = "_accelerator" in vars(self)  # not in a new instance of this class, from its from_pretrained say
+    accelerator: Accelerator | None = vars(self).get(
+        "_accelerator"
+    )  # none in a new instance, from its from_pretrained say
     honoured = ours or self.config._attn_implementation == "distilbert_fast"
-    if packed and not (self.training or traced or len(args) > len(names)):
-        output = _serve(self, given, honoured)
-        if output is not None:
+    if accelerator is not None:
+        output = _serve(self, accelerator, given, honoured) if len(args) <= len(names) else "too many arguments"
+        if not isinstance(output, str):
             return output
-    if packed and kwargs.get("head_mask") is not None and not honoured:
-        raise ValueError(
-            "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
-            " gradients, autocast, output_attentions, …), got a tensor; with"
-            " attn_implementation='distilbert_fast' it is honoured"
-        )
+        if kwargs.get("head_mask") is not None and not honoured:
+            raise ValueError(
+                "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
+                " gradients, autocast, output_attentions, …), got a tensor; with"
+                " attn_implementation='distilbert_fast' it is honoured"
+            )
     return kind.forward(self, *args, **kwargs)
 
 
+_FLAGS = ("output_attentions", "output_hidden_states")
 _KNOWN = {
     "input_ids",
     "attention_mask",
@@ -247,48 +211,109 @@ _KNOWN = {
     "head_mask",
     "keep_padding",
     "first_rows",
-    "output_attentions",
-    "output_hidden_states",
     "return_dict",
     "use_cache",  # an encoder has no cache
+    "num_items_in_batch",  # for losses
+    "output_router_logits",  # an encoder of these has no router
+    *_FLAGS,
 }
+# Arguments that change what some attention or encoder of transformers computes.
+_VARIANTS = {
+    "inputs_embeds",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "past_key_values",
+    "cache",
+    "is_causal",
+    "softcap",
+    "s_aux",
+    "sliding_window",
+    "seq_idx",
+    *(f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"),
+}
+_OWN_ATTENTIONS = ("sdpa", "eager", "distilbert_fast")  # which ignore every other argument
+
+
+@functools.cache
+def _read_by(attention: str) -> frozenset[str]:
+    """The arguments that an attention reads, by name."""
+    function: Any = ALL_ATTENTION_FUNCTIONS.get("sdpa" if attention == "eager" else attention)
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _unknown(names: Iterable[str], attention: str) -> str | None:
+    """Of the arguments of a call one that may change the result and that the engine does not know."""
+    for name in names:
+        if name in _KNOWN:
+            continue
+        if name in _VARIANTS or attention not in _OWN_ATTENTIONS or name in _read_by(attention):
+            return name
+    return None
 
 
 @torch.compiler.disable
-def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
-    """The encoder's output from the engine, or None if its own forward must make it.
+def _serve(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honoured: bool) -> Any:
+    """The encoder's output from the engine, or why its own forward must make it. Counts either.
 
     ``honoured``: that forward knows head masks, also of more dimensions than the engine does.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        output: Any = "a tracer runs"
+    elif self.training:
+        accelerator.suspect()
+        output = "training mode"
+    else:
+        output = _encode(self, accelerator, given, honoured)
+    accelerator.count(output if isinstance(output, str) else None)
+    if log.isEnabledFor(logging.INFO):
+        served = f"transformers' forward: {output}" if isinstance(output, str) else "engine"
+        log.info("%s %s: %s", type(self).__name__, list(getattr(given.get("input_ids"), "shape", ())), served)
+    return output
+
+
+def _encode(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honoured: bool) -> Any:
     given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
     input_ids, attention_mask, head_mask = map(given.get, ("input_ids", "attention_mask", "head_mask"))
     attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in _FLAGS)
-    if (
-        input_ids is None
-        or not _KNOWN.issuperset(given)
-        or attentions
-        or not isinstance(hidden_states, (bool, type(None)))
-        or input_ids.dim() != 2
-        or (attention_mask is not None and attention_mask.shape != input_ids.shape)
-        or (isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2 and honoured)
-        or input_ids.device.type == "meta"
-        or torch.is_autocast_enabled(input_ids.device.type)
-    ):
-        return None
-    accelerator: _Accelerator = self._accelerator
-    snapshot, engine = accelerator.packed(self)
-    if snapshot is None or engine is None or snapshot.observed():
-        return None
+    if input_ids is None:
+        return "no input_ids"
+    unknown = _unknown(given, self.config._attn_implementation)
+    if unknown is not None:
+        return f"argument {unknown}"
+    if attentions:
+        return "output_attentions"
+    if not isinstance(hidden_states, (bool, type(None))):
+        return "output_hidden_states of some layers"
+    if not all(is_eager(x) for x in given.values() if isinstance(x, torch.Tensor)):
+        return "a tracer runs, or inputs without values"
+    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        return "input_ids and attention_mask that are not [B, T]"
+    if isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2 and honoured:
+        return "a head_mask of more than 2 dimensions"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        return "autocast"
+    packed = accelerator.packed(self)
+    if isinstance(packed, str):
+        warn_once(f"the model has changed, transformers' own forward runs: {packed}")
+        return packed
+    snapshot, engine = packed
+    if snapshot.observed():
+        return "a hook inside the encoder"
     if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
-        _warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
-        return None
-    num_tokens = None
+        accelerator.suspect()
+        warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
+        return "gradients are enabled"
+
+    keep_padding, num_tokens = False, None
     if attention_mask is not None:
-        full, left, num_tokens = _padding(attention_mask != 0)
-        if full:
-            attention_mask = num_tokens = None
-        elif left or given.get("keep_padding", False) or accelerator.reads_padding:
-            return None
+        padding = _padding(attention_mask != 0)
+        if padding.none:
+            attention_mask = None
+        else:
+            keep_padding = padding.left or bool(given.get("keep_padding", False)) or accelerator.keep_padding
+            num_tokens = padding.num_tokens
+            if keep_padding and padding.empty and self.config._attn_implementation == "eager":
+                return "a sequence without tokens, where eager attention attends to padding"
 
     distilbert = isinstance(self, DistilBertModel)
     encoded = engine.encode(
@@ -298,8 +323,9 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
         given.get("position_ids"),
         head_mask,
         bool(hidden_states),
-        "first" if given.get("first_rows", False) and not hidden_states else "all",
+        "first" if given.get("first_rows", False) and not (hidden_states or keep_padding) else "all",
         num_tokens,
+        keep_padding,
     )
     last = encoded.last  # [B, T, C] or, the first rows, [B, 1, C]
     if distilbert:
@@ -313,14 +339,20 @@ def _serve(self: Any, given: Mapping[str, Any], honoured: bool) -> Any:
     return output.to_tuple() if return_dict is False else output
 
 
-_FLAGS = ("output_attentions", "output_hidden_states")
+class _Padding(NamedTuple):
+    none: bool  # every position is a token
+    left: bool  # some sequence starts with padding
+    empty: bool  # some sequence has no token
+    num_tokens: int | None  # on a GPU; elsewhere nobody needs to know
 
 
-def _padding(real: torch.Tensor) -> tuple[bool, bool, int | None]:
-    """Of tokens bool [B, T]: whether all are; whether a sequence's first is not at position 0; on a GPU, how many."""
-    if real.is_cuda:  # three answers for one wait
-        left = (real.any(1) & ~real[:, :1].any(1)).any()
-        full, behind, count = torch.stack([real.all(), left, real.sum()]).tolist()
-        return bool(full), bool(behind), count
-    full = bool(real.all())
-    return full, not full and bool((real.any(1) & ~real[:, :1].any(1)).any()), None
+def _padding(real: torch.Tensor) -> _Padding:
+    """Of tokens bool [B, T]."""
+    some = real.any(1)  # [B]
+    left = (some & ~real[:, :1].any(1)).any()
+    if real.is_cuda:  # all answers for one wait
+        full, behind, every, count = torch.stack([real.all(), left, some.all(), real.sum()]).tolist()
+        return _Padding(bool(full), bool(behind), not every, count)
+    if bool(real.all()):
+        return _Padding(True, False, False, None)
+    return _Padding(False, bool(left), not bool(some.all()), None)

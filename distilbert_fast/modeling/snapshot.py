@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import nn
+
+from distilbert_fast import backends
+
+_LINES = 512  # cache lines of a small model that a sample compares: some 20 µs
+_version = operator.attrgetter("_version")
 
 
 class Snapshot:
     """The modules below ``root`` and their tensors, as they are now.
 
-    Seen later: a replaced, added or removed module or parameter; a tensor written in place (by its version
-    counter), moved or cast (by its address). Not seen: writes through ``parameter.data``, which torch does not
-    count.
+    Args:
+        root: whose modules and tensors may be exchanged.
+        copied: modules below it whose values were copied, so that a write to them must be seen.
+
+    ``holds`` sees each time: a replaced, added or removed module or parameter; a tensor written in place (by its
+    version counter), moved or cast (by its address). torch does not count what fused optimizers, ``parameter.data``,
+    NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of those bytes, on a CPU.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, copied: Iterable[nn.Module]) -> None:
         modules = list(root.modules())
-        self._children = [(m._modules, len(m._modules)) for m in modules]
-        self._edges = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._tensors = [
-            (tensors, name, tensor, tensor.data_ptr(), tensor._version)
+        children = [m._modules for m in modules]
+        self._children, self._counts = children, [len(names) for names in children]
+        places = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        tensors = [
+            (owner, name, tensor)
             for m in modules
-            for tensors in (m._parameters, m._buffers)
-            for name, tensor in tensors.items()
+            for owner in (m._parameters, m._buffers)
+            for name, tensor in owner.items()
             if tensor is not None
         ]
+        # Columns, which map() walks without a line of Python for each.
+        self._owners, self._names, self._objects = zip(*places, *tensors, strict=True)
+        self._tensors = [tensor for _, _, tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._versions = sum(map(_version, self._tensors))  # each only grows
         inner = [m for m in modules if m is not root]
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._patchable = [(m.__dict__, type(m)) for m in inner]
+        self._storages, self.fingerprint = _fingerprint(copied)
 
     def holds(self, root: nn.Module) -> bool:
-        """Whether this is the tree that was read, and nothing that can be seen has changed in it."""
+        """Whether this is the tree that was read, and nothing that torch counts has changed in it."""
         return (
-            root._modules is self._children[0][0]
-            and all(len(children) == count for children, count in self._children)
-            and all(children.get(name) is child for children, name, child in self._edges)
-            and all(
-                tensors.get(name) is tensor and tensor._version == version and tensor.data_ptr() == address
-                for tensors, name, tensor, address, version in self._tensors
-            )
+            root._modules is self._children[0]
+            and list(map(len, self._children)) == self._counts
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects))
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and sum(map(_version, self._tensors)) == self._versions
         )
 
     def observed(self) -> bool:
@@ -45,13 +64,25 @@ class Snapshot:
 
         transformers' own hooks, which collect outputs when asked to, do not count.
         """
-        hooks = (hook for found in self._hooks if found for hook in found.values())
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return True
+        if any(self._hooks):
+            hooks = (hook for found in self._hooks if found for hook in found.values())
+            if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+                return True
         return any(
             "forward" in attributes and getattr(attributes["forward"], "__func__", None) is not kind.forward
             for attributes, kind in self._patchable
         )
 
     def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for _, _, tensor, _, _ in self._tensors)
+        return any(map(operator.attrgetter("requires_grad"), self._tensors))
+
+
+def _fingerprint(modules: Iterable[nn.Module]) -> tuple[list[torch.UntypedStorage], Any]:
+    """Hashes of the bytes of all tensors in modules, with what keeps these from being freed while they are read; None
+    where they lie on another device, or where the native module is not built.
+    """
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    if not backends.availability("cpu").ok or any(tensor.device.type != "cpu" for tensor in tensors):
+        return [], None
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return storages, backends.fingerprint(tensors, _LINES)

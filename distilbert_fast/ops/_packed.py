@@ -15,9 +15,13 @@ INT8 = 0  # the code of its layout in csrc/cpu/gemm.h
 _VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a stacked weight
 
 
+_LINES = 32  # cache lines of a weight that each call compares: a microsecond or two
+
+
 class _Pack(NamedTuple):
     blob: torch.Tensor  # uint8
     storage: torch.UntypedStorage  # kept alive: no other weights can come to lie at its address
+    fingerprint: Any
 
 
 # Tensor that owns the memory -> the view of it and its version -> pack. An entry dies with its tensor.
@@ -28,8 +32,9 @@ _lock = threading.Lock()
 def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
     """int8 [F, C] as ``pack_linear`` lays it out, uint8 [bytes]; its scales are 1 and its biases 0.
 
-    The pack is remembered with the tensor that owns the memory and made anew once torch has counted a change of it
-    (``_version``). torch counts none for what is written through ``.data`` or a NumPy array. Inference tensors have no
+    The pack is remembered with the tensor that owns the memory and made again once torch has counted a change of it
+    (``_version``), or once a sample of the bytes shows one that torch does not count (through ``.data``, NumPy, another
+    process): at the next call if it is of many numbers, within ``samples()`` calls if of few. Inference tensors have no
     counter: they are packed every time.
     """
     if w_q.is_inference():
@@ -41,8 +46,10 @@ def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
     with _lock:
         packs = _packs.get(owner)
         pack = None if packs is None else packs.get(key)
-    if pack is None:
-        pack = _Pack(_pack_int8(w_q), w_q.untyped_storage())
+    if pack is None or not pack.fingerprint.matches_sample():
+        # Hashed before it is packed: a write meanwhile shows at the next call.
+        fingerprint = backends.fingerprint([w_q], _LINES)
+        pack = _Pack(_pack_int8(w_q), w_q.untyped_storage(), fingerprint)
         with _lock:
             kept = [(k, p) for k, p in _packs.get(owner, {}).items() if k[0] == version and p.storage is pack.storage]
             _packs[owner] = dict([*kept[1 - _VIEWS :], (key, pack)])

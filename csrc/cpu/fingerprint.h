@@ -1,0 +1,45 @@
+// Has memory changed that anybody may write? Hashes of its cache lines, a few of which are compared at a time.
+//
+// A region of up to kWhole bytes is compared whole every time. Of the larger ones together some `lines` lines are, or
+// one in kLargestStride where that is more: every stride-th line, another set of them each time, so that `stride` calls
+// see every line. What a sample costs is the pages it touches, each of them far from the caches: some 40 ns.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace distilbert_fast {
+
+class Fingerprint {
+ public:
+  struct Region {
+    const uint8_t* data;
+    int64_t bytes;
+  };
+  static constexpr int64_t kLine = 64, kWhole = 1 << 16, kLargestStride = 1021;
+
+  // Throws std::invalid_argument for a null address or a negative size. The regions must outlive it.
+  Fingerprint(std::vector<Region> regions, int64_t lines);
+
+  // Whether the next sample of the memory is what it was. Safe to call from several threads.
+  bool matches_sample();
+  // How many samples see all of it.
+  int64_t samples() const { return stride_; }
+  // Whether all of it is.
+  bool matches() const;
+
+ private:
+  bool small_match() const;
+  bool sample_matches(const Region& region, int64_t set, const std::vector<uint32_t>& hashes) const;
+  template <class Test>
+  bool all_lines(const Region& region, const Test& test) const;
+
+  int64_t stride_ = 1;  // a prime
+  std::vector<Region> small_, large_;
+  std::vector<uint32_t> small_hashes_;
+  std::vector<std::vector<uint32_t>> large_hashes_;  // of a region, set by set
+  std::atomic<uint64_t> calls_{0};
+};
+
+}  // namespace distilbert_fast

@@ -1,0 +1,206 @@
+"""The packed weights of an encoder: whether they are still what it holds, and how many calls they served."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distilbert_fast import backends
+from distilbert_fast.engine import EncoderModules, Engine
+from distilbert_fast.modeling.encoder import encoder_modules, find_encoder
+from distilbert_fast.modeling.snapshot import Snapshot
+from distilbert_fast.ops import _check
+from distilbert_fast.ops._operator import is_eager
+
+log = logging.getLogger("distilbert_fast")
+OP = "optimize"
+_WARY = 64  # calls that compare all bytes after an uncounted write
+
+
+class Accelerator:
+    """Packs an encoder when its weights are not those that were packed last.
+
+    Args:
+        precision: of the engine, see ``optimize``.
+        keep_padding: whether padded positions are computed.
+        graphs: how many CUDA graphs are kept.
+    """
+
+    def __init__(self, precision: str | None, keep_padding: bool, graphs: int) -> None:
+        self.precision, self.keep_padding, self.graphs = precision, keep_padding, graphs
+        self.served, self.fallbacks = 0, Counter[str]()
+        self._packed: tuple[Snapshot, Engine] | None = None
+        self._calibrated = False
+        self._suspect = False  # weights may have changed in a way that torch does not count
+        self._wary = 0  # how many more calls compare all bytes
+        self._lock, self._counting = threading.Lock(), threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accelerator, (self.precision, self.keep_padding, self.graphs)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The one that was packed last."""
+        return None if self._packed is None else self._packed[1]
+
+    def suspect(self) -> None:
+        """Say that the weights may change now: the encoder trains, or its gradients are wanted."""
+        self._suspect = True
+
+    def count(self, fallback: str | None) -> None:
+        """One more call, served by the engine or, for the reason given, not."""
+        with self._counting:
+            if fallback is None:
+                self.served += 1
+            else:
+                self.fallbacks[fallback] += 1
+
+    def pack(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
+        """Pack the weights that the encoder has now.
+
+        Raises:
+            TypeError, ValueError: weights that the engine cannot run.
+        """
+        devices = {str(tensor.device) for tensor in encoder.parameters()}
+        if len(devices) > 1 or devices == {"meta"}:
+            _check.refuse(OP, "model weights", "on one device", ", ".join(sorted(devices)))
+        if not all(map(is_eager, encoder.parameters())):
+            _check.refuse(OP, "model weights", "plain tensors with values", "fake, batched or otherwise wrapped ones")
+        if any(tensor.is_inference() for tensor in encoder.parameters()):
+            _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
+        with torch.inference_mode(False):
+            modules = encoder_modules(find_encoder(encoder, OP), OP)
+            self._suspect = False
+            snapshot = Snapshot(encoder, _copied(modules))
+            engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
+        self._packed = snapshot, engine
+        return snapshot, engine
+
+    def calibrate(self, calibration: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        if self._packed is not None:
+            snapshot, engine = self._packed
+            self._packed, self._calibrated = (snapshot, engine.calibrated(calibration)), True
+
+    def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine] | str:
+        """The current weights, packed; or why the engine cannot run what they have become."""
+        packed = self._packed
+        if packed is not None and not self._suspect and self._wary == 0 and packed[0].holds(encoder):
+            fingerprint = packed[0].fingerprint
+            if fingerprint is None or fingerprint.matches_sample():
+                return packed
+        with self._lock:
+            packed = self._packed
+            if packed is not None and packed[0].holds(encoder) and self._all_bytes_hold(packed[0]):
+                return packed
+            if self._calibrated:
+                warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
+                self._calibrated = False
+            try:
+                return self.pack(encoder)
+            except (TypeError, ValueError) as error:
+                return str(error)
+
+    def _all_bytes_hold(self, snapshot: Snapshot) -> bool:
+        suspect, self._suspect = self._suspect, False
+        self._wary = max(self._wary - 1, 0)
+        fingerprint = snapshot.fingerprint
+        if fingerprint is None:
+            return not suspect
+        if fingerprint.matches():
+            return True
+        if not suspect and fingerprint.samples() > 1:
+            self._wary = _WARY
+            warn_once(
+                "optimize: weights were written where torch does not count it (through parameter.data, NumPy or another"
+                " process) and are packed again. A call compares some of the bytes,"
+                f" {fingerprint.samples()} calls all: a write of few numbers may have been seen late. After such a"
+                " write call optimize(model) again"
+            )
+        return False
+
+
+def _copied(model: EncoderModules) -> list[nn.Module]:
+    """The modules whose values an engine copies. Tables, unless they are strided, it reads where the model has them."""
+    tables = (model.word, model.position, model.token_type)
+    strided = [table for table in tables if table is not None and not table.weight.is_contiguous()]
+    layers = [part for layer in model.layers for part in layer if isinstance(part, nn.Module)]
+    return [*strided, model.norm, *layers]
+
+
+# What happened to the calls -------------------------------------------------------------------------------------
+
+
+class Explanation(NamedTuple):
+    """What ran the encoder of a model, so far.
+
+    Attributes:
+        optimized: whether ``optimize`` was called on it.
+        engine: what the engine is, in words: its precision and who computes it.
+        served: calls that the engine served.
+        fallbacks: reason -> calls that transformers' own forward served for it.
+    """
+
+    optimized: bool
+    engine: str | None
+    served: int
+    fallbacks: dict[str, int]
+
+    def __str__(self) -> str:
+        if not self.optimized:
+            return "not optimized: transformers' forward runs. Call distilbert_fast.optimize(model)"
+        lines = [f"engine: {self.engine or 'none'}", f"calls served by the engine: {self.served}"]
+        lines += [f"calls served by transformers' forward: {n} ({why})" for why, n in self.fallbacks.items()]
+        return "\n".join(lines)
+
+
+def explain(model: PreTrainedModel) -> Explanation:
+    """Which calls of an optimized model the engine served, and why transformers' own forward served the others.
+
+        print(distilbert_fast.explain(model))
+
+    With the environment variable DISTILBERT_FAST_LOG=1 each call is also logged as it comes, to stderr.
+
+    Raises:
+        TypeError: a model that is none of transformers' (of a pipeline or a sentence-transformers model take its own).
+    """
+    if not isinstance(model, PreTrainedModel):
+        _check.refuse("explain", "model", "a model of transformers", type(model).__name__, TypeError)
+    accelerator: Accelerator | None = vars(model.base_model).get("_accelerator")
+    if accelerator is None:
+        return Explanation(False, None, 0, {})
+    engine = accelerator.engine
+    words = None
+    if engine is not None:
+        by = "the C++ encoder" if engine.packed is not None and backends.forced() in (None, "cpu") else "ops"
+        precision = (
+            engine.packed.shape.precision if engine.packed is not None else accelerator.precision or "as the model"
+        )
+        words = f"{precision} by {by} on {engine.word.device}"
+    return Explanation(True, words, accelerator.served, dict(accelerator.fallbacks))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _log_calls() -> None:
+    """Show what this package logs, as DISTILBERT_FAST_LOG asks."""
+    if os.environ.get("DISTILBERT_FAST_LOG", "0") not in ("", "0"):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("distilbert_fast: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+_log_calls()
