@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from distilbert_fast.backends import run_aside
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.ops import _check
 
@@ -57,8 +58,9 @@ def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) ->
     for part in config.modules_to_not_convert:
         if not any(_part_of(part, name) for name in names):
             _check.refuse(caller, "modules_to_not_convert", "names of linear layers", repr(part))
-    for name, linear in linears:
-        model.set_submodule(name, Int8Linear.from_linear(linear))
+    made = run_aside(lambda: [(name, Int8Linear.from_linear(linear)) for name, linear in linears])
+    for name, linear in made:
+        model.set_submodule(name, linear)
     quantizer = Int8Quantizer(config, pre_quantized=True)
     marked: Any = model
     marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
