@@ -61,7 +61,7 @@ def distill(
         output: directory for `teacher/`, `student/` (models with tokenizer; the student with a model card), a
             directory for each variant, report.md, report.json, losses.png. Killed at any moment, the same call
             continues; with more to compare, it adds that. Of several processes, all have to see it.
-        teacher: directory or hub id of a BERT, RoBERTa or DistilBERT; by default the one in the extra `demo`.
+        teacher: directory or hub id of an encoder that `optimize` takes; by default the one in the extra `demo`.
         recipe: training, losses and the student's shape.
         overwrite: see `RunDirectory`.
         command: what the report names as the command that made it.

@@ -236,9 +236,9 @@ def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> N
 def _positions(job: Job, config: Any) -> int:
     """The longest rows that a student reads."""
     from distilbert_fast.distillation.masking import MULTIPLE
+    from distilbert_fast.modeling.architectures import longest_sequence
 
-    # RoBERTa counts from behind its padding id
-    positions = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+    positions = longest_sequence(config)
     return positions // MULTIPLE * MULTIPLE if job.kind == "mlm" else positions  # to which its rows are padded
 
 

@@ -75,7 +75,7 @@ def demo(
     Args:
         output: directory for `teacher/`, `student/`, `student-int8/` (models with tokenizer, for `from_pretrained`),
             report.md, report.json and report.png. Killed at any moment, the same call continues.
-        teacher: directory or hub id of a BERT, RoBERTa or DistilBERT; by default the one in the extra `demo`.
+        teacher: directory or hub id of an encoder that `optimize` takes; by default the one in the extra `demo`.
         task, data, eval_data, max_train_rows: see `load_task`.
         training: epochs, learning rates and the like.
         overwrite: see `RunDirectory`.

@@ -15,45 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distilbert_fast.modeling.architectures import (
+    DISTILBERT,
+    ELECTRA,
+    ROBERTA,
+    WITHOUT_WEIGHTS,
+    Architecture,
+    first_position,
+    head_of,
+    longest_sequence,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 OP = "student_from_teacher"
-_FAMILIES = ("DistilBert", "Bert", "Roberta")
-_ARCHITECTURES = {"distilbert": "DistilBert", "roberta": "Roberta"}
+_ARCHITECTURES = {"distilbert": DISTILBERT, "roberta": ROBERTA}
 _STUDENT_EPS = 1e-12  # of every LayerNorm of the DistilBERT architecture, which has no setting for it
-
-# The modules of one layer in DistilBERT, and in BERT and RoBERTa.
-_LAYER = (
-    ("attention.q_lin", "attention.self.query"),
-    ("attention.k_lin", "attention.self.key"),
-    ("attention.v_lin", "attention.self.value"),
-    ("attention.out_lin", "attention.output.dense"),
-    ("sa_layer_norm", "attention.output.LayerNorm"),
-    ("ffn.lin1", "intermediate.dense"),
-    ("ffn.lin2", "output.dense"),
-    ("output_layer_norm", "output.LayerNorm"),
-)
-# The modules of the heads in DistilBERT, BERT and RoBERTa; "": it has none.
-_HEADS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "Model": (("", "pooler.dense", "pooler.dense"),),
-    "ForMaskedLM": (
-        ("vocab_transform", "cls.predictions.transform.dense", "lm_head.dense"),
-        ("vocab_layer_norm", "cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
-        ("vocab_projector", "cls.predictions.decoder", "lm_head.decoder"),
-        ("", "cls.predictions", "lm_head"),  # the decoder's bias under another name
-    ),
-    "ForSequenceClassification": (
-        ("pre_classifier", "bert.pooler.dense", "classifier.dense"),
-        ("classifier", "classifier", "classifier.out_proj"),
-    ),
-    "ForMultipleChoice": (
-        ("pre_classifier", "bert.pooler.dense", "roberta.pooler.dense"),
-        ("classifier", "classifier", "classifier"),
-    ),
-    "ForTokenClassification": (("classifier", "classifier", "classifier"),),
-    "ForQuestionAnswering": (("qa_outputs", "qa_outputs", "qa_outputs"),),
-}
 
 
 @dataclass(frozen=True)
@@ -113,12 +91,13 @@ def student_from_teacher(
     """Make a student out of a teacher's own tensors.
 
     Args:
-        teacher: a transformers BERT, RoBERTa or DistilBERT model: the base model or the one for masked LM,
-            sequence or token classification, question answering or multiple choice. It is not changed.
+        teacher: a transformers DistilBERT, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, Data2VecText, ELECTRA or ERNIE model:
+            the base model or the one for masked LM, sequence or token classification, question answering or multiple
+            choice. It is not changed.
         num_layers: depth of the student; by default half the teacher's.
         layers: which of the teacher's layers, ascending; by default ``num_layers`` of them, evenly spaced
             from the first to the last (0, 2, 4, 7, 9, 11 of 12).
-        architecture: "distilbert", or "roberta" for a student of a BERT or RoBERTa teacher that keeps what
+        architecture: "distilbert", or "roberta" for a student of any other teacher than a DistilBERT that keeps what
             DistilBERT lacks: token types, the teacher's LayerNorm eps and a pooler with tanh.
         hidden_size, num_heads, intermediate_size: widths other than the teacher's. None of its tensors fits
             then, and the student starts at random (torch's generator). By default heads are as wide as the
@@ -133,7 +112,8 @@ def student_from_teacher(
     How close it starts: with all layers a student of RoBERTa's shape is its teacher. So are a DistilBERT's hidden
     states, if the LayerNorms have eps 1e-12 (BERT's) and for token_type_ids of 0: DistilBERT knows no other. The
     heads for masked LM, token classification and question answering are exact too. Sequence classification and
-    multiple choice are not: they pool through tanh in BERT and ReLU in DistilBERT, see ``_fit_pooler``.
+    multiple choice are not: they pool through ReLU in DistilBERT, tanh in BERT, see ``_fit_pooler``, and GELU in
+    ELECTRA, of which a student of RoBERTa's shape keeps all else.
 
     Raises:
         TypeError: the teacher is no such model.
@@ -143,9 +123,9 @@ def student_from_teacher(
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"{OP}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
     made = _ARCHITECTURES[architecture]
-    if family == "DistilBert" != made:
+    if family is DISTILBERT is not made:
         raise ValueError(f"{OP}: architecture must be distilbert for a DistilBert teacher, got {architecture!r}")
-    _refuse_features(teacher, made)
+    _refuse_features(teacher, family, made, head)
     widths = _widths(teacher, family, made, hidden_size, num_heads, intermediate_size)
     if widths and layers is not None:
         raise ValueError(f"{OP}: layers must be None for a student of another width, got {list(layers)}")
@@ -164,22 +144,28 @@ def student_from_teacher(
     return student, _report(teacher, student, sources, family, made, chosen)
 
 
-def _model(teacher: PreTrainedModel, made: str, head: str, config: PreTrainedConfig) -> Any:
+def _model(teacher: PreTrainedModel, made: Architecture, head: str, config: PreTrainedConfig) -> Any:
     import transformers
 
     from distilbert_fast.modeling.training import for_training
 
     # a base model has a pooler only if its teacher has one to copy
-    poolers = {"add_pooling_layer": teacher.pooler is not None} if (made, head) == ("Roberta", "Model") else {}
-    return for_training(getattr(transformers, f"{made}{head}")(config, **poolers).float())
+    pooled = getattr(teacher, "pooler", None) is not None
+    poolers = {"add_pooling_layer": pooled} if made is ROBERTA and head == "Model" else {}
+    return for_training(getattr(transformers, f"{made.prefix}{head}")(config, **poolers).float())
 
 
 def _widths(
-    teacher: PreTrainedModel, family: str, made: str, hidden: int | None, heads: int | None, inner: int | None
+    teacher: PreTrainedModel,
+    family: Architecture,
+    made: Architecture,
+    hidden: int | None,
+    heads: int | None,
+    inner: int | None,
 ) -> dict[str, int]:
     """The student's widths under the names of its config; empty if they are the teacher's."""
     old = teacher.config
-    old_inner = old.hidden_dim if family == "DistilBert" else old.intermediate_size
+    old_inner = old.hidden_dim if family is DISTILBERT else old.intermediate_size
     hidden = old.hidden_size if hidden is None else hidden
     heads = max(1, hidden * old.num_attention_heads // old.hidden_size) if heads is None else heads
     inner = hidden * old_inner // old.hidden_size if inner is None else inner
@@ -190,34 +176,37 @@ def _widths(
         raise ValueError(f"{OP}: num_heads must divide hidden_size {hidden}, got {heads}")
     if (hidden, heads, inner) == (old.hidden_size, old.num_attention_heads, old_inner):
         return {}
-    name = "hidden_dim" if made == "DistilBert" else "intermediate_size"
+    name = "hidden_dim" if made is DISTILBERT else "intermediate_size"
     return {"hidden_size": hidden, "num_attention_heads": heads, name: inner}
 
 
-def _family_and_head(teacher: PreTrainedModel) -> tuple[str, str]:
-    """Names of the architecture and the head, from the transformers class the teacher is or derives from."""
-    for base in type(teacher).__mro__:
-        for family in _FAMILIES:
-            head = base.__name__.removeprefix(family)
-            if base.__module__.startswith(f"transformers.models.{family.lower()}.") and head in _HEADS:
-                return family, head
-    raise TypeError(
-        f"{OP}: teacher must be a Bert, Roberta or DistilBert model, the base model or one "
-        f"{', '.join(name for name in _HEADS if name != 'Model')}, got {type(teacher).__name__}"
-    )
+def _family_and_head(teacher: PreTrainedModel) -> tuple[Architecture, str]:
+    """From the transformers class the teacher is or derives from."""
+    known = head_of(type(teacher))
+    if known is None:
+        raise TypeError(
+            f"{OP}: teacher must be a Bert, Roberta or DistilBert model, the base model or one "
+            f"{', '.join(name for name in DISTILBERT.heads if name != 'Model')}, got {type(teacher).__name__}"
+        )
+    return known
 
 
-def _refuse_features(teacher: PreTrainedModel, made: str) -> None:
+def _refuse_features(teacher: PreTrainedModel, family: Architecture, made: Architecture, head: str) -> None:
+    from distilbert_fast.modeling.encoder import refuse_embeddings
+
     config = teacher.config
-    kind = "RoBERTa" if made == "Roberta" else "DistilBERT"
-    for feature, allowed in (
+    features: list[tuple[str, Any]] = [
         ("is_decoder", False),
         ("add_cross_attention", False),
         ("position_embedding_type", "absolute"),
-    ):
+    ]
+    if family is ELECTRA and head == "ForMultipleChoice":
+        features += [("summary_type", "first"), ("summary_use_proj", True), ("summary_activation", "gelu")]
+    for feature, allowed in features:
         value = getattr(config, feature, allowed)
         if value != allowed:
-            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a {kind}, got {value!r}")
+            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a {made.name}, got {value!r}")
+    refuse_embeddings(teacher.base_model, OP, "teacher")
 
 
 def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -235,9 +224,9 @@ def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | N
     return tuple(round(i * (depth - 1) / max(count - 1, 1)) for i in range(count))
 
 
-def _config(teacher: PreTrainedModel, family: str, made: str, num_layers: int) -> PreTrainedConfig:
+def _config(teacher: PreTrainedModel, family: Architecture, made: Architecture, num_layers: int) -> PreTrainedConfig:
     old = teacher.config
-    if family == made:
+    if family is made:
         config = copy.deepcopy(old)
         config.num_hidden_layers = num_layers
         return config
@@ -259,10 +248,10 @@ def _config(teacher: PreTrainedModel, family: str, made: str, num_layers: int) -
             "problem_type",
         )
     }
-    if made == "Roberta":
+    if made is ROBERTA:
         return RobertaConfig(
             **common,
-            max_position_embeddings=old.max_position_embeddings + _first_position(teacher, made),
+            max_position_embeddings=longest_sequence(old) + old.pad_token_id + 1,
             num_hidden_layers=num_layers,
             num_attention_heads=old.num_attention_heads,
             hidden_size=old.hidden_size,
@@ -276,7 +265,7 @@ def _config(teacher: PreTrainedModel, family: str, made: str, num_layers: int) -
         )
     return DistilBertConfig(
         **common,
-        max_position_embeddings=old.max_position_embeddings - _first_position(teacher, family),
+        max_position_embeddings=longest_sequence(old),
         n_layers=num_layers,
         n_heads=old.num_attention_heads,
         dim=old.hidden_size,
@@ -289,17 +278,17 @@ def _config(teacher: PreTrainedModel, family: str, made: str, num_layers: int) -
     )
 
 
-def _first_position(teacher: PreTrainedModel, family: str) -> int:
-    """The row of the position table that the first token reads: RoBERTa counts from behind its padding id."""
-    return teacher.config.pad_token_id + 1 if family == "Roberta" else 0
-
-
 def _base_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _sources(
-    teacher: PreTrainedModel, student: PreTrainedModel, family: str, made: str, head: str, layers: Sequence[int]
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    family: Architecture,
+    made: Architecture,
+    head: str,
+    layers: Sequence[int],
 ) -> dict[str, str]:
     """Name of every tensor of the student: name of the teacher's tensor it is made from."""
     to, of = _base_prefix(student), _base_prefix(teacher)
@@ -308,12 +297,11 @@ def _sources(
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
     }
     for place, layer in enumerate(layers):
-        for names in _LAYER:
-            name, source = (names[kind != "DistilBert"] for kind in (made, family))
-            modules[f"{to}{_stack(made)}.layer.{place}.{name}"] = f"{of}{_stack(family)}.layer.{layer}.{source}"
-    for in_head in _HEADS[head]:
-        name, source = (in_head[_FAMILIES.index(kind)] for kind in (made, family))
-        modules[name] = source
+        for part in made.layer.keys() - set(WITHOUT_WEIGHTS):
+            name, source = (f"{kind.layers}.{i}.{kind.layer[part]}" for kind, i in ((made, place), (family, layer)))
+            modules[to + name] = of + source
+    for part, name in made.heads[head].items():
+        modules[name] = family.heads[head].get(part, "")
     sources = {}
     for tensor in student.state_dict():
         module, _, parameter = tensor.rpartition(".")
@@ -321,38 +309,38 @@ def _sources(
     return sources
 
 
-def _head_activation(family: str, hidden_act: str) -> str:
-    """Of the head for masked LM, which in RoBERTa does not follow the config."""
-    return "gelu" if family == "Roberta" else hidden_act
-
-
-def _stack(family: str) -> str:
-    return "transformer" if family == "DistilBert" else "encoder"
+def _head_activation(family: Architecture, hidden_act: str) -> str:
+    """Of the head for masked LM, which does not follow the config everywhere."""
+    return "gelu" if family.vocabulary_activation is None else hidden_act
 
 
 def _tensors(
-    teacher: PreTrainedModel, student: PreTrainedModel, sources: Mapping[str, str], family: str, made: str
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sources: Mapping[str, str],
+    family: Architecture,
+    made: Architecture,
 ) -> dict[str, torch.Tensor]:
     """The student's tensors, made from the teacher's."""
-    have = teacher.state_dict()
+    have, before, first = teacher.state_dict(), first_position(student.config), first_position(teacher.config)
     tensors = {}
     for name, place in student.state_dict().items():
         source = sources[name]
         if source not in have:
             raise ValueError(f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none")
         tensor = have[source]
-        if name.endswith("position_embeddings.weight") and family != made:
-            tensor = tensor[_first_position(teacher, family) :]  # [P, C]
-            tensor = torch.nn.functional.pad(tensor, (0, 0, _first_position(student, made), 0))
+        if name.endswith("position_embeddings.weight") and before != first:
+            tensor = torch.nn.functional.pad(tensor[first:], (0, 0, before, 0))  # [P, C]
         if tensor.shape != place.shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{OP}: teacher's {source} must be a float tensor {list(place.shape)} to become {name} of "
                 f"the student, got {str(tensor.dtype)[6:]} {list(tensor.shape)}"
             )
         tensors[name] = tensor.float()
-    if family != made == "DistilBert":
+    if family is not made is DISTILBERT:
         _fold_token_type(tensors, have)
-        _fit_pooler(tensors)
+        if family.pools_by == "tanh":
+            _fit_pooler(tensors)
     return tensors
 
 
@@ -370,7 +358,8 @@ def _fit_pooler(tensors: dict[str, torch.Tensor]) -> None:
             states [C]
 
     max(z, −1) has the slope of tanh at 0 and its limit below, and for every z it is as near to tanh(z) as
-    relu(z), or nearer; relu(z), which copying the numbers would give, has neither. The 1 goes into the bias
+    relu(z), or nearer; relu(z), which copying the numbers would give, has neither (it is near to GELU, ELECTRA's, whose
+    numbers are copied). The 1 goes into the bias
     before ReLU and out of the bias behind it. On a BERT (C=384) fine-tuned on SST-2, same hidden states, the
     logits are off by 6% of their norm, against 46% with the numbers copied.
     """
@@ -383,8 +372,8 @@ def _report(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     sources: Mapping[str, str],
-    family: str,
-    made: str,
+    family: Architecture,
+    made: Architecture,
     layers: tuple[int, ...],
 ) -> StudentReport:
     old = teacher.config
@@ -397,13 +386,15 @@ def _report(
             f"starts at random: {config.hidden_size} wide with {config.num_attention_heads} heads, the teacher "
             f"{old.hidden_size} with {old.num_attention_heads}"
         )
-    elif family != made:
+    elif family is not made:
         (position,) = (name for name in copied if name.endswith("position_embeddings.weight"))
-        before, first = _first_position(student, made), _first_position(teacher, family)
-        copied[position] = (f"{before} rows of 0, " if before else "") + copied[position]
-        copied[position] += f"[{first}:]" if first else ""
-        if made == "DistilBert":
+        before, first = first_position(student.config), first_position(old)
+        if before != first:
+            copied[position] = (f"{before} rows of 0, " if before else "") + copied[position]
+            copied[position] += f"[{first}:]" if first else ""
+        if made is DISTILBERT:
             notes += _note_differences(teacher, position, copied, left_out)
+        notes += _note_pooler(family, made, copied)
         acts = [_head_activation(kind, old.hidden_act) for kind in (made, family)]
         if acts[0] != acts[1] and type(student).__name__.endswith("ForMaskedLM"):
             notes.append(f"the head's activation is {acts[0]}, the teacher's {acts[1]}")
@@ -439,8 +430,22 @@ def _note_differences(teacher: PreTrainedModel, position: str, copied: dict[str,
         notes.append("token types other than 0 are unknown to the student")
     if old.layer_norm_eps != _STUDENT_EPS:
         notes.append(f"LayerNorm eps is {_STUDENT_EPS:g}, the teacher's {old.layer_norm_eps:g}")
-    if "pre_classifier.bias" in copied:
-        copied["pre_classifier.bias"] += " + 1"
-        copied["classifier.bias"] += f" - {copied['classifier.weight']}.sum(dim=1)"
-        notes.append("pools through relu(z + 1) - 1 where the teacher has tanh(z)")
     return notes
+
+
+def _note_pooler(family: Architecture, made: Architecture, copied: dict[str, str]) -> list[str]:
+    """What a head for sequences makes of a pooler of another kind, into ``copied``, and that it does."""
+    if family.pools_by == made.pools_by or not any(f"{name}.weight" in copied for name in _POOLERS):
+        return []
+    if (family.pools_by, made.pools_by) != ("tanh", "relu"):
+        return [f"pools through {made.pools_by}(z) where the teacher has {family.pools_by}(z)"]
+    copied["pre_classifier.bias"] += " + 1"
+    copied["classifier.bias"] += f" - {copied['classifier.weight']}.sum(dim=1)"
+    return ["pools through relu(z + 1) - 1 where the teacher has tanh(z)"]
+
+
+_POOLERS = {
+    made.heads[head]["pooler"]
+    for made in _ARCHITECTURES.values()
+    for head in ("ForSequenceClassification", "ForMultipleChoice")
+}

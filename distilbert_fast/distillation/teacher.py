@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from distilbert_fast.distillation.checkpoint import describe_model
 from distilbert_fast.distillation.losses import IGNORED
 from distilbert_fast.engine import PRECISIONS as ENGINE_PRECISIONS
-from distilbert_fast.modeling.encoder import encoder_layers
+from distilbert_fast.modeling.encoder import encoder_layers, part
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
@@ -262,8 +262,6 @@ def hidden_rows(encoded: Any, rows: Tensor, layer: int = -1) -> Tensor:
 
 def last_attention_inputs(encoder: Any, encoded: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, T, C] of the last layer, computed anew from what went into it."""
-    attention: Any = encoder_layers(encoder)[-1].attention
-    x = encoded.hidden_states[-2]
-    if hasattr(attention, "q_lin"):  # DistilBERT
-        return attention.q_lin(x), attention.k_lin(x), attention.v_lin(x)
-    return attention.self.query(x), attention.self.key(x), attention.self.value(x)
+    x, layer = encoded.hidden_states[-2], encoder_layers(encoder)[-1]
+    query, key, value = (part(encoder, layer, name)(x) for name in ("query", "key", "value"))
+    return query, key, value

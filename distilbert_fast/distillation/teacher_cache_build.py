@@ -69,7 +69,7 @@ def build_cache(
     state. How many bytes that makes is logged first, and refused if the disk has not as many.
 
     Args:
-        teacher: a DistilBERT, BERT or RoBERTa for masked LM; a ModelTeacher chooses the precision, which is part of
+        teacher: a model for masked LM that ``optimize`` knows; a ModelTeacher chooses the precision, which is part of
             the key.
         dataset: what will be trained on.
         directory: of the cache. One that is complete and of the same key is left as it is, one that was begun is gone

@@ -70,15 +70,12 @@ class Accelerator:
         Raises:
             TypeError, ValueError: weights that the engine cannot run.
         """
-        devices = {str(tensor.device) for tensor in encoder.parameters()}
-        if len(devices) > 1 or devices == {"meta"}:
-            _check.refuse(OP, "model weights", "on one device", ", ".join(sorted(devices)))
-        if not all(map(is_eager, encoder.parameters())):
-            _check.refuse(OP, "model weights", "plain tensors with values", "fake, batched or otherwise wrapped ones")
         if any(tensor.is_inference() for tensor in encoder.parameters()):
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         with torch.inference_mode(False):
-            modules = encoder_modules(find_encoder(encoder, OP), OP)
+            modules = encoder_modules(find_encoder(encoder, OP), OP, self.precision)
+            if not all(map(is_eager, encoder.parameters())):  # in a tracer's hands, or torch.func's
+                _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             self._suspect = False
             snapshot = Snapshot(encoder, _copied(modules))
             engine = Engine.from_model(modules, self.precision, graphs=self.graphs)

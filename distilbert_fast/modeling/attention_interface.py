@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from distilbert_fast.modeling.architectures import ARCHITECTURES
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import padded_attention
 
@@ -33,7 +34,7 @@ NAME = "distilbert_fast"
 
 # Encoders known to use a plain padding mask for self-attention only, each compared with sdpa by a test. Elsewhere
 # a 2-D mask could belong to a cross-attention whose queries are all real.
-ENCODERS = frozenset({"albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"})
+ENCODERS = frozenset({*ARCHITECTURES, "albert"})
 
 # Arguments with which some model changes what attention computes. sdpa honours the first two.
 _VARIANTS = ("position_bias", "cache", "softcap", "s_aux")

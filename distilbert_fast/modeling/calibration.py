@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distilbert_fast.modeling.architectures import longest_sequence
 from distilbert_fast.ops import _check
 
 TEXTS_A_BATCH = 32
@@ -36,9 +37,7 @@ def batches(calibration: Iterable[Any], model: Any, tokenizer: Any, caller: str)
         yield from (_batch(item, caller) for item in items)
         return
     tokenizer = tokenizer or _tokenizer(model, caller)
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    if getattr(model.config, "model_type", "") == "roberta":  # its positions start behind the padding's
-        longest -= model.config.pad_token_id + 1
+    longest = min(tokenizer.model_max_length, longest_sequence(model.config))
     while texts := list(itertools.islice(items, TEXTS_A_BATCH)):
         for text in texts:
             if not isinstance(text, str):

@@ -1,34 +1,31 @@
-"""The encoders of transformers that this package knows: how to find one in a model, and what its parts are called."""
+"""How to find the encoder in a model, take it apart, and give back what its own forward would."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_outputs
 from transformers.activations import GELUActivation
-from transformers.models.bert import modeling_bert
-from transformers.models.distilbert import modeling_distilbert
-from transformers.models.roberta import modeling_roberta
 
 from distilbert_fast.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import Int8Linear, LayerNorm
+from distilbert_fast.modeling.architectures import WITHOUT_WEIGHTS, Architecture, architecture_of, head_of
 from distilbert_fast.ops import _check
-
-DistilBertModel = modeling_distilbert.DistilBertModel
-BertModel, RobertaModel = modeling_bert.BertModel, modeling_roberta.RobertaModel
-_KINDS = (DistilBertModel, BertModel, RobertaModel)
 
 
 def find_encoder(model: Any, caller: str) -> PreTrainedModel:
-    """The DistilBERT, BERT or RoBERTa encoder inside a model with or without a task head.
+    """The encoder, of one of ``ARCHITECTURES``, inside a model with or without a task head.
 
     Raises:
         TypeError, ValueError: ``model`` holds none, or one that computes something else: a decoder, cross
             attention, relative positions, an activation other than erf-GELU. By name, as ``caller``.
     """
-    encoder = model.base_model if isinstance(model, PreTrainedModel) else None
-    if not isinstance(encoder, _KINDS):
+    encoder: Any = model.base_model if isinstance(model, PreTrainedModel) else None
+    known = head_of(type(encoder))
+    if known is None or known[1] != "Model":
         given = type(model).__name__
         _check.refuse(caller, "model", "a DistilBERT, BERT or RoBERTa encoder", given, TypeError)
     config = encoder.config
@@ -38,54 +35,51 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         _check.refuse(caller, "model.config.position_embedding_type", "'absolute'", repr(positions))
-    key = "activation" if isinstance(encoder, DistilBertModel) else "hidden_act"
     for layer in encoder_layers(encoder):
-        activation = layer.ffn.activation if key == "activation" else layer.intermediate.intermediate_act_fn
+        activation = part(encoder, layer, "activation")
         if (
             not isinstance(activation, (GELUActivation, nn.GELU))
             or getattr(activation, "approximate", "none") != "none"
         ):
+            key = known[0].activation
             _check.refuse(caller, f"model.config.{key}", "'gelu'", repr(getattr(config, key)))
     return encoder
 
 
-_CLASSIFIERS = tuple(
-    getattr(module, f"{name}ForSequenceClassification")
-    for module, name in ((modeling_distilbert, "DistilBert"), (modeling_bert, "Bert"), (modeling_roberta, "Roberta"))
-)
-
-
-def reads_first_token(kind: type) -> bool:
-    """Whether models of this class read the encoder's output at position 0 alone."""
-    ours = kind.__module__.startswith("distilbert_fast.") and issubclass(kind, _CLASSIFIERS)
-    return ours or kind in _CLASSIFIERS
-
-
 def encoder_layers(encoder: Any) -> nn.ModuleList:
-    return encoder.transformer.layer if isinstance(encoder, DistilBertModel) else encoder.encoder.layer
+    return attrgetter(_known(encoder).layers)(encoder)
 
 
-def encoder_modules(encoder: Any, caller: str) -> EncoderModules:
+def part(encoder: Any, layer: Any, name: str) -> Any:
+    """A part of one of its layers by the name that ``Architecture.layer`` gives it."""
+    return attrgetter(_known(encoder).layer[name])(layer)
+
+
+def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> EncoderModules:
     """The parts of an encoder that ``find_encoder`` found, under the names that ``Engine`` gives them.
 
     Raises:
         TypeError: a module is not one of transformers, torch or this package, or a layer is wrapped by an adapter
-            or parametrized, so it may compute something else.
+            or parametrized, so it may compute something else; weights that ``check_weights`` refuses.
+        ValueError: embeddings with parts that ``Engine`` has no place for, by the setting that makes them; weights on
+            several devices, or on none.
     """
     for name, module in encoder.named_modules():
         if type(module).__module__.split(".")[0] not in ("torch", "transformers", "distilbert_fast"):
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
-    embeddings, config = encoder.embeddings, encoder.config
-    if isinstance(encoder, DistilBertModel):
-        layers = [_distilbert_layer(layer, config.n_heads) for layer in encoder.transformer.layer]
-    else:
-        layers = [_bert_layer(layer, config.num_attention_heads) for layer in encoder.encoder.layer]
+    embeddings, config, known = encoder.embeddings, encoder.config, _known(encoder)
+    refuse_embeddings(encoder, caller, "model")
+    layers = [_layer(encoder, layer) for layer in encoder_layers(encoder)]
     for i, layer in enumerate(layers):
         for name, module in layer._asdict().items():
             allowed = _NORMS if name.endswith("norm") else _LINEARS
             if isinstance(module, nn.Module) and type(module) not in allowed:
                 names = " or ".join(sorted({kind.__name__ for kind in allowed}, reverse=True))
                 _check.refuse(caller, f"{name} of layer {i}", names, _class(module), TypeError)
+    devices = {str(tensor.device) for tensor in encoder.parameters()}
+    if len(devices) > 1 or devices == {"meta"}:
+        _check.refuse(caller, "model weights", "on one device", ", ".join(sorted(devices)))
+    check_weights(encoder, precision, caller)
     return EncoderModules(
         embeddings.word_embeddings,
         embeddings.position_embeddings,
@@ -94,8 +88,60 @@ def encoder_modules(encoder: Any, caller: str) -> EncoderModules:
         layers,
         config.num_attention_heads,
         config.hidden_size // config.num_attention_heads,
-        embeddings.padding_idx if isinstance(encoder, RobertaModel) else None,
+        embeddings.padding_idx if known.after_padding else None,
     )
+
+
+def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
+    """Raise ValueError for embeddings with more to them than tables that are added and a LayerNorm."""
+    config = encoder.config
+    if hasattr(encoder, "embeddings_project"):  # ELECTRA's, after the LayerNorm: no table can hold it
+        expected = f"hidden_size, {config.hidden_size} (embeddings that are projected are not supported)"
+        _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
+    if getattr(config, "use_task_id", False):  # ERNIE's
+        _check.refuse(caller, f"{owner}.config.use_task_id", "False (task types are not supported)", True)
+
+
+def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
+    """Refuse weights that no kernel, or transformers itself, computes with.
+
+    An encoder has one dtype, float32, bfloat16, float16 or float64, that of its word embeddings. The LayerNorms of one
+    in half precision may be float32, int8 layers are never float64.
+
+    Raises:
+        TypeError: another dtype or a mixture of them, a tensor that is no plain one, or float64 with int8, by name.
+    """
+    dtype = encoder.get_input_embeddings().weight.dtype
+    int8 = precision == "int8" or any(isinstance(module, Int8Linear) for module in encoder.modules())
+    allowed = tuple(kind for kind in _check.FLOATS if not (int8 and kind == torch.float64))
+    if dtype not in allowed:
+        names = " or ".join(str(kind)[6:] for kind in allowed)
+        _check.refuse(caller, "model.dtype", f"{names}{' for int8' if int8 else ''}", str(dtype)[6:], TypeError)
+    for prefix, module in encoder.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            place = f"dtype of {prefix}.{name}"
+            if type(tensor) not in (nn.Parameter, torch.Tensor):
+                _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
+            if isinstance(module, Int8Linear) and name == "weight":
+                continue
+            wider = isinstance(module, nn.LayerNorm) and dtype in (torch.bfloat16, torch.float16)
+            if tensor.dtype != dtype and not (wider and tensor.dtype == torch.float32):
+                expected = f"{str(dtype)[6:]}, as that of the word embeddings"
+                _check.refuse(caller, place, expected, str(tensor.dtype)[6:], TypeError)
+
+
+def encoder_output(encoder: Any, last: torch.Tensor) -> Any:
+    """What the encoder's own forward returns for a last hidden state, [B, T, C] or of first tokens [B, 1, C]."""
+    kind = getattr(modeling_outputs, _known(encoder).output)
+    if not hasattr(encoder, "pooler"):
+        return kind(last_hidden_state=last)
+    return kind(last_hidden_state=last, pooler_output=None if encoder.pooler is None else encoder.pooler(last))
+
+
+def _known(encoder: Any) -> Architecture:
+    known = architecture_of(encoder)
+    assert known is not None, "an encoder that find_encoder found"
+    return known
 
 
 _LINEARS = (nn.Linear, Int8Linear)
@@ -106,31 +152,8 @@ def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _distilbert_layer(layer: Any, num_heads: int) -> LayerModules:
-    attention = layer.attention
-    return LayerModules(
-        attention.q_lin,
-        attention.k_lin,
-        attention.v_lin,
-        attention.out_lin,
-        layer.sa_layer_norm,
-        layer.ffn.lin1,
-        layer.ffn.lin2,
-        layer.output_layer_norm,
-        getattr(attention, "heads", tuple(range(num_heads))),  # fewer where distilbert_fast's own class was pruned
-    )
-
-
-def _bert_layer(layer: Any, num_heads: int) -> LayerModules:
-    attention = layer.attention
-    return LayerModules(
-        attention.self.query,
-        attention.self.key,
-        attention.self.value,
-        attention.output.dense,
-        attention.output.LayerNorm,
-        layer.intermediate.dense,
-        layer.output.dense,
-        layer.output.LayerNorm,
-        tuple(range(num_heads)),
-    )
+def _layer(encoder: Any, layer: Any) -> LayerModules:
+    names = _known(encoder).layer.keys() - set(WITHOUT_WEIGHTS)
+    heads = range(encoder.config.num_attention_heads)
+    heads = getattr(layer.attention, "heads", heads)  # fewer where distilbert_fast's own class was pruned
+    return LayerModules(**{name: part(encoder, layer, name) for name in names}, heads=tuple(heads))

@@ -12,20 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = {"bert": "BERT", "roberta": "RoBERTa", "distilbert": "DistilBERT"}  # config.model_type: what we call it
+FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items()}  # what we call them
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
-# What of a head may start at random, to be trained.
-_HEADS = {
-    "SequenceClassification": ("classifier.", "pre_classifier.", "bert.pooler."),
-    "MaskedLM": ("cls.predictions.", "lm_head.", "vocab_"),
-    "QuestionAnswering": ("qa_outputs.",),
-    "TokenClassification": ("classifier.",),
-}
 
 
 class CheckpointError(ValueError):
@@ -49,8 +44,7 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {error}") from error
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"checkpoint: {str(source)!r}: expected a {', '.join(FAMILIES.values())} model, "
-            f"got model_type {model_type!r}"
+            f"checkpoint: {str(source)!r}: expected a {', '.join(SHAPES)} model, got model_type {model_type!r}"
         )
     for file in _weight_files(directory, source):
         _check_whole(file)
@@ -115,7 +109,8 @@ def load_with_head(
             directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config
         )
     absent = sorted([*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])])
-    random = tuple(name for name in absent if new_head and name.startswith(_HEADS[head]))
+    parts = ARCHITECTURES[model.config.model_type].heads[f"For{head}"].values()
+    random = tuple(name for name in absent if new_head and name.startswith(tuple(f"{part}." for part in parts)))
     absent = [name for name in absent if name not in random]
     if absent:
         raise CheckpointError(
@@ -136,13 +131,22 @@ def load_with_head(
 
 
 def load_tokenizer(directory: Path, head: str) -> PreTrainedTokenizerBase:
-    """The tokenizer for a head. For "TokenClassification" RoBERTa's reads words one by one as it reads them in a text,
-    where a space stands before each."""
+    """The tokenizer for a head. For "TokenClassification" it reads words one by one as it reads them in a text, where a
+    space stands before each, which RoBERTa's must be told."""
     from transformers import AutoTokenizer
 
-    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
-    spaced = head == "TokenClassification" and model_type == "roberta"
-    return AutoTokenizer.from_pretrained(directory, **({"add_prefix_space": True} if spaced else {}))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if head == "TokenClassification" and _leaves_out_spaces(tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(directory, add_prefix_space=True)
+    return tokenizer
+
+
+def _leaves_out_spaces(tokenizer: Any) -> bool:
+    """Whether words tell apart whether a space is before them, and a text's first one is read as if it had none."""
+    splitter = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    state = {} if splitter is None else json.loads(splitter.__getstate__())
+    parts = [state, *state.get("pretokenizers", ())]
+    return any(part.get("add_prefix_space") is False or part.get("prepend_scheme") == "never" for part in parts)
 
 
 def _download(name: str) -> Path:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
+from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
 from distilbert_fast.modeling.calibration import batches
-from distilbert_fast.modeling.encoder import DistilBertModel, encoder_modules, find_encoder, reads_first_token
+from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._operator import is_eager
 
@@ -38,10 +38,11 @@ def optimize(
     cuda_graphs: int = GRAPHS,
     keep_padding: bool | None = None,
 ) -> Model:
-    """Accelerate a DistilBERT, BERT or RoBERTa model for inference, in place.
+    """Accelerate an encoder of transformers for inference, in place.
 
     Args:
-        model: a transformers encoder, with any task head or none. Changed in place, so that pipelines and
+        model: a DistilBERT, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, Data2VecText, ELECTRA (embeddings as wide as its
+            layers) or ERNIE (no task types), with any task head or none. Changed in place, so that pipelines and
             sentence-transformers that hold it are accelerated too.
         precision: "fp32", "bf16", "fp16" or "int8" (dynamic scales, one a token and one a weight row) for the
             encoder's linear layers and attention; outputs and task head keep the dtype of the model. None: as
@@ -81,7 +82,8 @@ def optimize(
     packs its own weights, uncalibrated.
 
     Raises:
-        TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision; a calibration
+        TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision; weights of several
+            dtypes (LayerNorms in float32 beside half precision aside) or float64 ones for int8; a calibration
             that holds nothing, or something else than texts or batches, or is given for a model that is not int8.
     """
     if precision is not None:
@@ -89,7 +91,7 @@ def optimize(
     encoder: Any = find_encoder(model, OP)
     if keep_padding is None:
         known = type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
-        asks = type(model).__name__.endswith("ForQuestionAnswering") or getattr(encoder, "always_keep_padding", False)
+        asks = reads_padding(model) or getattr(encoder, "always_keep_padding", False)
         keep_padding = asks or not (known or model is encoder)
     accelerator = Accelerator(precision, keep_padding, cuda_graphs)
     run_aside(lambda: accelerator.pack(encoder))
@@ -124,7 +126,7 @@ def pack_encoder(
     Raises:
         TypeError, ValueError: as ``optimize`` and ``Engine.from_model`` do.
     """
-    modules = encoder_modules(find_encoder(model, PACK), PACK)
+    modules = encoder_modules(find_encoder(model, PACK), PACK, precision)
     engine = run_aside(lambda: Engine.from_model(modules, precision, head_mask))
     if calibration is None:
         return engine
@@ -315,11 +317,10 @@ def _encode(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honou
             if keep_padding and padding.empty and self.config._attn_implementation == "eager":
                 return "a sequence without tokens, where eager attention attends to padding"
 
-    distilbert = isinstance(self, DistilBertModel)
     encoded = engine.encode(
         input_ids,
         attention_mask,
-        None if distilbert else given.get("token_type_ids"),  # transformers ignores them there
+        None if engine.token_type is None else given.get("token_type_ids"),  # transformers ignores them there
         given.get("position_ids"),
         head_mask,
         bool(hidden_states),
@@ -327,12 +328,7 @@ def _encode(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honou
         num_tokens,
         keep_padding,
     )
-    last = encoded.last  # [B, T, C] or, the first rows, [B, 1, C]
-    if distilbert:
-        output: Any = BaseModelOutput(last_hidden_state=last)
-    else:
-        pooled = None if self.pooler is None else self.pooler(last)
-        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)
+    output = encoder_output(self, encoded.last)  # [B, T, C] or, the first rows, [B, 1, C]
     if hidden_states:
         output["hidden_states"] = encoded.hidden_states
     return_dict = given.get("return_dict", getattr(self.config, "return_dict", True))

@@ -71,16 +71,17 @@ def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) ->
 def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterator[tuple[str, nn.Linear]]:
     """The float linear layers to quantize, with their dotted names in ``model``."""
     # Not above: ``register`` runs in the middle of transformers' own import, before any of its models can be.
-    from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
+    from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder
 
     encoder = find_encoder(model, caller)
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         _check.refuse(caller, "model", "a float model", "one that is int8 already")
+    check_weights(encoder, "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
     words = encoder.get_input_embeddings().weight
-    output = model.get_output_embeddings()
+    float_ones = (model.get_output_embeddings(), getattr(encoder, "embeddings_project", None))
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or config.skips(name) or module is output or module.weight is words:
+        if type(module) is not nn.Linear or config.skips(name) or module in float_ones or module.weight is words:
             continue
         if config.heads or id(module) in inside:
             yield name, module
