@@ -109,6 +109,7 @@ class Architecture:
         pools_by: between the pooler and the classifier of a sequence: "relu", "tanh" or "gelu".
         output: what the encoder returns, of ``transformers.modeling_outputs``.
         vocabulary_activation: the module of the masked-LM head after "transform"; None: erf-GELU, whatever the config.
+        vocabulary_transform: the module that makes "transform", activation and "norm" in one; None: there is none.
         after_padding: positions count from pad_token_id + 1, and only of other ids.
         layers: the encoder's list of layers.
         layer: the modules of a layer, under the names of ``LayerModules``, and "activation".
@@ -124,6 +125,7 @@ class Architecture:
     pools_by: str
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
     vocabulary_activation: str | None = None
+    vocabulary_transform: str | None = None
     after_padding: bool = False
     layers: str = "encoder.layer"
     layer: Mapping[str, str]
@@ -148,6 +150,7 @@ def _bert(model_type: str, name: str, prefix: str) -> Architecture:
         heads=_bert_heads(model_type),
         pools_by="tanh",
         vocabulary_activation="cls.predictions.transform.transform_act_fn",
+        vocabulary_transform="cls.predictions.transform",
         layer=_BERT_LAYER,
     )
 
@@ -191,6 +194,7 @@ ELECTRA = Architecture(
     heads=_ELECTRA_HEADS,
     pools_by="gelu",
     output="BaseModelOutputWithPastAndCrossAttentions",
+    vocabulary_transform="generator_predictions",
     layer=_BERT_LAYER,
 )
 # By the model_type of their configs.

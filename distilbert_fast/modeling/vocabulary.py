@@ -31,9 +31,10 @@ def vocabulary_head(model: Any, caller: str) -> VocabularyHead:
     architecture, head = head_of(type(model)) or (None, "")
     if architecture is None or head != "ForMaskedLM":
         _check.refuse(caller, "model", "a DistilBERT, BERT or RoBERTa for masked LM", type(model).__name__, TypeError)
-    dense, norm, projection = (
-        attrgetter(architecture.heads[head][part])(model) for part in ("transform", "norm", "projection")
-    )
+    parts = architecture.heads[head]
+    dense, norm, projection = (attrgetter(parts[part])(model) for part in ("transform", "norm", "projection"))
+    if architecture.vocabulary_transform is not None:
+        return VocabularyHead(attrgetter(architecture.vocabulary_transform)(model), projection)
     name = architecture.vocabulary_activation
     activation = gelu if name is None else attrgetter(name)(model)
     return VocabularyHead(lambda x: norm(activation(dense(x))), projection)
