@@ -192,7 +192,7 @@ def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *
     )  # none in a new instance, from its from_pretrained say
     honoured = ours or self.config._attn_implementation == "distilbert_fast"
     if accelerator is not None:
-        output = _serve(self, accelerator, given, honoured) if len(args) <= len(names) else "too many arguments"
+        output = _serve(self, accelerator, given, names, honoured) if len(args) <= len(names) else "too many arguments"
         if not isinstance(output, str):
             return output
         if kwargs.get("head_mask") is not None and not honoured:
@@ -243,21 +243,31 @@ def _read_by(attention: str) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _unknown(names: Iterable[str], attention: str) -> str | None:
-    """Of the arguments of a call one that may change the result and that the engine does not know."""
-    for name in names:
+def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str | None:
+    """Of the arguments of a call one that may change the result and that the engine does not know.
+
+    Args:
+        names: the encoder's own; every other one goes to the attention.
+    """
+    for name in given:
         if name in _KNOWN:
             continue
-        if name in _VARIANTS or attention not in _OWN_ATTENTIONS or name in _read_by(attention):
+        read = name in names or name in _VARIANTS or attention not in _OWN_ATTENTIONS or name in _read_by(attention)
+        if read:
             return name
     return None
 
 
 @torch.compiler.disable
-def _serve(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honoured: bool) -> Any:
+def _serve(
+    self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
+) -> Any:
     """The encoder's output from the engine, or why its own forward must make it. Counts either.
 
-    ``honoured``: that forward knows head masks, also of more dimensions than the engine does.
+    Args:
+        given: the arguments of the call.
+        names: those that its own forward has names for.
+        honoured: whether it knows head masks, also of more dimensions than the engine does.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         output: Any = "a tracer runs"
@@ -265,7 +275,7 @@ def _serve(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honour
         accelerator.suspect()
         output = "training mode"
     else:
-        output = _encode(self, accelerator, given, honoured)
+        output = _encode(self, accelerator, given, names, honoured)
     accelerator.count(output if isinstance(output, str) else None)
     if log.isEnabledFor(logging.INFO):
         served = f"transformers' forward: {output}" if isinstance(output, str) else "engine"
@@ -273,13 +283,15 @@ def _serve(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honour
     return output
 
 
-def _encode(self: Any, accelerator: Accelerator, given: Mapping[str, Any], honoured: bool) -> Any:
+def _encode(
+    self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
+) -> Any:
     given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
     input_ids, attention_mask, head_mask = map(given.get, ("input_ids", "attention_mask", "head_mask"))
     attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in _FLAGS)
     if input_ids is None:
         return "no input_ids"
-    unknown = _unknown(given, self.config._attn_implementation)
+    unknown = _unknown(given, names, self.config._attn_implementation)
     if unknown is not None:
         return f"argument {unknown}"
     if attentions:
