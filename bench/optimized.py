@@ -1,0 +1,99 @@
+"""What optimize() costs and gains around the encoder: python -m bench.optimized [--rounds 15] [--threads 2]
+
+gate    the share of a 1x16 call that goes into knowing that no weight has changed
+heads   sequence classification and question answering on 8 sequences of 44 to 128 tokens, padded to the longest: the
+        latter's logits at padding are computed, since its softmax runs over them
+
+Models have random weights; transformers' sdpa and ours take turns in one process, on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from bench.contest import machine
+from distilbert_fast import optimize
+
+MINILM = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+MODELS = {
+    "DistilBERT-base": lambda: transformers.DistilBertModel(transformers.DistilBertConfig()),
+    "BERT-base": lambda: transformers.BertModel(transformers.BertConfig()),
+    "MiniLM, 6 layers of 384": lambda: transformers.BertModel(transformers.BertConfig(**MINILM)),
+}
+LENGTHS = (44, 56, 68, 80, 92, 104, 116, 128)
+
+
+def gate(rounds: int) -> Table:
+    """Times the gate inside of calls, where the caches are as calls leave them."""
+    table = Table("model", "precision", "call, ms", "gate, µs", "share", title="unchanged weights, 1x16")
+    ids = torch.randint(1000, 2000, (1, 16))
+    for name, make in MODELS.items():
+        model = make().eval()
+        for precision in ("fp32", "int8"):
+            accelerator = optimize(model, precision)._accelerator
+            packed, gates, calls = type(accelerator).packed, [], []
+
+            def timed(encoder: Any, self: Any = accelerator, packed: Any = packed, gates: Any = gates) -> Any:
+                start = time.perf_counter()
+                found = packed(self, encoder)
+                gates.append(time.perf_counter() - start)
+                return found
+
+            accelerator.packed = timed
+            for _ in range(20 * rounds):
+                start = time.perf_counter()
+                model(ids)
+                calls.append(time.perf_counter() - start)
+            share = median(g / call for g, call in zip(gates, calls, strict=True))
+            table.add_row(
+                name, precision, f"{1e3 * median(calls):.2f}", f"{1e6 * median(gates):.0f}", f"{100 * share:.1f}%"
+            )
+    return table
+
+
+def heads(rounds: int) -> Table:
+    table = Table("head", "", "ms", "range", "as fast", title=f"8 sequences of {LENGTHS[0]} to {LENGTHS[-1]} tokens")
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(1000, 2000, mask.shape) * mask
+    for head in ("SequenceClassification", "QuestionAnswering"):
+        plain = getattr(transformers, f"DistilBertFor{head}")(transformers.DistilBertConfig()).eval()
+        models = {"transformers": plain} | {
+            f"optimize, {precision}": optimize(copy.deepcopy(plain), precision) for precision in ("fp32", "int8")
+        }
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for round_ in range(rounds + 1):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(ids, mask)
+                if round_ > 0:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        for name, ms in times.items():
+            ratio = median(a / b for a, b in zip(times["transformers"], ms, strict=True))
+            table.add_row(head, name, f"{median(ms):.0f}", f"{min(ms):.0f} to {max(ms):.0f}", f"{ratio:.2f}x")
+    return table
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    console.print(machine())
+    for part in (gate, heads):
+        console.print(part(arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()
