@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distilbert_fast.evaluation.tags import Scheme, is_outside, scheme_of
 from distilbert_fast.evaluation.texts import Text, tokenized
 
 
@@ -90,29 +91,28 @@ def mse(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted.double() - labels.double()).square().mean())
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Type, first word and the word after the last of each entity, by tags such as B-PER, I-PER and O.
+def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], scheme: Scheme | None = None) -> float:
+    """F1 of the entities of all sentences, right if type, first and last word are; 0 if there are none.
 
-    As CoNLL's own script and seqeval read them: an I- that continues no entity of its type begins one; B- and S- always
-    do; E- and S- end theirs. Tjong Kim Sang, De Meulder: CoNLL-2003, arXiv:cs/0306050.
+    `scheme`: what the tags are of; told by the tags themselves if None. Raises ValueError if they are of none.
     """
-    found: set[tuple[str, int, int]] = set()
-    current: tuple[str, int] | None = None  # type and first word of the entity that may go on
-    for at, tag in enumerate([*tags, "O"]):
-        prefix, _, kind = tag.partition("-")
-        if current is not None and not (prefix in ("I", "E") and kind == current[0]):
-            found.add((*current, at))
-            current = None
-        if current is None and prefix != "O":
-            current = kind, at
-        if current is not None and prefix in ("E", "S"):
-            found.add((*current, at + 1))
-            current = None
-    return found
-
-
-def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> float:
-    """F1 of the entities of all sentences, right if type, first and last word are; 0 if there are none."""
-    pairs = [(entities(one), entities(other)) for one, other in zip(predicted, true, strict=True)]
+    names = {tag for tags in (*predicted, *true) for tag in tags}
+    scheme = scheme or scheme_of(names)
+    if scheme is None:
+        if all(map(is_outside, names)):
+            return 0.0
+        raise ValueError(f"entity_f1: expected tags such as B-PER, I-PER and O, got {', '.join(sorted(names))}")
+    pairs = [(scheme.entities(one), scheme.entities(other)) for one, other in zip(predicted, true, strict=True)]
     right = sum(len(found & there) for found, there in pairs)
     return 2 * right / max(1, sum(len(found) + len(there) for found, there in pairs))
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Type, first word and the word after the last of each entity of a sentence; see `Scheme.entities`.
+
+    Raises ValueError for tags that are of no scheme.
+    """
+    scheme = scheme_of(tags)
+    if scheme is None and not all(map(is_outside, tags)):
+        raise ValueError(f"entities: expected tags such as B-PER, I-PER and O, got {', '.join(tags)}")
+    return set() if scheme is None else scheme.entities(tags)

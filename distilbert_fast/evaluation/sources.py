@@ -4,53 +4,136 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow.json
 import pyarrow.parquet
+
+from distilbert_fast.text_files import check_file, lines, read_text
 
 FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 EVAL_PERCENT = 10  # of a file's rows when no evaluation file is given
 EVAL_SPLITS = ("validation", "validation_matched", "test")  # of a hub data set, the best first
 
 
-def check_file(op: str, argument: str, path: Path) -> None:
-    """Raise ValueError for a file that is missing or empty."""
-    if not path.is_file():
-        raise ValueError(f"{op}: {argument}: no such file: {str(path)!r}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{op}: {argument}: {str(path)!r} is empty")
+@dataclass(frozen=True)
+class Table:
+    """The cells of a file, column by column, as they are written: what CSV and TSV hold, and numbers in JSONL, as str.
+
+    Attributes:
+        columns: cells by the name of their column.
+        class_names: of columns whose numbers stand for names, as `datasets` writes them to Parquet.
+    """
+
+    columns: Mapping[str, list[Any]]
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
 
 
-def read_table(op: str, argument: str, path: Path) -> pyarrow.Table:
-    """A file of one of `FORMATS` as an Arrow table.
+def read_table(op: str, argument: str, path: Path) -> Table:
+    """A file of one of `FORMATS`; no "NA" becomes a null, no 1 a 1.0, no "2020-01-01" a date.
 
-    CSV and TSV values stay as written: no "NA" becomes a null, no 1 a 1.0. Raises ValueError with the reader's reason.
+    Raises ValueError with the reader's reason.
     """
     kind = FORMATS[path.suffix.lower()]
+    check_file(op, argument, path)
+    text = "" if kind == "Parquet" else read_text(op, argument, path)
     try:
-        return _table(kind, path)
-    except (OSError, ValueError, Warning, pyarrow.ArrowException) as error:
+        if kind == "Parquet":
+            return _parquet(path)
+        return _jsonl(text) if kind == "JSONL" else _separated(kind, text)
+    except (OSError, ValueError, Warning, RecursionError, pyarrow.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if kind == "CSV" and "\t" in lines(text)[0]:
+            reason += "; if tabs separate its columns, name it .tsv"
         raise ValueError(f"{op}: {argument}: cannot read {str(path)!r} as {kind}: {reason}") from error
 
 
-def _table(kind: str, path: Path) -> pyarrow.Table:
-    if kind == "Parquet":
-        return pyarrow.parquet.read_table(path)
-    if kind == "JSONL":
-        return pyarrow.json.read_json(path)
+def _parquet(path: Path) -> Table:
+    from datasets import Features
+
+    table = pyarrow.parquet.read_table(path)
+    _refuse_twice(table.column_names)
+    features = Features.from_arrow_schema(table.schema)
+    names = {name: class_names(feature) for name, feature in features.items()}
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return Table(columns, {name: found for name, found in names.items() if found})
+
+
+def _jsonl(text: str) -> Table:
+    """An object a line. `json`, since Arrow's reader makes dates of strings and stops at rows above its block size."""
+    rows = []
+    for number, line in enumerate(lines(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(
+                line, parse_int=str, parse_float=str, parse_constant=_refuse_constant, object_pairs_hook=_object
+            )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number}: expected an object, got {shortened(row)}")
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _separated(kind: str, text: str) -> Table:
     import pandas
 
-    dialect = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
+    how: dict[str, Any] = {"dtype": str, "na_filter": False, "index_col": False}
+    how |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
+    header = pandas.read_csv(io.StringIO(text, newline=""), header=None, nrows=1, **how)
+    _refuse_twice([name for name in header.iloc[0] if name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header, cut silently
-        frame = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig", **dialect)
-    return pyarrow.Table.from_pandas(frame)
+        frame = pandas.read_csv(io.StringIO(text, newline=""), **how)
+    return Table({name: frame[name].tolist() for name in frame.columns})
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column {twice[0]!r} is there more than once")
+
+
+def class_names(feature: Any) -> Sequence[str] | None:
+    """The names that the numbers of a column, or of lists in it, stand for; `feature` is of `datasets`."""
+    names: Sequence[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
+    return names
+
+
+def as_written(cell: object) -> str | None:
+    """A text or a number as text, "" for a missing one; None for what is neither, such as a list or a date."""
+    if cell is None or cell != cell:  # NaN
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    return str(cell) if isinstance(cell, (str, int, float, Decimal)) else None
+
+
+def shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def file_name(path: Path) -> str:

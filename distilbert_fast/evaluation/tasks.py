@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from distilbert_fast.evaluation.sources import (
     EVAL_SPLITS,
     FORMATS,
-    check_file,
+    as_written,
+    class_names,
     class_order,
     file_name,
     folded,
@@ -23,7 +24,9 @@ from distilbert_fast.evaluation.sources import (
     is_held_out,
     names_in_order,
     read_table,
+    shortened,
 )
+from distilbert_fast.text_files import check_file, lone_surrogate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +37,7 @@ BUILT_IN = "stdlib-docs"
 SENTENCE = ("sentence",)
 # Columns of pairs, as GLUE's data sets have them.
 PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
-NO_LABEL = -1  # in data sets of the hub whose labels have names
+NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
 
 Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
@@ -113,8 +116,9 @@ def load_task(
             `"owner/set/config"`. With `data` it is only the name that reports show. Of a hub data set the split
             `validation` is evaluated on (mnli: `validation_matched`), or else `test`; rows without label are left out.
         data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
-            `label`. TSV files have no quoting, CSV files quote with `"`; both are UTF-8 and start with a line of column
-            names.
+            `label`. TSV files have no quoting, CSV files quote with `"`; both start with a line of column names. Texts
+            are taken as they are, labels without the spaces around them. A Parquet file that `datasets` wrote has the
+            names of its classes, and its rows without label are left out as those of the hub are.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
             pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
@@ -122,23 +126,25 @@ def load_task(
 
     Raises:
         ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
-            other columns than each other; a label without a text or the reverse; a single class or number; a label
-            that is no number for a regression, or one with a fraction for classes; an evaluation label unknown to the
-            training split; a name that is neither built in nor on the hub.
+            other columns than each other; a file that is not UTF-8 or holds a NUL byte; a label without a text or the
+            reverse; what is no text, half a character among it; several labels in a row; the label -1 for a class
+            (see above: on the hub it stands for no label); a single class or number; a label that is no number for a
+            regression, or one with a fraction for classes; an evaluation label unknown to the training split; a name
+            that is neither built in nor on the hub.
     """
     if max_train_rows is not None and max_train_rows < 2:
         raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
     if data is not None:
-        train, columns = _read_file("data", Path(data), regression)
+        train, columns, names = _read_file("data", Path(data), regression)
         held_out = None
         if eval_data is not None:
-            held_out, others = _read_file("eval_data", Path(eval_data), regression)
+            held_out, others, _ = _read_file("eval_data", Path(eval_data), regression)
             if others != columns:
                 raise ValueError(
                     f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
                     f"{' and '.join(others)}"
                 )
-        task = _task(name or file_name(Path(data)), train, held_out, columns, regression)
+        task = _task(name or file_name(Path(data)), train, held_out, columns, regression, names)
     elif eval_data is not None:
         raise ValueError("load_task: eval_data: given without data")
     elif name is None or name == BUILT_IN:
@@ -166,24 +172,28 @@ def _stdlib_docs() -> Task:
     return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
 
 
-def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows of one file, labels as written or numbers, and the columns of their texts."""
+def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...], Sequence[str] | None]:
+    """The rows of one file, labels as written or numbers; the columns of their texts; the names of its classes."""
     if path.is_file() and path.suffix.lower() not in FORMATS:
         raise ValueError(f"load_task: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
     check_file("load_task", argument, path)
     table = read_table("load_task", argument, path)
-    columns = _text_columns(table.column_names)
-    missing = [column for column in (*columns, "label") if column not in table.column_names]
+    columns = _text_columns([*table.columns])
+    missing = [column for column in (*columns, "label") if column not in table.columns]
     if missing:
+        found = ", ".join(table.columns)
         raise ValueError(
             f"load_task: {argument}: {str(path)!r} has no column {' and no column '.join(missing)}; "
-            f"its columns: {', '.join(table.column_names)}"
+            f"its columns: {found if len(found) <= 99 else f'{found[:99]}… (its first line must name them)'}"
         )
     if len(table) == 0:
         raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
-    texts = [table[column].to_pylist() for column in columns]
-    source = f"{argument}: {str(path)!r}"
-    return _rows(source, columns, texts, table["label"].to_pylist(), regression), columns
+    texts = [table.columns[column] for column in columns]
+    names = table.class_names.get("label")
+    rows = _rows(f"{argument}: {str(path)!r}", columns, texts, table.columns["label"], regression, names)
+    if not rows:
+        raise ValueError(f"load_task: {argument}: {str(path)!r} has no row with a label")
+    return rows, columns, names
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -194,19 +204,60 @@ def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _rows(
-    source: str, columns: Sequence[str], texts: Sequence[Iterable[object]], labels: Iterable[object], regression: bool
+    source: str,
+    columns: Sequence[str],
+    texts: Sequence[Iterable[object]],
+    labels: Iterable[object],
+    regression: bool,
+    names: Sequence[str] | None,
 ) -> list[Row]:
-    """The rows of texts [columns][N] and labels [N]: strings that are not empty; for a regression labels are floats."""
+    """The rows of texts [columns][N] and labels [N]: texts as they are; for a regression labels are floats.
+
+    Labels that are numbers with `names` become these, and rows with NO_LABEL are left out.
+    """
     rows: list[Row] = []
-    for number, row in enumerate(zip(*texts, labels, strict=True), start=1):
-        *cells, label = ("" if cell is None else str(cell).strip() for cell in row)
-        if "" in (*cells, label):
-            empty = (*columns, "label")[(*cells, label).index("")]
-            raise ValueError(f"load_task: {source}: row {number} has an empty {empty}")
-        if regression and _number(label) is None:
-            raise ValueError(f"load_task: {source}: row {number}: expected a number as label, got {label!r}")
-        rows.append((tuple(cells), _number(label) if regression else label))
+    for number, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
+        if names and given == NO_LABEL:
+            continue
+        row = f"load_task: {source}: row {number}"
+        found = tuple(_text(row, column, cell) for column, cell in zip(columns, cells, strict=True))
+        label = _label(row, given)
+        value = _number(label)
+        if regression:
+            if value is None:
+                raise ValueError(f"{row}: expected a number as label, got {label!r}")
+            rows.append((found, value))
+            continue
+        if names:
+            if not isinstance(given, int) or not 0 <= given < len(names):
+                raise ValueError(f"{row}: expected a label of 0 to {len(names) - 1}, got {label}")
+            label = names[given]
+        elif value == NO_LABEL:
+            raise ValueError(
+                f"{row} has the label {label}, which stands for no label in data sets of the hub; leave the row out, "
+                "or give its class another name"
+            )
+        rows.append((found, label))
     return rows
+
+
+def _text(row: str, column: str, cell: object) -> str:
+    text = as_written(cell)
+    if text is None:
+        raise ValueError(f"{row}: expected a text as {column}, got {shortened(cell)}")
+    if not text.strip():
+        raise ValueError(f"{row} has an empty {column}")
+    if (half := lone_surrogate(text)) is not None:
+        raise ValueError(f"{row}: expected a text as {column}, got {half}")
+    return text
+
+
+def _label(row: str, cell: object) -> str:
+    """One label; a list, also one that a CSV file has as text, is several."""
+    listed = isinstance(cell, str) and re.fullmatch(r"""\s*\[\s*(["'\d-].*)?\]\s*""", cell, re.DOTALL)
+    if listed or as_written(cell) is None:
+        raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
+    return _text(row, "label", cell).strip()
 
 
 def _number(label: str) -> float | None:
@@ -235,26 +286,30 @@ def _from_hub(name: str, regression: bool) -> Task:
     if not train:
         raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
     held_out = (_labelled(name, splits[split], reading, regression) for split in EVAL_SPLITS if split in splits)
-    task = _task(name, train, next(filter(None, held_out), None), columns, regression)
-    class_names = getattr(label, "names", None)
-    if class_names and len(class_names) == len(task.label_names):
-        return dataclasses.replace(task, label_names=tuple(class_names))
-    return task
+    return _task(name, train, next(filter(None, held_out), None), columns, regression, class_names(label))
 
 
 def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
     """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
-    if hasattr(split.features["label"], "names"):
-        split = split.select([i for i, label in enumerate(split["label"]) if label != NO_LABEL])
-    return _rows(f"name: {name!r}", columns, [split[column] for column in columns], split["label"], regression)
+    texts = [split[column] for column in columns]
+    names = class_names(split.features["label"])
+    return _rows(f"name: {name!r}", columns, texts, split["label"], regression, names)
 
 
-def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tuple[str, ...], regression: bool) -> Task:
+def _task(
+    name: str,
+    train: list[Row],
+    held_out: list[Row] | None,
+    columns: tuple[str, ...],
+    regression: bool,
+    class_names: Sequence[str] | None,
+) -> Task:
+    """Classes are in the order of `class_names`, where there is one."""
     labels = {label for _, label in train}
     if len(labels) < 2:
         what = "numbers" if regression else "classes"
         raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
-    if not regression:
+    if not regression and not class_names:
         _refuse_fractions(labels)
     if held_out is None:
         chosen = [is_held_out(folded(texts)) for texts, _ in train]
@@ -279,7 +334,7 @@ def _task(name: str, train: list[Row], held_out: list[Row] | None, columns: tupl
             f"load_task: the evaluation split has the label {alien[0]!r}, which the training split has not; "
             f"its labels: {', '.join(map(repr, _label_order(labels)))}"
         )
-    names = _label_order(labels)
+    names = tuple(name for name in class_names if name in labels) if class_names else _label_order(labels)
     index = {label: i for i, label in enumerate(names)}
     splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
     return Task(name, splits[0], splits[1], names, columns)

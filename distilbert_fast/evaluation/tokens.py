@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from distilbert_fast.evaluation import metrics
+from distilbert_fast.evaluation.conll import Tagged, read_conll
 from distilbert_fast.evaluation.sources import (
     EVAL_SPLITS,
-    check_file,
+    as_written,
+    class_names,
     class_order,
     file_name,
     folded,
@@ -31,17 +34,18 @@ from distilbert_fast.evaluation.sources import (
     is_held_out,
     names_in_order,
     read_table,
+    shortened,
 )
+from distilbert_fast.evaluation.tags import Scheme, is_outside, odd_one, scheme_of
+from distilbert_fast.text_files import lone_surrogate, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 OP = "load_tokens"
-OUTSIDE = "O"
 TAG_COLUMNS = ("tags", "ner_tags")
+_NUMBER = re.compile(r"-?\d+")
 IGNORED = -100  # the label of a token that is no word's first, as in torch and transformers
-
-Rows = list[tuple[tuple[str, ...], tuple[str, ...]]]  # words and tags of sentences
 
 
 class Sentence(NamedTuple):
@@ -69,10 +73,16 @@ class TagTask:
         """SHA-256 of all words, tags and tag names: equal for equal tasks on any machine."""
         return hashlib.sha256(json.dumps([self.tag_names, self.train, self.eval]).encode()).hexdigest()
 
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How tags mark entities, if they do; a tag that only a teacher has may be of no scheme, and is outside."""
+        used = {self.tag_names[tag] for row in (*self.train, *self.eval) for tag in row.tags}
+        return scheme_of(used) or scheme_of(self.tag_names)
+
     @property
     def has_entities(self) -> bool:
-        """Whether tags mark the first and further words of entities, such as B-PER and I-PER, or B and I."""
-        return any(name != OUTSIDE for name in self.tag_names) and all(map(_is_of_entity, self.tag_names))
+        """Whether tags mark entities, as B-PER, I-PER and O do; see `tags.py` for all ways to write them."""
+        return self.scheme is not None
 
     def for_classes(self, names: Sequence[str], kept: bool) -> TagTask:
         """The same task, its tags numbered as a teacher numbers its own, who may know more; see `class_order`."""
@@ -97,33 +107,45 @@ def load_tokens(
     Args:
         name: a hub data set, `"owner/set"` or `"owner/set/config"`, with the columns `tokens` and `ner_tags` or `tags`.
             With `data` it is only the name that reports show.
-        data: a .jsonl or .parquet file with the columns `tokens` and `tags` or `ner_tags`, lists of strings; or any
-            other file of CoNLL's form in UTF-8: a word a line in the first column, its tag in the last one, columns
-            separated by a tab if there is one in the line, else by spaces; a blank line ends a sentence, and lines that
-            begin with -DOCSTART- are skipped.
+        data: a .jsonl or .parquet file with the columns `tokens` and `tags` or `ner_tags`, lists of strings (numbers
+            in a Parquet file that `datasets` wrote, which has their names); or any other file of CoNLL's form in UTF-8:
+            a word a line in the first column, its tag in the last one, columns separated by a tab if there is one in
+            the line, else by spaces; a blank line ends a sentence, and comments before one (`# sent_id = 1`) and lines
+            that begin with -DOCSTART- are skipped.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences of `data` are
             held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training sentences, chosen by hash; all when None.
 
     Raises:
         ValueError: a file that is missing, empty or of another form, with the number of the line or row; a single tag;
-            tags of which only some are of CoNLL's form; an evaluation tag of a kind that the training split has not; a
-            name that is not on the hub.
+            tags that are numbers without names; tags of which only some mark entities, or types that differ in case
+            alone; an evaluation tag of a kind that the training split has not; a name that is not on the hub.
     """
     if max_train_rows is not None and max_train_rows < 2:
         raise ValueError(f"{OP}: max_train_rows: expected at least 2, got {max_train_rows}")
     names: Sequence[str] | None = None
-    held_out: Rows | None = None
+    found: list[Tagged]  # for training and, if there are others, for evaluation
     if data is not None:
-        train = _read_file("data", Path(data))
-        held_out = None if eval_data is None else _read_file("eval_data", Path(eval_data))
+        given = [("data", Path(data)), *([] if eval_data is None else [("eval_data", Path(eval_data))])]
+        found = [_read_file(argument, path) for argument, path in given]
+        sources = [f"{argument}: {str(path)!r}" for argument, path in given]
         name = name or file_name(Path(data))
     elif eval_data is not None:
         raise ValueError(f"{OP}: eval_data: given without data")
     elif name is None:
         raise ValueError(f"{OP}: data: expected a file, or the name of a hub data set, got neither")
     else:
-        train, held_out, names = _from_hub(name)
+        found, names = _from_hub(name)
+        sources = [f"name: {name!r}"] * len(found)
+    used = {tag for tagged in found for tag in tagged.places}
+    odd = odd_one(used)
+    for source, tagged in zip(sources, found, strict=True):
+        if odd in tagged.places:
+            raise ValueError(
+                f"{OP}: {source}: {tagged.places[odd]}: expected tags such as B-PER, I-PER and O, got {odd!r} among "
+                f"{', '.join(map(repr, sorted(used - {odd})[:9]))}"
+            )
+    train, held_out = found[0].rows, found[1].rows if len(found) > 1 else None
     if held_out is None:
         chosen = [is_held_out(folded(words)) for words, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
@@ -135,12 +157,9 @@ def load_tokens(
                 "eval_data"
             )
     if names is None:
-        names = _tag_names(train, held_out)
+        names = _tag_names(*({tag for _, tags in rows for tag in tags} for rows in (train, held_out)))
     if len(names) < 2:
         raise ValueError(f"{OP}: data: expected at least 2 tags, got only {names[0]!r}")
-    odd = [tag for tag in names if not _is_of_entity(tag)]
-    if odd and any(re.match("[BI]-", tag) for tag in names):
-        raise ValueError(f"{OP}: data: expected tags such as B-PER, I-PER and O, got {odd[0]!r} among them")
     if max_train_rows is not None:
         order = sorted(range(len(train)), key=lambda i: hashed("\0".join([*train[i][0], str(i)])))
         train = [train[i] for i in sorted(order[:max_train_rows])]
@@ -151,14 +170,16 @@ def load_tokens(
     return TagTask(name, splits[0], splits[1], tuple(names))
 
 
-def _read_file(argument: str, path: Path) -> Rows:
-    check_file(OP, argument, path)
-    source = f"{argument}: {str(path)!r}"
+def _read_file(argument: str, path: Path) -> Tagged:
+    source = f"{OP}: {argument}: {str(path)!r}"
     if path.suffix.lower() not in (".jsonl", ".parquet"):
-        return _conll(source, path)
-    table = read_table(OP, argument, path)
-    column = _columns(source, table.column_names)
-    return _rows(source, table["tokens"].to_pylist(), table[column].to_pylist())
+        tagged = read_conll(source, read_text(OP, argument, path))
+    else:
+        table = read_table(OP, argument, path)
+        column = _columns(source, [*table.columns])
+        tagged = _sentences(source, table.columns["tokens"], table.columns[column], table.class_names.get(column))
+    _refuse_numbers(source, tagged)
+    return tagged
 
 
 def _columns(source: str, names: Sequence[str]) -> str:
@@ -166,94 +187,83 @@ def _columns(source: str, names: Sequence[str]) -> str:
     column = next((column for column in TAG_COLUMNS if column in names), None)
     if column is None or "tokens" not in names:
         raise ValueError(
-            f"{OP}: {source} has no columns tokens and {' (or '.join(TAG_COLUMNS)}); its columns: {', '.join(names)}"
+            f"{source} has no columns tokens and {' (or '.join(TAG_COLUMNS)}); its columns: {', '.join(names)}"
         )
     return column
 
 
-def _rows(source: str, words: Iterable[Any], tags: Iterable[Any]) -> Rows:
-    """Lists of words and of tags, each a string or a number."""
-    rows: Rows = []
+def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Sequence[str] | None) -> Tagged:
+    """Of lists of words and of tags, each a text or a number; where numbers have `names`, these."""
+    tagged = Tagged()
     for number, row in enumerate(zip(words, tags, strict=True), start=1):
+        place = f"{source}: row {number}"
         if not all(isinstance(of, list) for of in row) or len(row[0]) != len(row[1]):
-            found = " and ".join(f"{len(of)}" if isinstance(of, list) else repr(of) for of in row)
-            raise ValueError(f"{OP}: {source}: row {number}: expected lists of as many tokens as tags, got {found}")
-        found_words, found_tags = (tuple("" if cell is None else str(cell) for cell in of) for of in row)
-        if not all(cell.strip() for cell in (*found_words, *found_tags)):
-            raise ValueError(f"{OP}: {source}: row {number} has an empty token or tag")
+            found = " and ".join(f"{len(of)}" if isinstance(of, list) else shortened(of) for of in row)
+            raise ValueError(f"{place}: expected lists of as many tokens as tags, got {found}")
+        kinds = [[_named(place, tag, names) for tag in row[1]] if names else row[1], row[0]]
+        found_tags, found_words = (tuple(_cell(place, cell) for cell in cells) for cells in kinds)
         if found_words:
-            rows.append((found_words, found_tags))
-    if not rows:
-        raise ValueError(f"{OP}: {source} holds no sentences")
-    return rows
+            tagged.rows.append((found_words, found_tags))
+        for tag in found_tags:
+            tagged.places.setdefault(tag, f"row {number}")
+    if not tagged.rows:
+        raise ValueError(f"{source} holds no sentences")
+    return tagged
 
 
-def _conll(source: str, path: Path) -> Rows:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other character ends a line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{OP}: {source}: {error}") from error
-    rows: Rows = []
-    words: list[str] = []
-    tags: list[str] = []
-    width = 0
-    for number, line in enumerate([*lines, ""], start=1):
-        columns = [cell.strip(" ") for cell in re.split("\t" if "\t" in line else " +", line.strip(" \t\r"))]
-        if columns in ([""], ["", ""]) or columns[0] == "-DOCSTART-":
-            if words:
-                rows.append((tuple(words), tuple(tags)))
-            words, tags = [], []
-            continue
-        width = width or len(columns)
-        if len(columns) < 2 or len(columns) != width or not (columns[0] and columns[-1]):
-            expected = "a word and its tag" if width < 2 else f"{width} columns as in the lines before"
-            raise ValueError(f"{OP}: {source}: line {number}: expected {expected}, got {line.strip()!r}")
-        words.append(columns[0])
-        tags.append(columns[-1])
-    if not rows:
-        raise ValueError(f"{OP}: {source} holds no sentences")
-    return rows
+def _named(place: str, tag: Any, names: Sequence[str]) -> str:
+    if not isinstance(tag, int) or not 0 <= tag < len(names):
+        raise ValueError(f"{place}: expected tags 0 to {len(names) - 1}, got {shortened(tag)}")
+    return names[tag]
 
 
-def _from_hub(name: str) -> tuple[Rows, Rows | None, Sequence[str] | None]:
+def _cell(place: str, cell: object) -> str:
+    text = as_written(cell)
+    if text is None or (half := lone_surrogate(text)) is not None:
+        raise ValueError(f"{place}: expected texts as tokens and tags, got {shortened(cell) if text is None else half}")
+    if not text.strip():
+        raise ValueError(f"{place} has an empty token or tag")
+    return text
+
+
+def _refuse_numbers(source: str, tagged: Tagged) -> None:
+    """The names of numbers are on the hub; without them nobody can say which tags are of entities."""
+    for tag, place in tagged.places.items():
+        if _NUMBER.fullmatch(tag):
+            raise ValueError(f"{source}: {place}: expected the names of tags, such as B-PER, got the number {tag}")
+
+
+def _from_hub(name: str) -> tuple[list[Tagged], Sequence[str] | None]:
     splits = hub_splits(OP, name)
-    source = f"name: {name!r}"
+    source = f"{OP}: name: {name!r}"
     column = _columns(source, splits["train"].column_names)
-    names = getattr(getattr(splits["train"].features[column], "feature", None), "names", None)
+    names = class_names(splits["train"].features[column])
     held_out = next((split for split in EVAL_SPLITS if split in splits), None)
-
-    def read(split: Dataset) -> Rows:
-        tags = split[column]
-        if names:
-            wrong = {tag for row in tags for tag in row if not 0 <= tag < len(names)}
-            if wrong:
-                raise ValueError(f"{OP}: {source}: expected tags 0 to {len(names) - 1}, got {wrong.pop()}")
-            tags = [[names[tag] for tag in row] for row in tags]
-        return _rows(source, split["tokens"], tags)
-
-    return read(splits["train"]), read(splits[held_out]) if held_out else None, names
+    parts = [splits[part] for part in ("train", held_out) if part]
+    found = [_sentences(source, split["tokens"], split[column], names) for split in parts]
+    if column == "ner_tags":
+        for tagged in found:
+            _refuse_numbers(source, tagged)
+    return found, names
 
 
-def _tag_names(train: Rows, held_out: Rows) -> list[str]:
+def _tag_names(known: set[str], used: set[str]) -> list[str]:
     """All tags; one of the evaluation split alone must be of a kind (PER of I-PER) that the training split has."""
-    known, used = ({tag for _, tags in rows for tag in tags} for rows in (train, held_out))
-    alien = sorted(tag for tag in used if _kind(tag) not in {OUTSIDE, *map(_kind, known)})
+    scheme = scheme_of(known | used)
+
+    def kind(tag: str) -> str:
+        return tag if scheme is None else scheme.split(tag)[1]
+
+    kinds = {kind(tag) for tag in known if not is_outside(tag)}
+    alien = sorted(tag for tag in used if kind(tag) not in kinds and not is_outside(tag))
     if alien:
         raise ValueError(
             f"{OP}: the evaluation split has the tag {alien[0]!r}, which the training split has not; its tags: "
             f"{', '.join(map(repr, sorted(known)))}"
         )
-    if all(re.fullmatch(r"-?\d+", tag) for tag in known | used):
+    if all(_NUMBER.fullmatch(tag) for tag in known | used):
         return sorted(known | used, key=int)
-    return sorted(known | used, key=lambda tag: (tag != OUTSIDE, _kind(tag), tag))
-
-
-def _is_of_entity(tag: str) -> bool:
-    return re.fullmatch(r"O|[BI]|[BIES]-.+", tag) is not None
-
-
-def _kind(tag: str) -> str:
-    return re.sub("^[BIES]-", "", tag)
+    return sorted(known | used, key=lambda tag: (not is_outside(tag), kind(tag), tag))
 
 
 class Pieces:
@@ -332,11 +342,13 @@ class Pieces:
         """Accuracy over all words; entity F1, where tags mark entities; agreement and KL, where there is a teacher."""
         logits = self.logits(model)
         names = self.task.tag_names
-        chosen = torch.full_like(self.truth, names.index(OUTSIDE) if OUTSIDE in names else -1)  # [W]
+        outside = next((at for at, name in enumerate(names) if is_outside(name)), -1)
+        chosen = torch.full_like(self.truth, outside)  # [W]
         chosen[self.words] = logits.argmax(dim=1)
         row = {"accuracy": float((chosen == self.truth).double().mean())}
-        if self.task.has_entities:
-            row = {"f1": metrics.entity_f1(self._tags(chosen), self._tags(self.truth)), **row}
+        if self.task.scheme is not None:
+            f1 = metrics.entity_f1(self._tags(chosen), self._tags(self.truth), self.task.scheme)
+            row = {"f1": f1, **row}
         if teacher is not None:
             taught = self.logits(teacher)
             row |= {"agreement": metrics.agreement(logits, taught), "kl": metrics.mean_kl(logits, taught)}

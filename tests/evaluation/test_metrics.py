@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from demo_input import bert, sentences
@@ -99,11 +101,63 @@ def test_numbers():
         ("E-PER E-PER S-LOC", "PER:0:1 PER:1:2 LOC:2:3"),
         ("B-A-B I-A-B", "A-B:0:2"),
         ("B I O I", ":0:2 :3:4"),  # one type without a name
+        ("PER-B PER-I O LOC-B", "PER:0:2 LOC:3:4"),  # the mark after the type
+        ("A-B-B A-B-I A-B-B", "A-B:0:2 A-B:2:3"),
+        ("b-org i-org o b-org", "org:0:2 org:3:4"),
+        ("B_PER I_PER O PER_B", None),
+        ("PER_B PER_I O", "PER:0:2"),
+        ("B-A_B I-A_B O", "A_B:0:2"),
+        ("B-X L-X U-X I-X L-X B-X I-X", "X:0:2 X:2:3 X:3:5 X:5:7"),  # BILOU
+        ("B-X M-X E-X S-X O M-X", "X:0:3 X:3:4 X:5:6"),  # BMES
+        ("B E S B M E", ":0:2 :2:3 :3:6"),
+        ("B-X E-X W-X", "X:0:2 X:2:3"),  # BMEWO
+        ("I-X E-X I-X I-X O E-X", "X:0:2 X:2:4 X:5:6"),  # IOE
+        ("PER PER O PER LOC", "PER:0:2 PER:3:4 LOC:4:5"),  # types alone
+        ("B-X L-X E-X", None),  # of two schemes
+        ("B-X X", None),
+        ("NOUN VERB", None),
     ],
 )
 def test_entities_as_conll_has_them(tags, found):
+    if found is None:
+        with pytest.raises(ValueError, match=r"^entities: expected tags such as B-PER, I-PER and O, got "):
+            metrics.entities(tags.split())
+        return
     spans = {f"{kind}:{start}:{stop}" for kind, start, stop in metrics.entities(tags.split())}
     assert spans == set(found.split())
+
+
+def conlleval(tags: list[str]) -> set[tuple[str, int, int]]:
+    """Entities by the rules of conlleval.pl: where a chunk ends and where one starts, of a tag and the one before."""
+    ends = {"EE", "EI", "EO", "EB", "ES", "SE", "SI", "SO", "SB", "SS", "BB", "BS", "BO", "IB", "IS", "IO"}
+    starts = {"EE", "EI", "SE", "SI", "OE", "OI"}
+    found, first = set(), 0
+    mark, kind = "O", ""
+    for at, tag in enumerate([*tags, "O"]):
+        now, _, sort = tag.partition("-")
+        if mark != "O" and (mark + now in ends or kind != sort):
+            found.add((kind, first, at))
+        if now in ("B", "S") or mark + now in starts or (now != "O" and kind != sort):
+            first = at
+        mark, kind = now, sort
+    return found
+
+
+@pytest.mark.parametrize("marks", ["BI", "I", "BIES", "IE", "BILU", "BMES", "BMEW"])
+@pytest.mark.parametrize("form", ["{mark}-{kind}", "{kind}-{mark}", "{mark}_{kind}", "{kind}_{mark}", "lower"])
+def test_entities_are_those_of_conlleval(marks, form):
+    """Of tags in any order, right or wrong, in every form that files have."""
+    draw = random.Random(f"{marks}{form}")
+    same = str.maketrans("LUMW", "ESIS")
+    for _ in range(60):
+        pairs = [draw.choice([("O", ""), *((mark, kind) for mark in marks for kind in "XY")]) for _ in range(9)]
+        plain = [f"{mark.translate(same)}-{kind}" if kind else "O" for mark, kind in pairs]
+        template = "{mark}-{kind}" if form == "lower" else form
+        written = [template.format(mark=mark, kind=f"T{kind}") if kind else "O" for mark, kind in pairs]
+        if form == "lower":
+            written = [tag.lower() for tag in written]
+        expected = {(f"t{kind.lower()}" if form == "lower" else f"T{kind}", *at) for kind, *at in conlleval(plain)}
+        assert metrics.entities(written) == expected
 
 
 def test_entity_f1():
@@ -115,3 +169,8 @@ def test_entity_f1():
     # the same place in another sentence is another entity
     assert metrics.entity_f1([["B-X"], ["O"]], [["O"], ["B-X"]]) == 0
     assert metrics.entity_f1([["O"]], [["O"]]) == 0
+    # a sentence of which the tags could be of another scheme than those of all
+    true = ["I-B O".split(), "X-B X-I".split()]
+    assert metrics.entity_f1(["X-B O".split(), true[1]], true) == 0.5
+    with pytest.raises(ValueError, match=r"^entity_f1: expected tags such as B-PER, I-PER and O, got DET, NOUN$"):
+        metrics.entity_f1([["DET"]], [["NOUN"]])

@@ -34,6 +34,17 @@ CONLL = {
     "tabs.tsv": "\ufeffEU\tB-ORG\nrejects\tO\nGerman\tB-MISC\ncall\tO\n\n\n\nPeter\tB-PER\nBlackburn\tI-PER",
     "windows.conll": "EU  B-ORG\r\nrejects  O \r\nGerman  B-MISC\r\ncall\tO\r\n\r\n-DOCSTART- O\r\nPeter B-PER\r\n"
     "Blackburn I-PER\r\n \r\n",
+    # a break that is a lone tab, or white space
+    "wnut.conll": "EU\tB-ORG\nrejects\tO\nGerman\tB-MISC\ncall\tO\n\t\nPeter\tB-PER\nBlackburn\tI-PER\n\t\t \n\t",
+    "mac.txt": "EU B-ORG\rrejects O\rGerman B-MISC\rcall O\r\rPeter B-PER\rBlackburn I-PER\r",
+    "conllu": "# newdoc id = a\n# sent_id = 1\n# text = EU rejects\nEU x y B-ORG\nrejects x y O\nGerman x y B-MISC\n"
+    "call x y O\n\n# newpar\n#\n# sent_id=2\n# 2\n#x = y\nPeter x y B-PER\nBlackburn x y I-PER\n\n# end\n",
+    "multiconer": "\n# id 5239\tdomain=en\nEU _ _ B-ORG\nrejects _ _ O\nGerman _ _ B-MISC\ncall _ _ O\n\n"
+    "# id 7f5a-4ee1\tdomain=en\nPeter _ _ B-PER\nBlackburn _ _ I-PER\n\n",
+    "two columns": "# id 5239\tdomain=en\nEU\tB-ORG\nrejects\tO\nGerman\tB-MISC\ncall\tO\n\n# 2\n# newpar\n# x y z\n"
+    "Peter\tB-PER\nBlackburn\tI-PER\n",
+    "ontonotes": "#begin document (x); part 000\nEU a B-ORG\nrejects b O\nGerman c B-MISC\ncall d O\n\nPeter e B-PER\n"
+    "Blackburn f I-PER\n\n#end document\n",
 }
 
 
@@ -46,6 +57,87 @@ def test_files_of_conll(tmp_path, name):
     assert task.tag_names == ("O", "B-MISC", "B-ORG", "B-PER", "I-PER")
     assert named(task, task.train) == named(task, task.eval) == ROWS
     assert task.has_entities
+
+
+def test_words_that_begin_as_comments_do(tmp_path):
+    """A # with a tag of the file's, and hashtags."""
+    path = tmp_path / "x"
+    path.write_text("# O\n1 O\n\n#hash B-X\ntag O\n\n# B-X\n# I-X\n\n#1 O\n\na O\n# O\n")
+    rows = [["#", "1"], ["#hash", "tag"], ["#", "#"], ["#1"], ["a", "#"]]
+    assert [list(row.words) for row in load_tokens(data=path, eval_data=path).train] == rows
+    path.write_text("#\t#\n1\tCD\n\n#\tNN\n#\tSYM\n")  # parts of speech
+    assert [list(row.words) for row in load_tokens(data=path, eval_data=path).train] == [["#", "1"], ["#", "#"]]
+    path.write_text("# B-X\n#a O\n")  # nothing but
+    assert load_tokens(data=path, eval_data=path).train[0].words == ("#", "#a")
+    path.write_text("is\tO\n\n# 1 fan\tB-X\nis\tO\n")  # words with spaces in them
+    assert load_tokens(data=path, eval_data=path).train[1].words == ("# 1 fan", "is")
+
+
+SCHEMES = {
+    "IOB1": ("EU I-ORG\nrejects O\nGerman I-MISC\ncall O\n\nPeter I-PER\nBlackburn I-PER\nJohn B-PER\n", "PER"),
+    "suffix": ("EU ORG-B\nrejects O\nGerman MISC-B\ncall O\n\nPeter PER-B\nBlackburn PER-I\nJohn PER-B\n", "PER"),
+    "lower": ("EU b-org\nrejects O\nGerman b-misc\ncall O\n\nPeter b-per\nBlackburn i-per\nJohn b-per\n", "per"),
+    "lower o": ("EU b-org\nrejects o\nGerman b-misc\ncall o\n\nPeter b-per\nBlackburn i-per\nJohn b-per\n", "per"),
+    "BIOES": ("EU S-ORG\nrejects O\nGerman S-MISC\ncall O\n\nPeter B-PER\nBlackburn E-PER\nJohn S-PER\n", "PER"),
+    "BILOU": ("EU U-ORG\nrejects O\nGerman U-MISC\ncall O\n\nPeter B-PER\nBlackburn L-PER\nJohn U-PER\n", "PER"),
+    "underscore": ("EU B_ORG\nrejects O\nGerman B_MISC\ncall O\n\nPeter B_PER\nBlackburn I_PER\nJohn B_PER\n", "PER"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_schemes_of_tags(tmp_path, tokenizer, name):
+    """Tags stay as written, and are scored as entities."""
+    content, person = SCHEMES[name]
+    path = tmp_path / "x"
+    path.write_text(content)
+    task = load_tokens(data=path, eval_data=path)
+    lines = [line.split() for line in content.splitlines() if line]
+    assert [task.tag_names[tag] for row in task.train for tag in row.tags] == [tag for _, tag in lines]
+    assert task.has_entities and metrics.entities(["O", "O"]) == set()
+    names = [task.tag_names[tag] for tag in task.train[1].tags]
+    assert task.scheme.entities(names) == {(person, 0, 2), (person, 2, 3)}
+    pieces = Pieces(task, (Sentence(("a", "b", "c"), task.train[1].tags),), tokenizer, 16)
+    ids = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    assert pieces.score(Knowing(dict(zip(ids, task.train[1].tags, strict=True)), len(task.tag_names)))["f1"] == 1
+    outside = next(at for at, tag in enumerate(task.tag_names) if tag in "Oo")
+    wrong = dict(zip(ids, [*task.train[1].tags[:2], outside], strict=True))
+    assert pieces.score(Knowing(wrong, len(task.tag_names)))["f1"] == pytest.approx(2 / 3)
+
+
+def test_a_teacher_with_classes_of_no_scheme(tmp_path, tokenizer):
+    """[SEP] and the like, which some have: they are outside, and the data's own tags are still scored as entities."""
+    path = tmp_path / "x"
+    path.write_text(CONLL["tabs.tsv"])
+    task = load_tokens(data=path, eval_data=path).for_classes(
+        ["O", "B-PER", "I-PER", "B-ORG", "B-MISC", "X", "[SEP]"], kept=True
+    )
+    assert task.has_entities and len(task.tag_names) == 7
+    pieces = Pieces(task, (Sentence(("a", "b"), (1, 2)), Sentence(("c",), (0,))), tokenizer, 16)
+    a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    assert pieces.score(Knowing({a: 1, b: 2, c: 6}, 7))["f1"] == 1
+
+
+@pytest.mark.parametrize("column", ["tags", "ner_tags"])
+def test_numbers_as_tags(tmp_path, monkeypatch, column):
+    """The names are in a Parquet file that `datasets` wrote; nobody can tell what other numbers mean."""
+    monkeypatch.chdir(tmp_path)
+    names = ["O", "B-ORG", "I-ORG", "B-PER", "I-PER", "B-MISC"]
+    rows = Dataset.from_dict(
+        {"tokens": [words for words, _ in ROWS], column: [[names.index(tag) for tag in tags] for _, tags in ROWS]}
+    )
+    named_rows = rows.cast(Features({"tokens": [Value("string")], column: [ClassLabel(names=names)]}))
+    named_rows.to_parquet("named.parquet")
+    task = load_tokens(data="named.parquet", eval_data="named.parquet")
+    assert named(task, task.train) == ROWS and task.has_entities
+    rows.to_parquet("x.parquet")
+    rows.to_json("x.jsonl")
+    Path("x.conll").write_text("EU\tO\nrejects\t3\n")
+    for name, place, number in (("x.parquet", "row 1", 1), ("x.jsonl", "row 1", 1), ("x.conll", "line 2", 3)):
+        with pytest.raises(ValueError) as caught:
+            load_tokens(data=name, eval_data=name)
+        assert str(caught.value) == (
+            f"load_tokens: data: {name!r}: {place}: expected the names of tags, such as B-PER, got the number {number}"
+        )
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
@@ -116,7 +208,53 @@ BAD = {
     "single": ("a O\n\nb O\n", "load_tokens: data: expected at least 2 tags, got only 'O'"),
     "header": (
         "token tag\na B-X\nb O\n",
-        "load_tokens: data: expected tags such as B-PER, I-PER and O, got 'tag' among them",
+        "load_tokens: data: 'header': line 1: expected tags such as B-PER, I-PER and O, got 'tag' among 'B-X', 'O'",
+    ),
+    "comment": (
+        "a x y O\n# sent_id = 1\nb x y B-X\n",
+        "load_tokens: data: 'comment': line 2: expected comments before a sentence, got '# sent_id = 1' inside one",
+    ),
+    "hash": (
+        "a O\n\n#tag\nb B-X\n",
+        "load_tokens: data: 'hash': line 3: expected 2 columns as in the lines before, got '#tag'",
+    ),
+    "numbered": (
+        "# sent_id = 1\n1\tEU\tB-ORG\n2\trejects\tO\n\n1-2\tzum\tO\n1\tzu\tO\n2\tdem\tO\n",
+        "load_tokens: data: 'numbered': line 2: expected words in the first column, got their numbers",
+    ),
+    "germeval": (
+        "#\thttp://x.org/\t[2009-10-17]\n1\tAufgrund\tO\tO\n2\tEU\tB-ORG\tO\n",
+        "load_tokens: data: 'germeval': line 2: expected words in the first column, got their numbers",
+    ),
+    "nul": ("a O\nb\0 B-X\n", "load_tokens: data: 'nul': line 2 holds a NUL byte, which no text has"),
+    "half": (
+        "a NP-B\nb VP\nc O\n",
+        "load_tokens: data: 'half': line 2: expected tags such as B-PER, I-PER and O, got 'VP' among 'NP-B', 'O'",
+    ),
+    "half lower": (
+        "a b-x\nb y\nc O\n",
+        "load_tokens: data: 'half lower': line 2: expected tags such as B-PER, I-PER and O, got 'y' among 'O', 'b-x'",
+    ),
+    "case": (
+        "a B-ORG\nb O\nc I-org\n",
+        "load_tokens: data: 'case': line 3: expected tags such as B-PER, I-PER and O, got 'I-org' among 'B-ORG', 'O'",
+    ),
+    "brackets": (
+        "a (ORG*\nb *)\nc *\n",
+        "load_tokens: data: 'brackets': line 1: expected tags such as B-PER, I-PER and O, got '(ORG*' among '*', '*)'",
+    ),
+    "v.jsonl": (
+        '{"tokens": ["a", ["b"]], "tags": ["O", "B-X"]}\n',
+        "load_tokens: data: 'v.jsonl': row 1: expected texts as tokens and tags, got ['b']",
+    ),
+    "u.jsonl": (
+        '{"tokens": ["a", "\\udc00b"], "tags": ["O", "B-X"]}\n',
+        "load_tokens: data: 'u.jsonl': row 1: expected texts as tokens and tags, got the lone surrogate '\\udc00' at "
+        "character 0",
+    ),
+    "t.jsonl": (
+        '{"tokens": ["a"], "tags": ["O"]}\n\n{"tokens": ["a"], "tags": [',
+        "load_tokens: data: cannot read 't.jsonl' as JSONL: line 3: Expecting value: line 1 column 28 (char 27)",
     ),
     "x.jsonl": (
         '{"words": ["a"], "tags": ["O"]}\n',
@@ -155,7 +293,7 @@ def test_bad_files_are_named(tmp_path, monkeypatch, name):
         ({"data": "nowhere"}, "load_tokens: data: no such file: 'nowhere'"),
         (
             {"data": "latin", "eval_data": "good"},
-            "load_tokens: data: 'latin': 'utf-8' codec can't decode byte 0xe9 in ",
+            "load_tokens: data: 'latin': line 1: expected UTF-8, got byte 0xe9 (invalid continuation byte)",
         ),
         ({"data": "good", "max_train_rows": 1}, "load_tokens: max_train_rows: expected at least 2, got 1"),
         (
@@ -204,6 +342,18 @@ def test_hub_data_sets(monkeypatch):
     assert named(task, task.train) == ROWS and named(task, task.eval) == ROWS[1:]
     unnamed = load_tokens("owner/numbers")
     assert unnamed.tag_names == ("0", "1", "3", "4", "5") and not unnamed.has_entities
+    for wrong, message in (
+        (-1, "row 1: expected tags 0 to 5, got -1"),
+        (None, "row 1: expected tags 0 to 5, got None"),
+    ):
+        odd = Dataset.from_dict({"tokens": [["a"]], "ner_tags": [[wrong]]})
+        odd = odd.cast(Features({"tokens": [Value("string")], "ner_tags": [ClassLabel(num_classes=6)]}))
+        holds["owner/odd",] = DatasetDict(train=odd)
+        with pytest.raises(ValueError, match=f"^load_tokens: name: 'owner/odd': {message}$"):
+            load_tokens("owner/odd")
+    holds["owner/numbers",] = DatasetDict(train=numbers.rename_column("tags", "ner_tags"))
+    with pytest.raises(ValueError, match=r"'owner/numbers': row 1: expected the names of tags, such as B-PER, got"):
+        load_tokens("owner/numbers")
     with pytest.raises(ValueError) as caught:
         load_tokens("owner/texts")
     assert str(caught.value) == (

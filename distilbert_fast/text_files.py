@@ -1,0 +1,63 @@
+"""How the text files of a user are read, all in one way: UTF-8, with its mark (BOM) or without, and no NUL bytes.
+
+Lines end with LF, CRLF or CR, and nothing else ends one. Every refusal names the file and the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+
+# of other encodings; UTF-32's begins as UTF-16's does
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_LINE_END = re.compile("\r\n|\r|\n")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair are one character
+
+
+def check_file(op: str, argument: str, path: Path) -> None:
+    """Raise ValueError for a file that is missing or empty."""
+    if not path.is_file():
+        raise ValueError(f"{op}: {argument}: no such file: {str(path)!r}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{op}: {argument}: {str(path)!r} is empty")
+
+
+def read_text(op: str, argument: str, path: Path) -> str:
+    """The text of a file without its mark, line ends as they are.
+
+    Raises ValueError for a file that is missing or empty, that is not UTF-8, or that holds a NUL byte.
+    """
+    check_file(op, argument, path)
+    content = path.read_bytes()
+    source = f"{op}: {argument}: {str(path)!r}"
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            raise ValueError(f"{source}: expected UTF-8, got {encoding}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len(lines(content[: error.start].decode("utf-8", "replace")))
+        got = f"byte 0x{content[error.start]:02x} ({error.reason})"
+        raise ValueError(f"{source}: line {line}: expected UTF-8, got {got}") from error
+    if not text:
+        raise ValueError(f"{source} is empty")
+    if "\0" in text:
+        raise ValueError(f"{source}: line {len(lines(text[: text.index(chr(0))]))} holds a NUL byte, which no text has")
+    return text
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text; one more, empty, if its last one is ended."""
+    return _LINE_END.split(text)
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Half of a character, which JSON can write ("\\ud83d") and no tokenizer reads, if the text holds one."""
+    found = _LONE_SURROGATE.search(text)
+    return None if found is None else f"the lone surrogate {found[0]!r} at character {found.start()}"
