@@ -13,12 +13,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from distilbert_fast.evaluation.sources import file_name, shortened
 from distilbert_fast.ops._check import refuse
+from distilbert_fast.text_files import lone_surrogate, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,10 +29,15 @@ LONGEST = 30  # tokens of an answer
 EVAL_PERCENT = 10  # of a file's contexts when no evaluation file is given
 
 
+_T = TypeVar("_T")
+_KINDS: dict[type, str] = {list: "a list", str: "a text", int: "an integer", bool: "true or false"}
+
+
 class Question(NamedTuple):
     text: str
     context: str
     answers: tuple[tuple[str, int], ...]  # text and where it starts in the context, in characters
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Questions:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+        """SHA-256 of all but the ids."""
+        return hashlib.sha256(json.dumps([row[:3] for row in self.rows]).encode()).hexdigest()
 
 
 def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Questions, Questions]:
@@ -55,8 +63,9 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
             out, chosen by the context's hash.
 
     Raises:
-        ValueError: a file that is missing or of another form, an answer that does not stand where it should, a
-            question without an answer, nothing to train or evaluate on.
+        ValueError: a file that is missing or of another form; with the question's id an answer that does not stand
+            where it should or is white space, a question without an answer (SQuAD 2.0 has such), what is no text;
+            nothing to train or evaluate on.
     """
     train = _read("data", Path(data))
     if eval_data is not None:
@@ -71,33 +80,62 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
 
 
 def _read(argument: str, path: Path) -> Questions:
-    if not path.is_file():
-        raise ValueError(f"load_squad: {argument}: no such file: {str(path)!r}")
-    rows = []
+    source = f"load_squad: {argument}: {str(path)!r}"
+    text = read_text("load_squad", argument, path)
     try:
-        for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    answers = tuple((answer["text"], answer["answer_start"]) for answer in qa["answers"])
-                    rows.append(Question(qa["question"], paragraph["context"], answers))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"load_squad: {argument}: {str(path)!r} is not of SQuAD's form: {type(error).__name__}: {error}"
-        ) from error
-    for row in rows:
-        if not row.answers:
-            raise ValueError(
-                f"load_squad: {argument}: {str(path)!r}: each question must have an answer (SQuAD 1.1), got none for "
-                f"{row.text!r}"
-            )
-        for text, start in row.answers:
-            if row.context[start : start + len(text)] != text:
-                raise ValueError(
-                    f"load_squad: {argument}: {str(path)!r}: no answer {text!r} stands at {start} of its context"
-                )
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not of SQuAD's form: {type(error).__name__}: {error}") from error
+    rows: list[Question] = []
+    try:
+        for article in _field(content, "data", list):
+            for paragraph in _field(article, "paragraphs", list):
+                context = _field(paragraph, "context", str)
+                for qa in _field(paragraph, "qas", list):
+                    rows.append(_question(source, qa, context, len(rows) + 1))
+    except TypeError as error:
+        raise ValueError(f"{source} is not of SQuAD's form: TypeError: {error}") from error
     if not rows:
-        raise ValueError(f"load_squad: {argument}: {str(path)!r} holds no questions")
-    return Questions("/".join(path.resolve().parts[-2:]), tuple(rows))
+        raise ValueError(f"{source} holds no questions")
+    return Questions(file_name(path), tuple(rows))
+
+
+def _question(source: str, qa: Any, context: str, number: int) -> Question:
+    """A question and its answers; `number` tells one that has no id."""
+    name = f"question {qa['id']!r}" if isinstance(qa, dict) and qa.get("id") else f"question {number}"
+    try:
+        asked = _field(qa, "question", str)
+        if _field({"is_impossible": False, **qa}, "is_impossible", bool):
+            raise ValueError(
+                f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}, which "
+                "is_impossible (SQuAD 2.0)"
+            )
+        answers = tuple(
+            (_field(answer, "text", str), _field(answer, "answer_start", int)) for answer in _field(qa, "answers", list)
+        )
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    if not answers:
+        raise ValueError(f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}")
+    for what, text in (("question", asked), ("context", context), *(("answer", text) for text, _ in answers)):
+        if (half := lone_surrogate(text)) is not None:
+            raise ValueError(f"{source}: {name}: expected a text as {what}, got {half}")
+    for text, start in answers:
+        if start < 0 or context[start : start + len(text)] != text:
+            raise ValueError(f"{source}: {name}: no answer {text!r} stands at {start} of its context")
+        if not text.strip():
+            raise ValueError(f"{source}: {name}: expected an answer with more than white space, got {text!r}")
+    return Question(asked, context, answers, str(qa.get("id") or ""))
+
+
+def _field(of: Any, name: str, kind: type[_T]) -> _T:
+    """What a JSON object has under a name. Raises TypeError."""
+    if not isinstance(of, dict) or name not in of:
+        raise TypeError(f"expected an object with {name}, got {shortened(of)}")
+    value = of[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"expected {_KINDS[kind]} as {name}, got {shortened(value)}")
+    return value
 
 
 class Windows:
@@ -110,11 +148,13 @@ class Windows:
         stride: tokens by which windows of one question overlap.
 
     Raises:
-        ValueError: beside the longest question there is not room for more than ``stride`` tokens of context.
+        ValueError: beside the longest question there is not room for more than ``stride`` tokens of context; an answer
+            of which no token covers any character.
 
     Attributes:
         rows: a ``datasets.Dataset`` with the tokenizer's columns, answer_mask (1 on the context), and
-            start_positions and end_positions: tokens of the first answer; the first token where the window has none.
+            start_positions and end_positions: tokens of the first answer, without what no token covers at its ends
+            (white space, marks that the tokenizer drops); the first token where the window does not hold it.
         question: int64 [W], the question of each window.
     """
 
@@ -147,12 +187,33 @@ class Windows:
         self.question: list[int] = encoded.pop("overflow_to_sample_mapping")
         self.offsets: list[list[tuple[int, int]]] = encoded.pop("offset_mapping")
         columns: dict[str, list[Any]] = {**encoded, "answer_mask": [], "start_positions": [], "end_positions": []}
-        for window, at in enumerate(self.question):
-            mask = [int(part == 1) for part in encoded.sequence_ids(window)]
-            start, end = _places(questions.rows[at].answers[0], self.offsets[window], mask)
+        masks = [[int(part == 1) for part in encoded.sequence_ids(window)] for window in range(len(self.question))]
+        inside = [  # the tokens of each window that are of its answer
+            _overlapping(_span(questions.rows[at]), offsets, mask)
+            for at, offsets, mask in zip(self.question, self.offsets, masks, strict=True)
+        ]
+        covered = self._covered(inside)
+        for at, offsets, tokens, mask in zip(self.question, self.offsets, inside, masks, strict=True):
+            start, end = _places(covered[at], offsets, tokens)
             for name, value in (("answer_mask", mask), ("start_positions", start), ("end_positions", end)):
                 columns[name].append(value)
         self.rows: Dataset = Dataset.from_dict(columns)
+
+    def _covered(self, inside: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Of each question's first answer the first character that a token covers, and the one after the last."""
+        spans = [_span(row) for row in self.questions.rows]
+        found = [(stop, begin) for begin, stop in spans]  # nothing yet
+        for at, offsets, tokens in zip(self.question, self.offsets, inside, strict=True):
+            if tokens:
+                low, high = offsets[tokens[0]][0], offsets[tokens[-1]][1]
+                found[at] = min(found[at][0], max(low, spans[at][0])), max(found[at][1], min(high, spans[at][1]))
+        for row, (begin, stop) in zip(self.questions.rows, found, strict=True):
+            if begin >= stop:
+                raise ValueError(
+                    f"Windows: questions: question {row.id or row.text!r}: no token covers a character of its answer "
+                    f"{row.answers[0][0]!r}"
+                )
+        return found
 
     def collator(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
         """Pads windows to the longest of a batch."""
@@ -210,13 +271,23 @@ class Windows:
             yield {name: x for name, x in batch.items() if not name.endswith("_positions")}, allowed
 
 
-def _places(answer: tuple[str, int], offsets: Sequence[tuple[int, int]], mask: Sequence[int]) -> tuple[int, int]:
-    """First and last token of an answer in a window; 0, 0 if it is not wholly inside."""
-    begin, stop = answer[1], answer[1] + len(answer[0])
-    inside = [at for at, (low, high) in enumerate(offsets) if mask[at] and low < stop and high > begin]
-    if not inside or offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < stop:
+def _span(row: Question) -> tuple[int, int]:
+    """The first character of a question's first answer, and the one after its last."""
+    text, begin = row.answers[0]
+    return begin, begin + len(text)
+
+
+def _overlapping(span: tuple[int, int], offsets: Sequence[tuple[int, int]], mask: Sequence[int]) -> list[int]:
+    """The tokens that cover a character of a span."""
+    begin, stop = span
+    return [at for at, (low, high) in enumerate(offsets) if mask[at] and max(low, begin) < min(high, stop)]
+
+
+def _places(span: tuple[int, int], offsets: Sequence[tuple[int, int]], tokens: Sequence[int]) -> tuple[int, int]:
+    """First and last of an answer's tokens in a window; 0, 0 if it is not wholly inside."""
+    if not tokens or offsets[tokens[0]][0] > span[0] or offsets[tokens[-1]][1] < span[1]:
         return 0, 0
-    return inside[0], inside[-1]
+    return tokens[0], tokens[-1]
 
 
 def _best_spans(start: Tensor, end: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,10 +119,144 @@ def test_scores(tokenizer):
     assert set(batch[0]) == {"input_ids", "attention_mask", "token_type_ids"}
 
 
-def write(path, answers):
-    qas = [{"question": "one dog", "answers": answers}]
+# white space, control characters and marks that normalizers drop
+OUTER = ["", " ", "\n", "\t\r\n", "\u00a0", "\u200b", "\ufeff", "\u0301", "\x00", " \u200b \u2060"]
+
+
+@pytest.mark.parametrize("before", OUTER)
+@pytest.mark.parametrize("after", OUTER)
+def test_answers_whose_outer_characters_no_token_covers(tokenizer, before, after):
+    """Their label is what tokens cover of them, not the first token, which says that there is no answer."""
+    context = f"the old cat near {before}a small dog{after} with one saw"
+    begin = context.index("a small") - len(before)
+    answer = context[begin : context.index(" with one")]
+    asked = Questions("test", (Question("one dog", context, ((answer, begin),), "q1"),))
+    windows = Windows(asked, tokenizer, 64, stride=2)
+    plain = Windows(
+        Questions("test", (Question("one dog", context, (("a small dog", context.index("a small")),)),)),
+        tokenizer,
+        64,
+        stride=2,
+    )
+    for row, offsets in zip(windows.rows, windows.offsets, strict=True):
+        assert context[offsets[row["start_positions"]][0] : offsets[row["end_positions"]][1]].strip() == "a small dog"
+    assert [row["end_positions"] for row in windows.rows] == [row["end_positions"] for row in plain.rows]
+
+
+@pytest.mark.parametrize("max_length", [10, 12])
+def test_an_answer_that_a_window_cuts_is_not_trimmed(tokenizer, max_length):
+    """What another window covers of an answer counts."""
+    answer = "hammer under your"
+    asked = Questions("test", (Question("one dog", CONTEXT, ((f"{answer} ", CONTEXT.index(answer)),)),))
+    windows = Windows(asked, tokenizer, max_length, stride=2)
+    held = [
+        CONTEXT[offsets[row["start_positions"]][0] : offsets[row["end_positions"]][1]]
+        for row, offsets in zip(windows.rows, windows.offsets, strict=True)
+        if row["end_positions"]
+    ]
+    assert set(held) == {answer} and len(held) < len(windows.rows)
+
+
+@pytest.mark.parametrize("answer", ["\u200b", "\u2060\u200b"])
+def test_answers_of_which_nothing_is_left(tokenizer, answer):
+    asked = Questions("test", (Question("one dog", f"the {answer} cat", ((answer, 4),), "q7"),))
+    with pytest.raises(ValueError) as caught:
+        Windows(asked, tokenizer, 64, stride=2)
+    assert str(caught.value) == (
+        f"Windows: questions: question 'q7': no token covers a character of its answer {answer!r}"
+    )
+
+
+def write(path, answers, **more):
+    qas = [{"question": "one dog", "answers": answers, **more}]
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]}))
     return path
+
+
+def asked(answers, context=CONTEXT, **more):
+    qa = {"question": "one dog", "id": "q7", "answers": answers, **more}
+    return {"data": [{"paragraphs": [{"context": context, "qas": [qa]}]}]}
+
+
+CAT = {"text": "cat", "answer_start": 8}
+FORM = "is not of SQuAD's form: TypeError: "
+NOT_1_1 = "question 'q7': each question must have an answer (SQuAD 1.1), got none for 'one dog'"
+BAD = [
+    (asked([CAT | {"answer_start": "8"}]), FORM + "question 'q7': expected an integer as answer_start, got '8'"),
+    (asked([CAT | {"answer_start": 8.0}]), FORM + "question 'q7': expected an integer as answer_start, got 8.0"),
+    (asked([CAT | {"answer_start": None}]), FORM + "question 'q7': expected an integer as answer_start, got None"),
+    (asked([CAT | {"answer_start": True}]), FORM + "question 'q7': expected an integer as answer_start, got True"),
+    (asked([CAT | {"text": ["cat"]}]), FORM + "question 'q7': expected a text as text, got ['cat']"),
+    (asked([{"text": "cat"}]), FORM + "question 'q7': expected an object with answer_start, got {'text': 'cat'}"),
+    (asked({"text": ["cat"], "answer_start": [8]}), FORM + "question 'q7': expected a list as answers, got {'text'"),
+    (asked(["cat"]), FORM + "question 'q7': expected an object with text, got 'cat'"),
+    (asked([CAT], question=7), FORM + "question 'q7': expected a text as question, got 7"),
+    (asked([CAT], context=None), FORM + "expected a text as context, got None"),
+    (asked([CAT], is_impossible="no"), FORM + "question 'q7': expected true or false as is_impossible, got 'no'"),
+    (["data"], FORM + "expected an object with data, got ['data']"),
+    ({"q7": "cat"}, FORM + "expected an object with data, got {'q7': 'cat'}"),
+    ({"data": [{"title": "x"}]}, FORM + "expected an object with paragraphs, got {'title': 'x'}"),
+    (asked([{"text": "", "answer_start": -1}]), "question 'q7': no answer '' stands at -1 of its context"),
+    (asked([{"text": "file", "answer_start": -4}]), "question 'q7': no answer 'file' stands at -4 of its context"),
+    (asked([{"text": "cat", "answer_start": 10**30}]), "question 'q7': no answer 'cat' stands at 10000000000000000"),
+    (asked([{"text": "", "answer_start": 8}]), "question 'q7': expected an answer with more than white space, got ''"),
+    (asked([CAT, {"text": " ", "answer_start": 3}]), "question 'q7': expected an answer with more than white space"),
+    (asked([], is_impossible=True), NOT_1_1 + ", which is_impossible (SQuAD 2.0)"),
+    (asked([{"text": "", "answer_start": -1}], is_impossible=True), NOT_1_1 + ", which is_impossible (SQuAD 2.0)"),
+    (asked([CAT], is_impossible=True), NOT_1_1 + ", which is_impossible (SQuAD 2.0)"),
+    (asked([]), NOT_1_1),
+    (asked([], id=None), "question 1: each question must have an answer (SQuAD 1.1), got none for 'one dog'"),
+    (
+        asked([CAT], question="\ud83d dog"),
+        "question 'q7': expected a text as question, got the lone surrogate '\\ud83d' at",
+    ),
+    (
+        asked([CAT], context=f"{CONTEXT} \udc00"),
+        "question 'q7': expected a text as context, got the lone surrogate '\\udc00'",
+    ),
+    ({"data": []}, "holds no questions"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "good.json", [CAT])
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    for arguments, argument in ((("x.json",), "data"), (("good.json", "x.json"), "eval_data")):
+        with pytest.raises(ValueError) as caught:
+            load_squad(*arguments)
+        between = " " if message.startswith(("is", "holds")) else ": "
+        assert str(caught.value).startswith(f"load_squad: {argument}: 'x.json'{between}{message}")
+
+
+def test_files_of_other_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = write(tmp_path / "good.json", [CAT], is_impossible=False, id="q7")
+    content = good.read_bytes()
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + content.replace(b", ", b",\r\n"))
+    (one,), (other,) = load_squad(good, good)[0].rows, load_squad(marked, marked)[0].rows
+    assert one == other == Question("one dog", CONTEXT, (("cat", 8),), "q7")
+    # a character that JSON writes in two halves
+    write(tmp_path / "x.json", [CAT])
+    smiling = (tmp_path / "x.json").read_text().replace("one dog", "one \\ud83d\\ude00")
+    (tmp_path / "x.json").write_text(smiling)
+    assert load_squad("x.json", "x.json")[0].rows[0].text == "one \U0001f600"
+    for name, data, message in (
+        ("empty", b"", " is empty"),
+        ("mark", b"\xef\xbb\xbf", " is empty"),
+        ("latin", content.replace(b"dog", b"d\xf6g"), ": line 1: expected UTF-8, got byte 0xf6 (invalid"),
+        ("wide", content.decode().encode("utf-16"), ": expected UTF-8, got UTF-16"),
+        ("nul", content.replace(b"{", b"\n{\0", 1), ": line 2 holds a NUL byte, which no text has"),
+        ("torn", content[:-9], " is not of SQuAD's form: JSONDecodeError: "),
+        ("deep", b"[" * 99999, " is not of SQuAD's form: RecursionError: "),
+        ("long", b"9" * 9999, " is not of SQuAD's form: ValueError: "),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            load_squad(name)
+        assert str(caught.value).startswith(f"load_squad: data: {name!r}{message}")
 
 
 def test_files(tmp_path):
