@@ -6,8 +6,12 @@ Lines end with LF, CRLF or CR, and nothing else ends one. Every refusal names th
 from __future__ import annotations
 
 import codecs
+import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # of other encodings; UTF-32's begins as UTF-16's does
 _MARKS = (
@@ -55,6 +59,51 @@ def read_text(op: str, argument: str, path: Path) -> str:
 def lines(text: str) -> list[str]:
     """The lines of a text; one more, empty, if its last one is ended."""
     return _LINE_END.split(text)
+
+
+def column_names(table: Any, **dialect: Any) -> list[str]:
+    """The names in the first line of CSV or TSV, "" for a blank one; of a path, or a stream of text.
+
+    Raises ValueError for a name that is there twice, and for a first row that is longer.
+    """
+    import pandas
+
+    head = pandas.read_csv(table, header=None, nrows=2, dtype=str, **{"na_filter": False, **dialect})
+    names = [*head.iloc[0]]
+    refuse_twice([name for name in names if name])
+    return names
+
+
+def json_object(line: str, numbers_as_written: bool = False) -> dict[str, Any]:
+    """A line of JSONL; with `numbers_as_written` these are str. Raises ValueError for no object, and a name twice."""
+    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str} if numbers_as_written else {}
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object, **numbers)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {shortened(row)}")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raise ValueError for a column that is there twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column {twice[0]!r} is there more than once")
+
+
+def shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def lone_surrogate(text: str) -> str | None:

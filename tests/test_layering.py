@@ -61,7 +61,7 @@ THIRD_PARTY = {
     "engine": {"torch"},
     "stages": {"filelock"},
     "testing": {"torch"},
-    "text_files": set(),
+    "text_files": {"pandas"},
     "__init__": set(),
     "__main__": set(),
 }

@@ -7,23 +7,28 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distilbert_fast.distillation import manifest
 from distilbert_fast.ops._check import refuse
+from distilbert_fast.text_files import column_names, json_object, lone_surrogate
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# What reads a file, by its suffix. In CSV and TSV "NA" is a text and no missing value; TSV has no quoting.
+# What reads a file, by its suffix. Every cell of CSV and TSV is a text, "NA" and "007" too; TSV has no quoting.
+# JSONL is read as lines: the reader for it makes dates of texts.
 READERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig"}),
-    ".jsonl": ("json", {}),
+    ".jsonl": ("text", {"encoding": "utf-8-sig"}),
     ".parquet": ("parquet", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".csv": ("csv", {"encoding": "utf-8-sig", "na_filter": False, "sep": ","}),
+    ".tsv": ("csv", {"encoding": "utf-8-sig", "na_filter": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
 }
+_LINE = "line"  # the column of JSONL's lines
+_LOOKED_AT = 100  # of them, for their names
 _COLUMNS = ("text", "sentence")  # what a column of texts is called
 
 
@@ -111,16 +116,23 @@ class Texts:
         how: dict[str, Any] = {"streaming": streaming}
         if work is not None and self._is_here():  # a data set of the hub is kept where it was
             how["cache_dir"] = str(work)
-        if self.files and READERS[self.files[0].suffix.lower()][0] == "text":
+        kind = self.files[0].suffix.lower() if self.files else None
+        if kind == ".txt":
             return self._lines(how)
+        if kind == ".jsonl":
+            return self._objects(num_proc, how)
         rows = self._rows(num_proc, how) if self.files else self._data_set(how)
-        names = rows.column_names or list(next(iter(rows), {}))
+        column = self._chosen(rows.column_names or list(next(iter(rows), {})))
+        return Table(rows.select_columns(column), column, documents=True)
+
+    def _chosen(self, names: Sequence[str]) -> str:
+        """The column of the texts."""
         column = self.column or next((name for name in _COLUMNS if name in names), None)
         if column is None and len(names) == 1:
             column = names[0]
         if column is None or column not in names:
             refuse("load_corpus", "text_column", f"one of {', '.join(names) or 'no column'}", self.column)
-        return Table(rows.select_columns(column), column, documents=True)
+        return column
 
     def _data_set(self, how: dict[str, Any]) -> Any:
         parts = [self.name]
@@ -134,7 +146,46 @@ class Texts:
         files = self._not_empty()
         if num_proc is not None and not how["streaming"]:
             how = how | {"num_proc": min(num_proc, len(files))}
+        if reader == "csv":
+            how = how | {"features": self._texts_of(files, options)}
         return self._read(reader, data_files=files, split="train", **options, **how)
+
+    def _texts_of(self, files: Sequence[str], dialect: Mapping[str, Any]) -> Any:
+        """The columns of CSV or TSV files, all of text; what they look like depends on where in a file one looks."""
+        import datasets
+
+        found: list[str] = []
+        for file in files:
+            try:
+                names = column_names(file, **dialect)
+            except ValueError as error:
+                raise ValueError(f"load_corpus: cannot read {file!r}: {error}") from error
+            if found and set(names) != set(found):
+                refuse(
+                    "load_corpus",
+                    "source",
+                    f"files with the columns {', '.join(found)}",
+                    f"{file!r}: {', '.join(names)}",
+                )
+            found = found or names
+        named = [name or f"Unnamed: {at}" for at, name in enumerate(found)]  # as pandas calls a column without a name
+        return datasets.Features({name: datasets.Value("string") for name in named})
+
+    def _objects(self, num_proc: int | None, how: dict[str, Any]) -> Table:
+        import datasets
+
+        _, options = READERS[".jsonl"]
+        files = self._not_empty()
+        features = datasets.Features({_LINE: datasets.Value("string")})
+        several = {} if num_proc is None or how["streaming"] else {"num_proc": num_proc}
+        rows = self._read("text", data_files=files, split="train", features=features, **options, **how)
+        texts = _TextOf(self.name, self.column)
+        first = ((at, row[_LINE]) for at, row in enumerate(rows) if row[_LINE].strip())
+        names = dict.fromkeys(name for at, line in islice(first, _LOOKED_AT) for name in texts.row(at, line))
+        texts.column = column = self._chosen([*names])
+        features = datasets.Features({column: datasets.Value("string")})
+        rows = rows.map(texts, batched=True, with_indices=True, remove_columns=[_LINE], features=features, **several)
+        return Table(rows, column, documents=True)
 
     def _lines(self, how: dict[str, Any]) -> Table:
         import datasets
@@ -167,6 +218,36 @@ class Texts:
             cause = error.__cause__ or error
             reason = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise ValueError(f"load_corpus: cannot read {self.name!r}: {reason}") from error
+
+
+class _TextOf:
+    """Takes the texts out of lines of JSONL; a line of white space has none."""
+
+    def __init__(self, name: str, column: str | None) -> None:
+        self.name, self.column = name, column
+
+    def __call__(self, table: Mapping[str, Sequence[str]], indices: Sequence[int]) -> dict[str, list[str | None]]:
+        lines = zip(indices, table[_LINE], strict=True)
+        return {str(self.column): [self._text(at, line) for at, line in lines if line.strip()]}
+
+    def _text(self, at: int, line: str) -> str | None:
+        """Raises TypeError for what is no text, ValueError for what is no object or half a character."""
+        import pyarrow as pa
+
+        text = self.row(at, line).get(str(self.column))
+        if text is not None and not isinstance(text, str):
+            refuse(
+                "load_corpus", "text_column", "a column of text", f"{self.column} of {pa.scalar(text).type}", TypeError
+            )
+        if text is not None and (half := lone_surrogate(text)) is not None:
+            raise ValueError(f"load_corpus: cannot read {self.name!r}: line {at + 1}: expected a text, got {half}")
+        return text
+
+    def row(self, at: int, line: str) -> dict[str, Any]:
+        try:
+            return json_object(line)
+        except ValueError as error:
+            raise ValueError(f"load_corpus: cannot read {self.name!r}: line {at + 1}: {error}") from error
 
 
 def _is_file_name(source: str) -> bool:

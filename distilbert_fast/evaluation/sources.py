@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -17,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from distilbert_fast.text_files import check_file, lines, read_text
+from distilbert_fast.text_files import check_file, column_names, json_object, lines, read_text, refuse_twice
 
 FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 EVAL_PERCENT = 10  # of a file's rows when no evaluation file is given
@@ -63,7 +61,7 @@ def _parquet(path: Path) -> Table:
     from datasets import Features
 
     table = pyarrow.parquet.read_table(path)
-    _refuse_twice(table.column_names)
+    refuse_twice(table.column_names)
     features = Features.from_arrow_schema(table.schema)
     names = {name: class_names(feature) for name, feature in features.items()}
     columns = {name: table[name].to_pylist() for name in table.column_names}
@@ -77,43 +75,22 @@ def _jsonl(text: str) -> Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(
-                line, parse_int=str, parse_float=str, parse_constant=_refuse_constant, object_pairs_hook=_object
-            )
-        except (ValueError, RecursionError) as error:
+            rows.append(json_object(line, numbers_as_written=True))
+        except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number}: expected an object, got {shortened(row)}")
-        rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table({name: [row.get(name) for row in rows] for name in names})
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _refuse_twice([name for name, _ in pairs])
-    return dict(pairs)
 
 
 def _separated(kind: str, text: str) -> Table:
     import pandas
 
-    how: dict[str, Any] = {"dtype": str, "na_filter": False, "index_col": False}
-    how |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
-    header = pandas.read_csv(io.StringIO(text, newline=""), header=None, nrows=1, **how)
-    _refuse_twice([name for name in header.iloc[0] if name])
+    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
+    column_names(io.StringIO(text, newline=""), **dialect)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header, cut silently
-        frame = pandas.read_csv(io.StringIO(text, newline=""), **how)
+        frame = pandas.read_csv(io.StringIO(text, newline=""), dtype=str, na_filter=False, index_col=False, **dialect)
     return Table({name: frame[name].tolist() for name in frame.columns})
-
-
-def _refuse_twice(names: Sequence[str]) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"the column {twice[0]!r} is there more than once")
 
 
 def class_names(feature: Any) -> Sequence[str] | None:
@@ -129,11 +106,6 @@ def as_written(cell: object) -> str | None:
     if isinstance(cell, bool):
         return str(cell).lower()
     return str(cell) if isinstance(cell, (str, int, float, Decimal)) else None
-
-
-def shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def file_name(path: Path) -> str:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from distilbert_fast.evaluation.sources import file_name, shortened
+from distilbert_fast.evaluation.sources import file_name
 from distilbert_fast.ops._check import refuse
-from distilbert_fast.text_files import lone_surrogate, read_text
+from distilbert_fast.text_files import lone_surrogate, read_text, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset

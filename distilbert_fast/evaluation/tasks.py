@@ -24,9 +24,8 @@ from distilbert_fast.evaluation.sources import (
     is_held_out,
     names_in_order,
     read_table,
-    shortened,
 )
-from distilbert_fast.text_files import check_file, lone_surrogate
+from distilbert_fast.text_files import check_file, lone_surrogate, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset

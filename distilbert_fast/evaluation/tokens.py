@@ -34,10 +34,9 @@ from distilbert_fast.evaluation.sources import (
     is_held_out,
     names_in_order,
     read_table,
-    shortened,
 )
 from distilbert_fast.evaluation.tags import Scheme, is_outside, odd_one, scheme_of
-from distilbert_fast.text_files import lone_surrogate, read_text
+from distilbert_fast.text_files import lone_surrogate, read_text, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -158,6 +158,51 @@ def test_kinds_of_files(tokenizer, tmp_path, suffix):
     assert [row["input_ids"] for row in streamed.train] == rows_of(corpus.train)
 
 
+LOOKS = ["2020-01-01", "007", "1e5", "true", "NA", "", "1.50", "2020-01-01 00:00:00"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+@pytest.mark.parametrize("last", [*LOOKS, LOOKS])
+def test_texts_stay_as_written_wherever_they_stand(tmp_path, last, suffix, streaming):
+    """Readers look at a block for types: a column that begins with words may go on with what looks like numbers."""
+    from distilbert_fast.distillation.texts import Texts
+
+    for words in (0, 1, 10_000):  # pandas reads 10,000 rows at a time
+        texts = ["word"] * words + ([last] * 3 if isinstance(last, str) else last)
+        path = tmp_path / f"{words}{suffix}"
+        lines = [json.dumps({"text": text, "n": 1}) for text in texts]
+        if suffix != ".jsonl":
+            separator = "," if suffix == ".csv" else "\t"
+            lines = [f"text{separator}n", *(f"{text}{separator}1" for text in texts)]
+        path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+        table = Texts(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
+        assert [row["text"] for row in table.rows] == texts
+
+
+def test_bad_rows(tokenizer, tmp_path):
+    for name, content, error, message in (
+        ("a.jsonl", '{"text": "a"}\n\n{"text": ["b"]}', TypeError, "must be a column of text, got text of list"),
+        ("b.jsonl", '{"text": "a"}\n\n{"text": "\\ud800"}', ValueError, "line 3: expected a text, got the lone"),
+        ("c.jsonl", '{"text": "a"}\n["b"]', ValueError, "line 2: expected an object, got ['b']"),
+        ("d.jsonl", '{"text": "a", "text": "b"}', ValueError, "line 1: the column 'text' is there more than once"),
+        ("a.tsv", "text\na\tb\n", ValueError, "Expected 1 fields in line 2, saw 2"),
+        ("b.tsv", "text\ttext\na\tb\n", ValueError, "the column 'text' is there more than once"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        for settings in ({"cache_dir": tmp_path / "cache"}, {"streaming": True}):
+            with pytest.raises(error) as caught:
+                list(load_corpus(tmp_path / name, tokenizer, **settings).train)
+            assert str(caught.value).startswith("load_corpus: ") and message in str(caught.value)
+    (tmp_path / "a.csv").write_text("text,n\na,1\n")
+    (tmp_path / "b.csv").write_text("n,text\n1,007\n")
+    (tmp_path / "c.csv").write_text("n,body\n1,a\n")
+    both = load_corpus([tmp_path / "a.csv", tmp_path / "b.csv"], tokenizer, cache_dir=tmp_path, min_length=1)
+    assert both.report.texts == 2
+    with refused("load_corpus: source must be files with the columns text, n, got '"):
+        load_corpus(tmp_path / "*.csv", tokenizer, cache_dir=tmp_path)
+
+
 def test_lines_within_a_document(tokenizer, tmp_path):
     documents = corpora.documents()[:12]
     save(tmp_path / "a.jsonl", ["\n".join(document) for document in documents])
