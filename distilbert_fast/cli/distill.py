@@ -263,7 +263,7 @@ def task(
     epilog="""\
 [bold]Examples[/bold]
 
-Named entities in CoNLL's files: a word and its tag a line, the tag in the last column, a blank line behind a sentence:
+Named entities in CoNLL's files: a word and its tag a line, the tag in the last column, a blank line after a sentence:
 
     distilbert-fast distill tokens --teacher ./my-bert --data eng.train --eval-data eng.testa --baseline
 

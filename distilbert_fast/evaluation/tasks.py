@@ -309,7 +309,7 @@ def _task(
         what = "numbers" if regression else "classes"
         raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
     if not regression and not class_names:
-        _refuse_fractions(labels)
+        _refuse_numbers(labels)
     if held_out is None:
         chosen = [is_held_out(folded(texts)) for texts, _ in train]
         held_out = [row for row, out in zip(train, chosen, strict=True) if out]
@@ -339,8 +339,17 @@ def _task(
     return Task(name, splits[0], splits[1], names, columns)
 
 
-def _refuse_fractions(labels: set[str]) -> None:
-    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression."""
+def _refuse_numbers(labels: set[str]) -> None:
+    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression.
+
+    Nor are two classes of one number: 1 and 1.0, which JSONL may mix. Codes such as 007 and 7 are two.
+    """
+    written: dict[float, str] = {}
+    for label in sorted(labels):
+        number = _number(label)
+        other = label if number is None else written.setdefault(number, label)
+        if other != label and not (label.isdecimal() and other.isdecimal()):
+            raise ValueError(f"load_task: data: expected one way to write a class, got {other!r} and {label!r}")
     numbers = [_number(label) for label in labels]
     if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
         raise ValueError(

@@ -364,6 +364,11 @@ def test_numbers(tmp_path):
             "load_task: data: expected names of classes as labels, got numbers such as 2.5; ask for a regression, or "
             "give the classes other names",
         ),
+        (
+            ["1.0", "1"],
+            False,
+            "load_task: data: expected one way to write a class, got '1' and '1.0'",
+        ),
     ],
 )
 def test_labels_that_are_no_numbers_or_should_be_none(tmp_path, monkeypatch, labels, regression, message):
