@@ -22,6 +22,13 @@ import torch
 log = logging.getLogger("distilbert_fast")
 T = TypeVar("T")
 
+if os.environ.get("DISTILBERT_FAST_LOG", "0") not in ("", "0"):  # calls and fall-backs, as they come
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("distilbert_fast: %(message)s"))
+    log.addHandler(_handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per

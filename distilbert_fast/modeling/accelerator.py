@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -188,16 +187,3 @@ def explain(model: PreTrainedModel) -> Explanation:
 @functools.cache
 def warn_once(message: str) -> None:
     log.warning(message)
-
-
-def _log_calls() -> None:
-    """Show what this package logs, as DISTILBERT_FAST_LOG asks."""
-    if os.environ.get("DISTILBERT_FAST_LOG", "0") not in ("", "0"):
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("distilbert_fast: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-
-
-_log_calls()
