@@ -8,10 +8,9 @@ Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +22,6 @@ from distilbert_fast.ops.quantize import quantize
 OP = "engine"
 FORMAT = "distilbert_fast.encoder.1"
 _WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}
-_LINEARS = ("qkv", "out", "ffn_in", "ffn_out")
 _NORMS = ("attention_norm", "ffn_norm")
 
 
@@ -39,6 +37,12 @@ class Shape(NamedTuple):
     heads: tuple[tuple[int, ...], ...]  # for each layer the numbers of the heads that are left
     eps: tuple[float, ...]  # of the embedding's norm, then of both norms of each layer
     scales: tuple[tuple[float, float], ...]  # for each layer, of what out and ffn_out read; 0: each token finds its own
+
+    def linears(self, heads: int) -> dict[str, tuple[int, int]]:
+        """[F, K] of the linear layers of a layer with so many heads."""
+        size = heads * self.head_size
+        inner = {"ffn_in": (self.ffn, self.hidden), "ffn_out": (self.hidden, self.ffn)}
+        return {"qkv": (3 * size, self.hidden), "out": (self.hidden, size), **inner}
 
 
 class PackedEncoder:
@@ -60,17 +64,14 @@ class PackedEncoder:
         self.shape, self.tensors = shape, tensors
         self.dtype = tensors["word"].dtype  # of what comes out
         weights = _WEIGHTS[shape.precision]
-        columns = (3 * shape.head_size, shape.hidden, shape.ffn, shape.hidden)
-        depths = (shape.hidden, shape.head_size, shape.hidden, shape.ffn)
         layers = []
         for i, heads in enumerate(shape.heads):
             h = len(heads)
-            sizes = zip(_LINEARS, (columns[0] * h, *columns[1:]), (depths[0], depths[1] * h, *depths[2:]), strict=True)
-            linears = [self._linear(f"{i}.{name}", f, k) for name, f, k in sizes]
+            linears = [self._linear(f"{i}.{name}", *size) for name, size in shape.linears(h).items()]
             norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(_NORMS)]
             factors = tensors.get(f"{i}.ffn_factors")
             if factors is not None:
-                _check.tensor(OP, "ffn_factors", factors, (_whole_panels(shape.ffn),), (torch.float32,))
+                _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn),), (torch.float32,))
             layers.append((*linears, *norms, h, *shape.scales[i], 0 if factors is None else factors.data_ptr()))
         self._encoder = backends.cpu().Encoder(
             weights,
@@ -195,39 +196,26 @@ class PackedEncoder:
     # Files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write everything to a safetensors file."""
-        from safetensors.torch import save_file
+        """Write everything to a safetensors file, see packed_files.py. Raises OSError that names it."""
+        from distilbert_fast import packed_files
 
-        tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in self.tensors.items()}
-        save_file(tensors, path, {"format": FORMAT, "shape": json.dumps(self.shape._asdict())})
+        packed_files.write(self, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> PackedEncoder:
-        """Map a file of ``save`` into memory: what is not used is not read, and processes share it.
+    def load(cls, path: str | Path, verify: bool | None = None) -> PackedEncoder:
+        """Map a file of ``save`` into memory; arguments and errors are those of ``Engine.load``."""
+        from distilbert_fast import packed_files
 
-        Raises:
-            ValueError: not such a file, or one of another format, by name.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, Any] = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    _check.refuse(
-                        OP, "path", f"a file of format {FORMAT}", f"{str(path)!r} of {metadata.get('format')}"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        except SafetensorError as error:
-            raise ValueError(f"{OP}: {str(path)!r} is truncated or no safetensors file: {error}") from error
-        fields = json.loads(metadata["shape"])
-        fields["heads"] = tuple(map(tuple, fields["heads"]))
-        fields["scales"] = tuple(map(tuple, fields["scales"]))
-        fields["eps"] = tuple(fields["eps"])
-        return cls(Shape(**fields), tensors)
+        return packed_files.read(path, verify)
 
 
-def _whole_panels(columns: int) -> int:
+def packed_bytes(precision: str, columns: int, depth: int) -> int:
+    """Bytes of the blob of a linear layer [columns, depth]."""
+    return backends.cpu().packed_bytes(_WEIGHTS[precision], columns, depth)
+
+
+def whole_panels(columns: int) -> int:
+    """Columns, those that fill the last panel counted."""
     return -(-columns // 32) * 32
 
 
@@ -257,7 +245,7 @@ def static_linear(
     d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
     scale = float((x / d).max()) / 127
     codes, rows = quantize(weight.to(torch.float32) * d)
-    factors = torch.zeros(_whole_panels(x.shape[0]))
+    factors = torch.zeros(whole_panels(x.shape[0]))
     factors[: x.shape[0]] = 1 / (scale * d)
     return pack_linear("int8", codes, rows, bias), scale, factors
 

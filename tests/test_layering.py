@@ -15,27 +15,31 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "distilbert_fast"
 
 # A part of the package and the parts that it may import, itself aside. testing and stages stand apart: the one serves
-# tests/ and bench/, the other the jobs of recipes.
+# tests/ and bench/, the other the jobs of recipes. All that reads or writes files does so by files and schema.
+FILES = {"files", "schema"}
 OPS = {"backends", "kernels", "_cpu", "_cuda"}
 LAYERS = {"backends", "ops"}
-MODELING = LAYERS | {"layers", "engine"}
+MODELING = LAYERS | FILES | {"layers", "engine"}
 ABOVE = MODELING | {"modeling", "text_files"}
 RECIPES = ABOVE | {"compression", "distillation", "evaluation", "stages"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
+    "files": set(),
+    "schema": {"files"},
     "backends": {"_cpu", "_cuda", "_build_info"},
     "ops": OPS,
     "layers": LAYERS,
     "packing": LAYERS,
     "op_encoder": LAYERS | {"layers", "packing"},
     "cuda_graphs": LAYERS | {"packing", "op_encoder"},
-    "packed_encoder": LAYERS,
+    "packed_encoder": LAYERS | {"packed_files"},
+    "packed_files": LAYERS | FILES | {"packed_encoder"},
     "engine": LAYERS | {"layers", "packing", "op_encoder", "cuda_graphs", "packed_encoder"},
     "modeling": MODELING,
     "compression": ABOVE,
     "distillation": ABOVE,
     "evaluation": ABOVE,
-    "stages": set(),
+    "stages": FILES,
     "processes": {"stages"},
     "recipes": RECIPES,
     "distill_jobs": RECIPES,
@@ -51,13 +55,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Other packages that the lower parts may import, beside the standard library. From modeling/ on there is no limit.
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
+    "files": {"xxhash"},
+    "schema": set(),
     "backends": {"torch"},
     "ops": {"torch"},
     "layers": {"torch"},
     "packing": {"torch"},
     "op_encoder": {"torch"},
     "cuda_graphs": {"torch"},
-    "packed_encoder": {"torch", "safetensors"},
+    "packed_encoder": {"torch"},
+    "packed_files": {"torch", "safetensors"},
     "engine": {"torch"},
     "stages": {"filelock"},
     "testing": {"torch"},
