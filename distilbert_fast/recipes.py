@@ -341,7 +341,7 @@ class _Demo:
 
 def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
     """A model with its tokenizer. On a full disk raises OSError, where safetensors and tokenizers have others."""
-    from distilbert_fast.distillation.checkpoint import raise_disk_error
+    from distilbert_fast.files import raise_disk_error
 
     try:
         model.save_pretrained(path)

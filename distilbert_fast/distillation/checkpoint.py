@@ -21,13 +21,11 @@ What transformers' own Trainer does, and what is done here instead:
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ from transformers.trainer_utils import TrainOutput
 from distilbert_fast.distillation import manifest
 from distilbert_fast.distillation.manifest import newest_complete_checkpoint
 from distilbert_fast.distillation.training_state import load_state, random_state, save_state, set_random_state
+from distilbert_fast.files import FileError, filling, raise_disk_error
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -82,7 +81,7 @@ _SETTINGS = (
 _CONFIG_IGNORED = ("transformers_version", "_name_or_path", "problem_type", "use_cache")
 
 
-class ResumeError(ValueError):
+class ResumeError(FileError):
     """A checkpoint that training cannot go on from, or is not asked to."""
 
 
@@ -358,23 +357,9 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             return
         place = self._output_dir if output_dir is None else Path(output_dir)
-        staging = place / ".saving"
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
+        with filling(place) as staging:
             super()._save(str(staging), state_dict)
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle
-            new = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-            for name in new:
-                manifest.sync(staging / name)
-            for name in new:
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(staging / name, place / name)
-            for old in place.glob("model*.safetensors*"):  # of a model that was split into more files
-                if old.relative_to(place) not in new:
-                    old.unlink()
-            manifest.sync(place)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -444,12 +429,3 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """As it will read back from JSON; what is None is left out, so that a setting may be added later."""
     given = {name: entry for name, entry in value.items() if entry is not None}
     return json.loads(json.dumps(given, default=str))
-
-
-def raise_disk_error(error: Exception, what: str, kept: str) -> None:
-    """Raise an OSError that says what is left, if ``error`` came from the disk; Rust names it in text."""
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None and (named := re.search(r"os error (\d+)", str(error))):
-        code = int(named[1])
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
-        raise OSError(code, f"{what}: {os.strerror(code)}; {kept}") from error

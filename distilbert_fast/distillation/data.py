@@ -28,6 +28,7 @@ import numpy as np
 from distilbert_fast.distillation import manifest
 from distilbert_fast.distillation.rows import Filter, Flat, Layout, Pieces, Report, join
 from distilbert_fast.distillation.texts import Texts
+from distilbert_fast.files import sync
 from distilbert_fast.ops._check import choice, refuse
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def load_corpus(
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir).resolve() / fingerprint
-    if manifest.fault(path, contents=False) is not None:
+    if manifest.fault(path) is not None:
         if streaming:
             _build(path, lambda directory: _write_head(directory, texts, tokenizer, layout, keep, head))
         else:
@@ -162,7 +163,7 @@ def _build(path: Path, write: Callable[[Path], Report]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with FileLock(path.with_name(f".{path.name}.lock")):
-        reason = manifest.fault(path, contents=False)
+        reason = manifest.fault(path)
         if reason is None:
             return
         if path.exists():
@@ -179,7 +180,7 @@ def _build(path: Path, write: Callable[[Path], Report]) -> None:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        manifest.sync(path.parent)
+        sync(path.parent)
 
 
 def _write(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, num_proc: int | None) -> Report:

@@ -3,12 +3,12 @@
 A manifest lies in every one. It is written twice: first to say that saving began, and, once every
 other file is on the disk, to list them with size and SHA-256. The second writing (temporary file, fsync,
 rename, fsync of the directory) is one atomic step: a run killed or a machine stopped before it leaves a
-checkpoint that is known to be half-written, after it one that can be trusted.
+checkpoint that is known to be half-written, after it one that can be trusted. The manifest holds a checksum of itself;
+those of before it did are still read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,11 +17,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from distilbert_fast.files import FileError, refuse_file, sha256, sync
+from distilbert_fast.schema import (
+    anything,
+    boolean,
+    integer,
+    mapping,
+    one_of,
+    open_sealed,
+    read_json,
+    record,
+    sealed,
+    text,
+    validate,
+)
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint_manifest.json"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 _FORMAT = 1
+_BEGUN = record({"format": one_of(_FORMAT), "complete": one_of(False)})
+_COMPLETE = record(
+    {
+        "format": one_of(_FORMAT),
+        "complete": boolean,
+        "settings": mapping(anything),
+        "files": mapping(
+            record({"size": integer(0), "sha256": text("[0-9a-f]{64}", "a SHA-256")}),
+            # of a path inside: no ".." and not from the root
+            text(r"(?!/)(?!(.*/)?\.\.(/|$))[^\0]+", "a path in the directory"),
+        ),
+    }
+)
 
 
 def begin(checkpoint: Path) -> None:
@@ -51,7 +79,8 @@ def complete(checkpoint: Path, settings: dict[str, Any]) -> None:
     for directory in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint.parent):
         sync(directory)
     new = checkpoint / f"{MANIFEST}.new"
-    new.write_text(json.dumps({"format": _FORMAT, "complete": True, "settings": settings, "files": files}, indent=1))
+    whole = sealed({"format": _FORMAT, "complete": True, "settings": settings, "files": files})
+    new.write_text(json.dumps(whole, indent=1))
     sync(new)
     os.replace(new, checkpoint / MANIFEST)
     sync(checkpoint)
@@ -64,37 +93,39 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
         checkpoint: the directory.
         contents: True compares checksums and so reads every file; False compares names and sizes.
     """
-    record = _read(checkpoint)
-    if isinstance(record, str):
-        return record
-    if record.get("format") != _FORMAT:
-        return f"its manifest has format {record.get('format')!r}, this version reads {_FORMAT}"
-    if not record.get("complete"):
+    try:
+        found = _read(checkpoint)
+    except FileError as error:
+        return error.reason
+    if not found["complete"]:
         return "half-written: saving began and did not end"
-    faults = (file_fault(checkpoint, name, entry, contents) for name, entry in record["files"].items())
+    faults = (file_fault(checkpoint, name, entry, contents) for name, entry in found["files"].items())
     return next((reason for reason in faults if reason is not None), None)
 
 
 def file_fault(checkpoint: Path, name: str, entry: dict[str, Any], contents: bool = True) -> str | None:
     """Why one file is not what its entry among ``files_of`` says; None if it is."""
     file = checkpoint / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != entry["size"]:
-        return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
-    if contents and sha256(file) != entry["sha256"]:
-        return f"the contents of {name} do not fit their checksum"
+    try:
+        if not file.is_file():
+            return f"{name} is no regular file" if os.path.lexists(file) else f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['size']}"
+        if contents and sha256(file) != entry["sha256"]:
+            return f"the contents of {name} do not fit their checksum"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def settings_of(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a complete checkpoint was written with."""
-    return json.loads((checkpoint / MANIFEST).read_text())["settings"]
+    """The settings that a complete checkpoint was written with. Raises FileError where it is not complete."""
+    return _complete(checkpoint)["settings"]
 
 
 def files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file of a complete checkpoint, by its path in it."""
-    return json.loads((checkpoint / MANIFEST).read_text())["files"]
+    """Size and checksum of each file of a complete checkpoint, by its path in it. Raises FileError."""
+    return _complete(checkpoint)["files"]
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -175,39 +206,39 @@ def _written_here(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file() or not any(checkpoint.iterdir())
 
 
-def sync(path: Path) -> None:
-    """Bring a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _complete(checkpoint: Path) -> dict[str, Any]:
+    found = _read(checkpoint)
+    if not found["complete"]:
+        refuse_file(checkpoint, "half-written: saving began and did not end")
+    return found
 
 
-def _read(checkpoint: Path) -> dict[str, Any] | str:
-    """The manifest, or what is wrong with it."""
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, checked. Raises FileError whose reason is what is wrong with it."""
     if not checkpoint.is_dir():
-        return "it is not a directory"
-    if not (checkpoint / MANIFEST).is_file():
+        refuse_file(checkpoint, "it is not a directory")
+    path = checkpoint / MANIFEST
+    if not path.is_file():
         pickles = sorted(file.name for file in _files(checkpoint) if file.suffix in _PICKLES)
         held = f"; it holds pickle files, which are never loaded: {', '.join(pickles)}" if pickles else ""
-        return f"it has no {MANIFEST}{held}"
+        refuse_file(checkpoint, f"it has no {MANIFEST}{held}")
     try:
-        record = json.loads((checkpoint / MANIFEST).read_text())
-    except ValueError as error:
-        return f"its {MANIFEST} is damaged: {error}"
-    return record if isinstance(record, dict) else f"its {MANIFEST} is damaged: not an object"
+        found = read_json(path)
+        if not isinstance(found, dict):
+            refuse_file(path, "not an object")
+        if found.get("format", _FORMAT) != _FORMAT:
+            refuse_file(checkpoint, f"its manifest has format {found['format']!r}, this version reads {_FORMAT}")
+        found = open_sealed(found, path)
+        validate(found, path, _BEGUN if found.get("complete") is False else _COMPLETE)
+    except FileError as error:
+        if str(path) not in str(error):
+            raise
+        refuse_file(checkpoint, f"its {MANIFEST} is damaged: {error.reason}")
+    except OSError as error:
+        refuse_file(checkpoint, f"its {MANIFEST} cannot be read: {error.strerror}")
+    return found
 
 
 def _files(checkpoint: Path) -> list[Path]:
     """Every file of a checkpoint but its manifest."""
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

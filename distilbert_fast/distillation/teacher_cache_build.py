@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from distilbert_fast.distillation import manifest
-from distilbert_fast.distillation.checkpoint import raise_disk_error
 from distilbert_fast.distillation.masked_lm import MlmObjective
 from distilbert_fast.distillation.masking import MaskedDataset, pad
 from distilbert_fast.distillation.teacher import Batch, ModelTeacher, Projection, full
@@ -39,6 +38,7 @@ from distilbert_fast.distillation.teacher_cache import (
     refuse_other_key,
 )
 from distilbert_fast.distillation.teacher_effect import teacher_effect
+from distilbert_fast.files import raise_disk_error, sync
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
 
@@ -144,7 +144,7 @@ def build_cache(
             raise_disk_error(error, f"{OP}: could not write {partial}", "its shards are kept, and gone on from")
             raise
         partial.rename(path)
-        manifest.sync(path.parent)
+        sync(path.parent)
     return path
 
 
@@ -230,7 +230,7 @@ def _write_shards(key: dict[str, Any], teacher: ModelTeacher, parts: Sequence[_P
             if not part.file.exists():
                 new = part.file.with_suffix(".new")
                 save_file(_shard(key, teacher, part, batch_size), str(new))
-                manifest.sync(new)
+                sync(new)
                 os.replace(new, part.file)
             bar.update(len(part.examples))
 

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distilbert_fast.distillation import manifest
+from distilbert_fast.files import regular_size, sha256
 from distilbert_fast.ops._check import refuse
 from distilbert_fast.text_files import column_names, json_object, lone_surrogate
 
@@ -51,7 +51,7 @@ class Texts:
     """A source as ``load_corpus`` describes it; ``across_lines`` says that lines are put together to documents.
 
     Raises:
-        ValueError: there is no such file, or they are of several kinds.
+        ValueError: there is no such file, it is no regular one, or they are of several kinds.
     """
 
     def __init__(
@@ -70,9 +70,11 @@ class Texts:
         if len(given) == 1 and (Path(given[0]).is_dir() or not _is_file_name(given[0])):
             return  # a data set
         for pattern in given:
-            found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not found:
                 refuse("load_corpus", "source", "files that are there", repr(pattern))
+            for file in found:
+                regular_size(file)  # to open a FIFO would wait for ever
             self.files += map(Path, found)
         kinds = sorted({file.suffix.lower() for file in self.files})
         if len(kinds) != 1 or kinds[0] not in READERS:
@@ -88,7 +90,7 @@ class Texts:
             return [self._data_set({})._fingerprint, self.split]
         files = self._named_files()
         with ThreadPoolExecutor(threads) as pool:
-            sums = list(pool.map(manifest.sha256, (file for _, file in files)))
+            sums = list(pool.map(sha256, (file for _, file in files)))
         return [*zip((name for name, _ in files), sums, strict=True), self.split]
 
     def sizes(self) -> list[Any]:
