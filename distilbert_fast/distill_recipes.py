@@ -35,9 +35,10 @@ from distilbert_fast.distill_settings import (
     objective_for,
     refused,
 )
+from distilbert_fast.files import write_file
 from distilbert_fast.processes import Processes, SharedRun, processes
 from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
-from distilbert_fast.stages import RunDirectory, write_file
+from distilbert_fast.stages import RunDirectory
 
 __all__ = ["Recipe", "Shape", "Training", "distill"]
 

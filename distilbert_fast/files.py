@@ -125,8 +125,7 @@ def replacing(path: str | os.PathLike[str], unique: bool = False) -> Iterator[Pa
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, Exception):
-            raise_disk_error(error, f"could not write {os.fspath(path)!r}", "no file was changed")
+        _name_disk_error(error, path)
         raise
     sync(place.parent)
 
@@ -162,7 +161,7 @@ def filling(directory: Path) -> Iterator[Path]:
     except Exception as error:
         begun = [file for file in staging.rglob("*") if file.is_file()]
         last = max(begun, key=lambda file: file.stat().st_mtime_ns).relative_to(staging) if begun else Path()
-        raise_disk_error(error, f"could not write {str(directory / last)!r}", "the old files are kept")
+        _name_disk_error(error, directory / last)
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -178,12 +177,23 @@ def _superseded(directory: Path, new: set[str]) -> list[str]:
 
 
 def raise_disk_error(error: Exception, what: str, kept: str) -> None:
-    """Raise an OSError that says what is left, if ``error`` came from the disk; Rust names it in text."""
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None and (named := re.search(r"os error (\d+)", str(error))):
-        code = int(named[1])
-    if code in _DISK:
+    """Raise an OSError that says what is left, if ``error`` came from the disk."""
+    if (code := _disk_code(error)) is not None:
         raise OSError(code, f"{what}: {os.strerror(code)}; {kept}") from error
+
+
+def _name_disk_error(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Raise an OSError that names the file, if ``error`` came from the disk."""
+    if (code := _disk_code(error)) is not None:
+        raise OSError(code, os.strerror(code), os.fspath(path)) from error
+
+
+def _disk_code(error: BaseException) -> int | None:
+    """The errno of an error that came from the disk; Rust gives it in text."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and isinstance(error, Exception) and (named := re.search(r"os error (\d+)", str(error))):
+        code = int(named[1])
+    return code if code in _DISK else None
 
 
 # Checksums of safetensors files ---------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.stages import RunDirectory, write_file
+from distilbert_fast.files import write_file
+from distilbert_fast.stages import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor

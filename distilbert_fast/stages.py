@@ -8,16 +8,39 @@ The same job run again skips what is complete. Nothing that the job did not make
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distilbert_fast.files import FileError, sha256, sync, write_file
+from distilbert_fast.schema import (
+    Check,
+    anything,
+    integer,
+    mapping,
+    open_sealed,
+    read_json,
+    record,
+    sealed,
+    text,
+    validate,
+)
+
 STAGE_FILE = "stage.json"
+_ENTRY = record({"size": integer(0), "sha256": text("[0-9a-f]{64}", "a SHA-256")})
+_OBJECT = mapping(anything)
 
 
-class StageError(ValueError):
+def _entry(value: Any, where: str) -> None:
+    """Size and SHA-256 of a file; of a stage that an earlier version made its size alone."""
+    (integer(0) if isinstance(value, int) else _ENTRY)(value, where)
+
+
+_STAGE = record({"files": mapping(_entry), "result": _OBJECT})
+
+
+class StageError(FileError):
     """A directory that the job must not, or cannot, write to; the message says what to do."""
 
 
@@ -95,7 +118,7 @@ class RunDirectory:
     def _claim(self) -> None:
         """Make the directory this job's, or refuse it."""
         marker = self.path / self._marker
-        there = json.loads(marker.read_text()) if marker.is_file() else None
+        there = self._read(marker, _OBJECT) if marker.is_file() else None
         if there == self.settings:
             return
         partial = (f".{name}.partial" for name in (self._marker, *self.names))  # of a run that was killed
@@ -131,19 +154,14 @@ class RunDirectory:
 
         Returns what `build` returned, now or in an earlier run.
 
-        Raises StageError when the complete directory no longer holds what the stage put there.
+        Raises StageError when the complete directory no longer holds what the stage put there, byte for byte.
         """
         final, partial = self.path / name, self.path / f".{name}.partial"
         record = final / STAGE_FILE
         if record.is_file():
-            stage = json.loads(record.read_text())
-            for file, size in stage["files"].items():
-                found = (final / file).stat().st_size if (final / file).is_file() else None
-                if found != size:
-                    raise StageError(
-                        f"{self.job}: {str(final / file)!r}: expected the {size} bytes that this job wrote, "
-                        f"got {'no file' if found is None else found}; move {str(final)!r} away to have it made again"
-                    )
+            stage = self._read(record, _STAGE)
+            for file, entry in stage["files"].items():
+                self._check(final, file, entry)
             return stage["result"]
         if final.exists():
             raise StageError(f"{self.job}: {str(final)!r} is in the way: this job did not make it; move it away")
@@ -156,20 +174,48 @@ class RunDirectory:
             shutil.rmtree(partial)
             raise
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
         for path in files:
-            _flush(path)
-        write_json(partial / STAGE_FILE, {"files": sizes, "result": result})
+            sync(path)
+        entries = {
+            path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        }
+        write_json(partial / STAGE_FILE, sealed({"files": entries, "result": result}))
         partial.rename(final)
-        _flush(self.path)
+        sync(self.path)
         return json.loads(json.dumps(result))
 
+    def _check(self, final: Path, name: str, entry: Any) -> None:
+        """Refuse a file of a complete stage that is no longer what the stage put there."""
+        file = final / name
+        size, digest = (entry, None) if isinstance(entry, int) else (entry["size"], entry["sha256"])
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            fault = f"expected the {size} bytes that this job wrote, got {'no file' if found is None else found}"
+        elif digest is not None and sha256(file) != digest:
+            fault = "its contents are not what this job wrote: they do not fit their checksum"
+        else:
+            return
+        raise StageError(f"{self.job}: {str(file)!r}: {fault}; move {str(final)!r} away to have it made again")
+
+    def _read(self, path: Path, check: Check) -> Any:
+        """A JSON file of the job's, checked; without its checksum."""
+        try:
+            value = open_sealed(read_json(path), path)
+            validate(value, path, check)
+        except FileError as error:
+            raise StageError(f"{self.job}: {error}; move it away to have it made again", error.reason) from error
+        return value
+
     def result(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The stage whose result is the JSON file `name`: what `compute` returns, now or in an earlier run."""
+        """The stage whose result is the JSON file `name`: what `compute` returns, now or in an earlier run.
+
+        Raises StageError when the file is damaged.
+        """
         file = self.path / name
         if not file.is_file():
-            write_json(file, compute())
-        return json.loads(file.read_text())
+            write_json(file, sealed(compute()))
+        return self._read(file, _OBJECT)
 
     def discard(self, name: str) -> None:
         """Remove a directory that only the stages in the making needed, such as checkpoints."""
@@ -184,29 +230,6 @@ class RunDirectory:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file at once: readers see the old file or the new one, also after a crash or on a full disk."""
     write_file(path, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file at once, as `write_json` does. Raises OSError; the old file then stays as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _few(names: Sequence[str]) -> str:

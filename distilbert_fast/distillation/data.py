@@ -5,9 +5,9 @@
     cache_dir/<fingerprint>/    [train.arrow]  [holdout.arrow]  token_counts.npy  checkpoint_manifest.json
 
 The fingerprint hashes the bytes of the sources, the tokenizer and the settings: a corpus that has not changed is read
-from there, one that has never is. The directory is built under a hidden name, flushed and renamed while a lock is
-held: it stands there whole or not at all, and of several processes one builds while the others wait. Of a stream it
-holds what the first rows tell, and no train.arrow.
+from there if its files fit their SHA-256 (else it is made again), one that has never is. The directory is built under
+a hidden name, flushed and renamed while a lock is held: it stands there whole or not at all, and of several processes
+one builds while the others wait. Of a stream it holds what the first rows tell, and no train.arrow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from distilbert_fast.distillation.rows import Filter, Flat, Layout, Pieces, Repo
 from distilbert_fast.distillation.texts import Texts
 from distilbert_fast.files import sync
 from distilbert_fast.ops._check import choice, refuse
+from distilbert_fast.schema import integer, record, validate
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +41,7 @@ _FORMAT = 1  # of what is cached; a change of rows.py that changes rows raises i
 _COUNTS = "token_counts.npy"
 _CHUNK = 20_000  # pieces that are joined at once, so also the most rows that an Arrow record batch has
 _STREAM_CHUNK = 1_000  # texts that are tokenized at once
+_SETTINGS = record({"report": record({field.name: integer(0) for field in fields(Report)})})  # of a cache's manifest
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,9 @@ def _open(path: Path) -> Corpus:
         table = MemoryMappedTable.from_file(str(file)) if file.exists() else None
         return None if table is None else datasets.Dataset(table, fingerprint=f"{path.name}-{name}")
 
-    report = Report(**manifest.settings_of(path)["report"])
+    settings = manifest.settings_of(path)
+    validate(settings, path / manifest.MANIFEST, _SETTINGS, "settings")
+    report = Report(**settings["report"])
     return Corpus(part("train"), part("holdout"), np.load(path / _COUNTS), report, path.name, path)
 
 

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distilbert_fast import schema
 from distilbert_fast.distillation import manifest
 from distilbert_fast.distillation.checkpoint import describe_model
 from distilbert_fast.distillation.losses import IGNORED
@@ -35,6 +36,7 @@ from distilbert_fast.distillation.masking import MaskedDataset
 from distilbert_fast.distillation.objectives import need, tokens
 from distilbert_fast.distillation.schedule import bounds, is_zero
 from distilbert_fast.distillation.teacher import Batch
+from distilbert_fast.files import FileError
 from distilbert_fast.ops._check import refuse
 from distilbert_fast.ops.linear_topk_kl_div import linear_topk_kl_div
 
@@ -42,6 +44,19 @@ OP = "CachedTeacher"
 FORMAT = 1
 INDEX = "index.safetensors"
 SHARD = "shard-{:05d}.safetensors"
+_KEY = schema.record(  # which of these another cache has is for refuse_other_key to say
+    {
+        "format": schema.one_of(FORMAT),
+        "epochs": schema.integer(1),
+        "temperature": schema.number(0),
+        "k": schema.integer(1),
+        "positions": schema.one_of("real", "masked"),
+        "hidden": schema.integer(0),
+        "vocabulary": schema.integer(1),
+        **dict.fromkeys(("teacher", "precision", "corpus", "masking", "seed", "held_out"), schema.anything),
+    }
+)
+_SETTINGS = schema.record({"key": _KEY, "rows": schema.integer(0)})
 
 
 class TopK(NamedTuple):
@@ -94,11 +109,13 @@ class CachedTeacher:
     def __init__(self, directory: str | Path, dataset: Any = None, teacher: PreTrainedModel | None = None) -> None:
         self.directory = Path(directory)
         if (reason := manifest.fault(self.directory, contents=False)) is not None:
-            refuse(OP, "directory", "a cache that build_cache wrote", f"{directory}: {reason}")
+            refuse(OP, "directory", "a cache that build_cache wrote", f"{directory}: {reason}", FileError)
         settings = manifest.settings_of(self.directory)
-        self.key: dict[str, Any] = settings.get("key", {})
+        self.key: dict[str, Any] = key_of(settings)
         if self.key.get("format") != FORMAT:
-            refuse(OP, "directory", f"a cache of format {FORMAT}", f"{directory} of {self.key.get('format')}")
+            given = f"{directory} of {self.key.get('format')}"
+            refuse(OP, "directory", f"a cache of format {FORMAT}", given, FileError)
+        schema.validate(settings, self.directory / manifest.MANIFEST, _SETTINGS, "settings")
         wanted = describe_dataset(dataset) if isinstance(dataset, MaskedDataset) else {}
         if teacher is not None:
             wanted["teacher"] = fingerprint(teacher)
@@ -158,8 +175,10 @@ class CachedTeacher:
 
     def _map(self, name: str) -> dict[str, np.ndarray]:
         """The tensors of a file: read through once for its checksum, then mapped."""
-        if (reason := manifest.file_fault(self.directory, name, self._files[name])) is not None:
-            refuse(OP, "directory", "a cache as build_cache wrote it", f"{self.directory}: {reason}")
+        entry = self._files.get(name)
+        reason = f"its manifest lacks {name}" if entry is None else manifest.file_fault(self.directory, name, entry)
+        if reason is not None:
+            refuse(OP, "directory", "a cache as build_cache wrote it", f"{self.directory}: {reason}", FileError)
         with safe_open(str(self.directory / name), framework="pt") as file:
             return {field: file.get_tensor(field).numpy() for field in file.keys()}  # noqa: SIM118
 
@@ -221,6 +240,12 @@ def describe_dataset(dataset: MaskedDataset) -> dict[str, Any]:
     """What decides which ids a teacher sees."""
     masking = dataset.masking
     return {"corpus": dataset.rows_fingerprint, "masking": masking.fingerprint, "seed": masking.seed}
+
+
+def key_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a cache was made of, by the settings in its manifest; empty if they are another's."""
+    key = settings.get("key")
+    return key if isinstance(key, dict) else {}
 
 
 def refuse_other_key(op: str, directory: Path, key: dict[str, Any], wanted: dict[str, Any]) -> None:

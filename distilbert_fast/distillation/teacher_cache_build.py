@@ -1,7 +1,7 @@
 """Make the directory that a ``CachedTeacher`` reads: a teacher runs once over the examples that will be trained on.
 
 It is built beside its place, a shard at a time: a shard is flushed and renamed when it is whole, so that a build that
-is killed goes on behind the last one; and the directory is renamed when all are there and its manifest is written.
+is killed goes on after the last one; and the directory is renamed when all are there and its manifest is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
@@ -35,12 +35,26 @@ from distilbert_fast.distillation.teacher_cache import (
     describe_dataset,
     example_keys,
     fingerprint,
+    key_of,
     refuse_other_key,
 )
 from distilbert_fast.distillation.teacher_effect import teacher_effect
-from distilbert_fast.files import raise_disk_error, sync
+from distilbert_fast.files import (
+    CHECKSUM,
+    UNSEALED,
+    FileError,
+    check_seal,
+    raise_disk_error,
+    refuse_file,
+    regular_size,
+    replacing,
+    seal,
+    sync,
+    write_file,
+)
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
+from distilbert_fast.schema import anything, mapping, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +142,7 @@ def build_cache(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if manifest.fault(path, contents=False) is None:
-            refuse_other_key(OP, path, manifest.settings_of(path).get("key", {}), key)
+            refuse_other_key(OP, path, key_of(manifest.settings_of(path)), key)
             return path
         if path.exists():
             _check.refuse(OP, "directory", "a new one, or a complete cache", path)
@@ -182,15 +196,13 @@ def _begin(partial: Path, key: dict[str, Any]) -> None:
     """Make the directory, or find in it what was begun with the same key."""
     begun = partial / _KEY
     if begun.exists():
-        refuse_other_key(f"{OP} (delete it to start anew)", partial, json.loads(begun.read_text()), key)
-        for file in partial.glob("*.new"):  # what was being written
+        refuse_other_key(f"{OP} (delete it to start anew)", partial, read_json(begun, mapping(anything)), key)
+        for file in partial.glob(".*.partial"):  # what was being written
             file.unlink()
     else:
         shutil.rmtree(partial, ignore_errors=True)
         manifest.begin(partial)
-        new = begun.with_suffix(".new")
-        new.write_text(json.dumps(key))
-        os.replace(new, begun)
+        write_file(begun, json.dumps(key).encode())
 
 
 class _Part(NamedTuple):
@@ -228,10 +240,10 @@ def _write_shards(key: dict[str, Any], teacher: ModelTeacher, parts: Sequence[_P
     with tqdm(total=sum(len(part.examples) for part in parts), desc="Teacher", unit="example", disable=None) as bar:
         for part in parts:
             if not part.file.exists():
-                new = part.file.with_suffix(".new")
-                save_file(_shard(key, teacher, part, batch_size), str(new))
-                sync(new)
-                os.replace(new, part.file)
+                made = _shard(key, teacher, part, batch_size)
+                with replacing(part.file) as new:
+                    save_file(made, str(new), {CHECKSUM: UNSEALED})
+                    seal(new)
             bar.update(len(part.examples))
 
 
@@ -277,8 +289,7 @@ def _write_index(parts: Sequence[_Part]) -> int:
     columns: list[tuple[np.ndarray, ...]] = []
     total = 0
     for number, part in enumerate(parts):
-        with safe_open(str(part.file), framework="pt") as shard:
-            keys, rows = shard.get_tensor("key").numpy(), shard.get_tensor("rows").numpy()
+        keys, rows = _read_shard(part.file)
         total += int(rows.sum())
         columns.append((keys, np.full(len(keys), number, np.int32), np.cumsum(rows) - rows))
     keys, shards, begins = (np.concatenate(column) for column in zip(*columns, strict=True))
@@ -286,6 +297,22 @@ def _write_index(parts: Sequence[_Part]) -> int:
     index = {"key": keys[first], "shard": shards[first], "begin": begins[first]}
     save_file({name: torch.from_numpy(column) for name, column in index.items()}, str(parts[0].file.with_name(INDEX)))
     return total
+
+
+def _read_shard(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and rows of a shard's examples. It may be of a build that was killed: only its checksum vouches for it.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    regular_size(file)
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            check_seal(file, (shard.metadata() or {}).get(CHECKSUM))
+            return shard.get_tensor("key").numpy(), shard.get_tensor("rows").numpy()
+    except (FileError, SafetensorError) as error:
+        reason = error.reason if isinstance(error, FileError) else error
+        refuse_file(file, f"{reason}; delete it to have it made again")
 
 
 def _row_bytes(key: dict[str, Any]) -> int:
