@@ -30,6 +30,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_WEIGHTS = "model.safetensors"
 _DISK = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -159,9 +160,11 @@ def filling(directory: Path) -> Iterator[Path]:
             (directory / old).unlink()
         sync(directory)
     except Exception as error:
-        begun = [file for file in staging.rglob("*") if file.is_file()]
-        last = max(begun, key=lambda file: file.stat().st_mtime_ns).relative_to(staging) if begun else Path()
-        _name_disk_error(error, directory / last)
+        # Neither Python nor Rust says which file it was writing; Rust, which writes the weights, removes what it began.
+        pattern = "*" if isinstance(error, OSError) else "*.safetensors"
+        begun = [file for file in staging.rglob(pattern) if file.is_file()]
+        newest = max(begun, key=lambda file: file.stat().st_mtime_ns, default=staging / _WEIGHTS)
+        _name_disk_error(error, directory / newest.relative_to(staging))
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -169,11 +172,11 @@ def filling(directory: Path) -> Iterator[Path]:
 
 def _superseded(directory: Path, new: set[str]) -> list[str]:
     """Files of a model's weights that those just written replace though they have other names."""
-    weights, index = "model.safetensors", "model.safetensors.index.json"
-    if not new & {weights, index}:
+    index = f"{_WEIGHTS}.index.json"
+    if not new & {_WEIGHTS, index}:
         return []
     old = [name for name in os.listdir(directory) if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)]
-    return [name for name in (*old, weights, index) if name not in new and (directory / name).is_file()]
+    return [name for name in (*old, _WEIGHTS, index) if name not in new and (directory / name).is_file()]
 
 
 def raise_disk_error(error: Exception, what: str, kept: str) -> None:

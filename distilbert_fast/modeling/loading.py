@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distilbert_fast.files import FileError, regular_size
 from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
+from distilbert_fast.schema import Check, anything, integer, mapping, nullable, read_json, record, text, validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +24,24 @@ FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items(
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+_READ = (".json", ".txt", ".safetensors", ".model", ".jinja")  # suffixes of what transformers opens unasked
+# Sizes that a config gives, by their names in BERT's and in DistilBERT's: far above any model, and no loop is endless.
+_SIZES: dict[str, Check] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), integer(0, 2**12)),
+    **dict.fromkeys(("num_attention_heads", "n_heads"), integer(1, 2**12)),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size"), integer(1, 2**18)),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), integer(1, 2**20)),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), integer(0, 2**26)),
+    "num_labels": nullable(integer(0, 2**20)),
+    "id2label": nullable(mapping(anything, text("[0-9]{1,9}", "the number of a class"))),
+    "label2id": nullable(mapping(anything)),
+}
+_CONFIG = record({}, _SIZES, others=True)
+_FEW = 2**28  # weights, which a file that is too short may lack: that is said when it is read
+_SHARDS = record({"weight_map": mapping(text(r"[^/\0]+", "the name of a file"))}, others=True)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be used; the message names it, what was expected and what was found."""
 
 
@@ -36,19 +54,77 @@ def locate(source: str | Path) -> Path:
     if not directory.is_dir():
         directory = _download(str(source))
     config = directory / "config.json"
+    for file in directory.iterdir():
+        _check_regular(file)
     if not config.is_file():
         raise CheckpointError(f"checkpoint: {str(source)!r} holds no config.json")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {error}") from error
-    if model_type not in FAMILIES:
+        settings = read_json(config)
+        model_type = settings.get("model_type")
+    except (FileError, AttributeError) as error:
+        reason = error.reason if isinstance(error, FileError) else error
+        raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {reason}") from error
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"checkpoint: {str(source)!r}: expected a {', '.join(SHAPES)} model, got model_type {model_type!r}"
         )
-    for file in _weight_files(directory, source):
+    weights = _weight_files(directory, source)
+    for file in weights:
         _check_whole(file)
+    with _as_checkpoint_error():
+        check_sizes(settings, config, sum(map(regular_size, weights)))
     return directory
+
+
+def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int) -> None:
+    """Refuse sizes that no model has, or that are of far more weights than there are, before memory is made for them.
+
+    Args:
+        config: of a BERT, RoBERTa or DistilBERT.
+        path: where it was read, for messages.
+        weight_bytes: of its weights, one at least for each of them.
+
+    Raises:
+        FileError: one of the sizes, by name.
+    """
+    validate(config, path, _CONFIG)
+    layers, hidden, inner, heads = (
+        config.get(bert, config.get(distilbert, 0))
+        for bert, distilbert in (
+            ("num_hidden_layers", "n_layers"),
+            ("hidden_size", "dim"),
+            ("intermediate_size", "hidden_dim"),
+            ("num_attention_heads", "n_heads"),
+        )
+    )
+    if heads and hidden % heads:
+        raise FileError(f"{str(path)!r}: hidden_size must be a multiple of {heads} heads, got {hidden}")
+    rows = sum(config.get(name, 0) for name in ("vocab_size", "max_position_embeddings", "type_vocab_size"))
+    weights = rows * hidden + layers * (4 * hidden**2 + 2 * hidden * inner)
+    if weights > max(2 * weight_bytes, _FEW):
+        raise FileError(
+            f"{str(path)!r}: its sizes must be those of the {weight_bytes} bytes of weights beside it, got sizes of "
+            f"{weights} weights"
+        )
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise CheckpointError(f"checkpoint: {error}", error.reason) from error
+
+
+def _check_regular(file: Path) -> None:
+    """Refuse a FIFO, a device or a socket that transformers would wait for."""
+    try:
+        kind = file.stat().st_mode
+    except OSError:
+        return  # a link to nothing
+    if file.suffix in _READ and not stat.S_ISDIR(kind):
+        with _as_checkpoint_error():
+            regular_size(file)
 
 
 def fingerprint(directory: Path) -> str:
@@ -104,7 +180,7 @@ def load_with_head(
 
     register()  # so that an int8 checkpoint is understood
     directory = locate(source)
-    with _without_report(), without_bars():
+    with _without_report(), without_bars(), _reading(source, f"a model for {head}"):
         model, loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
             directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config
         )
@@ -121,7 +197,8 @@ def load_with_head(
         raise CheckpointError(
             f"checkpoint: {str(source)!r} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
         )
-    tokenizer = load_tokenizer(directory, head)
+    with _reading(source, "a tokenizer"):
+        tokenizer = load_tokenizer(directory, head)
     if not 0 < len(tokenizer) <= model.config.vocab_size:
         raise CheckpointError(
             f"checkpoint: {str(source)!r}: expected a tokenizer of 1 to {model.config.vocab_size} tokens, as many as "
@@ -166,6 +243,20 @@ def _download(name: str) -> Path:
 
 
 @contextlib.contextmanager
+def _reading(source: str | Path, what: str) -> Iterator[None]:
+    """Whatever damage leads transformers and tokenizers to raise is a CheckpointError that names the checkpoint."""
+    try:
+        yield
+    except (CheckpointError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise CheckpointError(f"checkpoint: {str(source)!r} cannot be read as {what}: {reason}") from error
+
+
+@contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """Without transformers' progress bars of reading and writing weights; a Trainer's own bar stays."""
     from transformers.utils import logging
@@ -196,7 +287,8 @@ def _weight_files(directory: Path, source: str | Path) -> list[Path]:
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if (directory / _INDEX).is_file():
-        names = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        with _as_checkpoint_error():
+            names = sorted(set(read_json(directory / _INDEX, _SHARDS)["weight_map"].values()))
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise CheckpointError(f"checkpoint: {str(source)!r} lacks {absent[0]}, which its {_INDEX} names")

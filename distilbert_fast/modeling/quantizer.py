@@ -6,12 +6,17 @@ int8 codes and float32 scales. transformers reads both back itself once ``regist
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,13 +24,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distilbert_fast.backends import run_aside
+from distilbert_fast.files import CHECKSUM, UNSEALED, FileError, check_seal, filling, refuse_file, regular_size, seal
 from distilbert_fast.layers import Int8Linear
+from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
+from distilbert_fast.schema import array, boolean, one_of, record, text, validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "distilbert_fast"
+_CONFIG = record(
+    {"quant_method": one_of(METHOD)}, {"heads": boolean, "modules_to_not_convert": array(text())}, others=True
+)
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(kw_only=True)
@@ -42,6 +54,13 @@ class Int8Config(QuantizationConfigMixin):
     heads: bool = False
     modules_to_not_convert: list[str] = field(default_factory=list)
     quant_method: str = METHOD  # type: ignore[assignment]  # one of ours is in no enumeration of theirs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, of what a config.json says; that is checked where its path is known."""
+        made = super().from_dict({}, return_unused_kwargs, **kwargs)
+        vars(made[0] if return_unused_kwargs else made).update(config_dict)
+        return made
 
     def skips(self, name: str) -> bool:
         return any(_part_of(part, name) for part in self.modules_to_not_convert)
@@ -64,6 +83,7 @@ def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) ->
     quantizer = Int8Quantizer(config, pre_quantized=True)
     marked: Any = model
     marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
+    marked.save_pretrained = functools.partial(_save_pretrained, model)
     model.config.quantization_config = config
     return model
 
@@ -87,6 +107,28 @@ def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterato
             yield name, module
 
 
+def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """As the class's own, but a file that is there is replaced only by a whole one, and has a checksum.
+
+    Raises:
+        OSError: the disk is full or cannot be written; it names the file, and the old ones are as they were.
+    """
+    save = type(model).save_pretrained
+    given = inspect.signature(save).bind(model, save_directory, *args, **kwargs).arguments
+    directory = Path(save_directory)
+    elsewhere = given.get("push_to_hub") or given.get("distributed_checkpoint") or directory.is_file()
+    if elsewhere or not given.get("is_main_process", True):
+        return save(model, save_directory, *args, **kwargs)
+    with filling(directory) as staging:
+        save(model, staging, *args, **kwargs)
+        for file in staging.glob("*.safetensors"):
+            seal(file)
+
+
+class _UnknownSettingError(FileError, TypeError):
+    """Of a later version: a setting that Int8Config does not know."""
+
+
 class Int8Quantizer(HfQuantizer):
     """What transformers' from_pretrained and save_pretrained call for a model with an ``Int8Config``."""
 
@@ -98,6 +140,13 @@ class Int8Quantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return  # its floats are loaded first
+        if checkpoint_files:
+            config = Path(checkpoint_files[0]).with_name("config.json")
+            settings = self.quantization_config.to_dict()
+            validate(settings, config, _CONFIG, "quantization_config")
+            if unknown := sorted(settings.keys() - {field.name for field in fields(Int8Config)}):
+                given = f"unexpected keyword argument {unknown[0]!r}"
+                raise _UnknownSettingError(f"{str(config)!r}: quantization_config: {given}", given)
         for name, linear in _linears(model, self.quantization_config, METHOD):
             bias, dtype = linear.bias is not None, linear.weight.dtype
             made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
@@ -106,7 +155,23 @@ class Int8Quantizer(HfQuantizer):
             _check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return model if self.pre_quantized else quantize_linears(model, self.quantization_config, METHOD)
+        if not self.pre_quantized:
+            return quantize_linears(model, self.quantization_config, METHOD)
+        marked: Any = model
+        marked.save_pretrained = functools.partial(_save_pretrained, model)
+        return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """What transformers calls before it makes the model: the place to refuse sizes that no file of it has."""
+        directory = Path(config._name_or_path)
+        weights = list(directory.glob("*.safetensors")) if self.pre_quantized and directory.is_dir() else []
+        if weights:
+            sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+            check_sizes(sizes, directory / "config.json", sum(map(regular_size, weights)))
+        return super().update_attn_implementation(config)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        return None, {CHECKSUM: UNSEALED}
 
     def is_serializable(self) -> bool:
         return True
@@ -125,23 +190,53 @@ class Int8Quantizer(HfQuantizer):
 
 
 def _check_files(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Refuse pickles, damaged files, and a checkpoint without the codes and scales that ``model`` needs."""
-    found = set()
-    for file in files:
-        if Path(file).suffix != ".safetensors":
-            _check.refuse(METHOD, "weights", "in safetensors, pickle is never loaded", file)
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found.update(tensors.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{METHOD}: {file} is truncated or no safetensors file ({error})") from error
+    """Refuse pickles, damaged files, and a checkpoint without the codes and scales that ``model`` needs.
+
+    Raises:
+        FileError: a ValueError that names the file.
+    """
     prefix = f"{model.base_model_prefix}."  # of a task model: its checkpoint may be read without the head
-    found = {name.removeprefix(prefix) for name in found}
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
-            for tensor in module.state_dict():
-                if f"{name}.{tensor}".removeprefix(prefix) not in found:
-                    raise ValueError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}.{tensor}")
+    places: dict[str, tuple[str, Any, str]] = {}  # of a tensor: file, the same opened, its name in it
+    with contextlib.ExitStack() as opened:
+        for file in files:
+            tensors = opened.enter_context(_opened(file))
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                places[name.removeprefix(prefix)] = file, tensors, name
+        layers = [entry for entry in model.named_modules() if isinstance(entry[1], Int8Linear)]
+        wanted = {f"{name}.{part}": (part, x) for name, layer in layers for part, x in layer.state_dict().items()}
+        for name in wanted:
+            if name.removeprefix(prefix) not in places:
+                raise FileError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}")
+        for name, (part, tensor) in wanted.items():
+            _check_tensor(*places[name.removeprefix(prefix)], part, tensor)
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """A safetensors file that fits its checksum, if it has one."""
+    if Path(file).suffix != ".safetensors":
+        _check.refuse(METHOD, "weights", "in safetensors, pickle is never loaded", file, FileError)
+    try:
+        regular_size(file)
+        with safe_open(file, framework="pt") as tensors:
+            check_seal(file, (tensors.metadata() or {}).get(CHECKSUM))
+            yield tensors
+    except SafetensorError as error:
+        raise FileError(f"{METHOD}: {file} is truncated or no safetensors file ({error})") from error
+
+
+def _check_tensor(file: str, tensors: Any, name: str, part: str, wanted: torch.Tensor) -> None:
+    """Codes must be int8, scales finite and not negative."""
+    found = tensors.get_slice(name)
+    dtypes = {"weight": ("I8",), "weight_scale": ("F32",)}.get(part, _FLOATS)
+    if found.get_dtype() not in dtypes or found.get_shape() != list(wanted.shape):
+        expected = f"{' or '.join(dtypes)} {list(wanted.shape)}"
+        refuse_file(file, f"{name} must be {expected}, got {found.get_dtype()} {found.get_shape()}")
+    if part == "weight_scale":
+        scales = tensors.get_tensor(name)
+        wrong = scales[~((scales >= 0) & (scales < math.inf))]
+        if len(wrong):
+            refuse_file(file, f"{name} must be finite and not negative, got {float(wrong[0])}")
 
 
 @functools.cache

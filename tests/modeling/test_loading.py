@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -173,3 +174,67 @@ def test_fingerprint_is_of_the_content(checkpoint, original):
     content[-1] ^= 1
     file.write_bytes(content)
     assert fingerprint(checkpoint) != fingerprint(original)
+
+
+# Damage -----------------------------------------------------------------------------------------------------------
+
+
+def spoiled(checkpoint: Path, **changes: object) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 2**40),
+        ("num_hidden_layers", "two"),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("hidden_size", 2**18),
+        ("intermediate_size", 2**20),
+        ("vocab_size", 2**26),
+        ("max_position_embeddings", 2**40),
+        ("num_labels", 2**40),
+        ("id2label", {"x": "a"}),
+        ("id2label", [1]),
+        ("hidden_act", "no such thing"),
+        ("layer_norm_eps", "x"),
+        ("pad_token_id", 10**6),
+    ],
+)
+def test_a_config_that_cannot_be(checkpoint, field, value):
+    spoiled(checkpoint, **{field: value})
+    with pytest.raises(CheckpointError, match=r"^checkpoint: '?'?bert"):
+        load_classifier(checkpoint, ["a", "b"], new_head=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"model_type": "bert", "model_type": "bert"}', b"\xff"])
+def test_configs_that_are_no_json(checkpoint, content):
+    (checkpoint / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^checkpoint: 'bert/config\.json' is not a model's config: "):
+        load_classifier(checkpoint, ["a", "b"], new_head=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 3}}', "[" * 100_000])
+def test_a_damaged_index(checkpoint, content):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^checkpoint: 'bert/model\.safetensors\.index\.json': "):
+        load_classifier(checkpoint, ["a", "b"], new_head=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"a": ', '{"model": 3, "added_tokens": 4}', "[" * 100_000])
+def test_a_damaged_tokenizer(checkpoint, name, content):
+    (checkpoint / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"^checkpoint: 'bert'") as error:
+        load_classifier(checkpoint, ["a", "b"], new_head=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json"])
+def test_a_fifo_in_the_place_of_a_file(checkpoint, name):
+    (checkpoint / name).unlink(missing_ok=True)
+    os.mkfifo(checkpoint / name)
+    refused(f"checkpoint: 'bert/{name}': expected a regular file, got a FIFO", checkpoint)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,12 @@ import sys
 import pytest
 import torch
 import transformers
+from mutations import assert_refused_or_same, cut, flipped
 from safetensors.torch import load_file, save_file
 
 import distilbert_fast
 from distilbert_fast import Int8Config, optimize, quantize_model
+from distilbert_fast.files import FileError
 from distilbert_fast.layers import Int8Linear
 
 SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
@@ -289,6 +293,107 @@ def test_missing_shard(tmp_path):
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(OSError):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("weight_scale", lambda x: x.index_fill(0, torch.tensor([3]), NAN), "finite and not negative, got nan"),
+        ("weight_scale", lambda x: x.index_fill(0, torch.tensor([3]), INF), "finite and not negative, got inf"),
+        ("weight_scale", lambda x: -x, "finite and not negative, got -"),
+        ("weight_scale", lambda x: x[:-1], "F32 [30], got F32 [29]"),
+        ("weight_scale", lambda x: x.double(), "F32 [30], got F64 [30]"),
+        ("weight", lambda x: x.float(), "I8 [1, 30, 30], got F32 [1, 30, 30]"),
+        ("weight", lambda x: x.view(torch.uint8), "I8 [1, 30, 30], got U8 [1, 30, 30]"),
+        ("weight", lambda x: x[0], "I8 [1, 30, 30], got I8 [30, 30]"),
+        ("bias", lambda x: x.int(), "F64 or F32 or BF16 or F16 [30], got I32 [30]"),
+    ],
+)
+def test_codes_and_scales_that_cannot_be(part, change, message, saved):
+    file, name = saved / "model.safetensors", f"bert.encoder.layer.1.attention.output.dense.{part}"
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, file, {"format": "pt"})
+    assert refused(saved, FileError).startswith(f"{str(file)!r}: {name} must be {message}")
+
+
+def test_bits_and_ends_of_the_weights(saved, batch):
+    file = saved / "model.safetensors"
+    content, kind = file.read_bytes(), transformers.BertForSequenceClassification
+    want = kind.from_pretrained(saved).state_dict()
+
+    def same(model):
+        return all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+
+    damages = [*flipped(content, 0, 40), *cut(content, 1, 3)]
+    assert assert_refused_or_same(file, iter(damages), lambda: kind.from_pretrained(saved), same) == len(damages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": "no"}, "heads must be true or false, got 'no'"),
+        ({"heads": None}, "heads must be true or false, got None"),
+        (
+            {"modules_to_not_convert": "lin2"},
+            "modules_to_not_convert must be a list of 0 to 1048576 values, got 'lin2'",
+        ),
+        ({"modules_to_not_convert": [1]}, "modules_to_not_convert[0] must be a text, got 1"),
+        ({"static": True}, "unexpected keyword argument 'static'"),
+    ],
+)
+def test_a_quantization_config_that_cannot_be(changes, message, saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (saved / "config.json").write_text(json.dumps(config))
+    assert refused(saved, FileError) == f"{str(saved / 'config.json')!r}: quantization_config: {message}"
+
+
+@pytest.mark.parametrize("size", ["num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size"])
+def test_sizes_of_no_model_are_refused_before_it_is_made(size, saved):
+    config = json.loads((saved / "config.json").read_text())
+    for value in (2**40, -1):
+        (saved / "config.json").write_text(json.dumps(config | {size: value}))
+        assert f"{str(saved / 'config.json')!r}: {size} must be " in refused(saved, FileError)
+
+
+def test_a_model_is_copied_and_pickled_with_its_way_to_save(tmp_path):
+    model = quantize_model(make("DistilBertModel"))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    twin.embeddings.LayerNorm.weight.data.fill_(7)
+    twin.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["embeddings.LayerNorm.weight"].eq(7).all()
+
+
+def test_full_disk(tmp_path):
+    """A real write error: the process may write no file beyond 20,000 bytes."""
+    model = quantize_model(make("BertModel"))
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            model.save_pretrained(tmp_path)
+        with pytest.raises(OSError):
+            model.save_pretrained(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(error.value) == f"[Errno 27] File too large: {str(tmp_path / 'model.safetensors')!r}"
+    assert not any((tmp_path / "new").iterdir())
+    (tmp_path / "new").rmdir()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_weights_split_in_another_way_replace_the_old_ones(tmp_path, batch):
+    first, second = (quantize_model(make("BertModel")) for _ in range(2))
+    second.embeddings.LayerNorm.weight.data.fill_(3)
+    for sizes in ({}, {"max_shard_size": "10KB"}), ({"max_shard_size": "10KB"}, {}):
+        first.save_pretrained(tmp_path, **sizes[0])
+        second.save_pretrained(tmp_path, **sizes[1])
+        assert_same_bits(transformers.BertModel.from_pretrained(tmp_path), second, batch)
 
 
 def test_float_weights_under_an_int8_config(saved, tmp_path):
