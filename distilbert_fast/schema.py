@@ -199,13 +199,22 @@ def open_sealed(value: Any, path: str | os.PathLike[str]) -> Any:
     Raises:
         FileError: the checksum is another one.
     """
-    if not isinstance(value, dict) or CHECKSUM not in value:
+    if not isinstance(value, dict):
         return value
-    inside = {name: one for name, one in value.items() if name != CHECKSUM}
-    validate(inside, path, anything)
+    validate(value, path, anything)
+    if CHECKSUM not in value:
+        likely = [name for name, one in value.items() if isinstance(one, str) and len(one) == 64]
+        if any(value[name] == _checksum(_without(value, name)) for name in likely):
+            refuse_file(path, "the name of its checksum is damaged")
+        return value
+    inside = _without(value, CHECKSUM)
     if value[CHECKSUM] != _checksum(inside):
         refuse_file(path, "its contents do not fit their checksum")
     return inside
+
+
+def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: one for name, one in value.items() if name != key}
 
 
 def _checksum(value: Mapping[str, Any]) -> str:

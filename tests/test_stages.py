@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import assert_refused_or_same, cut, edited, flipped
 
+from distilbert_fast.files import FileError
 from distilbert_fast.stages import RunDirectory, StageError, write_file, write_json
 
 NAMES = ("model", "report.md")
@@ -247,3 +249,53 @@ def test_write_file_replaces(tmp_path):
     write_file(file, b"one")
     write_file(file, b"two")
     assert file.read_bytes() == b"two"
+
+
+# Damage -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model/sub/weights", "model/stage.json", "numbers.json", ".job.json"])
+def test_bits_ends_and_edits(tmp_path, name):
+    def load() -> tuple[object, object]:
+        with run(tmp_path) as job:
+            made = job.directory("model", fill("some weights")), job.result("numbers.json", lambda: {"n": 1.5})
+            return made, (tmp_path / "model" / "sub" / "weights").read_text()
+
+    want, file = load(), tmp_path / name
+    content = file.read_bytes()
+    edits = edited(json.loads(content), 2, 60) if name.endswith("json") else ()
+    damages = [*flipped(content, 0, 60), *cut(content, 1, 5), *edits]
+
+    def named() -> object:
+        try:
+            return load()
+        except StageError as error:  # of other settings it names the directory
+            raise (FileError(f"{file}: {error}") if "other settings" in str(error) else error) from None
+
+    assert assert_refused_or_same(file, iter(damages), named, lambda found: found == want) > 0.8 * len(damages)
+
+
+def test_a_flipped_bit_in_a_finished_stage(tmp_path):
+    with run(tmp_path) as job:
+        job.directory("model", fill("twelve bytes"))
+    weights = tmp_path / "model" / "sub" / "weights"
+    weights.write_text("twelve bytet")
+    with run(tmp_path) as job, pytest.raises(StageError) as error:
+        job.directory("model", fill("x"))
+    assert str(error.value) == (
+        f"job: {str(weights)!r}: its contents are not what this job wrote: they do not fit their checksum; move "
+        f"{str(tmp_path / 'model')!r} away to have it made again"
+    )
+
+
+def test_stages_of_an_earlier_version_are_read(tmp_path):
+    with run(tmp_path) as job:
+        job.directory("model", fill("one"))
+    record = tmp_path / "model" / "stage.json"
+    write_json(record, {"files": {"sub/weights": 3}, "result": {"said": "one"}})
+    with run(tmp_path) as job:
+        assert job.directory("model", fill("x")) == {"said": "one"}
+        for wrong in ({"files": {}}, {"files": {"a": -1}, "result": {}}, {"files": None, "result": {}}, []):
+            write_json(record, wrong)
+            with pytest.raises(StageError, match=f"^job: {re.escape(repr(str(record)))}: "):
+                job.directory("model", fill("x"))
