@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.files import write_file
+from distilbert_fast.schema import anything, mapping, read_json
 from distilbert_fast.stages import RunDirectory
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
 
 def config_of(teacher: Path) -> dict[str, Any]:
     """The config of a checkpoint as it was written."""
-    return json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    return read_json(teacher / "config.json", mapping(anything))
 
 
 def class_names(teacher: Path) -> list[str]:

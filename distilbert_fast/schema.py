@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ Check = Callable[[Any, str], None]
 
 CHECKSUM = "checksum"  # the key under which a sealed object keeps the SHA-256 of all others
 _MOST_BYTES = 2**28  # of a file
+_LARGEST = sys.float_info.max
 _DEPTH = 100  # of values that no schema describes
 
 
@@ -52,7 +54,7 @@ def number(least: float = -math.inf) -> Check:
     def check(value: Any, where: str) -> None:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         expected = "a finite number" + ("" if least == -math.inf else f" from {least:g} on")
-        _require(fits and least <= value < math.inf, where, expected, value)
+        _require(fits and max(least, -_LARGEST) <= value <= _LARGEST, where, expected, value)
 
     return check
 

@@ -12,8 +12,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from distilbert_fast.files import FileError, regular_size
+from distilbert_fast.schema import parse_json
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -28,12 +31,22 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read what ``save_state`` wrote: the same types, floats to the last bit, tensors on the CPU."""
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        structure = json.loads(file.metadata()["structure"])
-        # cloned: an optimizer updates its state in place, which must not reach the mapped file
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return _unpack(structure, tensors)
+    """Read what ``save_state`` wrote: the same types, floats to the last bit, tensors on the CPU.
+
+    Raises:
+        FileError: it is another file, or damaged.
+    """
+    regular_size(path)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            structure = parse_json((file.metadata() or {}).get("structure", ""), path, called="structure")
+            # cloned: an optimizer updates its state in place, which must not reach the mapped file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return _unpack(structure, tensors)
+    except FileError:
+        raise
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise FileError(f"{str(path)!r} is damaged or no state: {type(error).__name__}: {error}") from error
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from distillation import corpora, tiny
 from mutations import ODD, assert_refused_or_same, cut, edited, flipped
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 datasets = pytest.importorskip("datasets")
 
@@ -22,6 +24,7 @@ from distilbert_fast.distillation.data import load_corpus  # noqa: E402
 from distilbert_fast.distillation.masking import MaskedDataset, Masking, pad  # noqa: E402
 from distilbert_fast.distillation.teacher_cache import INDEX, SHARD, CachedTeacher  # noqa: E402
 from distilbert_fast.distillation.teacher_cache_build import build_cache  # noqa: E402
+from distilbert_fast.distillation.training_state import load_state, save_state  # noqa: E402
 from distilbert_fast.files import FileError  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -230,3 +233,24 @@ def test_shards_and_key_of_a_build_that_was_killed(model, dataset, tmp_path, mon
             build()
     key.write_bytes(content)
     CachedTeacher(build(), dataset)
+
+
+# States of a training ---------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_state_of_an_optimizer(tmp_path):
+    """It is compared with the manifest's checksum first: what is left is to fail by name."""
+    path = tmp_path / "optimizer.safetensors"
+    save_state(path, {"state": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.99)}}, "names": ["a", None]})
+    header = json.loads(load_metadata(path)["structure"])
+    content = path.read_bytes()
+    damages = list(cut(content, 1, 10))
+    for label, text in edited(header, 2, 40):
+        save_file({"0": torch.tensor(3.0)}, path, {"structure": text.decode(errors="replace")})
+        damages.append((label, path.read_bytes()))
+    assert assert_refused_or_same(path, iter(damages), lambda: load_state(path), lambda found: True) > 20
+
+
+def load_metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
