@@ -160,14 +160,21 @@ def filling(directory: Path) -> Iterator[Path]:
             (directory / old).unlink()
         sync(directory)
     except Exception as error:
-        # Neither Python nor Rust says which file it was writing; Rust, which writes the weights, removes what it began.
-        pattern = "*" if isinstance(error, OSError) else "*.safetensors"
-        begun = [file for file in staging.rglob(pattern) if file.is_file()]
-        newest = max(begun, key=lambda file: file.stat().st_mtime_ns, default=staging / _WEIGHTS)
-        _name_disk_error(error, directory / newest.relative_to(staging))
+        _name_disk_error(error, directory / _being_written(staging))
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _being_written(staging: Path) -> Path:
+    """Which file could not be written, as neither Python nor Rust says it: the newest that was begun, or the weights if
+    that is whole JSON, as what comes before them is. (Rust removes what it began.)"""
+    begun = [file for file in staging.rglob("*") if file.is_file()]
+    newest = max(begun, key=lambda file: file.stat().st_mtime_ns, default=staging / _WEIGHTS)
+    with contextlib.suppress(ValueError):
+        json.loads(newest.read_bytes() if begun else b"0")
+        return Path(_WEIGHTS)
+    return newest.relative_to(staging)
 
 
 def _superseded(directory: Path, new: set[str]) -> list[str]:

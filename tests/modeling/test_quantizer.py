@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from mutations import assert_refused_or_same, cut, flipped
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import distilbert_fast
@@ -385,6 +386,20 @@ def test_full_disk(tmp_path):
     assert not any((tmp_path / "new").iterdir())
     (tmp_path / "new").rmdir()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space (os error 28)")]
+)
+def test_a_disk_that_is_full_when_the_weights_come(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(OSError) as caught:
+        quantize_model(make("BertModel")).save_pretrained(tmp_path)
+    assert str(caught.value) == f"[Errno 28] No space left on device: {str(tmp_path / 'model.safetensors')!r}"
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_split_in_another_way_replace_the_old_ones(tmp_path, batch):
