@@ -197,7 +197,7 @@ def _begin(partial: Path, key: dict[str, Any]) -> None:
     begun = partial / _KEY
     if begun.exists():
         refuse_other_key(f"{OP} (delete it to start anew)", partial, read_json(begun, mapping(anything)), key)
-        for file in partial.glob(".*.partial"):  # what was being written
+        for file in (*partial.glob(".*.partial"), *partial.glob("*.new")):  # what was being written
             file.unlink()
     else:
         shutil.rmtree(partial, ignore_errors=True)
