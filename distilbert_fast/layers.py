@@ -1,9 +1,9 @@
 """Differentiable building blocks of a transformer encoder, made from ops.
 
 A padded batch [B, T] holds N real tokens. ``unpad`` keeps their rows [N, ...], sequence after sequence, every
-layer works on those, and ``pad`` puts them back: padding is never computed.
+layer works on those, and ``pad`` puts them back: padding is never computed. Not so where a call is ``traced``.
 
-Shapes: B batch, T sequence, N tokens, C hidden, H heads, D head size; M rows, which are N or B·T.
+Shapes: B batch, T sequence, N tokens, C hidden.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
-from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.int8_linear import int8_linear
-from distilbert_fast.ops.layer_norm import layer_norm
 from distilbert_fast.ops.quantize import quantize
 
 
@@ -69,19 +67,15 @@ def token_mask(caller: str, attention_mask: torch.Tensor, batch: int, length: in
 
 
 class Tokens(NamedTuple):
-    """How rows x [M, ...] form B sequences of up to T tokens.
+    """How rows x [N, ...] of the real tokens form B sequences of up to T tokens.
 
-    packed: M = N, ``cu_seqlens`` int32 [B+1] and ``indices`` [N] as from ``unpad``.
-    padded: M = B·T, ``cu_seqlens`` is None; ``mask`` bool [B, T] says which rows other rows may attend to
-    (None = all). Rows at padded positions are computed like any other. Shapes then depend on no data, which is
-    what torch.compile needs.
+    ``cu_seqlens`` int32 [B+1] and ``indices`` [N] are as from ``unpad``; indices is None where N = B·T.
     """
 
     batch: int
     length: int
-    cu_seqlens: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor
     indices: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
 
     @classmethod
     def packed(
@@ -89,71 +83,50 @@ class Tokens(NamedTuple):
     ) -> Tokens:
         """Of the positions where mask [B, T], on ``device`` or on the CPU, is not 0: ``count``, if the caller knows."""
         if mask is None:
-            starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-            return cls(batch, length, cu_seqlens=starts)
+            return cls(batch, length, torch.arange(batch + 1, dtype=torch.int32, device=device) * length)
         places = _places(token_mask("unpad", mask, batch, length), count)
         cu_seqlens, indices = (part.to(device, non_blocking=True) for part in places)
-        return cls(batch, length, cu_seqlens=cu_seqlens, indices=indices)
+        return cls(batch, length, cu_seqlens, indices)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, ...] -> [M, ...]."""
+        """x [B, T, ...] -> [N, ...]."""
         rows = x.flatten(0, 1)
         if self.indices is None or self.indices.shape[0] == rows.shape[0]:
             return rows
         return rows.index_select(0, self.indices)
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, ...] -> [B, T, ...]; 0 at positions that have no row."""
+        """x [N, ...] -> [B, T, ...]; 0 at positions that have no row."""
         if self.indices is None:
             return x.unflatten(0, (self.batch, self.length))
         return pad(x, self.indices, self.batch, self.length)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tokens: Tokens,
-    head_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    probabilities: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Self-attention of each sequence, m_h · softmax(q kᵀ / √D) · v.
+def traced(*tensors: torch.Tensor) -> bool:
+    """Whether a computation on these is recorded or transformed, and not only run.
 
-    Args:
-        q, k, v: [M, H, D], laid out as ``tokens`` says.
-        head_mask: m, [H] or [B, H]; gets a gradient.
-        dropout_p: chance for a probability to be dropped; 0 outside training.
-        probabilities: also return them, m_h · dropout(softmax), [B, H, T, T]. Needs the padded layout.
-
-    Returns:
-        [M, H, D], and the probabilities or None.
+    By torch.compile, torch.export, torch.jit or torch.fx, a torch.func transform or forward-mode gradients, a dispatch
+    mode (make_fx, FakeTensorMode, FLOP counters), a CUDA graph, or tensors that are not plain ones that hold numbers.
+    Then nothing may depend on what the tensors hold, and no op that the tracer does not know may be used.
     """
-    if tokens.cu_seqlens is not None:
-        return attention(q, k, v, tokens.cu_seqlens, head_mask, dropout_p), None
-    q, k, v = (x.unflatten(0, (tokens.batch, tokens.length)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-    allowed = None
-    if tokens.mask is not None:
-        # A sequence without tokens attends to everything: any number will do there, but NaN would not.
-        allowed = (tokens.mask | ~tokens.mask.any(dim=1, keepdim=True))[:, None, None, :]  # [B, 1, 1, T]
-    m = None if head_mask is None else head_mask.to(q.dtype)[..., None, None]  # [H, 1, 1] or [B, H, 1, 1]
-    if not probabilities:
-        context = F.scaled_dot_product_attention(q, k, v, allowed, dropout_p)
-        return (context if m is None else context * m).transpose(1, 2).flatten(0, 1), None
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, T, T]
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
-    weights = weights if m is None else weights * m
-    return (weights @ v).transpose(1, 2).flatten(0, 1), weights
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(x) not in _PLAIN or x.is_meta for x in tensors)
+        or (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+    )
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm(x + residual) over the last dimension, by the ``layer_norm`` op; parameters as in torch."""
+_PLAIN = (torch.Tensor, nn.Parameter)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        rows = None if residual is None else residual.reshape(-1, x.shape[-1])
-        return layer_norm(x.reshape(-1, x.shape[-1]), self.weight, self.bias, rows, self.eps).view(x.shape)
+
+def exported(*tensors: torch.Tensor) -> bool:
+    """Whether a computation is ``traced``, but not by torch.compile, which takes our ops as they are."""
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return not compiled and traced(*tensors)
 
 
 class Int8Linear(nn.Module):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distilbert_fast.layers import Tokens, attend
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding, embedding_quantize
 from distilbert_fast.ops.int8_linear import int8_linear
@@ -114,9 +113,11 @@ class OpEncoder:
             if keys is None:
                 context = attention(q, k, v, cu_seqlens, mask)
             else:
-                tokens = Tokens(keys.shape[0], keys.shape[1], mask=keys)
-                context = attend(q, k, v, tokens, mask)[0].unflatten(0, keys.shape)
-                context = context.masked_fill(~keys.any(1)[:, None, None, None], 0).flatten(0, 1)  # 0 without a key
+                q, k, v = (part.unflatten(0, keys.shape).transpose(1, 2) for part in (q, k, v))  # [B, H, T, D]
+                context = F.scaled_dot_product_attention(q, k, v, keys[:, None, None, :])
+                context = context.masked_fill(~keys.any(1)[:, None, None, None], 0)  # 0 without a key
+                context = context if mask is None else context * mask[:, None, None]
+                context = context.transpose(1, 2).flatten(0, 1)  # [N, H, D]
             context = context.flatten(1)  # [N, H_l·D]
             if rows is not None:
                 context, x = context.index_select(0, rows), x.index_select(0, rows)  # [M, …]

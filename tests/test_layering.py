@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": OPS,
     "layers": LAYERS,
     "packing": LAYERS,
-    "op_encoder": LAYERS | {"layers", "packing"},
+    "op_encoder": LAYERS | {"packing"},
     "cuda_graphs": LAYERS | {"packing", "op_encoder"},
     "packed_encoder": LAYERS | {"packed_files"},
     "packed_files": LAYERS | FILES | {"packed_encoder"},

@@ -1,12 +1,16 @@
-"""Packing of padded batches, attention in both layouts, LayerNorm with a residual."""
+"""Packing of padded batches, and whether a call is traced."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from distilbert_fast.layers import LayerNorm, Tokens, attend, pad, unpad
+from distilbert_fast.layers import Tokens, pad, traced, unpad
 
 MASKS = {
     "ragged": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
@@ -80,48 +84,54 @@ def test_unpad_and_pad_refuse():
         pad(torch.randn(3, 4), torch.tensor([0, 1]), 1, 5)
 
 
-@pytest.mark.parametrize("per_sequence", [False, True])
-def test_every_way_to_attend_agrees(mask, per_sequence):
-    torch.manual_seed(0)
-    batch, length, heads, size = 3, 5, 4, 6
-    x = torch.randn(3, batch, length, heads, size, dtype=torch.float64)
-    head_mask = torch.rand(batch, heads) if per_sequence else torch.rand(heads)
-    results = []
-    for tokens, probabilities in (
-        (Tokens.packed(mask, batch, length, mask.device), False),
-        (Tokens(batch, length, mask=mask.bool()), False),
-        (Tokens(batch, length, mask=mask.bool()), True),
-    ):
-        q, k, v = (tokens.rows(part).requires_grad_() for part in x)
-        m = head_mask.clone().requires_grad_()
-        context, weights = attend(q, k, v, tokens, m, probabilities=probabilities)
-        assert (weights is not None) == probabilities
-        context = tokens.padded(context) * mask[:, :, None, None]  # [B, T, H, D]
-        context.square().sum().backward()
-        results.append((context.detach(), m.grad))
-    for context, dm in results[1:]:
-        torch.testing.assert_close(context, results[0][0])
-        torch.testing.assert_close(dm, results[0][1])
+@pytest.mark.parametrize("count", [None, "known"])
+def test_tokens_are_unpads_rows_and_come_back(mask, count):
+    x = torch.randn(3, 5, 4)
+    tokens = Tokens.packed(mask, 3, 5, mask.device, None if count is None else int(mask.sum()))
+    rows, cu_seqlens, indices = unpad(x, mask)
+    assert torch.equal(tokens.rows(x), rows) and torch.equal(tokens.padded(rows), pad(rows, indices, 3, 5))
+    assert torch.equal(tokens.cu_seqlens, cu_seqlens) and torch.equal(tokens.indices, indices)
 
 
-def test_probabilities_are_those_used():
-    tokens = Tokens(2, 3, mask=torch.tensor([[True, True, False], [False, False, False]]))
-    q, k, v = torch.randn(3, 6, 2, 4).unbind()
-    head_mask = torch.tensor([1.0, 0.5])
-    context, weights = attend(q, k, v, tokens, head_mask, probabilities=True)
-    assert weights.shape == (2, 2, 3, 3)
-    torch.testing.assert_close(weights[0].sum(-1), head_mask[:, None].expand(2, 3))
-    assert weights[0, :, :, 2].eq(0).all() and weights.isfinite().all()
-    expected = torch.einsum("bhij,bjhd->bihd", weights, v.view(2, 3, 2, 4)).flatten(0, 1)
-    torch.testing.assert_close(context, expected)
+def test_tokens_without_a_mask_are_all():
+    x = torch.randn(3, 5, 4)
+    tokens = Tokens.packed(None, 3, 5, x.device)
+    assert tokens.indices is None and tokens.cu_seqlens.tolist() == [0, 5, 10, 15]
+    assert torch.equal(tokens.rows(x), x.flatten(0, 1)) and torch.equal(tokens.padded(x.flatten(0, 1)), x)
 
 
-def test_layer_norm_is_torchs_and_takes_a_residual():
-    ours = LayerNorm(8, eps=1e-5)
-    torch.nn.init.normal_(ours.weight)
-    torch.nn.init.normal_(ours.bias)
-    x, residual = torch.randn(2, 3, 5, 8).unbind()
-    torch.testing.assert_close(ours(x), F.layer_norm(x, (8,), ours.weight, ours.bias, 1e-5))
-    torch.testing.assert_close(ours(x, residual), F.layer_norm(x + residual, (8,), ours.weight, ours.bias, 1e-5))
-    assert list(ours.state_dict()) == ["weight", "bias"]
-    assert ours(x[:0]).shape == (0, 5, 8)
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_plain_tensors_are_not_traced():
+    x = torch.ones(2)
+    with torch.no_grad(), torch.device("cpu"):
+        assert not traced() and not traced(x, nn.Parameter(x), torch.ones(2, requires_grad=True) * 2)
+
+
+def test_what_is_traced():
+    x, seen = torch.ones(2), []
+
+    def see(x):
+        seen.append(traced(x))
+        return x + 1
+
+    torch.jit.trace(see, x, check_trace=False)  # the check calls it untraced
+    torch.compile(see, backend="eager")(x)
+    torch.fx.symbolic_trace(see)
+    make_fx(see)(x)
+    torch.vmap(see)(x)
+    torch.func.jvp(see, (x,), (x,))
+    torch.func.grad(lambda x: see(x).sum())(x)
+    with forward_ad.dual_level():
+        see(forward_ad.make_dual(x, x))
+    with FakeTensorMode() as mode:
+        see(torch.ones(2))
+    see(mode.from_tensor(x))
+    with FlopCounterMode(display=False):
+        see(x)
+    see(torch.ones(2, device="meta"))
+    see(x.as_subclass(Subclass))
+    assert len(seen) >= 13 and all(seen)
+    assert not traced(x)

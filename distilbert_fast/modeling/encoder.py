@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, modeling_outputs
 from transformers.activations import GELUActivation
 
 from distilbert_fast.engine import EncoderModules, LayerModules
-from distilbert_fast.layers import Int8Linear, LayerNorm
+from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import WITHOUT_WEIGHTS, Architecture, architecture_of, head_of
 from distilbert_fast.ops import _check
 
@@ -145,7 +145,7 @@ def _known(encoder: Any) -> Architecture:
 
 
 _LINEARS = (nn.Linear, Int8Linear)
-_NORMS = (nn.LayerNorm, LayerNorm)
+_NORMS = (nn.LayerNorm,)
 
 
 def _class(module: nn.Module) -> str:
