@@ -6,7 +6,8 @@ mask is None and padding is attended to (transformers#45811). What arrives here:
 - Self-attention of the encoders in ``ENCODERS`` gets the 2-D padding mask and goes to ``padded_attention``;
   its output at padded positions is 0, as with flash_attention_2.
 - Everything else (causal, sliding-window, cross-attention, grouped heads, a mask of one's own, any other
-  architecture) gets the mask of "sdpa" and goes to transformers' own sdpa function, so its numbers are sdpa's.
+  architecture) gets the mask of "sdpa" and goes to transformers' own sdpa function, so its numbers are sdpa's. So
+  does all that is exported or traced (``exported``), of which the graph holds torch's ops alone.
 
 Either way ``model(..., head_mask=m)`` works again: m multiplies each head's output, as it multiplied its
 probabilities in transformers 4 (m is constant along the sum over keys, so both are the same), and gets a gradient.
@@ -19,13 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
+from distilbert_fast.layers import exported, traced
 from distilbert_fast.modeling.architectures import ARCHITECTURES
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import padded_attention
@@ -77,13 +76,11 @@ def attention_mask(
         and mask_function is bidirectional_mask_function
     )
     if not plain:
-        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-            mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
-        )
+        return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs)
     if attention_mask is None:
         return None
     attention_mask = attention_mask != 0
-    return None if not torch.compiler.is_compiling() and bool(attention_mask.all()) else attention_mask
+    return None if not traced(attention_mask) and bool(attention_mask.all()) else attention_mask
 
 
 def attention_forward(
@@ -124,7 +121,7 @@ def attention_forward(
         return _with_probabilities(query, key, value, attention_mask, scaling, dropout, mask)
 
     by_token = attention_mask is None or attention_mask.dim() == 2
-    if plain and by_token and query.shape == key.shape == value.shape:
+    if plain and by_token and not exported(query) and query.shape == key.shape == value.shape:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
         if mask is not None and mask.shape[0] == 1:
             mask = mask[0]
@@ -134,8 +131,7 @@ def attention_forward(
         attention_mask = attention_mask[:, None, None, :]
     if kwargs.get("s_aux") is not None:
         _check.refuse(NAME, "s_aux", "None: attention sinks are not supported", "a tensor")
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    output, _ = sdpa(
+    output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return (output if mask is None else output * mask[:, None, :, None].to(output.dtype)), None

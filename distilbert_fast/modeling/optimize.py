@@ -19,12 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
+from distilbert_fast.layers import exported, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._operator import is_eager
 
 PACK = "pack_encoder"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -67,10 +67,10 @@ def optimize(
     (transformers 5 ignores it).
 
     transformers' own forward runs, exactly as before, in training mode; where gradients may be wanted (grad mode
-    is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast and tracers such as torch.export
-    and torch.jit; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else the engine does not know;
-    and while someone's hook sits on a module inside the encoder. Under torch.compile the engine runs as one graph
-    break. ``explain(model)`` counts these calls, with the reasons.
+    is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast; where a call is exported, or
+    traced by anything but torch.compile; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else
+    the engine does not know; and while someone's hook sits on a module inside the encoder. Under torch.compile the
+    engine runs as one graph break. ``explain(model)`` counts these calls, with the reasons.
 
     Weights may change at any time and by any means: before each call a look at their version counters, addresses and
     some of their bytes finds out, and they are packed again. After the model has trained, all bytes are compared. What
@@ -173,9 +173,7 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     labels, mask = given.get("labels"), given.get("attention_mask")
     packed = "_accelerator" in vars(self.base_model)
     if packed and labels is not None and mask is not None and labels.shape == mask.shape:
-        kwargs["keep_padding"] = not (is_eager(labels) and is_eager(mask)) or bool(
-            ((labels != -100) & (mask == 0)).any()
-        )
+        kwargs["keep_padding"] = traced(labels, mask) or bool(((labels != -100) & (mask == 0)).any())
     if packed and reads_first_token(kind) and not self.base_model._forward_hooks:
         kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
@@ -187,14 +185,16 @@ def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *
     kwargs.pop("first_rows", None)
     if not ours:
         kwargs.pop("keep_padding", None)
-    accelerator: Accelerator | None = vars(self).get(
-        "_accelerator"
-    )  # none in a new instance, from its from_pretrained say
+    accelerator: Accelerator | None = vars(self).get("_accelerator")  # None in what its class's from_pretrained made
     honoured = ours or self.config._attn_implementation == "distilbert_fast"
     if accelerator is not None:
-        output = _serve(self, accelerator, given, names, honoured) if len(args) <= len(names) else "too many arguments"
-        if not isinstance(output, str):
-            return output
+        if exported(*(x for x in given.values() if isinstance(x, torch.Tensor))):
+            if not torch.compiler.is_compiling():
+                accelerator.count("a tracer runs")
+        elif len(args) <= len(names):
+            output = _serve(self, accelerator, given, names, honoured)
+            if not isinstance(output, str):
+                return output
         if kwargs.get("head_mask") is not None and not honoured:
             raise ValueError(
                 "optimize: head_mask must be None where transformers' own forward runs, which ignores it (training,"
@@ -269,11 +269,9 @@ def _serve(
         names: those that its own forward has names for.
         honoured: whether it knows head masks, also of more dimensions than the engine does.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        output: Any = "a tracer runs"
-    elif self.training:
+    output: Any = "training mode"
+    if self.training:
         accelerator.suspect()
-        output = "training mode"
     else:
         output = _encode(self, accelerator, given, names, honoured)
     accelerator.count(output if isinstance(output, str) else None)
@@ -298,8 +296,6 @@ def _encode(
         return "output_attentions"
     if not isinstance(hidden_states, (bool, type(None))):
         return "output_hidden_states of some layers"
-    if not all(is_eager(x) for x in given.values() if isinstance(x, torch.Tensor)):
-        return "a tracer runs, or inputs without values"
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return "input_ids and attention_mask that are not [B, T]"
     if isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2 and honoured:
