@@ -5,6 +5,7 @@
 #   make test PYTHON=/opt/conda/bin/python
 TORCH ?= torch==2.13.0
 PYTHON ?=
+TRANSFORMERS_TESTS ?=
 ARGS ?=
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*)
@@ -24,16 +25,19 @@ PEERS := package
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test check bench peers gpu clean package FORCE
+.PHONY: help demo test test-all check bench peers gpu clean package FORCE
 
 help: ## print this
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
 demo: $(DEMO) ## distil, quantize and speed up a real BERT; ARGS go to `distilbert-fast demo`
 	$(PY) -m distilbert_fast demo $(ARGS)
 
 test: $(TEST) ## run the tests; ARGS go to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(TEST) ## run the tests, and with TRANSFORMERS_TESTS=DIR, a checkout of transformers, its tests with our code
+	TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -m ruff check .
