@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distilbert_fast.backends import run_aside
 from distilbert_fast.ops import _check
 
 _NAME = "DistilBertModel"
@@ -70,9 +71,12 @@ def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
                 _check.refuse(_NAME, f"{name} of layer {layer}", "nn.Linear to be pruned", given, TypeError)
         plan.append((attention, [head for head in attention.heads if head not in set(heads)]))
 
-    for attention, left in plan:
-        if len(left) < len(attention.heads):
-            _keep_heads(attention, left)
+    def shrink() -> None:
+        for attention, left in plan:
+            if len(left) < len(attention.heads):
+                _keep_heads(attention, left)
+
+    run_aside(shrink)  # also when a pruned checkpoint is loaded
     config.pruned_heads = {
         layer: [head for head in range(config.n_heads) if head not in block.attention.heads]
         for layer, block in enumerate(layers)

@@ -27,6 +27,7 @@ LOAD = {
     "quantize_model": "distilbert_fast.quantize_model(load())",
     "quantized_at_load": "load(quantization_config=distilbert_fast.Int8Config())",
     "pack_encoder": "distilbert_fast.pack_encoder(load(), 'int8')",
+    "pruned": "pruned()",
     "attention": "load(attn_implementation='distilbert_fast')",
 }
 SCRIPT = """
@@ -45,15 +46,20 @@ def load(**options):
     torch.manual_seed(0)  # of a head that the checkpoint lacks
     return getattr(module, name).from_pretrained(directory, **options).eval()
 
+def pruned():
+    model = load()
+    model.prune_heads({0: [1], 1: [0, 2]})
+    return model
+
 def forked(make):
     model = make()
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # ends a child that waits for threads that are not there
         try:
-            found, expected = predict(model), predict(load())
-            if "pack_encoder" in text:
-                expected = predict(load().base_model)
+            plain = pruned() if "pruned" in text else load()
+            found = predict(model)
+            expected = predict(plain.base_model if "pack_encoder" in text else plain)
             os._exit(0 if torch.allclose(found, expected, rtol=0, atol=0.05) else 3)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -83,13 +89,13 @@ def directories(tmp_path_factory):
 CASES = {
     "bert": [
         ("transformers", "BertModel", ["fp32", "int8"]),  # with a pooler; the others have none
-        ("transformers", "BertForSequenceClassification", LOAD),
+        ("transformers", "BertForSequenceClassification", [mode for mode in LOAD if mode not in ("plain", "pruned")]),
         ("transformers", "BertForTokenClassification", ["int8"]),
     ],
     "roberta": [("transformers", "RobertaModel", ["int8"])],
     "distilbert": [
         ("transformers", "DistilBertForQuestionAnswering", ["fp32", "int8"]),
-        ("distilbert_fast", "DistilBertModel", ["plain"]),
+        ("distilbert_fast", "DistilBertModel", ["plain", "pruned"]),
         ("distilbert_fast", "DistilBertForSequenceClassification", ["plain", "fp32", "int8", "quantized_at_load"]),
     ],
 }
