@@ -19,15 +19,6 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype)[6:] for dtype in dtypes)
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
-    if len(shape) != len(wanted):
-        return False
-    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  (a generator costs as much as the rest)
-        if not isinstance(want, str) and have != want:
-            return False
-    return True
-
-
 def tensor(
     op: str,
     argument: str,
@@ -41,8 +32,16 @@ def tensor(
         refuse(op, argument, "a tensor", type(value).__name__, TypeError)
     if value.dtype not in dtypes:
         refuse(op, argument, f"{_names(dtypes)}", str(value.dtype)[6:], TypeError)
-    if not _fits(value.shape, shape):
-        refuse(op, argument, f"of shape [{', '.join(map(str, shape))}]", f"{list(value.shape)}")
+    given = value.shape
+    if type(shape) is torch.Size:
+        fits = given == shape
+    else:
+        fits = len(given) == len(shape)
+        for i, size in enumerate(shape):  # a plain loop: every call of every op passes here
+            if fits and type(size) is not str and given[i] != size:
+                fits = False
+    if not fits:
+        refuse(op, argument, f"of shape [{', '.join(map(str, shape))}]", f"{list(given)}")
     if device is not None and value.device != device:
         refuse(op, argument, f"on {device}", f"{value.device}")
 

@@ -1,10 +1,15 @@
-"""What row-wise ops share: the dtype of their arithmetic, their outputs, the reduction of row losses, and how tensors
-are handed to their CPU kernels: neighbours inside a row touch, parameters are float32.
+"""What row-wise ops share: the dtype of their arithmetic, their outputs and scales, the reduction of row losses, and how
+tensors are handed to their CPU kernels: neighbours inside a row touch, parameters are float32.
 """
 
 from __future__ import annotations
 
 import torch
+
+from distilbert_fast.ops import _check
+
+TINY = 2.0**-126  # the smallest normal float32: the reciprocal of any scale from here up is finite
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -33,6 +38,19 @@ def codes_like(y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tenso
     return empty_like(y, torch.int8), y.new_empty(y.shape[0] if scale is None else 0, dtype=torch.float32)
 
 
+def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A given scale, checked, as a float32 tensor: [] or one value for each of ``rows`` [N, …]."""
+    if not isinstance(scale, torch.Tensor):
+        _check.positive(op, argument, scale)
+        if not TINY <= scale <= _LARGEST:
+            _check.refuse(op, argument, f"from {TINY:.3g} to {_LARGEST:.3g}", scale)
+        return torch.full((), scale, dtype=torch.float32, device=rows.device)
+    if scale.dim() > 0 and tuple(scale.shape) != (rows.shape[0],):
+        _check.refuse(op, argument, f"of shape [] or [{rows.shape[0]}]", list(scale.shape))
+    _check.tensor(op, argument, scale, scale.shape, (torch.float32,), rows.device)
+    return scale
+
+
 # Losses of rows --------------------------------------------------------------------------------------------------
 
 
@@ -40,6 +58,8 @@ def reduce(losses: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> t
     """The "mean" of losses [N] over counted rows, their "sum", or "none": as they are. Masked ones are 0 already."""
     if reduction == "none":
         return losses
+    if reduction == "mean" and mask is None and losses.shape[0] > 0:
+        return losses.mean()
     total = losses.sum()
     return total / count(losses, mask) if reduction == "mean" else total
 

@@ -33,12 +33,17 @@ from distilbert_fast.ops._attention_backends import (
     nothing_like,
 )
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
 from distilbert_fast.ops._rows import accumulation_dtype, rows
 
 PADDED = "padded_attention"
 
 
+@function(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? head_mask=None, float dropout_p=0.0,"
+    " float? scale=None) -> Tensor",
+    casts=True,
+)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -76,6 +81,11 @@ def attention(
     return _attention(OP, ("N", "H", "D"), batch, q, k, v, cu_seqlens, None, head_mask, dropout_p, scale)
 
 
+@function(
+    "padded_attention(Tensor q, Tensor k, Tensor v, Tensor? attention_mask=None, Tensor? head_mask=None,"
+    " float dropout_p=0.0, float? scale=None) -> Tensor",
+    casts=True,
+)
 def padded_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -143,7 +153,7 @@ def _attention(
     _check.tensor(op, "q", q, shape)
     q, k, v = autocast(q.device, q, k, v)
     for name, x in (("k", k), ("v", v)):
-        _check.tensor(op, name, x, tuple(q.shape), (q.dtype,), q.device)
+        _check.tensor(op, name, x, q.shape, (q.dtype,), q.device)
     if cu_seqlens is not None and cu_seqlens.device != q.device:
         _check.refuse(op, "cu_seqlens", f"on {q.device}", cu_seqlens.device)
     heads, size = q.shape[-2:]

@@ -17,11 +17,12 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
 
 OP = "codebook_linear"
 
 
+@function("codebook_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None) -> Tensor", casts=True)
 def codebook_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

@@ -15,12 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
 
 OP = "cosine_loss"
 EPSILON = 1e-12
 
 
+@function(
+    "cosine_loss(Tensor student, Tensor teacher, Tensor? mask=None, str reduction='mean') -> Tensor"
+)
 def cosine_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -47,7 +50,7 @@ def cosine_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "student", student, ("N", "C"))
-    _check.tensor(OP, "teacher", teacher, tuple(student.shape), device=student.device)
+    _check.tensor(OP, "teacher", teacher, student.shape, device=student.device)
     _check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
     if mask is not None:
         _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)

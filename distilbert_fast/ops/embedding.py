@@ -28,13 +28,17 @@ from distilbert_fast.ops._embedding_backends import (
     forward_like,
     quantize_like,
 )
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._rows import as_scale
 from distilbert_fast.ops.layer_norm import layer_norm_reference
-from distilbert_fast.ops.quantize import as_scale
 
 _INTEGERS = (torch.int64, torch.int32)
 
 
+@function(
+    "embedding(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12) -> Tensor"
+)
 def embedding(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -80,6 +84,11 @@ def embedding(
     return _forward(weight, bias, ids, tables, eps, False)[0]
 
 
+@function(
+    "embedding_quantize(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12, Tensor? out_scale=None)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 def embedding_quantize(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,

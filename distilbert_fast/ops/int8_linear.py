@@ -14,9 +14,10 @@ import torch
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
 from distilbert_fast.ops._packed import packed_int8
-from distilbert_fast.ops.quantize import as_scale, quantize_reference
+from distilbert_fast.ops._rows import as_scale
+from distilbert_fast.ops.quantize import quantize_reference
 
 OP = "int8_linear"
 MAX_COLUMNS = 2**31 // 128**2 - 1  # 131071 products of −128 by −128 still fit in int32
@@ -24,6 +25,10 @@ _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUTPUT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
+@function(
+    "int8_linear(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias=None, str? activation=None,"
+    " Tensor? residual=None, Tensor? out_scale=None, ScalarType out_dtype=float32) -> Tensor"
+)
 @torch.no_grad()
 def int8_linear(
     x_q: torch.Tensor,

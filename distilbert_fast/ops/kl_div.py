@@ -14,11 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, is_eager, operator
 
 OP = "kl_div"
 
 
+@function(
+    "kl_div(Tensor student, Tensor teacher, float temperature=1.0, Tensor? mask=None, str reduction='mean',"
+    " bool recompute=False) -> Tensor"
+)
 def kl_div(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -50,7 +54,7 @@ def kl_div(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "student", student, ("N", "V"))
-    _check.tensor(OP, "teacher", teacher, tuple(student.shape), device=student.device)
+    _check.tensor(OP, "teacher", teacher, student.shape, device=student.device)
     if student.shape[1] == 0 and student.shape[0] > 0:
         _check.refuse(OP, "student", "of at least one column", list(student.shape))
     _check.positive(OP, "temperature", temperature)
@@ -121,8 +125,7 @@ class _KLDiv(torch.autograd.Function):
 
 def _is_one(dloss: torch.Tensor) -> bool:
     """True only where the value can be read for free: a real CPU scalar."""
-    real = type(dloss) is torch.Tensor and dloss.device.type == "cpu"
-    return real and not torch.compiler.is_compiling() and bool(dloss == 1)
+    return is_eager((dloss,)) and dloss.device.type == "cpu" and bool(dloss == 1)
 
 
 def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:

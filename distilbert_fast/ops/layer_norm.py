@@ -25,12 +25,13 @@ from distilbert_fast.ops._layer_norm_backends import (
     forward_like,
     quantize_like,
 )
-from distilbert_fast.ops._operator import operator
-from distilbert_fast.ops.quantize import as_scale
+from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._rows import as_scale
 
 OP = "layer_norm"
 
 
+@function("layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None, float eps=1e-12) -> Tensor")
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -58,12 +59,16 @@ def layer_norm(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check_arguments(OP, x, weight, bias, residual, eps)
-    differentiable = (x, weight, bias) if residual is None else (x, weight, bias, residual)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+    wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
+    if torch.is_grad_enabled() and (wanted or (residual is not None and residual.requires_grad)):
         return _LayerNorm.apply(x, weight, bias, residual, eps)
     return _forward(x, weight, bias, residual, eps, False)[0]
 
 
+@function(
+    "layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None, float eps=1e-12,"
+    " Tensor? out_scale=None) -> (Tensor, Tensor, Tensor)"
+)
 def layer_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -123,7 +128,7 @@ def _check_arguments(
     _check.tensor(op, "weight", weight, (x.shape[1],), device=x.device)
     _check.tensor(op, "bias", bias, (x.shape[1],), device=x.device)
     if residual is not None:
-        _check.tensor(op, "residual", residual, tuple(x.shape), device=x.device)
+        _check.tensor(op, "residual", residual, x.shape, device=x.device)
     _check.positive(op, "eps", eps)
 
 

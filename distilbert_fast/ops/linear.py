@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast, enabled
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import is_eager, operator, require_memory
 from distilbert_fast.ops._rows import DTYPE_CODE
 
 OP = "linear"
@@ -44,7 +44,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError, ValueError: dtypes and shapes that do not fit, by name.
     """
-    if torch.compiler.is_compiling():
+    if not is_eager((x, weight, bias)):
+        require_memory(OP, (("x", x), ("weight", weight), ("bias", bias)))
         return F.linear(x, weight, bias)
     cast = enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
@@ -82,10 +83,8 @@ class _Linear(torch.autograd.Function):
 def _column_sums(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dy.dtype == dtype:
         return dy.sum(dim=0)
-    sums = dy.new_empty(dy.shape[1], dtype=dtype)
     # torch's sum would first write all of dy in that dtype.
-    product_into(sums[None], dy.new_ones(1, dy.shape[0]), dy.t())
-    return sums
+    return product(dy.new_ones(1, dy.shape[0]), dy.t(), None, dtype)[0]
 
 
 def _product_fake(
@@ -136,7 +135,7 @@ def operands(
     """As torch.autocast hands them to a product; weight and bias as they are where ``product`` rounds them itself."""
     (low,) = autocast(h.device, h)
     call = low.dtype, low, weight, bias
-    if not torch.compiler.is_compiling() and (_is_ours(*call) or _is_widened(*call)):
+    if is_eager(call) and (_is_ours(*call) or _is_widened(*call)):
         return low, weight, bias
     return low, *autocast(h.device, weight, bias)
 

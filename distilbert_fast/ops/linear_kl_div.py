@@ -25,7 +25,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
 from distilbert_fast.ops._linear_kl_div_backends import FORWARD, Teacher
-from distilbert_fast.ops._operator import is_eager, operator
+from distilbert_fast.ops._operator import function, is_eager, operator
 from distilbert_fast.ops._vocabulary_losses import Call, Result, check_rows, gradients, outputs_like, save
 from distilbert_fast.ops.kl_div import kl_div_reference
 from distilbert_fast.ops.linear import operands
@@ -33,6 +33,11 @@ from distilbert_fast.ops.linear import operands
 OP = "linear_kl_div"
 
 
+@function(
+    "linear_kl_div(Tensor h_s, Tensor W_s, Tensor? b_s, Tensor h_t, Tensor W_t, Tensor? b_t, float temperature=1.0,"
+    " Tensor? kd_mask=None, Tensor? labels=None, int ignore_index=-100) -> (Tensor, Tensor)",
+    casts=True,
+)
 def linear_kl_div(
     h_s: torch.Tensor,
     W_s: torch.Tensor,
@@ -122,7 +127,7 @@ class _LinearKLDiv(torch.autograd.Function):
         """Arguments: those of ``_call`` but the last three."""
         arguments += ctx.needs_input_grad[:3]
         call = _call(*arguments)
-        result = _kernel(h_s, call, True) if is_eager(h_s) else (_forward(h_s, *arguments), None)
+        result = _kernel(h_s, call, True) if is_eager((h_s, *arguments)) else (_forward(h_s, *arguments), None)
         return save(ctx, h_s, call, *result)
 
     @staticmethod

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
-from distilbert_fast.ops._operator import is_eager, operator
+from distilbert_fast.ops._operator import function, is_eager, operator
 from distilbert_fast.ops._rows import DTYPE_CODE
 from distilbert_fast.ops._vocabulary_losses import (
     Call,
@@ -47,6 +47,11 @@ from distilbert_fast.ops.linear import operands, product_into
 OP = "linear_topk_kl_div"
 
 
+@function(
+    "linear_topk_kl_div(Tensor h, Tensor W, Tensor? b, Tensor ids, Tensor log_p, Tensor log_tail,"
+    " float temperature=1.0, Tensor? kd_mask=None, Tensor? labels=None, int ignore_index=-100) -> (Tensor, Tensor)",
+    casts=True,
+)
 def linear_topk_kl_div(
     h: torch.Tensor,
     W: torch.Tensor,
@@ -91,7 +96,7 @@ def linear_topk_kl_div(
     _check.tensor(OP, "ids", ids, (n, "k"), (torch.int64,), device)
     if not 0 < ids.shape[1] <= W.shape[0]:
         _check.refuse(OP, "ids", f"1 to V = {W.shape[0]} a row", ids.shape[1])
-    _check.tensor(OP, "log_p", log_p, tuple(ids.shape), device=device)
+    _check.tensor(OP, "log_p", log_p, ids.shape, device=device)
     _check.tensor(OP, "log_tail", log_tail, (n,), device=device)
     _check.positive(OP, "temperature", temperature)
     check_rows(OP, h, kd_mask, labels, ignore_index)
@@ -137,7 +142,7 @@ class _LinearTopKKLDiv(torch.autograd.Function):
         """Arguments: those of ``_call`` but the last three."""
         arguments += ctx.needs_input_grad[:3]
         call = _call(*arguments)
-        result = _kernel(h, call, True) if is_eager(h) else (_forward(h, *arguments), None)
+        result = _kernel(h, call, True) if is_eager((h, *arguments)) else (_forward(h, *arguments), None)
         return save(ctx, h, call, *result)
 
     @staticmethod

@@ -11,13 +11,13 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._rows import TINY, as_scale
 
 OP = "quantize"
-TINY = 2.0**-126  # the smallest normal float32: the reciprocal of any scale from here up is finite
-_LARGEST = torch.finfo(torch.float32).max
 
 
+@function("quantize(Tensor x, Tensor? scale=None) -> (Tensor, Tensor)")
 def quantize(x: torch.Tensor, scale: float | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of the rows of x, and the scale that undoes them.
 
@@ -48,19 +48,6 @@ def quantize(x: torch.Tensor, scale: float | torch.Tensor | None = None) -> tupl
         scale = as_scale(OP, "scale", scale, x).detach()
     x_q, found = _forward(x.detach(), scale)
     return x_q, found if scale is None else scale
-
-
-def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A given scale, checked, as a float32 tensor: [] or one value for each of ``rows`` [N, …]."""
-    if not isinstance(scale, torch.Tensor):
-        _check.positive(op, argument, scale)
-        if not TINY <= scale <= _LARGEST:
-            _check.refuse(op, argument, f"from {TINY:.3g} to {_LARGEST:.3g}", scale)
-        return torch.full((), scale, dtype=torch.float32, device=rows.device)
-    if scale.dim() > 0 and tuple(scale.shape) != (rows.shape[0],):
-        _check.refuse(op, argument, f"of shape [] or [{rows.shape[0]}]", list(scale.shape))
-    _check.tensor(op, argument, scale, tuple(scale.shape), (torch.float32,), rows.device)
-    return scale
 
 
 def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
