@@ -143,7 +143,7 @@ def _layer_norm_bwd_kernel(
         dweight += tl.sum(dresult * normal, axis=0)
         dbias += tl.sum(dresult, axis=0)
         if dh is not None:
-            dnormal = dresult * w
+            dnormal = tl.fma(dresult, w, 0.0)  # rounded: fused with the subtraction, C = 1 would leave more than 0
             offset = tl.div_rn(tl.sum(dnormal, axis=1), n)[:, None]
             slope = tl.div_rn(tl.sum(dnormal * normal, axis=1), n)[:, None]
             dsum = row_rstd * (dnormal - offset - normal * slope)

@@ -19,6 +19,10 @@ struct RowGradient {
   Vec normalized(Vec h) const { return mul(sub(h, mean), rstd); }
 };
 
+// g, rounded, the same in both passes: a mul would be contracted with what follows it, and where g − mean g is 0, as for
+// a single column, rounding times rstd would be left.
+inline Vec scaled(Vec dy, Vec w) { return fma(dy, w, broadcast(0)); }
+
 // Adds Σ g and Σ g ĥ to the two sums.
 template <class T>
 void add_means(const float* h, const T* dy, const float* w, int64_t n, const RowGradient& row, double& sum_g,
@@ -26,7 +30,7 @@ void add_means(const float* h, const T* dy, const float* w, int64_t n, const Row
   constexpr int64_t lanes = Vec::lanes;
   Vec g_sums[2] = {broadcast(0), broadcast(0)}, gh_sums[2] = {broadcast(0), broadcast(0)};
   const auto take = [&](int k, Vec vh, Vec vdy, Vec vw) {
-    const Vec g = mul(vdy, vw);
+    const Vec g = scaled(vdy, vw);
     g_sums[k] = add(g_sums[k], g);
     gh_sums[k] = fma(g, row.normalized(vh), gh_sums[k]);
   };
@@ -48,7 +52,7 @@ void write_gradient(const float* h, const T* dy, const float* w, int64_t n, cons
                     float* db) {
   constexpr int64_t lanes = Vec::lanes;
   const auto gradient = [&](Vec normal, Vec vdy, Vec vw) {
-    return mul(row.rstd, fnma(normal, row.mean_gh, sub(mul(vdy, vw), row.mean_g)));
+    return mul(row.rstd, fnma(normal, row.mean_gh, sub(scaled(vdy, vw), row.mean_g)));
   };
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {

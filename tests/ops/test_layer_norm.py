@@ -430,3 +430,13 @@ def test_bad_out_scale():
     with pytest.raises(ValueError) as raised:
         layer_norm_quantize(ROWS, ONES, ONES, out_scale=ONES)
     assert str(raised.value) == "layer_norm_quantize: out_scale must be of shape [] or [2], got [4]"
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("columns", [1, 2, 16])
+def test_no_rounding_is_left_where_the_gradient_is_zero(columns, offset, native_tier):
+    """Rows of one column or of constants have rstd = 1 / √ε = 10⁶."""
+    x = (torch.randn(64, 1).expand(64, columns) + offset).contiguous().requires_grad_()
+    dy = torch.randn(64, 1).expand(64, columns)
+    layer_norm(x, torch.full((columns,), 0.7), torch.zeros(columns)).backward(dy)
+    assert x.grad.eq(0).all()
