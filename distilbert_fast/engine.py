@@ -24,8 +24,7 @@ from distilbert_fast.cuda_graphs import GRAPHS, Graphs, Layout
 from distilbert_fast.layers import Int8Linear, Tokens, token_mask
 from distilbert_fast.op_encoder import OpEncoder
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import parameter
-from distilbert_fast.ops.quantize import TINY
+from distilbert_fast.ops._rows import TINY, parameter
 from distilbert_fast.packed_encoder import PackedEncoder, Room, Shape, pack_linear, static_linear
 from distilbert_fast.packing import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
 

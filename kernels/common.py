@@ -21,7 +21,7 @@ import triton.language as tl
 
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: finite, so that a difference to it is never NaN
-SMALLEST_SCALE = tl.constexpr(2.0**-126)  # TINY of ops/quantize.py: the reciprocal of any scale from here up is finite
+SMALLEST_SCALE = tl.constexpr(2.0**-126)  # TINY of ops/_rows.py: the reciprocal of any scale from here up is finite
 UNIT = tl.constexpr(2.0**-20)  # exact factor under which 2^20 differences sum without overflow, be they to LOWEST
 
 

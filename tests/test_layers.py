@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from distilbert_fast.layers import Tokens, pad, traced, unpad
+from distilbert_fast.layers import Int8Linear, Tokens, pad, traced, unpad
 
 MASKS = {
     "ragged": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
@@ -135,3 +135,14 @@ def test_what_is_traced():
     see(x.as_subclass(Subclass))
     assert len(seen) >= 13 and all(seen)
     assert not traced(x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+@pytest.mark.parametrize("wanted", [False, True], ids=["frozen", "trainable"])
+def test_traced_layers_are_right_for_other_sizes(wanted):
+    model = Int8Linear.from_linear(nn.Linear(8, 6))
+    model.bias.requires_grad_(wanted)
+    recorded = torch.jit.trace(model, torch.randn(2, 3, 8))
+    for shape in ((4, 5, 8), (1, 1, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(recorded(x), model(x))

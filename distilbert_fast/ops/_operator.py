@@ -1,8 +1,8 @@
 """How an op is reached: its kernels straight in eager mode, through torch's dispatcher under anything that traces.
 
 A kernel gets addresses, so it must only ever see plain tensors: numbers that lie in memory as their strides say.
-``is_eager`` tells them from all else. All else goes to the dispatcher, which knows what to do: it hands a tracer, a mode
-or a tensor subclass the registered op, makes the numbers of lazy tensors (negated views, zeros), and maps over batches.
+``is_eager`` tells them from all else. All else goes to the dispatcher, which knows what to do: it hands a tracer, mode
+or tensor subclass the registered op, makes the numbers of lazy tensors (negated views, zeros), and maps over batches.
 
 There are two rows of registered ops, ``torch.ops.distilbert_fast.*``. Those of ``operator`` are kernels without
 autograd. Those of ``function`` are whole public functions, for tracers that cannot follow Python (``torch.jit.trace``,
@@ -123,7 +123,7 @@ def require_memory(op: str, named: Any) -> None:
         if x.layout is not torch.strided or x.is_nested or x.is_quantized:
             kind = "nested" if x.is_nested else str(x.dtype if x.is_quantized else x.layout)[6:]
             _check.refuse(op, name, "a dense tensor of plain numbers", f"a {kind} one", TypeError)
-        if type(x) in _REAL and not x.is_meta and x.numel() and not x.data_ptr():
+        if type(x) in _REAL and not (x.is_meta or x._is_zerotensor()) and x.numel() and not x.data_ptr():
             _check.refuse(op, name, "in memory", f"{list(x.shape)} whose storage was freed")
 
 
@@ -184,8 +184,11 @@ def _recordable(op: str, kinds: dict[str, str], arguments: dict[str, Any], casts
     for name, kind in kinds.items():
         value = arguments[name]
         if "Tensor" in kind:
-            is_number = isinstance(value, (int, float)) and isinstance(first, torch.Tensor)
-            yield as_scale(op, name, value, first) if is_number else value
+            if isinstance(value, (int, float)):
+                if isinstance(first, torch.fx.Proxy):
+                    _check.refuse(op, name, "a tensor where torch.fx traces", "a number", TypeError)
+                value = as_scale(op, name, value, first)
+            yield value
         elif isinstance(value, torch.Tensor):
             _check.refuse(op, name, "a number, which a trace keeps", "a tensor", TypeError)
         else:

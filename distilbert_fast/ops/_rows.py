@@ -1,5 +1,5 @@
-"""What row-wise ops share: the dtype of their arithmetic, their outputs and scales, the reduction of row losses, and how
-tensors are handed to their CPU kernels: neighbours inside a row touch, parameters are float32.
+"""What row-wise ops share: the dtype of their arithmetic, outputs, scales, the reduction of row losses, and how tensors
+are handed to their CPU kernels: neighbours inside a row touch, parameters are float32.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def embedding(
 
 
 @function(
-    "embedding_quantize(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12, Tensor? out_scale=None)"
+    "embedding_quantize(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight,"
+    " Tensor bias, Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12, Tensor? out_scale=None)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def embedding_quantize(

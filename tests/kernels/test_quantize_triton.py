@@ -7,7 +7,8 @@ import torch
 
 import distilbert_fast
 from distilbert_fast import backends
-from distilbert_fast.ops.quantize import TINY, quantize_reference
+from distilbert_fast.ops._rows import TINY
+from distilbert_fast.ops.quantize import quantize_reference
 from distilbert_fast.testing import LAYOUTS, lay_out, logits
 
 pytest.importorskip("triton")
