@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._operator import function
 from distilbert_fast.ops.int8_linear import int8_linear
 from distilbert_fast.ops.quantize import quantize
 
@@ -173,10 +174,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            y = _StraightThrough.apply(rows, self.weight[0], self.weight_scale, self.bias)
-        else:
-            y = _int8_linear(rows, self.weight[0], self.weight_scale, self.bias)
+        y = _dynamic_int8_linear(rows, self.weight[0], self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Int8Linear:
@@ -188,6 +186,15 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@function("dynamic_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+def _dynamic_int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _StraightThrough.apply(x, weight, scale, bias)
+    return _int8_linear(x, weight, scale, bias)
 
 
 def _int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

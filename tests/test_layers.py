@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -138,11 +140,23 @@ def test_what_is_traced():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
-@pytest.mark.parametrize("wanted", [False, True], ids=["frozen", "trainable"])
-def test_traced_layers_are_right_for_other_sizes(wanted):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_traced_layers_are_right_for_other_sizes_and_dtypes_and_from_a_file(trainable):
     model = Int8Linear.from_linear(nn.Linear(8, 6))
-    model.bias.requires_grad_(wanted)
+    model.bias.requires_grad_(trainable)
     recorded = torch.jit.trace(model, torch.randn(2, 3, 8))
-    for shape in ((4, 5, 8), (1, 1, 8)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(recorded(x), model(x))
+    file = io.BytesIO()
+    torch.jit.save(recorded, file)
+    file.seek(0)
+    for run in (recorded, torch.jit.load(file)):
+        for shape, dtype in (((4, 5, 8), torch.float32), ((1, 1, 8), torch.bfloat16)):
+            x = torch.randn(shape, dtype=dtype)
+            torch.testing.assert_close(run(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit", "ignore::DeprecationWarning")
+def test_torchscripts_onnx_export_of_int8_layers_is_refused(tmp_path):
+    pytest.importorskip("onnx")
+    model = Int8Linear.from_linear(nn.Linear(8, 6))
+    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="distilbert_fast::dynamic_int8_linear"):
+        torch.onnx.export(model, (torch.randn(2, 8),), str(tmp_path / "model.onnx"), dynamo=False)
