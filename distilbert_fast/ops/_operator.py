@@ -119,11 +119,14 @@ def _each_tensor(named: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def require_memory(op: str, named: Any) -> None:
     """Refuse a tensor among (name, argument) whose numbers do not lie in memory as its strides say."""
+    if torch.compiler.is_dynamo_compiling():
+        return
     for name, x in _each_tensor(named):
         if x.layout is not torch.strided or x.is_nested or x.is_quantized:
             kind = "nested" if x.is_nested else str(x.dtype if x.is_quantized else x.layout)[6:]
             _check.refuse(op, name, "a dense tensor of plain numbers", f"a {kind} one", TypeError)
-        if type(x) in _REAL and not (x.is_meta or x._is_zerotensor()) and x.numel() and not x.data_ptr():
+        stored = type(x) in _REAL and not (is_functorch_wrapped_tensor(x) or x.is_meta or x._is_zerotensor())
+        if stored and x.numel() and not x.data_ptr():
             _check.refuse(op, name, "in memory", f"{list(x.shape)} whose storage was freed")
 
 

@@ -324,6 +324,12 @@ def test_expanded_inputs(op):
             assert_same(op.call(*changed), op.call(*(y.contiguous() for y in changed)))
 
 
+def test_vmap_and_grad_of_linear_are_torchs():
+    x, w = torch.randn(3, 4, 8), torch.randn(6, 8)
+    torch.testing.assert_close(torch.vmap(linear, (0, None))(x, w), x @ w.T)
+    torch.testing.assert_close(torch.func.grad(lambda w: linear(x[0], w).sum())(w), x[0].sum(0).expand(6, 8))
+
+
 @pytest.mark.parametrize("function", [df.kl_div, df.attention, df.layer_norm, df.quantize, df.int8_linear, linear])
 def test_torch_jit_script_refuses(function):
     with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
