@@ -86,7 +86,7 @@ def empty_cpu(like: torch.Tensor) -> torch.Tensor:
     """
     size = like.numel() * like.element_size()
     if size < _LARGE_BYTES:
-        return torch.empty(like.shape, dtype=like.dtype)
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
     # Given its shape in place: autograd adds to a gradient in place only if no view of it holds the memory too.
     return torch.frombuffer(cpu().Buffer(size), dtype=like.dtype).resize_(like.shape)
 

@@ -350,7 +350,7 @@ def _first_rows(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
     if attention_mask is None or length == 0:
         return x[:, :1] if length > 0 else x.new_zeros(batch, 1, hidden)
     place = (attention_mask != 0).to(torch.uint8).argmax(dim=1)  # [B]; of a sequence without tokens all rows are 0
-    return x[torch.arange(batch), place][:, None]
+    return x[torch.arange(batch, device=x.device), place][:, None]
 
 
 def _feed(

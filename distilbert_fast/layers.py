@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._operator import function
+from distilbert_fast.ops._operator import function, is_eager
 from distilbert_fast.ops.int8_linear import int8_linear
 from distilbert_fast.ops.quantize import quantize
 
@@ -103,28 +103,21 @@ class Tokens(NamedTuple):
         return pad(x, self.indices, self.batch, self.length)
 
 
-def traced(*tensors: torch.Tensor) -> bool:
+def traced(*tensors: torch.Tensor | None) -> bool:
     """Whether a computation on these is recorded or transformed, and not only run.
 
-    By torch.compile, torch.export, torch.jit or torch.fx, a torch.func transform or forward-mode gradients, a dispatch
-    mode (make_fx, FakeTensorMode, FLOP counters), a CUDA graph, or tensors that are not plain ones that hold numbers.
+    By torch.compile, torch.export, torch.jit or torch.fx, a torch.func transform or forward-mode gradients, a mode
+    (make_fx, FakeTensorMode, FLOP counters), a CUDA graph, or tensors that are not plain ones that hold numbers.
     Then nothing may depend on what the tensors hold, and no op that the tracer does not know may be used.
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or any(type(x) not in _PLAIN or x.is_meta for x in tensors)
-        or (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+        or not is_eager(tensors, default_device=True)
+        or (any(x is not None and x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
     )
 
 
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-
-def exported(*tensors: torch.Tensor) -> bool:
+def exported(*tensors: torch.Tensor | None) -> bool:
     """Whether a computation is ``traced``, but not by torch.compile, which takes our ops as they are."""
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return not compiled and traced(*tensors)

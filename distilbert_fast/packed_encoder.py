@@ -107,7 +107,7 @@ class PackedEncoder:
         layers = range(len(self.shape.heads))
         if not any(f"{i}.mask" in self.tensors for i in layers):
             return None
-        mask = torch.ones(len(layers), self._widest)
+        mask = torch.ones(len(layers), self._widest, device="cpu")
         for i in layers:
             if f"{i}.mask" in self.tensors:
                 mask[i, : len(self.shape.heads[i])] = self.tensors[f"{i}.mask"]
@@ -150,7 +150,7 @@ class PackedEncoder:
         positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
         factors = self._factors(head_masks)
         count = len(self.shape.heads) + 1 if hidden_states else 1
-        outputs = [torch.empty(batch, length, self.shape.hidden, dtype=self.dtype) for _ in range(count)]
+        outputs = [torch.empty(batch, length, self.shape.hidden, dtype=self.dtype, device="cpu") for _ in range(count)]
         self._encoder.run(
             ids.data_ptr(),
             ids.dtype == torch.int64,
@@ -177,7 +177,7 @@ class PackedEncoder:
         """[L, widest H_i] of a call, on top of those that the model was packed with."""
         if all(mask is None for mask in head_masks):
             return self._mask
-        factors = torch.ones(len(self.shape.heads), self._widest)
+        factors = torch.ones(len(self.shape.heads), self._widest, device="cpu")
         for row, mask in zip(factors, head_masks, strict=True):
             if mask is not None:
                 row[: mask.shape[0]] = mask
@@ -185,7 +185,8 @@ class PackedEncoder:
 
     def largest(self) -> torch.Tensor:
         """Zeros for ``run`` to raise: for each layer the channels of attention [H·D] and those of GELU [F]."""
-        return torch.zeros(len(self.shape.heads), self._widest * self.shape.head_size + self.shape.ffn)
+        columns = self._widest * self.shape.head_size + self.shape.ffn
+        return torch.zeros(len(self.shape.heads), columns, device="cpu")
 
     def with_scales(
         self, scales: Sequence[tuple[float, float]], tensors: Mapping[str, torch.Tensor] | None = None
@@ -245,7 +246,7 @@ def static_linear(
     d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
     scale = float((x / d).max()) / 127
     codes, rows = quantize(weight.to(torch.float32) * d)
-    factors = torch.zeros(whole_panels(x.shape[0]))
+    factors = torch.zeros(whole_panels(x.shape[0]), device="cpu")
     factors[: x.shape[0]] = 1 / (scale * d)
     return pack_linear("int8", codes, rows, bias), scale, factors
 
@@ -296,7 +297,7 @@ def pack_linear(
     scale = None if scale is None else parameter(scale)
     bias = None if bias is None else parameter(bias)
     if blob is None:
-        blob = torch.empty(backends.cpu().packed_bytes(kind, f, k), dtype=torch.uint8)
+        blob = torch.empty(backends.cpu().packed_bytes(kind, f, k), dtype=torch.uint8, device="cpu")
     backends.cpu().pack_linear(
         kind,
         weight.data_ptr(),

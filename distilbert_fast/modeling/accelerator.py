@@ -73,7 +73,7 @@ class Accelerator:
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         with torch.inference_mode(False):
             modules = encoder_modules(find_encoder(encoder, OP), OP, self.precision)
-            if not all(map(is_eager, encoder.parameters())):  # in a tracer's hands, or torch.func's
+            if not is_eager(list(encoder.parameters()), default_device=True):  # in a tracer's hands, or torch.func's
                 _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             self._suspect = False
             snapshot = Snapshot(encoder, _copied(modules))

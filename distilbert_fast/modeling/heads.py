@@ -87,7 +87,8 @@ def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
 def _keep_heads(attention: Any, left: list[int]) -> None:
     size = attention.attention_head_size
     place = [attention.heads.index(head) for head in left]
-    features = torch.arange(len(attention.heads) * size).view(-1, size)[place].flatten()  # rows of q, k and v
+    rows = torch.arange(len(attention.heads) * size, device=attention.q_lin.weight.device)
+    features = rows.view(-1, size)[place].flatten()  # rows of q, k and v
     for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
         _shrink(linear, features, dim=0)
     _shrink(attention.out_lin, features, dim=1)

@@ -29,6 +29,8 @@ from torch._C import (
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import enabled
@@ -42,12 +44,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_eager(arguments: Sequence[Any]) -> bool:
-    """Whether nobody looks on, and all tensors among the arguments (None and lists of them too) lie in memory."""
+def is_eager(arguments: Sequence[Any], default_device: bool = False) -> bool:
+    """Whether nobody looks on, and all tensors among the arguments (None and lists of them too) lie in memory.
+
+    ``default_device``: whether the caller says of every new tensor where it lies, so that it does not matter what
+    ``torch.set_default_device`` says.
+    """
     if (
         torch.compiler.is_dynamo_compiling()  # first: it answers for all below, which torch.compile could not follow
         or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
+        or (_len_torch_function_stack() and not (default_device and _only_places_tensors()))
         or _are_functorch_transforms_active()
         or _is_tracing()
         or forward_ad._current_level >= 0
@@ -66,6 +72,11 @@ def is_eager(arguments: Sequence[Any]) -> bool:
     except RuntimeError:  # a tensor has no address: sparse, or a wrapper that torch.func left
         return False
     return True
+
+
+def _only_places_tensors() -> bool:
+    """Whether the modes that are on only say where new tensors lie."""
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

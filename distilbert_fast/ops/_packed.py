@@ -59,6 +59,6 @@ def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
 def _pack_int8(w_q: torch.Tensor) -> torch.Tensor:
     f, c = w_q.shape
     module = backends.cpu()
-    blob = torch.empty(module.packed_bytes(INT8, f, c), dtype=torch.uint8)
+    blob = torch.empty(module.packed_bytes(INT8, f, c), dtype=torch.uint8, device="cpu")
     module.pack_linear(INT8, w_q.data_ptr(), False, *w_q.stride(), 0, 0, f, c, blob.data_ptr(), blob.numel())
     return blob

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from distilbert_fast import Engine, optimize, pack_encoder, quantize_model
-from distilbert_fast.modeling import optimize as module
+from distilbert_fast.modeling.accelerator import warn_once
 
 TEXTS = [
     "a gorgeous, witty and seductive movie.",
@@ -82,7 +82,7 @@ def test_an_encoder_is_packed_without_masked_heads(bert, tokenizer):
 
 
 def test_changed_weights_find_their_scales_again(bert, tokenizer, encode, caplog):
-    module._warn_once.cache_clear()
+    warn_once.cache_clear()
     model = optimize(copy.deepcopy(bert), "int8", calibration=TEXTS, tokenizer=tokenizer)
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight.mul_(1.01)

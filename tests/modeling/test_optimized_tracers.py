@@ -111,3 +111,19 @@ def test_ensemble(pair):
         )
         expected = torch.stack([model(FIRST[0]).logits for model in models])
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_default_device_elsewhere(pair, precision):
+    """It says where new tensors lie, and the engine's lie where the model does."""
+    ours, plain = pair
+    calibration = [FIRST[0]]
+    with torch.no_grad(), torch.device("meta"):
+        optimize(ours, precision, calibration=calibration if precision == "int8" else None)
+        logits = ours(*OTHER).logits
+        head_mask = torch.ones(3, device="cpu")
+        masked = ours(*OTHER, head_mask=head_mask).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits, plain(*OTHER).logits, rtol=0, atol=1e-4 if precision == "fp32" else 0.02)
+    assert torch.equal(logits, masked)
+    assert explain(ours).served == 2 and explain(ours).fallbacks == {}
