@@ -48,7 +48,7 @@ def test_the_default_is_the_models_answer_by_the_2x_rule(head, served):
 
     ours, theirs, oracle = ModelTeacher(model), ModelTeacher(model, "model"), ModelTeacher(exact, "model")
     assert_twice_rule(logits(ours), logits(theirs), logits(oracle))
-    assert len(served) == 1 and served[0] is not None  # padded batches of question answering too
+    assert len(served) == 1 and not isinstance(served[0], str)  # padded batches of question answering too
     rows = real.flatten().nonzero().flatten()
     answers = [teacher.answer(batch, hidden_states=True) for teacher in (ours, theirs, oracle)]
     for layer in (-1, 0):
@@ -81,7 +81,7 @@ def test_it_follows_the_weights_and_a_student_under_autocast(served):
     with torch.no_grad():
         model.base_model.encoder.layer[0].output.dense.bias *= 2
     changed = teacher.answer(batch).hidden(rows)
-    assert len(served) == 3 and None not in served
+    assert len(served) == 3 and not any(isinstance(output, str) for output in served)
     torch.testing.assert_close(changed, ModelTeacher(model, "model").answer(batch).hidden(rows), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(changed, before)
 
