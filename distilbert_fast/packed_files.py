@@ -109,12 +109,10 @@ def _check_parts(shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
     if shape.precision != "int8" and any(map(any, shape.scales)):
         _check.refuse("shape", "scales", f"0 for {shape.precision}", shape.scales)
     expected = dict(_expected(shape, tensors))
-    if lacking := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"it lacks {', '.join(lacking[:3])}{' and more' if len(lacking) > 3 else ''}")
-    if unused := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(
-            f"it holds what no layer uses: {', '.join(unused[:3])}{' and more' if len(unused) > 3 else ''}"
-        )
+    if lacking := expected.keys() - tensors.keys():
+        raise ValueError(f"it lacks {_few(lacking)}")
+    if unused := tensors.keys() - expected.keys():
+        raise ValueError(f"it holds what no layer uses: {_few(unused)}")
     for name, (size, dtypes) in expected.items():
         _check.tensor("tensor", name, tensors[name], size, dtypes)
         if dtypes == _VECTORS and not bool(tensors[name].isfinite().all()):

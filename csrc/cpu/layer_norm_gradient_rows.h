@@ -19,8 +19,8 @@ struct RowGradient {
   Vec normalized(Vec h) const { return mul(sub(h, mean), rstd); }
 };
 
-// g, rounded, the same in both passes: a mul would be contracted with what follows it, and where g − mean g is 0, as for
-// a single column, rounding times rstd would be left.
+// g, rounded, the same in both passes: a mul would be contracted with what follows it, and where g − mean g is 0, as
+// for a single column, rounding times rstd would be left.
 inline Vec scaled(Vec dy, Vec w) { return fma(dy, w, broadcast(0)); }
 
 // Adds Σ g and Σ g ĥ to the two sums.
