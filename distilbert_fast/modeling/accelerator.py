@@ -152,9 +152,9 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         if not self.optimized:
-            return "not optimized: transformers' forward runs. Call distilbert_fast.optimize(model)"
+            return "not optimized: the model's own forward runs. Call distilbert_fast.optimize(model)"
         lines = [f"engine: {self.engine or 'none'}", f"calls served by the engine: {self.served}"]
-        lines += [f"calls served by transformers' forward: {n} ({why})" for why, n in self.fallbacks.items()]
+        lines += [f"calls served by the model's own forward: {n} ({why})" for why, n in self.fallbacks.items()]
         return "\n".join(lines)
 
 

@@ -276,7 +276,7 @@ def _serve(
         output = _encode(self, accelerator, given, names, honoured)
     accelerator.count(output if isinstance(output, str) else None)
     if log.isEnabledFor(logging.INFO):
-        served = f"transformers' forward: {output}" if isinstance(output, str) else "engine"
+        served = f"own forward: {output}" if isinstance(output, str) else "engine"
         log.info("%s %s: %s", type(self).__name__, list(getattr(given.get("input_ids"), "shape", ())), served)
     return output
 

@@ -341,10 +341,10 @@ def test_explain(pair, batch, caplog):
     assert str(found).splitlines() == [
         "engine: fp32 by the C++ encoder on cpu",
         "calls served by the engine: 2",
-        *(f"calls served by transformers' forward: 1 ({reason})" for reason in found.fallbacks),
+        *(f"calls served by the model's own forward: 1 ({reason})" for reason in found.fallbacks),
     ]
     assert f"DistilBertModel {list(batch['input_ids'].shape)}: engine" in caplog.messages
-    assert any(message.endswith("transformers' forward: training mode") for message in caplog.messages)
+    assert any(message.endswith("own forward: training mode") for message in caplog.messages)
     assert explain(ours.distilbert) == found
     with pytest.raises(TypeError, match="explain: model must be a model of transformers, got Linear"):
         explain(torch.nn.Linear(2, 2))
@@ -363,5 +363,5 @@ def test_calls_are_logged_where_the_environment_asks():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     logged = [line for line in done.stderr.splitlines() if line.startswith("distilbert_fast: ")]
-    lines = ["engine", "transformers' forward: output_attentions"]
+    lines = ["engine", "own forward: output_attentions"]
     assert logged == [f"distilbert_fast: DistilBertModel [2, 3]: {line}" for line in lines]
