@@ -20,9 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from distilbert_fast.layers import exported, traced
 from distilbert_fast.modeling.architectures import ARCHITECTURES
@@ -43,6 +45,12 @@ def register() -> None:
     """Add the attention and the mask to transformers' registries; harmless when repeated."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def is_known(implementation: str) -> bool:
+    """Whether the attention that models find under this name is transformers' own or ours, and nobody else's."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    return implementation == "eager" if function is None else function in _KNOWN
 
 
 def number_layers(model: Any) -> None:
@@ -189,4 +197,5 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
     return mask[index].reshape(-1, heads)
 
 
+_KNOWN = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
 register()

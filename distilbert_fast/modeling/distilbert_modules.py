@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.layers import Int8Linear, Tokens, traced
-from distilbert_fast.modeling.attention_interface import attention_forward
+from distilbert_fast.modeling.attention_interface import attention_forward, is_known
 from distilbert_fast.modeling.heads import head_masks
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
@@ -211,7 +211,7 @@ def _add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.T
 # When padding may be left out ------------------------------------------------------------------------------
 
 
-def may_pack(encoder: nn.Module) -> bool:
+def may_pack(encoder: Any) -> bool:
     """Whether nobody sees, or has put something of his own between, what the modules of an encoder pass on.
 
     That is so where each computes row by row in a forward known here, none is compiled or has a hook that looks, and
@@ -219,18 +219,11 @@ def may_pack(encoder: nn.Module) -> bool:
     """
     return (
         not any(_GLOBAL_HOOKS)
-        and _attention_of(encoder.config) in _ATTENTIONS
+        and is_known(encoder.config._attn_implementation)
         and all(_unobserved(module) for module in encoder.modules() if module is not encoder)
     )
 
 
-_ATTENTIONS = (
-    hf.eager_attention_forward,
-    sdpa_attention_forward,
-    attention_forward,
-    flash_attention_forward,
-    flex_attention_forward,
-)
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _HOOKS)
 _ACTIVATIONS: list[Any] = [entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()]

@@ -65,10 +65,15 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
             several devices, or on none.
     """
     for name, module in encoder.named_modules():
-        if type(module).__module__.split(".")[0] not in ("torch", "transformers", "distilbert_fast"):
+        if type(module).__module__.split(".")[0] not in _OWNERS:
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
+        forward: Any = type(module).forward
+        if forward.__module__.split(".")[0] not in _OWNERS:
+            patch = f"{forward.__module__}.{forward.__qualname__}"
+            _check.refuse(caller, f"forward of {_class(module)}", "the one that its library gave it", patch, TypeError)
     embeddings, config, known = encoder.embeddings, encoder.config, _known(encoder)
     refuse_embeddings(encoder, caller, "model")
+    _check_embeddings(embeddings, caller)
     layers = [_layer(encoder, layer) for layer in encoder_layers(encoder)]
     for i, layer in enumerate(layers):
         for name, module in layer._asdict().items():
@@ -100,6 +105,21 @@ def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
         _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
     if getattr(config, "use_task_id", False):  # ERNIE's
         _check.refuse(caller, f"{owner}.config.use_task_id", "False (task types are not supported)", True)
+
+
+def _check_embeddings(embeddings: Any, caller: str) -> None:
+    """Raise ValueError for tables that change when they are read, and for positions or token types that count in
+    another way."""
+    for name, table in embeddings.named_children():
+        if isinstance(table, nn.Embedding) and table.max_norm is not None:
+            _check.refuse(caller, f"max_norm of {name}", "None", table.max_norm)
+    for name, counted in (("position_ids", True), ("token_type_ids", False)):
+        ids = getattr(embeddings, name, None)
+        if ids is not None and not ids.is_meta:
+            expected = torch.arange(ids.shape[-1], device=ids.device) if counted else torch.zeros_like(ids)
+            if not torch.equal(ids, expected.expand_as(ids).to(ids.dtype)):
+                expected_words = "0, 1, 2, … in each row" if counted else "0"
+                _check.refuse(caller, f"embeddings.{name}", expected_words, "other numbers")
 
 
 def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
@@ -144,6 +164,7 @@ def _known(encoder: Any) -> Architecture:
     return known
 
 
+_OWNERS = ("torch", "transformers", "distilbert_fast")
 _LINEARS = (nn.Linear, Int8Linear)
 _NORMS = (nn.LayerNorm,)
 

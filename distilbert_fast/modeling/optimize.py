@@ -22,6 +22,7 @@ from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.layers import exported, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
+from distilbert_fast.modeling.attention_interface import is_known
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
 from distilbert_fast.ops import _check
@@ -292,6 +293,8 @@ def _encode(
     unknown = _unknown(given, names, self.config._attn_implementation)
     if unknown is not None:
         return f"argument {unknown}"
+    if not is_known(self.config._attn_implementation):
+        return f"attention {self.config._attn_implementation!r}"
     if attentions:
         return "output_attentions"
     if not isinstance(hidden_states, (bool, type(None))):
@@ -307,8 +310,9 @@ def _encode(
         warn_once(f"the model has changed, transformers' own forward runs: {packed}")
         return packed
     snapshot, engine = packed
-    if snapshot.observed():
-        return "a hook inside the encoder"
+    obstacle = snapshot.obstacle()
+    if obstacle is not None:
+        return obstacle
     if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
         accelerator.suspect()
         warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")

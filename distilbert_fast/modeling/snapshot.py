@@ -12,7 +12,8 @@ from torch import nn
 from distilbert_fast import backends
 
 _LINES = 512  # cache lines of a small model that a sample compares: some 20 µs
-_version = operator.attrgetter("_version")
+_version, _eps, _training, _forward = map(operator.attrgetter, ("_version", "eps", "training", "forward"))
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
 class Snapshot:
@@ -23,8 +24,8 @@ class Snapshot:
         copied: modules below it whose values were copied, so that a write to them must be seen.
 
     ``holds`` sees each time: a replaced, added or removed module or parameter; a tensor written in place (by its
-    version counter), moved or cast (by its address). torch does not count what fused optimizers, ``parameter.data``,
-    NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of those bytes, on a CPU.
+    version counter), moved or cast (by its address); another eps. torch does not count what fused optimizers,
+    ``parameter.data``, NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of those bytes, on a CPU.
     """
 
     def __init__(self, root: nn.Module, copied: Iterable[nn.Module]) -> None:
@@ -44,9 +45,14 @@ class Snapshot:
         self._tensors = [tensor for _, _, tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._versions = sum(map(_version, self._tensors))  # each only grows
-        inner = [m for m in modules if m is not root]
-        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._patchable = [(m.__dict__, type(m)) for m in inner]
+        self._norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
+        self._eps = list(map(_eps, self._norms))
+        self._inner = [m for m in modules if m is not root]
+        self._random = [m for m in self._inner if any(isinstance(x, nn.Dropout) for x in (m, *m.children()))]
+        self._hooks = [hooks for m in self._inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._patchable = [(m.__dict__, type(m)) for m in self._inner]
+        self._kinds = list({type(m) for m in self._inner})
+        self._forwards = list(map(_forward, self._kinds))
         self._storages, self.fingerprint = _fingerprint(copied)
 
     def holds(self, root: nn.Module) -> bool:
@@ -57,24 +63,36 @@ class Snapshot:
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects))
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
             and sum(map(_version, self._tensors)) == self._versions
+            and list(map(_eps, self._norms)) == self._eps
         )
 
-    def observed(self) -> bool:
-        """Whether somebody hooked into, or replaced, the forward of a module below the root.
+    def obstacle(self) -> str | None:
+        """Why the modules below the root must be called one by one, None if they need not: somebody hooked into one,
+        replaced its forward, or lets it train (a dropout that is on, say).
 
         transformers' own hooks, which collect outputs when asked to, do not count.
         """
+        if any(map(_training, self._random)) and any(m.training and _dropout(m) > 0 for m in self._random):
+            return "a module inside the encoder in training mode"
+        if any(_GLOBAL_HOOKS):
+            return "a hook on all modules"
         if any(self._hooks):
             hooks = (hook for found in self._hooks if found for hook in found.values())
             if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-                return True
-        return any(
+                return "a hook inside the encoder"
+        replaced = list(map(_forward, self._kinds)) != self._forwards or any(
             "forward" in attributes and getattr(attributes["forward"], "__func__", None) is not kind.forward
             for attributes, kind in self._patchable
         )
+        return "another forward inside the encoder" if replaced else None
 
     def requires_grad(self) -> bool:
         return any(map(operator.attrgetter("requires_grad"), self._tensors))
+
+
+def _dropout(module: nn.Module) -> float:
+    """The chance by which a dropout, or a module that has some, drops."""
+    return max(float(m.p) for m in (module, *module.children()) if isinstance(m, nn.Dropout))
 
 
 def _fingerprint(modules: Iterable[nn.Module]) -> tuple[list[torch.UntypedStorage], Any]:

@@ -402,3 +402,82 @@ def test_strided_and_empty_weights():
     with pytest.raises(ValueError, match="Fingerprint: data must point to memory, got null"):
         native([(0, 8)], 1)
     assert native([], 1).matches()
+
+
+# What is no weight -----------------------------------------------------------------------------------------------
+
+
+def ask_both(ours, plain):
+    """Whether the engine served; the answers are the same either way."""
+    before = explain(ours).served
+    a, b = ask(ours), ask(plain)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    return explain(ours).served > before
+
+
+def test_a_dropout_that_is_on_in_eval_mode():
+    """Monte-Carlo dropout."""
+    ours, plain = optimize(make()), make()
+    for model in (ours, plain):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train()
+    answers = []
+    for model in (ours, plain):
+        torch.manual_seed(3)
+        answers.append(ask(model))
+    assert torch.equal(*answers) and not torch.equal(ask(ours), answers[0])
+    assert explain(ours).fallbacks == {"a module inside the encoder in training mode": 2}
+
+
+def test_another_eps():
+    ours, plain = optimize(make()), make()
+    ask(ours)
+    for model in (ours, plain):
+        model.bert.encoder.layer[1].output.LayerNorm.eps = 0.5
+    assert ask_both(ours, plain)
+
+
+def test_attention_of_ones_own():
+    def twice(module, query, key, value, attention_mask, **kwargs):
+        return 2 * torch.ones_like(query).transpose(1, 2).contiguous(), None
+
+    ours, plain = optimize(make()), make()
+    transformers.AttentionInterface.register("twice", twice)
+    for model in (ours, plain):
+        model.config._attn_implementation = "twice"
+    assert not ask_both(ours, plain)
+    assert explain(ours).fallbacks == {"attention 'twice'": 1}
+
+
+def test_forwards_of_ones_own(monkeypatch):
+    ours, plain = optimize(make()), make()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(module, torch.nn.LayerNorm) else None
+    )
+    assert not ask_both(ours, plain)
+    handle.remove()
+    assert ask_both(ours, plain)
+    kind = type(plain.bert.encoder.layer[0].output)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, hidden_states, input_tensor: input_tensor)
+        assert not ask_both(ours, plain)
+        with pytest.raises(TypeError, match=r"optimize: forward of .*BertOutput must be the one that its library gave"):
+            optimize(make())
+    assert ask_both(ours, plain)
+
+
+def test_tables_that_count_in_another_way():
+    for change, message in (
+        (lambda e: e.position_ids.add_(1), r"embeddings\.position_ids must be 0, 1, 2, … in each row"),
+        (lambda e: e.token_type_ids.add_(1), r"embeddings\.token_type_ids must be 0, got other numbers"),
+        (lambda e: setattr(e.word_embeddings, "max_norm", 1.0), "max_norm of word_embeddings must be None, got 1.0"),
+    ):
+        ours, plain = optimize(make()), make()
+        ask(ours)
+        for model in (ours, plain):
+            change(model.bert.embeddings)
+        with pytest.raises(ValueError, match=f"optimize: {message}"):
+            optimize(plain)
+        if "max_norm" not in message:
+            assert not ask_both(ours, plain)
