@@ -159,16 +159,17 @@ def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:
 
 
 def run_aside(work: Callable[[], T]) -> T:
-    """``work()`` on a thread of its own, in the caller's grad and inference mode.
+    """``work()`` on a thread of its own, in the caller's grad and inference mode and on its CUDA stream.
 
     What runs at load must go through here: OpenMP's threads belong to the thread that first needed them, and end with
     it. Had the caller needed them, a process forked from it later, as servers and data loaders do, would wait for ever
     for the ones that its parent has.
     """
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def run() -> T:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.cuda.stream(stream):
             return work()
 
     with concurrent.futures.ThreadPoolExecutor(1, "distilbert_fast") as executor:
