@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from distilbert_fast import backends
 from distilbert_fast.engine import EncoderModules, Engine
-from distilbert_fast.modeling.encoder import encoder_modules, find_encoder
+from distilbert_fast.modeling.encoder import encoder_modules, find_encoder, settings
 from distilbert_fast.modeling.snapshot import Snapshot
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._operator import is_eager
@@ -76,7 +76,7 @@ class Accelerator:
             if not is_eager(list(encoder.parameters()), default_device=True):  # in a tracer's hands, or torch.func's
                 _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             self._suspect = False
-            snapshot = Snapshot(encoder, _copied(modules))
+            snapshot = Snapshot(encoder, _copied(modules), settings(encoder))
             engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
         self._packed = snapshot, engine
         return snapshot, engine

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 Heads = Mapping[str, Mapping[str, str]]
@@ -245,10 +246,35 @@ def head_of(kind: type) -> tuple[Architecture, str] | None:
 _CLASSIFIERS = {(known.module, f"{known.prefix}ForSequenceClassification") for known in ARCHITECTURES.values()}
 
 
-def reads_first_token(kind: type) -> bool:
-    """Whether models of this class read the encoder's output at position 0 alone."""
-    ours = kind.__module__.startswith("distilbert_fast.")  # someone else's subclass may read more
-    return any((base.__module__, base.__name__) in _CLASSIFIERS for base in (kind.__mro__ if ours else (kind,)))
+def reads_first_token(model: Any, kind: type) -> bool:
+    """Whether a model reads the encoder's output at position 0 alone.
+
+    Args:
+        kind: its class, before ``optimize``.
+    """
+    known, path = _reader(kind)
+    if known is None or path is None:
+        return known is not None
+    reader = attrgetter(path)(model)  # its pooler or head, if that is transformers' own and nobody looks at it
+    forward: Any = type(reader).forward
+    hooks = reader._forward_hooks or reader._forward_pre_hooks
+    return (
+        known.defines(type(reader))
+        and forward.__module__ == known.module
+        and not hooks
+        and "forward" not in vars(reader)
+    )
+
+
+@functools.cache
+def _reader(kind: type) -> tuple[Architecture | None, str | None]:
+    """The architecture of a class for sequences, and the module of it that reads the encoder's output, None if it does
+    so itself. None twice for other classes: also for someone else's subclass, which may read more."""
+    ours = kind.__module__.startswith("distilbert_fast.")
+    if not any((base.__module__, base.__name__) in _CLASSIFIERS for base in (kind.__mro__ if ours else (kind,))):
+        return None, None
+    known, head = head_of(kind) or (None, "")
+    return known, (known and known.heads[head]["pooler"].rpartition(".")[0]) or None
 
 
 def reads_padding(model: Any) -> bool:

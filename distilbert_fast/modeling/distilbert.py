@@ -132,7 +132,7 @@ class DistilBertModel(hf.DistilBertModel):
             return self.transformer(hidden_states=x, attention_mask=mask, **asked)
 
         if position_ids is None:
-            position_ids = torch.arange(tokens.length, device=given.device)
+            position_ids = self.embeddings.position_ids[:, : tokens.length]
         positions = tokens.rows(position_ids.expand(tokens.batch, tokens.length))[None]  # [1, N]
         rows = tokens.rows(given)[None]  # [1, N] or [1, N, C]
         x = self.embeddings(*((rows, None) if inputs_embeds is None else (None, rows)), positions)  # [1, N, C]
@@ -170,7 +170,7 @@ def _tokens(mask: torch.Tensor | None, given: torch.Tensor, keep_padding: bool) 
     """The real tokens of given [B, T, ...], or None where padding must be computed with them."""
     batch, length = given.shape[:2]
     if mask is not None and mask.dim() == 2:
-        no_padding, left_padding = torch.stack([mask.all(), (mask.any(1) & ~mask[:, :1].any(1)).any()]).tolist()
+        no_padding, left_padding = torch.stack([mask.all(), (~mask[:, :1].any(1)).any()]).tolist()
         if no_padding:
             mask = None
         elif left_padding or keep_padding:

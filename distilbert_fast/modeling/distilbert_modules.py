@@ -221,6 +221,7 @@ def may_pack(encoder: Any) -> bool:
         not any(_GLOBAL_HOOKS)
         and is_known(encoder.config._attn_implementation)
         and all(_unobserved(module) for module in encoder.modules() if module is not encoder)
+        and not any(block.attention.is_causal for block in encoder.transformer.layer)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +14,12 @@ from transformers.activations import GELUActivation
 
 from distilbert_fast.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import Int8Linear
-from distilbert_fast.modeling.architectures import WITHOUT_WEIGHTS, Architecture, architecture_of, head_of
+from distilbert_fast.modeling.architectures import (
+    WITHOUT_WEIGHTS,
+    Architecture,
+    architecture_of,
+    head_of,
+)
 from distilbert_fast.ops import _check
 
 
@@ -35,15 +42,46 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         _check.refuse(caller, "model.config.position_embedding_type", "'absolute'", repr(positions))
-    for layer in encoder_layers(encoder):
+    for i, layer in enumerate(encoder_layers(encoder)):
         activation = part(encoder, layer, "activation")
-        if (
-            not isinstance(activation, (GELUActivation, nn.GELU))
-            or getattr(activation, "approximate", "none") != "none"
-        ):
+        if _activation(activation) not in _GELUS:
             key = known[0].activation
-            _check.refuse(caller, f"model.config.{key}", "'gelu'", repr(getattr(config, key)))
+            if getattr(config, key) != "gelu":
+                _check.refuse(caller, f"model.config.{key}", "'gelu'", repr(getattr(config, key)))
+            _check.refuse(caller, f"activation of layer {i}", "erf-GELU", _class(activation))
     return encoder
+
+
+def _activation(module: Any) -> Any:
+    """What an activation of transformers or torch computes: its function, or how it approximates."""
+    return vars(module).get("act", getattr(module, "approximate", None)) if isinstance(module, nn.Module) else None
+
+
+_GELUS = (nn.functional.gelu, "none")  # of GELUActivation and of nn.GELU
+
+
+def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
+    """What changes the results of an encoder's modules and is no tensor: how to read it, and from which."""
+    found: list[tuple[Callable[[Any], Any], nn.Module]] = []
+    for layer in encoder_layers(encoder):
+        found += [(_attention, attention_of(encoder, layer)), (_activation, part(encoder, layer, "activation"))]
+    for module in encoder.modules():
+        if isinstance(module, (nn.LayerNorm, nn.Embedding)):
+            found.append((attrgetter("eps" if isinstance(module, nn.LayerNorm) else "max_norm"), module))
+    if _known(encoder).after_padding:
+        found.append((attrgetter("padding_idx"), encoder.embeddings))
+    return found
+
+
+def attention_of(encoder: Any, layer: Any) -> Any:
+    """The module of a layer that holds query, key and value."""
+    return attrgetter(_known(encoder).layer["query"].rpartition(".")[0])(layer)
+
+
+def _attention(module: Any) -> tuple[int, int, float, bool]:
+    """Heads, their size, the factor of scores, and whether a query meets only the keys before it."""
+    heads = module.n_heads if hasattr(module, "n_heads") else module.num_attention_heads
+    return heads, module.attention_head_size, module.scaling, module.is_causal
 
 
 def encoder_layers(encoder: Any) -> nn.ModuleList:
@@ -64,23 +102,17 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
         ValueError: embeddings with parts that ``Engine`` has no place for, by the setting that makes them; weights on
             several devices, or on none.
     """
-    for name, module in encoder.named_modules():
-        if type(module).__module__.split(".")[0] not in _OWNERS:
-            _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
-        forward: Any = type(module).forward
-        if forward.__module__.split(".")[0] not in _OWNERS:
-            patch = f"{forward.__module__}.{forward.__qualname__}"
-            _check.refuse(caller, f"forward of {_class(module)}", "the one that its library gave it", patch, TypeError)
-    embeddings, config, known = encoder.embeddings, encoder.config, _known(encoder)
+    _check_modules(encoder, caller)
+    embeddings, known = encoder.embeddings, _known(encoder)
     refuse_embeddings(encoder, caller, "model")
     _check_embeddings(embeddings, caller)
-    layers = [_layer(encoder, layer) for layer in encoder_layers(encoder)]
+    num_heads, head_size = _heads(encoder, caller)
+    layers = [_layer(encoder, layer, num_heads) for layer in encoder_layers(encoder)]
     for i, layer in enumerate(layers):
         for name, module in layer._asdict().items():
-            allowed = _NORMS if name.endswith("norm") else _LINEARS
-            if isinstance(module, nn.Module) and type(module) not in allowed:
-                names = " or ".join(sorted({kind.__name__ for kind in allowed}, reverse=True))
-                _check.refuse(caller, f"{name} of layer {i}", names, _class(module), TypeError)
+            if isinstance(module, nn.Module):
+                _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
+    _check_part(embeddings.LayerNorm, "embeddings.LayerNorm", True, caller)
     devices = {str(tensor.device) for tensor in encoder.parameters()}
     if len(devices) > 1 or devices == {"meta"}:
         _check.refuse(caller, "model weights", "on one device", ", ".join(sorted(devices)))
@@ -91,8 +123,8 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
         getattr(embeddings, "token_type_embeddings", None),
         embeddings.LayerNorm,
         layers,
-        config.num_attention_heads,
-        config.hidden_size // config.num_attention_heads,
+        num_heads,
+        head_size,
         embeddings.padding_idx if known.after_padding else None,
     )
 
@@ -105,6 +137,57 @@ def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
         _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
     if getattr(config, "use_task_id", False):  # ERNIE's
         _check.refuse(caller, f"{owner}.config.use_task_id", "False (task types are not supported)", True)
+
+
+def _check_modules(encoder: Any, caller: str) -> None:
+    """Raise TypeError for a module that is not of a class that transformers puts there, or whose class has another
+    forward. The pooler is called as it is, whatever it is."""
+    homes = {base.__module__ for base in type(encoder).__mro__} | {"distilbert_fast.modeling.distilbert_modules"}
+    for name, module in encoder.named_modules():
+        if name.split(".")[0] == "pooler":
+            continue
+        kind, is_dropout = type(module), "dropout" in name.rpartition(".")[2]
+        allowed = _DROPOUTS if is_dropout else (*_LINEARS, *_NORMS, *_OTHERS)
+        if kind not in allowed and (is_dropout or kind.__module__ not in homes):
+            _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
+        forward: Any = kind.forward
+        if forward.__module__.split(".")[0] not in _OWNERS:
+            patch = f"{forward.__module__}.{forward.__qualname__}"
+            _check.refuse(caller, f"forward of {_class(module)}", "the one that its library gave it", patch, TypeError)
+
+
+def _check_part(module: Any, place: str, is_norm: bool, caller: str) -> None:
+    """Raise TypeError for a linear layer or a LayerNorm that is another module, or a LayerNorm without parameters."""
+    allowed = _NORMS if is_norm else _LINEARS
+    if type(module) not in allowed:
+        names = " or ".join(sorted({kind.__name__ for kind in allowed}, reverse=True))
+        _check.refuse(caller, place, names, _class(module), TypeError)
+    if is_norm and (module.weight is None or module.bias is None):
+        _check.refuse(caller, place, "a LayerNorm with weight and bias", "one without", TypeError)
+
+
+def _heads(encoder: Any, caller: str) -> tuple[int, int]:
+    """Heads of an unpruned layer and their size, as the attention modules say: a config may be shared and have changed.
+
+    Raises:
+        ValueError: layers that differ, scale scores in another way, or are causal.
+    """
+    config = encoder.config
+    hidden = encoder.embeddings.word_embeddings.weight.shape[1]
+    size = hidden // config.num_attention_heads
+    for i, layer in enumerate(encoder_layers(encoder)):
+        heads, own_size, scaling, causal = _attention(attention_of(encoder, layer))
+        if i == 0:
+            size = own_size
+        heads = hidden // size if hasattr(layer.attention, "heads") else heads  # pruned ones aside
+        if own_size != size or heads * size != hidden:
+            expected = f"{hidden // size} of {size} columns"
+            _check.refuse(caller, f"heads of layer {i}", expected, f"{heads} of {own_size}")
+        if not math.isclose(scaling, size**-0.5):
+            _check.refuse(caller, f"scaling of layer {i}", f"{size**-0.5:g}, 1 / √{size}", scaling)
+        if causal:
+            _check.refuse(caller, f"is_causal of layer {i}", "False", True)
+    return hidden // size, size
 
 
 def _check_embeddings(embeddings: Any, caller: str) -> None:
@@ -165,16 +248,15 @@ def _known(encoder: Any) -> Architecture:
 
 
 _OWNERS = ("torch", "transformers", "distilbert_fast")
-_LINEARS = (nn.Linear, Int8Linear)
-_NORMS = (nn.LayerNorm,)
+_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, Int8Linear), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
+_OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
 
 
 def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _layer(encoder: Any, layer: Any) -> LayerModules:
+def _layer(encoder: Any, layer: Any, num_heads: int) -> LayerModules:
     names = _known(encoder).layer.keys() - set(WITHOUT_WEIGHTS)
-    heads = range(encoder.config.num_attention_heads)
-    heads = getattr(layer.attention, "heads", heads)  # fewer where distilbert_fast's own class was pruned
+    heads = getattr(layer.attention, "heads", range(num_heads))  # fewer where distilbert_fast's own class was pruned
     return LayerModules(**{name: part(encoder, layer, name) for name in names}, heads=tuple(heads))

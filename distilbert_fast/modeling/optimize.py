@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -93,7 +95,8 @@ def optimize(
     if keep_padding is None:
         known = type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
         asks = reads_padding(model) or getattr(encoder, "always_keep_padding", False)
-        keep_padding = asks or not (known or model is encoder)
+        earlier: Accelerator | None = vars(encoder).get("_accelerator")  # of another head of the same encoder, perhaps
+        keep_padding = asks or not (known or model is encoder) or (earlier is not None and earlier.keep_padding)
     accelerator = Accelerator(precision, keep_padding, cuda_graphs)
     run_aside(lambda: accelerator.pack(encoder))
     if calibration is not None:
@@ -172,12 +175,19 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     """A task head: padded positions are wanted where a label counts one, and by some only the first."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
-    packed = "_accelerator" in vars(self.base_model)
-    if packed and labels is not None and mask is not None and labels.shape == mask.shape:
-        kwargs["keep_padding"] = traced(labels, mask) or bool(((labels != -100) & (mask == 0)).any())
-    if packed and reads_first_token(kind) and not self.base_model._forward_hooks:
-        kwargs["first_rows"] = True
+    if "_accelerator" in vars(self.base_model) and _passes_on(kind):
+        kwargs.setdefault("keep_padding", False)
+        if labels is not None and mask is not None and labels.shape == mask.shape and not kwargs["keep_padding"]:
+            kwargs["keep_padding"] = traced(labels, mask) or bool(((labels != -100) & (mask == 0)).any())
+        if reads_first_token(self, kind) and not self.base_model._forward_hooks:
+            kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
+
+
+@functools.cache
+def _passes_on(kind: Any) -> bool:
+    """Whether the forward of a head takes keywords that it does not know, for the encoder."""
+    return any(given.kind is given.VAR_KEYWORD for given in inspect.signature(kind.forward).parameters.values())
 
 
 def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -325,6 +335,7 @@ def _encode(
             attention_mask = None
         else:
             keep_padding = padding.left or bool(given.get("keep_padding", False)) or accelerator.keep_padding
+            keep_padding = keep_padding or ("keep_padding" not in given and _unknown_reader(self))
             num_tokens = padding.num_tokens
             if keep_padding and padding.empty and self.config._attn_implementation == "eager":
                 return "a sequence without tokens, where eager attention attends to padding"
@@ -347,17 +358,32 @@ def _encode(
     return output.to_tuple() if return_dict is False else output
 
 
+def _unknown_reader(encoder: nn.Module) -> bool:
+    """Whether the encoder is called by a module that may read what is on padding: one around it that was not given to
+    ``optimize``, such as a head for question answering, or somebody's own.
+
+    Pooling of sentence-transformers looks at the mask.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "forward":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, nn.Module) and caller is not encoder:
+                return not type(caller).__module__.startswith("sentence_transformers.")
+    return False
+
+
 class _Padding(NamedTuple):
     none: bool  # every position is a token
-    left: bool  # some sequence starts with padding
+    left: bool  # some sequence starts with padding, or is nothing else
     empty: bool  # some sequence has no token
     num_tokens: int | None  # on a GPU; elsewhere nobody needs to know
 
 
 def _padding(real: torch.Tensor) -> _Padding:
     """Of tokens bool [B, T]."""
-    some = real.any(1)  # [B]
-    left = (some & ~real[:, :1].any(1)).any()
+    some, left = real.any(1), (~real[:, :1].any(1)).any()
     if real.is_cuda:  # all answers for one wait
         full, behind, every, count = torch.stack([real.all(), left, some.all(), real.sum()]).tolist()
         return _Padding(bool(full), bool(behind), not every, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 from distilbert_fast import backends
 
 _LINES = 512  # cache lines of a small model that a sample compares: some 20 µs
-_version, _eps, _training, _forward = map(operator.attrgetter, ("_version", "eps", "training", "forward"))
+_version, _training, _forward = map(operator.attrgetter, ("_version", "training", "forward"))
+_hooks, _pre_hooks = map(operator.attrgetter, ("_forward_hooks", "_forward_pre_hooks"))
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
@@ -22,13 +23,20 @@ class Snapshot:
     Args:
         root: whose modules and tensors may be exchanged.
         copied: modules below it whose values were copied, so that a write to them must be seen.
+        settings: what else changes results: how to read it, and from which module.
 
     ``holds`` sees each time: a replaced, added or removed module or parameter; a tensor written in place (by its
-    version counter), moved or cast (by its address); another eps. torch does not count what fused optimizers,
-    ``parameter.data``, NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of those bytes, on a CPU.
+    version counter), moved or cast (by its address); another class or setting. torch does not count what fused
+    optimizers, ``parameter.data``, NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of
+    those bytes, on a CPU.
     """
 
-    def __init__(self, root: nn.Module, copied: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        copied: Iterable[nn.Module],
+        settings: Iterable[tuple[Callable[[Any], Any], nn.Module]] = (),
+    ) -> None:
         modules = list(root.modules())
         children = [m._modules for m in modules]
         self._children, self._counts = children, [len(names) for names in children]
@@ -45,13 +53,13 @@ class Snapshot:
         self._tensors = [tensor for _, _, tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._versions = sum(map(_version, self._tensors))  # each only grows
-        self._norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
-        self._eps = list(map(_eps, self._norms))
+        self._settings = list(settings)
+        self._set = [get(module) for get, module in self._settings]
         self._inner = [m for m in modules if m is not root]
         self._random = [m for m in self._inner if any(isinstance(x, nn.Dropout) for x in (m, *m.children()))]
-        self._hooks = [hooks for m in self._inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._patchable = [(m.__dict__, type(m)) for m in self._inner]
-        self._kinds = list({type(m) for m in self._inner})
+        self._types = list(map(type, self._inner))
+        self._kinds = list(set(self._types))
         self._forwards = list(map(_forward, self._kinds))
         self._storages, self.fingerprint = _fingerprint(copied)
 
@@ -63,7 +71,8 @@ class Snapshot:
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects))
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
             and sum(map(_version, self._tensors)) == self._versions
-            and list(map(_eps, self._norms)) == self._eps
+            and list(map(type, self._inner)) == self._types
+            and [get(module) for get, module in self._settings] == self._set
         )
 
     def obstacle(self) -> str | None:
@@ -76,8 +85,8 @@ class Snapshot:
             return "a module inside the encoder in training mode"
         if any(_GLOBAL_HOOKS):
             return "a hook on all modules"
-        if any(self._hooks):
-            hooks = (hook for found in self._hooks if found for hook in found.values())
+        if any(map(_hooks, self._inner)) or any(map(_pre_hooks, self._inner)):
+            hooks = (hook for m in self._inner for found in (_hooks(m), _pre_hooks(m)) for hook in found.values())
             if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
                 return "a hook inside the encoder"
         replaced = list(map(_forward, self._kinds)) != self._forwards or any(

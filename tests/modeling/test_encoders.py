@@ -141,9 +141,10 @@ def test_electra_may_summarize_padding(summary_type, calls):  # noqa: F811
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_who_reads_the_first_token_alone(model_type):
     for head in HEADS:
-        kind = getattr(transformers, f"{ARCHITECTURES[model_type].prefix}{head}")
-        assert reads_first_token(kind) == (head == "ForSequenceClassification")
-        assert not reads_first_token(type("Mine", (kind,), {"__module__": "mine"}))
+        model = make(model_type, head)
+        kind = type(model)
+        assert reads_first_token(model, kind) == (head == "ForSequenceClassification")
+        assert not reads_first_token(model, type("Mine", (kind,), {"__module__": "mine"}))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
