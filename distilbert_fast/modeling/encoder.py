@@ -142,7 +142,10 @@ def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
 def _check_modules(encoder: Any, caller: str) -> None:
     """Raise TypeError for a module that is not of a class that transformers puts there, or whose class has another
     forward. The pooler is called as it is, whatever it is."""
-    homes = {base.__module__ for base in type(encoder).__mro__} | {"distilbert_fast.modeling.distilbert_modules"}
+    homes = {
+        _known(encoder).module,
+        *(f"distilbert_fast.modeling.{name}" for name in ("distilbert", "distilbert_modules")),
+    }
     for name, module in encoder.named_modules():
         if name.split(".")[0] == "pooler":
             continue
