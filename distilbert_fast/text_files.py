@@ -62,14 +62,16 @@ def lines(text: str) -> list[str]:
 
 
 def column_names(table: Any, **dialect: Any) -> list[str]:
-    """The names in the first line of CSV or TSV, "" for a blank one; of a path, or a stream of text.
+    """The names in the first line of CSV or TSV, "" for one that is not there; of a path, or a stream of text.
 
-    Raises ValueError for a name that is there twice, and for a first row that is longer.
+    Raises ValueError for a name that is there twice, for none, and for a first row that is longer.
     """
     import pandas
 
     head = pandas.read_csv(table, header=None, nrows=2, dtype=str, **{"na_filter": False, **dialect})
     names = [*head.iloc[0]]
+    if not any(name.strip() for name in names):
+        raise ValueError("line 1: expected the names of columns, got a blank line")
     refuse_twice([name for name in names if name])
     return names
 

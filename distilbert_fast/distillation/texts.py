@@ -18,14 +18,16 @@ from distilbert_fast.text_files import column_names, json_object, lone_surrogate
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+# Where it skips blank lines, pandas loses spaces that begin a line at a border of its buffer.
+_SEPARATED: Mapping[str, Any] = {"encoding": "utf-8-sig", "na_filter": False, "skip_blank_lines": False}
 # What reads a file, by its suffix. Every cell of CSV and TSV is a text, "NA" and "007" too; TSV has no quoting.
 # JSONL is read as lines: the reader for it makes dates of texts.
 READERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig"}),
     ".jsonl": ("text", {"encoding": "utf-8-sig"}),
     ".parquet": ("parquet", {}),
-    ".csv": ("csv", {"encoding": "utf-8-sig", "na_filter": False, "sep": ","}),
-    ".tsv": ("csv", {"encoding": "utf-8-sig", "na_filter": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".csv": ("csv", {**_SEPARATED, "sep": ","}),
+    ".tsv": ("csv", {**_SEPARATED, "sep": "\t", "quoting": csv.QUOTE_NONE}),
 }
 _LINE = "line"  # the column of JSONL's lines
 _LOOKED_AT = 100  # of them, for their names
@@ -150,7 +152,8 @@ class Texts:
             how = how | {"num_proc": min(num_proc, len(files))}
         if reader == "csv":
             how = how | {"features": self._texts_of(files, options)}
-        return self._read(reader, data_files=files, split="train", **options, **how)
+        rows = self._read(reader, data_files=files, split="train", **options, **how)
+        return rows.filter(_is_filled, batched=True) if reader == "csv" else rows
 
     def _texts_of(self, files: Sequence[str], dialect: Mapping[str, Any]) -> Any:
         """The columns of CSV or TSV files, all of text; what they look like depends on where in a file one looks."""
@@ -250,6 +253,11 @@ class _TextOf:
             return json_object(line)
         except ValueError as error:
             raise ValueError(f"load_corpus: cannot read {self.name!r}: line {at + 1}: {error}") from error
+
+
+def _is_filled(rows: Mapping[str, Sequence[str]]) -> list[bool]:
+    """Of each row of a table, whether it has more than white space."""
+    return [any(cell and cell.strip() for cell in cells) for cells in zip(*rows.values(), strict=True)]
 
 
 def _is_file_name(source: str) -> bool:

@@ -6,16 +6,16 @@ import csv
 import hashlib
 import io
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
-from distilbert_fast.text_files import check_file, column_names, json_object, lines, read_text, refuse_twice
+from distilbert_fast.text_files import check_file, json_object, lines, read_text, refuse_twice
 
 FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 EVAL_PERCENT = 10  # of a file's rows when no evaluation file is given
@@ -50,7 +50,7 @@ def read_table(op: str, argument: str, path: Path) -> Table:
         if kind == "Parquet":
             return _parquet(path)
         return _jsonl(text) if kind == "JSONL" else _separated(kind, text)
-    except (OSError, ValueError, Warning, RecursionError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if kind == "CSV" and "\t" in lines(text)[0]:
             reason += "; if tabs separate its columns, name it .tsv"
@@ -83,14 +83,31 @@ def _jsonl(text: str) -> Table:
 
 
 def _separated(kind: str, text: str) -> Table:
-    import pandas
+    """Cells byte for byte, which pandas' are not at the borders of its buffer; lines of white space alone are none.
 
-    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {"sep": ","}
-    column_names(io.StringIO(text, newline=""), **dialect)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header, cut silently
-        frame = pandas.read_csv(io.StringIO(text, newline=""), dtype=str, na_filter=False, index_col=False, **dialect)
-    return Table({name: frame[name].tolist() for name in frame.columns})
+    A shorter row has empty cells at its end.
+    """
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {}
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        # the empty line after the last one belongs to no row, unless a quote is open
+        reader = csv.reader(chain(io.StringIO(text, newline=""), [""]), **dialect)
+        rows = [(reader.line_num, row) for row in reader]
+    finally:
+        csv.field_size_limit(limit)
+    if rows.pop()[1]:
+        raise ValueError("a quote is open at the end of the file")
+    rows = [(line, row) for line, row in rows if row and not (len(row) == 1 and row[0] and not row[0].strip(" \t"))]
+    if not rows:
+        raise ValueError("it holds no line of column names")
+    names = rows.pop(0)[1]
+    refuse_twice([name for name in names if name])
+    for line, row in rows:
+        if len(row) > len(names):
+            raise ValueError(f"line {line}: expected {len(names)} cells as in the line of names, got {len(row)}")
+    columns = zip_longest(*(row for _, row in rows), fillvalue="") if rows else ()
+    cells = dict(zip_longest(range(len(names)), map(list, columns), fillvalue=[""] * len(rows)))
+    return Table({name or f"Unnamed: {at}": cells[at] for at, name in enumerate(names)})
 
 
 def class_names(feature: Any) -> Sequence[str] | None:

@@ -499,3 +499,33 @@ def test_bad_tokenizers(tokenizer, text, tmp_path):
         "load_corpus: tokenizer must be one with tokens that open and close a sequence, got " + type(bare).__name__
     ):
         load_corpus(text, bare, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_spaces_that_begin_a_row_are_kept_wherever_a_readers_buffer_ends(tmp_path, suffix, streaming):
+    from distilbert_fast.distillation.texts import Texts
+
+    separator = "," if suffix == ".csv" else "\t"
+    head = f"text{separator}n\n"
+    for spaces_before in (1, 4, 7):
+        texts = ["x" * (262144 - len(head) - 3 - spaces_before), "        def f(): pass", "  other"]
+        path = tmp_path / f"{spaces_before}{suffix}"
+        path.write_text(head + "".join(f"{text}{separator}0\n" for text in texts))
+        table = Texts(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
+        assert [row["text"] for row in table.rows] == texts
+
+
+@pytest.mark.parametrize("packing", ["full_sentences", "lines"])
+def test_blank_lines_of_a_table_change_nothing(tokenizer, tmp_path, packing):
+    (tmp_path / "a.csv").write_text('text,n\nthe old cat,1\n"a small\n\ndog",1\n')
+    (tmp_path / "b.csv").write_text('text,n\n\nthe old cat,1\n\n  \n"a small\n\ndog",1\n\n')
+    a, b = (
+        load_corpus(tmp_path / name, tokenizer, cache_dir=tmp_path, min_length=1, packing=packing)
+        for name in ("a.csv", "b.csv")
+    )
+    assert [row["input_ids"] for row in a.train] == [row["input_ids"] for row in b.train]
+    assert a.report == b.report
+    (tmp_path / "c.csv").write_text("\ntext\nthe old cat\n")
+    with refused("load_corpus: cannot read"):
+        load_corpus(tmp_path / "c.csv", tokenizer, cache_dir=tmp_path)

@@ -609,3 +609,32 @@ def test_hub_data_sets_that_do_not_fit(hub):
     )
     with pytest.raises(ValueError, match=r"^load_task: name: 'owner/no-train' has no split train; its splits: test$"):
         load_task("owner/no-train")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_spaces_that_begin_a_line_are_kept_wherever_a_readers_buffer_ends(tmp_path, suffix):
+    separator = "\t" if suffix == ".tsv" else ","
+    head = f"sentence{separator}label\n"
+    path = tmp_path / f"a{suffix}"
+    for spaces_before in (1, 4, 7):
+        first = "x" * (262144 - len(head) - 3 - spaces_before)
+        rows = [(first, "0"), ("        def f(): pass", "1"), ("  other", "0")]
+        path.write_text(head + "".join(f"{text}{separator}{label}\n" for text, label in rows))
+        task = load_task(data=path, eval_data=path)
+        assert list(task.train["sentence"]) == [text for text, _ in rows]
+
+
+def test_lines_of_white_space_alone_are_no_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\n  \r\nsentence,label,more\r\n\r\n"a\r\n\r\nb",1\r\n \t\r\n"c ""d""",2,x\r"e" f,2\n\n')
+    task = load_task(data=path, eval_data=path)
+    assert list(task.train["sentence"]) == ["a\r\n\r\nb", 'c "d"', "e f"]
+    path.write_text("sentence,label\na,1\n,\nb,2\n")
+    with pytest.raises(ValueError, match="row 2 has an empty sentence"):
+        load_task(data=path, eval_data=path)
+    path.write_text('sentence,label\na,1\n"b,2\nc,1\n')
+    with pytest.raises(ValueError, match="a quote is open at the end"):
+        load_task(data=path, eval_data=path)
+    path.write_text('sentence,label\n"a\nb",1\nb,2,3\n')
+    with pytest.raises(ValueError, match="line 4: expected 2 cells as in the line of names, got 3"):
+        load_task(data=path, eval_data=path)
