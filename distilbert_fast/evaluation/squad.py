@@ -189,7 +189,7 @@ class Windows:
         columns: dict[str, list[Any]] = {**encoded, "answer_mask": [], "start_positions": [], "end_positions": []}
         masks = [[int(part == 1) for part in encoded.sequence_ids(window)] for window in range(len(self.question))]
         inside = [  # the tokens of each window that are of its answer
-            _overlapping(_span(questions.rows[at]), offsets, mask)
+            _overlapping(questions.rows[at], offsets, mask)
             for at, offsets, mask in zip(self.question, self.offsets, masks, strict=True)
         ]
         covered = self._covered(inside)
@@ -272,15 +272,18 @@ class Windows:
 
 
 def _span(row: Question) -> tuple[int, int]:
-    """The first character of a question's first answer, and the one after its last."""
+    """The first character of a question's first answer, and the one after its last, white space at its ends left out.
+
+    A byte-level token may have the space before its word among its characters, and be no token of the answer."""
     text, begin = row.answers[0]
-    return begin, begin + len(text)
+    return begin + len(text) - len(text.lstrip()), begin + len(text.rstrip())
 
 
-def _overlapping(span: tuple[int, int], offsets: Sequence[tuple[int, int]], mask: Sequence[int]) -> list[int]:
-    """The tokens that cover a character of a span."""
-    begin, stop = span
-    return [at for at, (low, high) in enumerate(offsets) if mask[at] and max(low, begin) < min(high, stop)]
+def _overlapping(row: Question, offsets: Sequence[tuple[int, int]], mask: Sequence[int]) -> list[int]:
+    """The tokens that cover a character of a question's first answer, and not white space alone."""
+    begin, stop = _span(row)
+    shared = [(max(low, begin), min(high, stop)) for low, high in offsets]
+    return [at for at, (low, high) in enumerate(shared) if mask[at] and row.context[low:high].strip()]
 
 
 def _places(span: tuple[int, int], offsets: Sequence[tuple[int, int]], tokens: Sequence[int]) -> tuple[int, int]:

@@ -274,3 +274,33 @@ def test_files(tmp_path):
             load_squad(path, good)
     with pytest.raises(ValueError, match="expected enough contexts to hold some out"):
         load_squad(good)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("answer", ["Paris", "Paris ", " Paris", " \n Paris  ", "in Paris ", "Paris  \n", "born  in"])
+def test_no_token_after_an_answer_that_ends_with_white_space(answer, trim):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    context = "He was born  in \n Paris  \n in 1900."
+    context = context if answer in context else "He was born in Paris in 1900."
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([context] * 3, trainer)
+    model.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=trim, add_prefix_space=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>"
+    )
+    asked = Questions("test", (Question("where", context, ((answer, context.index(answer)),)),))
+    windows = Windows(asked, tokenizer, 64, 4)
+    row, offsets = windows.rows[0], windows.offsets[0]
+    start, end = row["start_positions"], row["end_positions"]
+    assert start > 0
+    assert context[offsets[start][0] : offsets[end][1]].strip() == answer.strip()
