@@ -21,6 +21,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _LINE_END = re.compile("\r\n|\r|\n")
+_ODD_LINE_END = re.compile("\r\r\n|\n\r(?!\n)")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair are one character
 
 
@@ -59,6 +60,15 @@ def read_text(op: str, argument: str, path: Path) -> str:
 def lines(text: str) -> list[str]:
     """The lines of a text; one more, empty, if its last one is ended."""
     return _LINE_END.split(text)
+
+
+def odd_line_end(text: str) -> int | None:
+    """The number of the first line that a CR beside a line end follows, CR CR LF or LF CR, as damaged files have them.
+
+    Each is a blank line if CR ends one; None if there is no such line.
+    """
+    found = _ODD_LINE_END.search(text)
+    return None if found is None else len(lines(text[: found.start()]))
 
 
 def column_names(table: Any, **dialect: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distilbert_fast.files import regular_size, sha256
 from distilbert_fast.ops._check import refuse
-from distilbert_fast.text_files import column_names, json_object, lone_surrogate
+from distilbert_fast.text_files import column_names, json_object, lone_surrogate, odd_line_end
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -30,6 +30,7 @@ READERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {**_SEPARATED, "sep": "\t", "quoting": csv.QUOTE_NONE}),
 }
 _LINE = "line"  # the column of JSONL's lines
+_HEAD = 1 << 20  # bytes of a file of lines that are looked at for their ends
 _LOOKED_AT = 100  # of them, for their names
 _COLUMNS = ("text", "sentence")  # what a column of texts is called
 
@@ -201,6 +202,14 @@ class Texts:
         files = self._not_empty()
         if not self.across_lines:
             return Table(self._read(reader, data_files=files, split="train", **how), "text", documents=False)
+        for file in files:  # one that has such ends has them from its beginning on
+            with open(file, "rb") as stream:
+                odd = odd_line_end(stream.read(_HEAD).decode("utf-8-sig", "replace"))
+            if odd is not None:
+                raise ValueError(
+                    f"load_corpus: cannot read {file!r}: line {odd}: expected lines that end with LF, CRLF or CR, got "
+                    "a CR beside a line end"
+                )
         each = self._read(reader, data_files={f"file{i}": file for i, file in enumerate(files)}, **how)
         end = datasets.Dataset.from_dict({"text": [""]}, features=features)
         ended = end.to_iterable_dataset() if how["streaming"] else end

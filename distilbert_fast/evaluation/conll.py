@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from distilbert_fast.text_files import lines
+from distilbert_fast.text_files import lines, odd_line_end
 
 _KEY_AND_VALUE = re.compile(r"# +[\w.:-]+ *=|#[\w.:-]+ += ")  # `# sent_id = 1`
 _DOCUMENT = re.compile(r"#(begin|end) document\b")  # of CoNLL-2012
@@ -24,15 +24,22 @@ class Tagged:
 def read_conll(source: str, text: str) -> Tagged:
     """The sentences of a file, those without words left out.
 
-    Columns are separated by a tab if there is one in the line, else by spaces. A line of white space alone ends a
-    sentence; so does one that begins with -DOCSTART-, which is skipped. Comments before a sentence are skipped: lines
-    that begin with # and are no row of the file. Raises ValueError, which begins with `source`, with the line's number.
+    Columns are separated by a tab if there is one in the line, else by spaces; where most lines have tabs, all must. A
+    line of white space alone ends a sentence; so does one that begins with -DOCSTART-, which is skipped. Comments
+    before a sentence are skipped: lines that begin with # and are no row of the file. Raises ValueError, which begins
+    with `source`, with the line's number.
     """
+    if (odd := odd_line_end(text)) is not None:
+        raise ValueError(
+            f"{source}: line {odd}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
+        )
     given = [line.strip(" \t") for line in lines(text)]
     rows = [_columns(line) for line in given]
     plain = [row for row in rows if row and not row[0].startswith("#")]  # comments say nothing of a file's columns
     width = len(plain[0]) if plain else 0
     known = {row[-1] for row in plain if len(row) == width}
+    tabbed = [("\t" in line) for line, row in zip(given, rows, strict=True) if row and not row[0].startswith("#")]
+    tabs = sum(tabbed) * 2 >= max(1, len(tabbed))
     tagged = Tagged()
     sentence: list[tuple[str, ...]] = []
     for number, (line, row) in enumerate(zip([*given, ""], [*rows, ()], strict=True), start=1):
@@ -41,13 +48,26 @@ def read_conll(source: str, text: str) -> Tagged:
                 tagged.rows.append((tuple(cells[0] for cells in sentence), tuple(cells[-1] for cells in sentence)))
             sentence = []
             continue
-        if _is_comment(line, row, width, known):
+        without = tabs and "\t" not in line
+        if _is_comment(line, row, width, known) or (without and row[0] == "#"):
             if sentence:
                 raise ValueError(
                     f"{source}: line {number}: expected comments before a sentence, got {line!r} inside one"
                 )
             continue
         width = width or len(row)
+        if without and len(row) > 1:
+            raise ValueError(f"{source}: line {number}: expected tabs between columns as in other lines, got {line!r}")
+        if (
+            row[0] == "#"
+            and "\t" not in line
+            and not sentence
+            and known
+            and not (row[-1] in known or _TAG.fullmatch(row[-1]))
+        ):
+            raise ValueError(
+                f"{source}: line {number}: expected a word and its tag, or a comment such as '# text = a', got {line!r}"
+            )
         if len(row) < 2 or len(row) != width or not (row[0] and row[-1]):
             expected = "a word and its tag" if width < 2 else f"{width} columns as in the lines before"
             raise ValueError(f"{source}: line {number}: expected {expected}, got {line!r}")

@@ -90,12 +90,16 @@ def odd_one(tags: Collection[str]) -> str | None:
     scheme = scheme_of(tags)
     inside = sorted(tag for tag in tags if not is_outside(tag))
     if scheme is None:
-        if any(re.match("[BI]-", tag) for tag in inside) or (len(inside) < len(tags) and _marked(inside)):
+        if any(re.match(r"[BI](-|\W.)", tag) for tag in inside) or (len(inside) < len(tags) and _marked(inside)):
             counts = [(sum(form.fullmatch(tag) is not None for tag in inside), form) for form in _FORMS]
             most = max(counts, key=lambda pair: pair[0])[1]
             return next((tag for tag in inside if not most.fullmatch(tag)), inside[0])
         return next((tag for tag in inside if re.fullmatch(r"\(.+\*\)?|\*\)?", tag)), None)  # brackets of CoNLL-2012
     kinds: dict[str, str] = {}
+    cases: dict[str, str] = {}
+    for tag in sorted(tags):
+        if cases.setdefault(tag.casefold(), tag) != tag:
+            return tag
     for tag in inside:
         kind = scheme.split(tag)[1]
         if kinds.setdefault(kind.casefold(), kind) != kind:
@@ -104,5 +108,5 @@ def odd_one(tags: Collection[str]) -> str | None:
 
 
 def _marked(tags: Collection[str]) -> list[str]:
-    """Those that have a mark of IOB."""
-    return [tag for tag in tags if re.match("[BI][-_].", tag, re.IGNORECASE) or re.search(".[-_][BI]$", tag)]
+    """Those that have a mark of IOB, whatever separates it from the type."""
+    return [tag for tag in tags if re.match(r"[BI][\W_].", tag, re.IGNORECASE) or re.search(r".[\W_][BI]$", tag)]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 OP = "load_tokens"
 TAG_COLUMNS = ("tags", "ner_tags")
 _NUMBER = re.compile(r"-?\d+")
+_NO_NAME = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false", re.IGNORECASE)
 IGNORED = -100  # the label of a token that is no word's first, as in torch and transformers
 
 
@@ -107,10 +108,10 @@ def load_tokens(
         name: a hub data set, `"owner/set"` or `"owner/set/config"`, with the columns `tokens` and `ner_tags` or `tags`.
             With `data` it is only the name that reports show.
         data: a .jsonl or .parquet file with the columns `tokens` and `tags` or `ner_tags`, lists of strings (numbers
-            in a Parquet file that `datasets` wrote, which has their names); or any other file of CoNLL's form in UTF-8:
-            a word a line in the first column, its tag in the last one, columns separated by a tab if there is one in
-            the line, else by spaces; a blank line ends a sentence, and comments before one (`# sent_id = 1`) and lines
-            that begin with -DOCSTART- are skipped.
+            in a Parquet file that `datasets` wrote, which has their names), tags without the spaces around them; or any
+            other file of CoNLL's form in UTF-8: a word a line in the first column, its tag in the last one, columns
+            separated by a tab if there is one in the line, else by spaces; a blank line ends a sentence, and comments
+            before one (`# sent_id = 1`) and lines that begin with -DOCSTART- are skipped.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences of `data` are
             held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training sentences, chosen by hash; all when None.
@@ -199,8 +200,10 @@ def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Se
         if not all(isinstance(of, list) for of in row) or len(row[0]) != len(row[1]):
             found = " and ".join(f"{len(of)}" if isinstance(of, list) else shortened(of) for of in row)
             raise ValueError(f"{place}: expected lists of as many tokens as tags, got {found}")
-        kinds = [[_named(place, tag, names) for tag in row[1]] if names else row[1], row[0]]
-        found_tags, found_words = (tuple(_cell(place, cell) for cell in cells) for cells in kinds)
+        found_words = tuple(_cell(place, cell) for cell in row[0])
+        found_tags = tuple(
+            _named(place, tag, names) if names is not None else _cell(place, tag).strip() for tag in row[1]
+        )
         if found_words:
             tagged.rows.append((found_words, found_tags))
         for tag in found_tags:
@@ -211,7 +214,7 @@ def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Se
 
 
 def _named(place: str, tag: Any, names: Sequence[str]) -> str:
-    if not isinstance(tag, int) or not 0 <= tag < len(names):
+    if not isinstance(tag, int) or isinstance(tag, bool) or not 0 <= tag < len(names):
         raise ValueError(f"{place}: expected tags 0 to {len(names) - 1}, got {shortened(tag)}")
     return names[tag]
 
@@ -228,8 +231,9 @@ def _cell(place: str, cell: object) -> str:
 def _refuse_numbers(source: str, tagged: Tagged) -> None:
     """The names of numbers are on the hub; without them nobody can say which tags are of entities."""
     for tag, place in tagged.places.items():
-        if _NUMBER.fullmatch(tag):
-            raise ValueError(f"{source}: {place}: expected the names of tags, such as B-PER, got the number {tag}")
+        if _NO_NAME.fullmatch(tag):
+            what = "" if tag.isalpha() else "the number "
+            raise ValueError(f"{source}: {place}: expected the names of tags, such as B-PER, got {what}{tag}")
 
 
 def _from_hub(name: str) -> tuple[list[Tagged], Sequence[str] | None]:

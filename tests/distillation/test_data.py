@@ -529,3 +529,10 @@ def test_blank_lines_of_a_table_change_nothing(tokenizer, tmp_path, packing):
     (tmp_path / "c.csv").write_text("\ntext\nthe old cat\n")
     with refused("load_corpus: cannot read"):
         load_corpus(tmp_path / "c.csv", tokenizer, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\r\r\n", "\n\r"])
+def test_line_ends_that_would_make_a_document_of_each_line(tokenizer, tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(f"the old cat{end}a small dog{end}".encode())
+    with refused("load_corpus: cannot read '"):
+        load_corpus(tmp_path / "a.txt", tokenizer, cache_dir=tmp_path, min_length=1)

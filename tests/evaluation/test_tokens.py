@@ -483,3 +483,61 @@ def test_pieces_of_a_real_file_keep_its_words(tmp_path):
     pieces = Pieces(task, task.train, tokenizer, 6)
     assert pieces.words.tolist() == list(range(sum(len(row.words) for row in task.train)))
     assert len(pieces.rows) > len(task.train)
+
+
+POS = "EU\tNNP\nrejects\tVBZ\n\nPeter\tNNP\nb\tNN\n"
+NER = "EU B-ORG\nrejects O\n\nPeter B-PER\nB I-PER\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            NER.replace("\n", "\r\r\n"),
+            "line 1: expected lines that end with LF, CRLF or CR, got a CR beside a line end",
+        ),
+        (NER.replace("\n", "\n\r"), "line 1: expected lines that end with LF, CRLF or CR"),
+        (NER + "c O\r\r\nd O\n", "line 6: expected lines that end with LF, CRLF or CR"),
+        (POS + "New York\n", "line 6: expected tabs between columns as in other lines, got 'New York'"),
+        ("New York\n" + POS, "line 1: expected tabs between columns as in other lines, got 'New York'"),
+        (POS + "# sent1\n", "line 6: expected comments before a sentence, got '# sent1' inside one"),
+        ("# sent1\n" + POS.replace("\t", " "), "line 1: expected a word and its tag, or a comment such as"),
+        (NER + "c o\n", "line 6: expected tags such as B-PER, I-PER and O, got 'o'"),
+        (NER + "c b-ORG\n", "line 6: expected tags such as B-PER, I-PER and O, got 'b-ORG'"),
+        *(
+            (NER.replace("-", mark), f"line 1: expected tags such as B-PER, I-PER and O, got 'B{mark}ORG'")
+            for mark in (":", "\u2013", "/", "|", ".", "\u2212", "=", "+")
+        ),
+        ("a PER:B\nb PER:I\nc O\n", "line 1: expected tags such as B-PER, I-PER and O, got 'PER:B'"),
+        ("a 1.0\nb 0.0\n", "line 1: expected the names of tags, such as B-PER, got the number 1.0"),
+        ("a True\nb False\n", "line 1: expected the names of tags, such as B-PER, got True"),
+    ],
+)
+def test_lines_that_would_be_read_as_others(tmp_path, content, message):
+    path = tmp_path / "a.conll"
+    path.write_bytes(content.encode())
+    with pytest.raises(ValueError) as caught:
+        load_tokens(data=path, eval_data=path)
+    assert str(caught.value).startswith(f"load_tokens: data: {str(path)!r}: {message}")
+
+
+def test_comments_of_a_file_with_tabs(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("# sent1\n" + POS.replace("\n\n", "\n\n# sent2\n# x y\n") + "#\tSYM\n")
+    task = load_tokens(data=path, eval_data=path)
+    assert [row.words for row in task.train] == [("EU", "rejects"), ("Peter", "b", "#")]
+
+
+@pytest.mark.parametrize("tags", ["[0.0, 1.0]", "[1e0, 2.5]", "[false, true]", '["0.0", "1.0"]'])
+def test_tags_that_name_nothing(tmp_path, tags):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tokens": ["a", "b"], "ner_tags": ' + tags + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl'?: row 1: expected the names of tags, such as B-PER, got "):
+        load_tokens(data=path, eval_data=path)
+
+
+def test_spaces_around_tags_are_no_part_of_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tokens": ["a", " b", "c"], "ner_tags": ["O ", " B-X", "O"]}\n')
+    task = load_tokens(data=path, eval_data=path)
+    assert task.tag_names == ("O", "B-X") and task.train == (Sentence(("a", " b", "c"), (0, 1, 0)),)
