@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distilbert_fast.files import FileError, regular_size
+
 # of other encodings; UTF-32's begins as UTF-16's does
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -26,10 +28,16 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair ar
 
 
 def check_file(op: str, argument: str, path: Path) -> None:
-    """Raise ValueError for a file that is missing or empty."""
-    if not path.is_file():
-        raise ValueError(f"{op}: {argument}: no such file: {str(path)!r}")
-    if path.stat().st_size == 0:
+    """Raise ValueError for a file that is missing or empty, and for what is no regular file, such as a FIFO."""
+    try:
+        size = regular_size(path)
+    except FileError as error:
+        raise ValueError(f"{op}: {argument}: {str(path)!r}: {error.reason}") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a NUL
+        raise ValueError(f"{op}: {argument}: no such file: {str(path)!r}") from error
+    except OSError as error:
+        raise ValueError(f"{op}: {argument}: cannot read {str(path)!r}: {error.strerror}") from error
+    if size == 0:
         raise ValueError(f"{op}: {argument}: {str(path)!r} is empty")
 
 

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported
     "testing": set(),
-    "text_files": set(),
+    "text_files": {"files"},
 }
 # Other packages that the lower parts may import, beside the standard library. From modeling/ on there is no limit.
 THIRD_PARTY = {

@@ -33,6 +33,9 @@ def read_conll(source: str, text: str) -> Tagged:
         raise ValueError(
             f"{source}: line {odd}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
         )
+    if (at := re.search("[\r\n]\ufeff", text)) is not None:
+        number = len(lines(text[: at.end()]))
+        raise ValueError(f"{source}: line {number}: expected a mark (BOM) at the file's beginning alone, got one here")
     given = [line.strip(" \t") for line in lines(text)]
     rows = [_columns(line) for line in given]
     plain = [row for row in rows if row and not row[0].startswith("#")]  # comments say nothing of a file's columns

@@ -62,8 +62,17 @@ def _parquet(path: Path) -> Table:
 
     table = pyarrow.parquet.read_table(path)
     refuse_twice(table.column_names)
-    features = Features.from_arrow_schema(table.schema)
+    try:
+        features = Features.from_arrow_schema(table.schema)
+    except Exception as error:  # whatever `datasets` meets in metadata that are not its own
+        if b"huggingface" not in (table.schema.metadata or {}):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"its metadata 'huggingface' are none of `datasets`: {reason}") from error
     names = {name: class_names(feature) for name, feature in features.items()}
+    for name, found in names.items():
+        if found and not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+            raise ValueError(f"its metadata 'huggingface': expected names of the classes of {name!r}, got {found!r}")
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return Table(columns, {name: found for name, found in names.items() if found})
 

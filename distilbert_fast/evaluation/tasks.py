@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ SENTENCE = ("sentence",)
 # Columns of pairs, as GLUE's data sets have them.
 PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
 NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
+
+# a list, a tuple or a set as Python writes it
+_LISTED = re.compile(r"""\[\s*(["'\d-].*)?\]|\[.*,.*\]|[({]\s*(["'].*|[\d-].*,.*)[)}]""", re.DOTALL)
 
 Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
@@ -253,16 +257,15 @@ def _text(row: str, column: str, cell: object) -> str:
 
 def _label(row: str, cell: object) -> str:
     """One label; a list, also one that a CSV file has as text, is several."""
-    listed = isinstance(cell, str) and re.fullmatch(r"""\s*\[\s*(["'\d-].*)?\]\s*""", cell, re.DOTALL)
-    if listed or as_written(cell) is None:
+    if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
         raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
     return _text(row, "label", cell).strip()
 
 
 def _number(label: str) -> float | None:
-    """A finite number, or None."""
+    """A finite number, or None; Python's own 1_000 is none."""
     try:
-        number = float(label)
+        number = float(label.replace("_", "no number"))
     except ValueError:
         return None
     return number if math.isfinite(number) else None
@@ -359,9 +362,9 @@ def _refuse_numbers(labels: set[str]) -> None:
 
 
 def _label_order(labels: set[str]) -> tuple[str, ...]:
-    """Numbers by value (2 before 10), anything else by its text."""
-    if all(re.fullmatch(r"-?\d+", label) for label in labels):
-        return tuple(sorted(labels, key=int))
+    """Numbers by value (2 before 10, 2.0 before 10.0), anything else by its text."""
+    if all(_number(label) is not None for label in labels):
+        return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
     return tuple(sorted(labels))
 
 

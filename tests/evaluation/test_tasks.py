@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -638,3 +639,73 @@ def test_lines_of_white_space_alone_are_no_rows(tmp_path):
     path.write_text('sentence,label\n"a\nb",1\nb,2,3\n')
     with pytest.raises(ValueError, match="line 4: expected 2 cells as in the line of names, got 3"):
         load_task(data=path, eval_data=path)
+
+
+TEXT = '"sentence": {"dtype": "string", "_type": "Value"}'
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "null",
+        '{"info": {"features": []}}',
+        '{"info": {"features": {"label": null, %s}}}' % TEXT,  # noqa: UP031
+        '{"info": {"features": {"label": 5, %s}}}' % TEXT,  # noqa: UP031
+        *(
+            '{"info": {"features": {"label": {"names": %s, "_type": "ClassLabel"}, %s}}}' % (names, TEXT)  # noqa: UP031
+            for names in ("5", "[1, 2]", "null", '["a", "a"]', '"ab"', '["a", null]', '{"a": 1}')
+        ),
+        "{",
+        "\udcff",
+    ],
+)
+def test_metadata_that_are_none_are_refused_by_file(tmp_path, metadata):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
+    content = metadata.encode(errors="surrogateescape")
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": content}), path)
+    with pytest.raises(ValueError) as caught:
+        load_task(data=path, eval_data=path)
+    assert str(caught.value).startswith(f"load_task: data: cannot read {str(path)!r} as Parquet: its metadata 'hugging")
+
+
+@pytest.mark.parametrize("metadata", ["{}", "[]", '{"info": {}}', '{"info": {"features": null}}'])
+def test_metadata_without_features_say_nothing(tmp_path, metadata):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    assert load_task(data=path, eval_data=path).label_names == ("0", "1")
+
+
+def test_classes_that_are_floats_are_in_the_order_of_their_values(tmp_path):
+    names = [f"{at}.0" for at in range(-2, 12) if at != -1]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"sentence": "s {name}", "label": {name}}}\n' for name in reversed(names)))
+    assert load_task(data=path, eval_data=path).label_names == tuple(names)
+
+
+@pytest.mark.parametrize("label", ["[a, b]", "('a', 'b')", "{'a'}", "{'a': 1}", "(1, 2)", "('a',)", "['a', 'b']"])
+def test_several_labels_as_text(tmp_path, label):
+    path = write(tmp_path / "a.jsonl", [("a", "x"), ("b", label)])
+    with pytest.raises(ValueError, match="row 2: expected one label, a text or a number"):
+        load_task(data=path, eval_data=path)
+
+
+def test_classes_in_brackets_are_one_label_each(tmp_path):
+    path = write(tmp_path / "a.jsonl", [("a", "[UNK]"), ("b", "(other)"), ("c", "{x}"), ("d", "a, b")])
+    assert load_task(data=path, eval_data=path).label_names == ("(other)", "[UNK]", "a, b", "{x}")
+
+
+def test_pythons_own_numbers_are_none(tmp_path):
+    path = write(tmp_path / "a.tsv", [("a", "1"), ("b", "1_000")])
+    with pytest.raises(ValueError, match="row 2: expected a number as label, got '1_000'"):
+        load_task(data=path, eval_data=path, regression=True)
+
+
+def test_what_is_no_regular_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "a.tsv")
+    (tmp_path / "b.parquet").mkdir()
+    for name, kind in (("a.tsv", "a FIFO"), ("b.parquet", "a directory")):
+        with pytest.raises(ValueError) as caught:
+            load_task(data=tmp_path / name)
+        assert str(caught.value) == (f"load_task: data: {str(tmp_path / name)!r}: expected a regular file, got {kind}")

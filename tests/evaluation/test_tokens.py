@@ -508,6 +508,7 @@ NER = "EU B-ORG\nrejects O\n\nPeter B-PER\nB I-PER\n"
             (NER.replace("-", mark), f"line 1: expected tags such as B-PER, I-PER and O, got 'B{mark}ORG'")
             for mark in (":", "\u2013", "/", "|", ".", "\u2212", "=", "+")
         ),
+        (NER + "\n\ufeffc O\n", "line 7: expected a mark (BOM) at the file's beginning alone, got one here"),
         ("a PER:B\nb PER:I\nc O\n", "line 1: expected tags such as B-PER, I-PER and O, got 'PER:B'"),
         ("a 1.0\nb 0.0\n", "line 1: expected the names of tags, such as B-PER, got the number 1.0"),
         ("a True\nb False\n", "line 1: expected the names of tags, such as B-PER, got True"),
