@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from distilbert_fast.text_files import lone_surrogate, read_text, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 30  # tokens of an answer
 EVAL_PERCENT = 10  # of a file's contexts when no evaluation file is given
@@ -198,6 +201,13 @@ class Windows:
             for name, value in (("answer_mask", mask), ("start_positions", start), ("end_positions", end)):
                 columns[name].append(value)
         self.rows: Dataset = Dataset.from_dict(columns)
+        held = {at for at, end in zip(self.question, columns["end_positions"], strict=True) if end}
+        if lost := len(questions) - len(held):
+            logger.warning(
+                "%s: %d of %d questions have an answer that no window holds whole: it is longer than max_length %d and "
+                "stride %d leave room for",
+                *(questions.name, lost, len(questions), max_length, stride),
+            )
 
     def _covered(self, inside: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Of each question's first answer the first character that a token covers, and the one after the last."""

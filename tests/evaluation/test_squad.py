@@ -276,6 +276,18 @@ def test_files(tmp_path):
         load_squad(good)
 
 
+def test_answers_that_no_window_holds_are_counted_in_one_warning(tokenizer, caplog):
+    long = "small dog with one saw on my drill"
+    Windows(questions("cat", long, long, "the"), tokenizer, 10, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: 2 of 4 questions have an answer that no window holds whole: it is longer than max_length 10 and "
+        "stride 2 leave room for"
+    ]
+    caplog.clear()
+    Windows(questions("cat", long), tokenizer, 64, 2)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("answer", ["Paris", "Paris ", " Paris", " \n Paris  ", "in Paris ", "Paris  \n", "born  in"])
 def test_no_token_after_an_answer_that_ends_with_white_space(answer, trim):
