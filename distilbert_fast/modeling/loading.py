@@ -76,13 +76,13 @@ def locate(source: str | Path) -> Path:
     return directory
 
 
-def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int) -> None:
+def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None) -> None:
     """Refuse sizes that no model has, or that are of far more weights than there are, before memory is made for them.
 
     Args:
         config: of a BERT, RoBERTa or DistilBERT.
         path: where it was read, for messages.
-        weight_bytes: of its weights, one at least for each of them.
+        weight_bytes: of its weights, one at least for each of them; None: nobody knows yet.
 
     Raises:
         FileError: one of the sizes, by name.
@@ -101,7 +101,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int) -> Non
         raise FileError(f"{str(path)!r}: hidden_size must be a multiple of {heads} heads, got {hidden}")
     rows = sum(config.get(name, 0) for name in ("vocab_size", "max_position_embeddings", "type_vocab_size"))
     weights = rows * hidden + layers * (4 * hidden**2 + 2 * hidden * inner)
-    if weights > max(2 * weight_bytes, _FEW):
+    if weight_bytes is not None and weights > max(2 * weight_bytes, _FEW):
         raise FileError(
             f"{str(path)!r}: its sizes must be those of the {weight_bytes} bytes of weights beside it, got sizes of "
             f"{weights} weights"

@@ -147,6 +147,7 @@ class Int8Quantizer(HfQuantizer):
             if unknown := sorted(settings.keys() - {field.name for field in fields(Int8Config)}):
                 given = f"unexpected keyword argument {unknown[0]!r}"
                 raise _UnknownSettingError(f"{str(config)!r}: quantization_config: {given}", given)
+            _check_sizes(model.config, config, [Path(file) for file in checkpoint_files])
         for name, linear in _linears(model, self.quantization_config, METHOD):
             bias, dtype = linear.bias is not None, linear.weight.dtype
             made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
@@ -162,12 +163,14 @@ class Int8Quantizer(HfQuantizer):
         return model
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """What transformers calls before it makes the model: the place to refuse sizes that no file of it has."""
-        directory = Path(config._name_or_path)
-        weights = list(directory.glob("*.safetensors")) if self.pre_quantized and directory.is_dir() else []
-        if weights:
-            sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-            check_sizes(sizes, directory / "config.json", sum(map(regular_size, weights)))
+        """What transformers calls before it makes the model: the place to refuse sizes that no file of it has.
+
+        A class that is no Auto class has not said by then where the config is from.
+        """
+        if self.pre_quantized:
+            directory = Path(config._name_or_path)
+            known = config._name_or_path and directory.is_dir()
+            _check_sizes(config, directory / "config.json", list(directory.glob("*.safetensors")) if known else [])
         return super().update_attn_implementation(config)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -187,6 +190,12 @@ class Int8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_sizes(config: Any, path: Path, weights: Sequence[Path]) -> None:
+    """Refuse sizes that no model has, or none of ``weights`` if there are any. Raises FileError."""
+    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    check_sizes(sizes, path, sum(map(regular_size, weights)) if weights else None)
 
 
 def _check_files(model: PreTrainedModel, files: Sequence[str]) -> None:

@@ -360,6 +360,55 @@ def test_sizes_of_no_model_are_refused_before_it_is_made(size, saved):
         assert f"{str(saved / 'config.json')!r}: {size} must be " in refused(saved, FileError)
 
 
+READERS = [
+    ("DistilBert", transformers.AutoModelForSequenceClassification),
+    ("DistilBert", transformers.DistilBertForSequenceClassification),
+    ("DistilBert", distilbert_fast.DistilBertForSequenceClassification),
+    ("DistilBert", distilbert_fast.DistilBertModel),
+    ("Bert", transformers.BertForSequenceClassification),
+    ("Bert", transformers.BertModel),
+    ("Roberta", transformers.RobertaForSequenceClassification),
+]
+DISTILBERT_NAMES = {"num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "hidden_size": "dim"}
+DISTILBERT_NAMES |= {"intermediate_size": "hidden_dim", "hidden_act": "activation"}
+
+
+def set_config(directory, family, **changes):
+    """Change config.json, under the names that the family has."""
+    names = DISTILBERT_NAMES if family == "DistilBert" else {}
+    config = json.loads((directory / "config.json").read_text())
+    config |= {names.get(name, name): value for name, value in changes.items()}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("family", "reader"), READERS)
+def test_every_class_refuses_sizes_of_no_model(family, reader, tmp_path):
+    quantize_model(make(f"{family}ForSequenceClassification")).save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    for size, values in {
+        "num_hidden_layers": (2**40, -1),
+        "hidden_size": (2**40, -30, 0, 31),
+        "num_attention_heads": (2**40, 0, -3, 4),
+        "intermediate_size": (2**40, -1),
+        "vocab_size": (2**40, -1),
+        "max_position_embeddings": (2**40, -1),
+    }.items():
+        for value in values:
+            (tmp_path / "config.json").write_text(written)
+            set_config(tmp_path, family, **{size: value})
+            with pytest.raises(FileError, match=r"config\.json': \w+ must be "):
+                reader.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "reader"), READERS)
+def test_every_class_refuses_sizes_of_more_weights_than_there_are(family, reader, tmp_path):
+    quantize_model(make(f"{family}ForSequenceClassification")).save_pretrained(tmp_path)
+    set_config(tmp_path, family, vocab_size=2**26)
+    with pytest.raises(FileError, match="its sizes must be those of the") as error:
+        reader.from_pretrained(tmp_path)
+    assert str(error.value).startswith(repr(str(tmp_path / "config.json")))
+
+
 def test_a_model_is_copied_and_pickled_with_its_way_to_save(tmp_path):
     model = quantize_model(make("DistilBertModel"))
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
