@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.files import FileError, regular_size
 from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
-from distilbert_fast.schema import Check, anything, integer, mapping, nullable, read_json, record, text, validate
+from distilbert_fast.schema import (
+    Check,
+    anything,
+    integer,
+    mapping,
+    nullable,
+    number,
+    read_json,
+    record,
+    text,
+    validate,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +43,7 @@ _SIZES: dict[str, Check] = {
     **dict.fromkeys(("hidden_size", "dim", "embedding_size"), integer(1, 2**18)),
     **dict.fromkeys(("intermediate_size", "hidden_dim"), integer(1, 2**20)),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), integer(0, 2**26)),
+    "layer_norm_eps": number(2.0**-126),  # float32's smallest: above 0
     "num_labels": nullable(integer(0, 2**20)),
     "id2label": nullable(mapping(anything, text("[0-9]{1,9}", "the number of a class"))),
     "label2id": nullable(mapping(anything)),

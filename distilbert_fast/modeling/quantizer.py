@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,18 @@ from distilbert_fast.files import CHECKSUM, UNSEALED, FileError, check_seal, fil
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
-from distilbert_fast.schema import array, boolean, one_of, record, text, validate
+from distilbert_fast.schema import (
+    anything,
+    array,
+    boolean,
+    mapping,
+    one_of,
+    parse_json,
+    read_json,
+    record,
+    text,
+    validate,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +50,16 @@ _CONFIG = record(
     {"quant_method": one_of(METHOD)}, {"heads": boolean, "modules_to_not_convert": array(text())}, others=True
 )
 _FLOATS = ("F64", "F32", "BF16", "F16")
+_SAVED = "config"  # in the metadata of weights: what config.json said of _DECISIVE when they were written, as JSON
+# What of a config decides the numbers that a model gives, in any architecture. Whatever a user may change for the same
+# weights (names of labels, dropout, what is returned) is not here.
+_DECISIVE = (
+    *("model_type", "num_hidden_layers", "n_layers", "num_attention_heads", "n_heads", "hidden_size", "dim"),
+    *("embedding_size", "intermediate_size", "hidden_dim", "vocab_size", "max_position_embeddings", "type_vocab_size"),
+    *("task_type_vocab_size", "use_task_id", "hidden_act", "activation", "layer_norm_eps", "sinusoidal_pos_embds"),
+    *("position_embedding_type", "pad_token_id", "relative_attention_num_buckets", "is_decoder", "add_cross_attention"),
+    *("summary_type", "summary_activation", "summary_use_proj"),
+)
 
 
 @dataclass(kw_only=True)
@@ -140,20 +162,25 @@ class Int8Quantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return  # its floats are loaded first
-        if checkpoint_files:
-            config = Path(checkpoint_files[0]).with_name("config.json")
+        files = checkpoint_files or ()
+        config = Path(files[0]).with_name("config.json") if files else None
+        if config:
             settings = self.quantization_config.to_dict()
             validate(settings, config, _CONFIG, "quantization_config")
             if unknown := sorted(settings.keys() - {field.name for field in fields(Int8Config)}):
                 given = f"unexpected keyword argument {unknown[0]!r}"
                 raise _UnknownSettingError(f"{str(config)!r}: quantization_config: {given}", given)
-            _check_sizes(model.config, config, [Path(file) for file in checkpoint_files])
-        for name, linear in _linears(model, self.quantization_config, METHOD):
-            bias, dtype = linear.bias is not None, linear.weight.dtype
-            made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
-            model.set_submodule(name, made)
-        if checkpoint_files is not None:
-            _check_files(model, checkpoint_files)
+            _check_sizes(model.config, config, [Path(file) for file in files])
+        with contextlib.ExitStack() as opened:
+            tensors = {file: opened.enter_context(_opened(file)) for file in files}
+            if config:
+                _check_config(model.config, config, tensors)
+            for name, linear in _linears(model, self.quantization_config, METHOD):
+                bias, dtype = linear.bias is not None, linear.weight.dtype
+                made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
+                model.set_submodule(name, made)
+            if checkpoint_files is not None:
+                _check_files(model, tensors)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -174,7 +201,7 @@ class Int8Quantizer(HfQuantizer):
         return super().update_attn_implementation(config)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        return None, {CHECKSUM: UNSEALED}
+        return None, {CHECKSUM: UNSEALED, _SAVED: json.dumps(_decisive(model.config))}
 
     def is_serializable(self) -> bool:
         return True
@@ -194,30 +221,72 @@ class Int8Quantizer(HfQuantizer):
 
 def _check_sizes(config: Any, path: Path, weights: Sequence[Path]) -> None:
     """Refuse sizes that no model has, or none of ``weights`` if there are any. Raises FileError."""
-    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float))}
     check_sizes(sizes, path, sum(map(regular_size, weights)) if weights else None)
 
 
-def _check_files(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Refuse pickles, damaged files, and a checkpoint without the codes and scales that ``model`` needs.
+def _decisive(config: Any) -> dict[str, Any]:
+    given = config.to_dict()
+    return json.loads(json.dumps({name: given[name] for name in _DECISIVE if name in given}, default=str))
+
+
+def _check_config(config: Any, path: Path, files: Mapping[str, Any]) -> None:
+    """Refuse a config.json that has not the numbers of the model whose weights are beside it.
+
+    It is the file that is compared, not the config in use: what a caller asks for in its place is up to the caller.
+
+    Args:
+        config: of the class in use, which knows the defaults.
+        path: of config.json; nothing is compared if there is none.
+        files: the weights by path; those of an earlier version do not say what they were saved with.
+    """
+    if not path.is_file():
+        return
+    given = read_json(path, mapping(anything))
+    found = _decisive(type(config).from_dict(given)) | {"model_type": given.get("model_type")}
+    for file, tensors in files.items():
+        wanted = parse_json((tensors.metadata() or {}).get(_SAVED, "{}"), file, mapping(anything), _SAVED)
+        for name in wanted.keys() & found.keys():
+            if found[name] != wanted[name]:
+                refuse_file(path, f"{name} must be {wanted[name]!r}, as {file} was saved with, got {found[name]!r}")
+
+
+def _check_files(model: PreTrainedModel, files: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without the codes and scales that ``model`` needs, or with codes that it has no place for.
+
+    Args:
+        files: opened safetensors by path.
 
     Raises:
         FileError: a ValueError that names the file.
     """
     prefix = f"{model.base_model_prefix}."  # of a task model: its checkpoint may be read without the head
-    places: dict[str, tuple[str, Any, str]] = {}  # of a tensor: file, the same opened, its name in it
-    with contextlib.ExitStack() as opened:
-        for file in files:
-            tensors = opened.enter_context(_opened(file))
-            for name in tensors.keys():  # noqa: SIM118, it is no dict
-                places[name.removeprefix(prefix)] = file, tensors, name
-        layers = [entry for entry in model.named_modules() if isinstance(entry[1], Int8Linear)]
-        wanted = {f"{name}.{part}": (part, x) for name, layer in layers for part, x in layer.state_dict().items()}
-        for name in wanted:
-            if name.removeprefix(prefix) not in places:
-                raise FileError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}")
-        for name, (part, tensor) in wanted.items():
-            _check_tensor(*places[name.removeprefix(prefix)], part, tensor)
+    places = {  # of a tensor: file, the same opened, its name in it
+        name.removeprefix(prefix): (file, tensors, name)
+        for file, tensors in files.items()
+        for name in tensors.keys()  # noqa: SIM118, it is no dict
+    }
+    layers = [entry for entry in model.named_modules() if isinstance(entry[1], Int8Linear)]
+    wanted = {f"{name}.{part}": (part, x) for name, layer in layers for part, x in layer.state_dict().items()}
+    for name in wanted:
+        if name.removeprefix(prefix) not in places:
+            raise FileError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}")
+    for name, (part, tensor) in wanted.items():
+        _check_tensor(*places[name.removeprefix(prefix)], part, tensor)
+    _check_unused(model, {name.removeprefix(prefix) for name in wanted}, places, prefix)
+
+
+def _check_unused(model: PreTrainedModel, taken: Set[str], places: Mapping[str, Any], prefix: str) -> None:
+    """Refuse codes for a layer that the model does not have, or has as a float one; other heads' are left out."""
+    from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
+
+    stack = encoder_layers(find_encoder(model, METHOD))
+    inside = next(name for name, module in model.named_modules() if module is stack).removeprefix(prefix)
+    floats = {name.removeprefix(prefix) for name in model.state_dict()} - taken
+    for name, (file, tensors, full) in places.items():
+        ours = name in floats or (name.startswith(f"{inside}.") and name not in taken)
+        if ours and tensors.get_slice(full).get_dtype() == "I8":
+            refuse_file(file, f"{full} is int8, but the model that config.json describes has no int8 layer there")
 
 
 @contextlib.contextmanager

@@ -409,6 +409,102 @@ def test_every_class_refuses_sizes_of_more_weights_than_there_are(family, reader
     assert str(error.value).startswith(repr(str(tmp_path / "config.json")))
 
 
+def without_metadata(directory):
+    """As an earlier version wrote it."""
+    file = directory / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+
+
+OTHER_NUMBERS = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "layer_norm_eps": 1.0,
+    "hidden_act": "relu",
+    "pad_token_id": 5,
+    "is_decoder": True,
+    "model_type": "xlm-roberta",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+@pytest.mark.parametrize(("family", "reader"), READERS)
+def test_a_config_that_gives_other_numbers(name, family, reader, tmp_path):
+    quantize_model(make(f"{family}ForSequenceClassification")).save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    set_config(tmp_path, family, **{name: OTHER_NUMBERS[name]})
+    if family == "DistilBert" and name == "layer_norm_eps":  # which it does not have
+        reader.from_pretrained(tmp_path)
+        return
+    with pytest.raises(ValueError) as error:
+        reader.from_pretrained(tmp_path)
+    called = DISTILBERT_NAMES.get(name, name) if family == "DistilBert" else name
+    old = json.loads(before).get(called)
+    if name != "model_type" and old is not None:  # by its type an Auto class chooses another class
+        weights = tmp_path / "model.safetensors"
+        message = f"{called} must be {old!r}, as {weights} was saved with, got {OTHER_NUMBERS[name]!r}"
+        assert isinstance(error.value, FileError)
+        assert str(error.value) == f"{str(tmp_path / 'config.json')!r}: {message}"
+
+
+@pytest.mark.parametrize(("family", "reader"), READERS)
+def test_what_a_user_may_change_of_a_config(family, reader, tmp_path, batch):
+    quantize_model(make(f"{family}ForSequenceClassification")).save_pretrained(tmp_path)
+    want = reader.from_pretrained(tmp_path).eval()
+    labels = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    changes = {"problem_type": "single_label_classification", "dropout": 0.3, "hidden_dropout_prob": 0.3}
+    flags = {"output_attentions": False, "output_hidden_states": True, "_attn_implementation": "eager"}
+    volatile = {"transformers_version": "5.0.0", "_name_or_path": "else", "architectures": None, "mine": 1}
+    set_config(tmp_path, family, **labels, **changes, **flags, **volatile)
+    model = reader.from_pretrained(tmp_path).eval()
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    assert torch.allclose(answers(model, batch)[0], answers(want, batch)[0], rtol=0, atol=1e-5)
+    model.config.save_pretrained(tmp_path)  # and what is written again says the same
+    reader.from_pretrained(tmp_path)
+
+
+def test_what_a_caller_asks_for_is_given(saved):
+    """What comes in place of the file's own is up to whoever asks."""
+    model = transformers.BertForSequenceClassification.from_pretrained(saved, layer_norm_eps=0.5, num_labels=2)
+    assert model.config.layer_norm_eps == 0.5
+    model.save_pretrained(saved)
+    assert transformers.BertForSequenceClassification.from_pretrained(saved).config.layer_norm_eps == 0.5
+
+
+@pytest.mark.parametrize(
+    ("heads", "changes", "message"),
+    [
+        (False, {"num_hidden_layers": 1}, "encoder.layer.1."),
+        (False, {"modules_to_not_convert": ["layer.1"]}, "encoder.layer.1."),
+        (True, {"heads": False}, "is int8, but the model that config.json describes has no int8 layer there"),
+        (False, {"layer_norm_eps": NAN}, "layer_norm_eps must be a finite number"),
+        (False, {"layer_norm_eps": INF}, "layer_norm_eps must be a finite number"),
+        (False, {"layer_norm_eps": 0.0}, "layer_norm_eps must be a finite number"),
+        (False, {"layer_norm_eps": -1e-12}, "layer_norm_eps must be a finite number"),
+    ],
+)
+@pytest.mark.parametrize("reader", [READERS[4][1], READERS[5][1], READERS[0][1]])
+def test_a_config_beside_weights_of_an_earlier_version(heads, changes, message, reader, tmp_path):
+    quantize_model(make("BertForSequenceClassification"), heads).save_pretrained(tmp_path)
+    without_metadata(tmp_path)
+    reader.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = config if changes.keys() <= config.keys() else config["quantization_config"]
+    part |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError) as error:
+        reader.from_pretrained(tmp_path)
+    assert message in str(error.value)
+
+
+def test_int8_heads_are_left_out_where_there_is_no_place_for_them(tmp_path):
+    quantize_model(make("BertForSequenceClassification"), heads=True).save_pretrained(tmp_path)
+    transformers.BertModel.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["heads"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    transformers.BertForMaskedLM.from_pretrained(tmp_path)  # has no pooler, and a head of its own
+
+
 def test_a_model_is_copied_and_pickled_with_its_way_to_save(tmp_path):
     model = quantize_model(make("DistilBertModel"))
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
