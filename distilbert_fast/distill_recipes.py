@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from distilbert_fast import stage_results
 from distilbert_fast.distill_jobs import STUDENT, Job, Variant
 from distilbert_fast.distill_settings import (
     Recipe,
@@ -38,6 +39,7 @@ from distilbert_fast.distill_settings import (
 from distilbert_fast.files import write_file
 from distilbert_fast.processes import Processes, SharedRun, processes
 from distilbert_fast.recipes import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
+from distilbert_fast.schema import anything, record
 from distilbert_fast.stages import RunDirectory
 
 __all__ = ["Recipe", "Shape", "Training", "distill"]
@@ -107,7 +109,8 @@ def distill(
             say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
             with refused():
                 together.in_turn(lambda: job.prepare(flow.tokenizer(), run.path))
-            if run.result(DATA, job.describe) != job.describe():
+            data = record(dict.fromkeys(job.describe(), anything))
+            if run.result(DATA, job.describe, data) != job.describe():
                 raise RecipeError(
                     f"distill: data: {str(run.path)!r} was made from other data of that name; choose another directory"
                 )
@@ -119,12 +122,12 @@ def distill(
             for number, (name, title, build) in enumerate(steps, start=1):
                 done = ": done before" if run.is_complete(name) else ""
                 say(f"[{number}/{len(steps) + 1}] {title}{done}")
-                results[name] = run.directory(name, build)
+                results[name] = run.directory(name, build, stage_results.distilled)
                 run.discard(f"{CHECKPOINTS}/{name}")
                 gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
             run.discard(CHECKPOINTS)
             say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
-            measured = run.result(SPEED, flow.measure)
+            measured = run.result(SPEED, flow.measure, stage_results.speed)
             command = command or "distilbert_fast.distill(...)"
             return together.first(lambda: _write_report(run, say, job, settings, results, measured, command))
 

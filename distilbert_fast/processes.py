@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distilbert_fast.schema import Check
 from distilbert_fast.stages import RunDirectory
 
 T = TypeVar("T")
@@ -175,14 +176,14 @@ class SharedRun:
     def is_complete(self, name: str) -> bool:
         return self.together.first(lambda: self.run.is_complete(name))
 
-    def directory(self, name: str, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    def directory(self, name: str, build: Callable[[Path], Mapping[str, Any]], check: Check) -> dict[str, Any]:
         """Where the first process has to ``build``, the others do so too, for its training; they write nothing."""
         if not self.is_complete(name) and not self.together.is_first:
             build(self.path / name)
-        return self.together.first(lambda: self.run.directory(name, build))
+        return self.together.first(lambda: self.run.directory(name, build, check))
 
-    def result(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        return self.together.first(lambda: self.run.result(name, compute))
+    def result(self, name: str, compute: Callable[[], Mapping[str, Any]], check: Check) -> dict[str, Any]:
+        return self.together.first(lambda: self.run.result(name, compute, check))
 
     def discard(self, name: str) -> None:
         if self.together.is_first:

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distilbert_fast import stage_results
 from distilbert_fast.files import write_file
 from distilbert_fast.schema import anything, mapping, read_json
 from distilbert_fast.stages import RunDirectory
@@ -128,10 +129,10 @@ def demo(
         results = {}
         for number, (name, (title, build)) in enumerate(stages.items(), start=1):
             say(f"[{number}/5] {title}" + (": done before" if run.is_complete(name) else ""))
-            results[name] = run.directory(name, build)
+            results[name] = run.directory(name, build, stage_results.DEMO_STAGE)
             run.discard(f"{CHECKPOINTS}/{name}")
         say("[4/5] measure all three beside transformers" + (": done before" if run.is_complete(MEASURED) else ""))
-        measured = run.result(MEASURED, flow.measure)
+        measured = run.result(MEASURED, flow.measure, stage_results.demo_measured(MODELS))
         run.discard(CHECKPOINTS)
         say("[5/5] write the report")
         from distilbert_fast.evaluation import report

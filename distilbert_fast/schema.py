@@ -59,6 +59,11 @@ def number(least: float = -math.inf) -> Check:
     return check
 
 
+def real(value: Any, where: str) -> None:
+    """A number that was measured, which may be NaN or infinite."""
+    _require(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
+
+
 def boolean(value: Any, where: str) -> None:
     _require(isinstance(value, bool), where, "true or false", value)
 

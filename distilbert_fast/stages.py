@@ -7,6 +7,7 @@ The same job run again skips what is complete. Nothing that the job did not make
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ def _entry(value: Any, where: str) -> None:
 
 
 _STAGE = record({"files": mapping(_entry), "result": _OBJECT})
+_PLACE = "stage"  # the key under which what is sealed keeps which stage of which run it is; an earlier version did not
 
 
 class StageError(FileError):
@@ -78,6 +80,8 @@ class RunDirectory:
         self.overwrite = overwrite
         self.shared = tuple(shared)
         self._marker = f".{job}.json"
+        said = json.dumps([job, _as_compared(self.settings)], sort_keys=True)
+        self._run = hashlib.sha256(said.encode()).hexdigest()
 
     def __enter__(self) -> RunDirectory:
         from filelock import FileLock, Timeout
@@ -149,17 +153,21 @@ class RunDirectory:
                 marker.rename(previous / self._marker)
         write_json(marker, self.settings)
 
-    def directory(self, name: str, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    def directory(
+        self, name: str, build: Callable[[Path], Mapping[str, Any]], check: Check = _OBJECT
+    ) -> dict[str, Any]:
         """The stage whose result is the directory `name`: `build(path)` fills it and returns what to remember.
 
-        Returns what `build` returned, now or in an earlier run.
+        Returns what `build` returned, now or in an earlier run; what comes from there is checked by `check`.
 
-        Raises StageError when the complete directory no longer holds what the stage put there, byte for byte.
+        Raises StageError when the complete directory no longer holds what the stage put there, byte for byte, or is
+        another stage's.
         """
         final, partial = self.path / name, self.path / f".{name}.partial"
         record = final / STAGE_FILE
         if record.is_file():
-            stage = self._read(record, _STAGE)
+            stage = self._read(record, _STAGE, name)
+            self._validate(stage["result"], record, check, "result")
             for file, entry in stage["files"].items():
                 self._check(final, file, entry)
             return stage["result"]
@@ -180,7 +188,7 @@ class RunDirectory:
             path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
             for path in files
         }
-        write_json(partial / STAGE_FILE, sealed({"files": entries, "result": result}))
+        write_json(partial / STAGE_FILE, self._sealed({"files": entries, "result": result}, name))
         partial.rename(final)
         sync(self.path)
         return json.loads(json.dumps(result))
@@ -198,24 +206,44 @@ class RunDirectory:
             return
         raise StageError(f"{self.job}: {str(file)!r}: {fault}; move {str(final)!r} away to have it made again")
 
-    def _read(self, path: Path, check: Check) -> Any:
-        """A JSON file of the job's, checked; without its checksum."""
+    def _sealed(self, value: Mapping[str, Any], name: str) -> dict[str, Any]:
+        return sealed({**value, _PLACE: {"name": name, "run": self._run}})
+
+    def _read(self, path: Path, check: Check, name: str | None = None) -> Any:
+        """A JSON file of the job's, checked; without its checksum and, of the stage `name`, its place."""
         try:
             value = open_sealed(read_json(path), path)
-            validate(value, path, check)
         except FileError as error:
-            raise StageError(f"{self.job}: {error}; move it away to have it made again", error.reason) from error
+            raise self._damaged(error) from error
+        if name is not None and isinstance(value, dict) and _PLACE in value:
+            place = {"name": name, "run": self._run}
+            found = value.pop(_PLACE)
+            if found != place:
+                given = found.get("name") if isinstance(found, dict) else found
+                what = f"that of {given!r}" if given != name else "that of another run"
+                reason = f"expected the stage {name!r} of this run, got {what}"
+                raise self._damaged(FileError(f"{str(path)!r}: {reason}", reason))
+        self._validate(value, path, check)
         return value
 
-    def result(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def _validate(self, value: Any, path: Path, check: Check, called: str = "") -> None:
+        try:
+            validate(value, path, check, called)
+        except FileError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: FileError) -> StageError:
+        return StageError(f"{self.job}: {error}; move it away to have it made again", error.reason)
+
+    def result(self, name: str, compute: Callable[[], Mapping[str, Any]], check: Check = _OBJECT) -> dict[str, Any]:
         """The stage whose result is the JSON file `name`: what `compute` returns, now or in an earlier run.
 
-        Raises StageError when the file is damaged.
+        What was written is checked by `check`. Raises StageError when the file is damaged, or another stage's.
         """
         file = self.path / name
         if not file.is_file():
-            write_json(file, sealed(compute()))
-        return self._read(file, _OBJECT)
+            write_json(file, self._sealed(compute(), name))
+        return self._read(file, check, name)
 
     def discard(self, name: str) -> None:
         """Remove a directory that only the stages in the making needed, such as checkpoints."""
@@ -225,6 +253,15 @@ class RunDirectory:
     def is_complete(self, name: str) -> bool:
         """Whether the stage `name` is complete."""
         return (self.path / name / STAGE_FILE).is_file() or (self.path / name).is_file()
+
+
+def _as_compared(value: Any) -> Any:
+    """The same for values that are equal, such as 1, 1.0 and True."""
+    if isinstance(value, dict):
+        return {key: _as_compared(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_compared(one) for one in value]
+    return int(value) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else value
 
 
 def write_json(path: Path, value: Any) -> None:

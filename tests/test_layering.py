@@ -21,7 +21,7 @@ OPS = {"backends", "kernels", "_cpu", "_cuda"}
 LAYERS = {"backends", "ops"}
 MODELING = LAYERS | FILES | {"layers", "engine"}
 ABOVE = MODELING | {"modeling", "text_files"}
-RECIPES = ABOVE | {"compression", "distillation", "evaluation", "stages"}
+RECIPES = ABOVE | {"compression", "distillation", "evaluation", "stage_results", "stages"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "files": set(),
@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": ABOVE,
     "evaluation": ABOVE,
     "stages": FILES,
-    "processes": {"stages"},
+    "stage_results": FILES,
+    "processes": {"schema", "stages"},
     "recipes": RECIPES,
     "distill_jobs": RECIPES,
     "distill_settings": RECIPES | {"distill_jobs", "recipes"},
@@ -67,6 +68,7 @@ THIRD_PARTY = {
     "packed_files": {"torch", "safetensors"},
     "engine": {"torch"},
     "stages": {"filelock"},
+    "stage_results": set(),
     "testing": {"torch"},
     "text_files": {"pandas"},
     "__init__": set(),

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from mutations import assert_refused_or_same, cut, edited, flipped
 
+from distilbert_fast import stage_results
 from distilbert_fast.files import FileError
+from distilbert_fast.schema import integer, record, text
 from distilbert_fast.stages import RunDirectory, StageError, write_file, write_json
 
 NAMES = ("model", "report.md")
@@ -286,6 +288,88 @@ def test_a_flipped_bit_in_a_finished_stage(tmp_path):
         f"job: {str(weights)!r}: its contents are not what this job wrote: they do not fit their checksum; move "
         f"{str(tmp_path / 'model')!r} away to have it made again"
     )
+
+
+@pytest.mark.parametrize("how", ["two stages swapped", "of another run"])
+def test_a_stage_in_the_place_of_another(tmp_path, how):
+    def made(path: Path, **settings: object) -> object:
+        with run(path, **settings) as job:
+            stages = [job.directory(name, fill(name)) for name in ("model", "student")]
+            return stages, [job.result(name, lambda n=name: {"n": n}) for name in ("a.json", "b.json")]
+
+    here, there = tmp_path / "here", tmp_path / ("here" if "swapped" in how else "there")
+    made(here)
+    made(there, **({} if here == there else {"epochs": 2}))
+    for one, other in (("model", "student"), ("a.json", "b.json")):
+        other = other if here == there else one
+        pairs = ((here / one, tmp_path / "kept"), (there / other, here / one), (tmp_path / "kept", there / other))
+        for source, target in pairs:
+            source.rename(target)
+        file = here / one / "stage.json" if one == "model" else here / one
+        what = f"that of {other!r}" if here == there else "that of another run"
+        with pytest.raises(StageError) as error:
+            made(here)
+        assert str(error.value) == (
+            f"job: {str(file)!r}: expected the stage {one!r} of this run, got {what}; "
+            "move it away to have it made again"
+        )
+        for source, target in [(target, source) for source, target in reversed(pairs)]:
+            source.rename(target)
+        made(here)
+
+
+def test_settings_that_are_equal_are_the_same_run(tmp_path):
+    with run(tmp_path, epochs=1) as job:
+        job.directory("model", fill("one"))
+    with run(tmp_path, epochs=1.0) as job:
+        assert job.directory("model", fill("x")) == {"said": "one"}
+
+
+def test_results_are_checked_when_they_are_read(tmp_path):
+    said, number = record({"said": text()}), record({"n": integer()})
+    with run(tmp_path) as job:
+        job.directory("model", fill("one"), said)
+        job.result("n.json", lambda: {"n": 1}, number)
+        write_json(tmp_path / "n.json", {})
+        with pytest.raises(StageError) as error:
+            job.result("n.json", dict, number)
+        assert str(error.value) == (
+            f"job: {str(tmp_path / 'n.json')!r}: n must be given, got nothing; move it away to have it made again"
+        )
+        file = tmp_path / "model" / "stage.json"
+        write_json(file, {"files": {"sub/weights": 3}, "result": {}})
+        with pytest.raises(StageError) as error:
+            job.directory("model", fill("x"), said)
+        assert str(error.value) == (
+            f"job: {str(file)!r}: result: said must be given, got nothing; move it away to have it made again"
+        )
+
+
+TIMED = {"median": 1.0, "low": 1.0, "high": 2.0}
+SPEED = {
+    **{"date": "2026", "machine": {"cpu": "x", "cores": 2, "system": "y"}},
+    "environment": {"python": "3", "versions": {"torch": "2", "triton": None}, "cpu": {"tier": "avx2"}},
+    "inputs": {"latency_rows": 1, "throughput_rows": 2, "mean_tokens": 3.5, "threads": 1, "device": "cpu"},
+    "speed": {"latency_ms": {"teacher": TIMED}, "throughput": {"teacher": TIMED}},
+}
+MODEL = {
+    **{"title": "teacher", "seconds": 0.0, "losses": [], "architecture": "BERT", "layers": 2, "parameters": 9},
+    **{"file_bytes": 36, "quality": {"accuracy": 0.5}, "int8": {"accuracy": 0.5}},
+}
+
+
+@pytest.mark.parametrize("value, check", [(SPEED, stage_results.speed), (MODEL, stage_results.distilled)])
+def test_results_that_a_report_cannot_use(value, check, tmp_path):
+    """As an earlier version left them, without a checksum."""
+    with run(tmp_path) as job:
+        write_json(tmp_path / "x.json", value)
+        assert job.result("x.json", dict, check) == value
+        wrongs = [{}, *({k: v for k, v in value.items() if k != lost} for lost in value)]
+        wrongs += [{**value, name: [0]} for name in value]
+        for wrong in wrongs:
+            write_json(tmp_path / "x.json", wrong)
+            with pytest.raises(StageError, match=re.escape(repr(str(tmp_path / "x.json")))):
+                job.result("x.json", dict, check)
 
 
 def test_stages_of_an_earlier_version_are_read(tmp_path):
