@@ -30,11 +30,11 @@ class Accelerator:
 
     Args:
         precision: of the engine, see ``optimize``.
-        keep_padding: whether padded positions are computed.
+        keep_padding: whether padded positions are computed; None: as who calls asks, or may read them.
         graphs: how many CUDA graphs are kept.
     """
 
-    def __init__(self, precision: str | None, keep_padding: bool, graphs: int) -> None:
+    def __init__(self, precision: str | None, keep_padding: bool | None, graphs: int) -> None:
         self.precision, self.keep_padding, self.graphs = precision, keep_padding, graphs
         self.served, self.fallbacks = 0, Counter[str]()
         self._packed: tuple[Snapshot, Engine] | None = None

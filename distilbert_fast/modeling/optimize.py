@@ -65,9 +65,9 @@ def optimize(
 
     Where only first tokens are read, by ``…ForSequenceClassification``, the last layer computes little for the others.
     Hidden states at padded positions are 0 and not computed, unless something may read them: question answering, whose
-    softmax runs over every position, a head that is not transformers' own, a label on padding, and padding on the left
-    (heads read position 0). Then the engine computes what transformers does. ``head_mask`` [H] or [L, H] is honoured
-    (transformers 5 ignores it).
+    softmax runs over every position, a head or a module around the encoder that is not transformers' own or was not
+    given to ``optimize``, a label on padding, padding on the left and rows without tokens (heads read position 0). Then
+    the engine computes what transformers does. ``head_mask`` [H] or [L, H] is honoured (transformers 5 ignores it).
 
     transformers' own forward runs, exactly as before, in training mode; where gradients may be wanted (grad mode
     is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast; where a call is exported, or
@@ -96,7 +96,8 @@ def optimize(
         known = type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
         asks = reads_padding(model) or getattr(encoder, "always_keep_padding", False)
         earlier: Accelerator | None = vars(encoder).get("_accelerator")  # of another head of the same encoder, perhaps
-        keep_padding = asks or not (known or model is encoder) or (earlier is not None and earlier.keep_padding)
+        asks = asks or not (known or model is encoder) or (earlier is not None and earlier.keep_padding)
+        keep_padding = True if asks else None
     accelerator = Accelerator(precision, keep_padding, cuda_graphs)
     run_aside(lambda: accelerator.pack(encoder))
     if calibration is not None:
@@ -334,8 +335,10 @@ def _encode(
         if padding.none:
             attention_mask = None
         else:
-            keep_padding = padding.left or bool(given.get("keep_padding", False)) or accelerator.keep_padding
-            keep_padding = keep_padding or ("keep_padding" not in given and _unknown_reader(self))
+            asked, wanted = given.get("keep_padding"), accelerator.keep_padding
+            if wanted is None:
+                wanted = asked is None and _unknown_reader(self)
+            keep_padding = padding.left or bool(asked) or wanted
             num_tokens = padding.num_tokens
             if keep_padding and padding.empty and self.config._attn_implementation == "eager":
                 return "a sequence without tokens, where eager attention attends to padding"

@@ -230,6 +230,8 @@ def test_a_module_around_an_optimized_encoder_may_read_padding():
     same(Around(ours), Around(theirs), IDS, MASK)
     with torch.no_grad():  # but whoever calls the encoder itself knows its mask
         assert ours(IDS, MASK).last_hidden_state[MASK == 0].eq(0).all()
+        optimize(ours, keep_padding=False)
+        assert not torch.allclose(Around(ours)(IDS, MASK)[0], Around(theirs)(IDS, MASK)[0])
 
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
