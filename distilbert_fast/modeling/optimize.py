@@ -386,10 +386,10 @@ class _Padding(NamedTuple):
 
 def _padding(real: torch.Tensor) -> _Padding:
     """Of tokens bool [B, T]."""
-    some, left = real.any(1), (~real[:, :1].any(1)).any()
-    if real.is_cuda:  # all answers for one wait
-        full, behind, every, count = torch.stack([real.all(), left, some.all(), real.sum()]).tolist()
-        return _Padding(bool(full), bool(behind), not every, count)
-    if bool(real.all()):
+    if not real.is_cuda and bool(real.all()):
         return _Padding(True, False, False, None)
-    return _Padding(False, bool(left), not bool(some.all()), None)
+    left, every = (~real[:, :1].any(1)).any(), real.any(1).all()
+    if real.is_cuda:  # all answers for one wait
+        full, starts, tokens, count = torch.stack([real.all(), left, every, real.sum()]).tolist()
+        return _Padding(bool(full), bool(starts), not tokens, count)
+    return _Padding(False, bool(left), not bool(every), None)
