@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from modeling.test_integrations import rounded
 from torch.utils.data import DataLoader
 
 import distilbert_fast
@@ -110,14 +111,6 @@ PIPELINES = {
     "fill-mask": ("DistilBertForMaskedLM", {}),
     "zero-shot-classification": ("DistilBertForSequenceClassification", {"candidate_labels": ["sport", "rain"]}),
 }
-
-
-def rounded(result):
-    if isinstance(result, dict):
-        return {key: rounded(value) for key, value in result.items()}
-    if isinstance(result, (list, tuple)):
-        return [rounded(value) for value in result]
-    return round(float(result), 3) if hasattr(result, "__float__") else result
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
