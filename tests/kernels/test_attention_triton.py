@@ -416,7 +416,6 @@ def test_opcheck(form):
 
 
 def test_compile():
-    torch._dynamo.reset()
     cu_seqlens, mask = cumulated((5, 3), DEVICE), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], device=DEVICE) > 0
 
     def function(qkv, head_mask):

@@ -480,7 +480,6 @@ def counting_backend():
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_compile(gradients, dropout_p):
-    torch._dynamo.reset()
     cu_seqlens = cumulated((5, 3))
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
 
@@ -508,7 +507,6 @@ def test_compile(gradients, dropout_p):
 
 
 def test_compiles_over_fifty_lengths():
-    torch._dynamo.reset()
     backend, graphs = counting_backend()
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
     for length in range(2, 52):

@@ -248,7 +248,6 @@ def test_opcheck(masked):
 
 
 def test_compile():
-    torch._dynamo.reset()
     student, teacher = pair(6, 33)
     mask = torch.arange(6) % 2 == 0
 
@@ -263,7 +262,6 @@ def test_compile():
 
 
 def test_compiles_over_fifty_lengths():
-    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):

@@ -376,7 +376,6 @@ def test_compile_to_code():
 
 
 def check_compiled(backend, recompute, device):
-    torch._dynamo.reset()
     student, teacher = pair(6, 33, device=device)
     mask = torch.arange(6, device=device) % 2 == 0
 
@@ -391,7 +390,6 @@ def check_compiled(backend, recompute, device):
 
 
 def test_compiles_over_fifty_lengths():
-    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):

@@ -424,7 +424,6 @@ def test_opcheck(labelled):
 
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, None)])
 def test_compile(weights):
-    torch._dynamo.reset()
     tensors, (kd_mask, labels) = sides(6, 33), rows(6, 33)
     compiled = torch.compile(linear_kl_div, backend="aot_eager", fullgraph=True)
     expected = results(linear_kl_div, tensors, 2.0, kd_mask, labels, weights=weights)
@@ -433,7 +432,6 @@ def test_compile(weights):
 
 
 def test_compiles_over_fifty_lengths():
-    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):

@@ -354,7 +354,6 @@ def test_opcheck(labelled):
 
 
 def test_compile():
-    torch._dynamo.reset()
     arguments = (*targets(6, 33, 4, 2.0, dtype=torch.float32)[0], 2.0, *rows(6, 33))
     tensors = student(6, 33, dtype=torch.float32)
     compiled = torch.compile(linear_topk_kl_div, backend="aot_eager", fullgraph=True)

@@ -201,7 +201,6 @@ def test_registered_op():
 
 
 def test_compiles_whole_and_once_for_all_lengths():
-    torch._dynamo.reset()  # each place compiles anew, and there is a limit to that
     counter = CompileCounter()
     compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend=counter)
     for n in range(2, 12):
