@@ -21,6 +21,7 @@
 #include "cpu/linear_kl_div.h"
 #include "cpu/linear_topk_kl_div.h"
 #include "cpu/quantize.h"
+#include "cpu/tree_watch.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;
@@ -46,6 +47,12 @@ KlDivLogits logits(Address student, Address teacher, int64_t student_stride, int
           rows,
           columns,
           temperature};
+}
+
+std::vector<PyObject*> pointers(const std::vector<py::handle>& handles) {
+  std::vector<PyObject*> found;
+  for (const py::handle handle : handles) found.push_back(handle.ptr());
+  return found;
 }
 
 DType dtype(int code) { return static_cast<DType>(code); }
@@ -210,6 +217,22 @@ PYBIND11_MODULE(_cpu, m) {
            "Whether some of the memory, another part with every call, is what it was")
       .def("samples", &Fingerprint::samples, "How many such calls see all of it")
       .def("matches", &Fingerprint::matches, py::call_guard<py::gil_scoped_release>(), "Whether all of it is");
+
+  py::class_<TreeWatch>(
+      m, "TreeWatch",
+      "Dictionaries and their copies, objects, (owner, name, value) of attributes, and tensors; all of"
+      " them must outlive it")
+      .def(py::init([](const std::vector<std::pair<py::handle, py::handle>>& dictionaries,
+                       const std::vector<py::handle>& objects,
+                       const std::vector<std::tuple<py::handle, py::handle, py::handle>>& attributes,
+                       const std::vector<py::handle>& tensors) {
+        std::vector<TreeWatch::Dictionary> watched;
+        for (const auto& [live, copy] : dictionaries) watched.push_back({live.ptr(), copy.ptr()});
+        std::vector<TreeWatch::Attribute> values;
+        for (const auto& [owner, name, value] : attributes) values.push_back({owner.ptr(), name.ptr(), value.ptr()});
+        return std::make_unique<TreeWatch>(watched, pointers(objects), std::move(values), pointers(tensors));
+      }))
+      .def("holds", &TreeWatch::holds, "Whether entries, classes and what torch counts of tensors are what they were");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");

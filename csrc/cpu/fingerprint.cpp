@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "check.h"
+#include "parallel.h"
 
 namespace distilbert_fast {
 namespace {
@@ -13,9 +14,10 @@ namespace {
 using Region = Fingerprint::Region;
 constexpr int64_t kLine = Fingerprint::kLine;
 // A prime, so that one set meets all columns of a matrix, however long its rows are.
-constexpr int64_t kStrides[] = {Fingerprint::kLargestStride, 509, 251, 127, 61, 31, 17, 7, 3, 1};
+constexpr int64_t kStrides[] = {Fingerprint::kLargestStride, 1021, 509, 251, 127, 61, 31, 17, 7, 3, 1};
 constexpr double kGolden = 0.6180339887;  // of all sets from one sample to the next: neighbours lie far apart
-constexpr int64_t kAhead = 16;            // lines that are on their way from memory
+constexpr int64_t kRegionsOfThread = 8;   // at a time
+constexpr int64_t kAhead = 24;            // lines that are on their way from memory
 
 // A change of one word always changes the sum: its factor is odd.
 inline uint64_t sum_of_line(const uint8_t* line) {
@@ -43,6 +45,33 @@ uint32_t hash_of(const Region& region) {
   for (int64_t i = 0; i < lines_of(region); ++i) hash = (hash ^ sum_at(region, i)) * 0x9fb21c651e98df25;
   return fold(hash);
 }
+
+// Lines to be compared, each kAhead lines after memory was asked for it.
+class LinesAhead {
+ public:
+  struct Line {
+    const Region* region;
+    int64_t line;
+    uint32_t hash;
+  };
+  // False if the line that leaves the queue for this one has changed.
+  bool add(const Line& line) {
+    __builtin_prefetch(line.region->data + line.line * kLine);
+    Line& place = lines_[added_++ % kAhead];
+    const Line oldest = std::exchange(place, line);
+    return added_ <= kAhead || matches(oldest);
+  }
+  // False if one of those that are still in the queue has changed.
+  bool finish() const {
+    return std::all_of(lines_, lines_ + std::min(added_, kAhead), [](const Line& line) { return matches(line); });
+  }
+
+ private:
+  static bool matches(const Line& line) { return fold(sum_at(*line.region, line.line)) == line.hash; }
+
+  Line lines_[kAhead];
+  int64_t added_ = 0;
+};
 
 // Lines set, set + stride, … of n: how many, and how many are in the sets before.
 int64_t count_of(int64_t n, int64_t stride, int64_t set) { return n / stride + (set < n % stride ? 1 : 0); }
@@ -87,25 +116,42 @@ Fingerprint::Fingerprint(std::vector<Region> regions, int64_t lines) {
   }
 }
 
-bool Fingerprint::sample_matches(const Region& region, int64_t set, const std::vector<uint32_t>& hashes) const {
-  const int64_t n = lines_of(region), count = count_of(n, stride_, set);
-  const uint32_t* wanted = hashes.data() + count_before(n, stride_, set);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t line = set + i * stride_;
-    __builtin_prefetch(region.data + std::min(line + kAhead * stride_, n - 1) * kLine);
-    if (fold(sum_at(region, line)) != wanted[i]) return false;
+bool Fingerprint::small_matches(size_t i) const {
+  if (i + 1 < small_.size()) {
+    const Region& next = small_[i + 1];
+    for (int64_t line = 0; line < std::min(lines_of(next), kAhead); ++line)
+      __builtin_prefetch(next.data + line * kLine);
   }
-  return true;
+  return hash_of(small_[i]) == small_hashes_[i];
 }
 
-bool Fingerprint::matches_sample() {
+bool Fingerprint::sample_matches(size_t begin, size_t end, int64_t set) const {
+  LinesAhead ahead;
+  for (size_t i = begin; i < end; ++i) {
+    const Region& region = large_[i];
+    const int64_t n = lines_of(region), count = count_of(n, stride_, set);
+    const uint32_t* wanted = large_hashes_[i].data() + count_before(n, stride_, set);
+    for (int64_t k = 0; k < count; ++k) {
+      if (!ahead.add({&region, set + k * stride_, wanted[k]})) return false;
+    }
+  }
+  return ahead.finish();
+}
+
+bool Fingerprint::matches_sample(int threads) {
   const uint64_t call = calls_.fetch_add(1, std::memory_order_relaxed);
   const auto step = static_cast<uint64_t>(static_cast<double>(stride_) * kGolden) | 1;
   const auto set = static_cast<int64_t>(call * step % static_cast<uint64_t>(stride_));
-  for (size_t i = 0; i < large_.size(); ++i) {
-    if (!sample_matches(large_[i], set, large_hashes_[i])) return false;
-  }
-  return small_match();
+  const auto large = static_cast<int64_t>(large_.size()), small = static_cast<int64_t>(small_.size());
+  std::atomic<bool> same{true};
+  parallel_rows(large + small, kRegionsOfThread, threads, [&](int64_t begin, int64_t end) {
+    if (!same.load(std::memory_order_relaxed)) return;
+    const int64_t split = std::clamp(large, begin, end);
+    bool matches = sample_matches(static_cast<size_t>(begin), static_cast<size_t>(split), set);
+    for (int64_t i = split; i < end && matches; ++i) matches = small_matches(static_cast<size_t>(i - large));
+    if (!matches) same.store(false, std::memory_order_relaxed);
+  });
+  return same.load(std::memory_order_relaxed);
 }
 
 bool Fingerprint::matches() const {
@@ -114,12 +160,8 @@ bool Fingerprint::matches() const {
     const auto same = [&](int64_t line, size_t at) { return fold(sum_at(region, line)) == large_hashes_[i][at]; };
     if (!all_lines(region, same)) return false;
   }
-  return small_match();
-}
-
-bool Fingerprint::small_match() const {
   for (size_t i = 0; i < small_.size(); ++i) {
-    if (hash_of(small_[i]) != small_hashes_[i]) return false;
+    if (!small_matches(i)) return false;
   }
   return true;
 }

@@ -87,23 +87,28 @@ class Accelerator:
             self._packed, self._calibrated = (snapshot, engine.calibrated(calibration)), True
 
     def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine] | str:
-        """The current weights, packed; or why the engine cannot run what they have become."""
+        """The current weights, packed; or why the encoder's own forward must run."""
         packed = self._packed
-        if packed is not None and not self._suspect and self._wary == 0 and packed[0].holds(encoder):
+        if packed is not None and not self._suspect and self._wary == 0:
+            holds, obstacle = packed[0].look(encoder)
             fingerprint = packed[0].fingerprint
-            if fingerprint is None or fingerprint.matches_sample():
-                return packed
+            if holds and (fingerprint is None or fingerprint.matches_sample(torch.get_num_threads())):
+                return obstacle or packed
         with self._lock:
             packed = self._packed
-            if packed is not None and packed[0].holds(encoder) and self._all_bytes_hold(packed[0]):
-                return packed
-            if self._calibrated:
-                warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
-                self._calibrated = False
-            try:
-                return self.pack(encoder)
-            except (TypeError, ValueError) as error:
-                return str(error)
+            if packed is None or not (packed[0].look(encoder)[0] and self._all_bytes_hold(packed[0])):
+                try:
+                    packed = self._pack_changed(encoder)
+                except (TypeError, ValueError) as error:
+                    warn_once(f"the model has changed, transformers' own forward runs: {error}")
+                    return str(error)
+            return packed[0].look(encoder)[1] or packed
+
+    def _pack_changed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
+        if self._calibrated:
+            warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
+            self._calibrated = False
+        return self.pack(encoder)
 
     def _all_bytes_hold(self, snapshot: Snapshot) -> bool:
         suspect, self._suspect = self._suspect, False

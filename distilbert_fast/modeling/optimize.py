@@ -318,12 +318,8 @@ def _encode(
         return "autocast"
     packed = accelerator.packed(self)
     if isinstance(packed, str):
-        warn_once(f"the model has changed, transformers' own forward runs: {packed}")
         return packed
     snapshot, engine = packed
-    obstacle = snapshot.obstacle()
-    if obstacle is not None:
-        return obstacle
     if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
         accelerator.suspect()
         warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")

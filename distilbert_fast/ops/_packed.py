@@ -46,7 +46,7 @@ def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
     with _lock:
         packs = _packs.get(owner)
         pack = None if packs is None else packs.get(key)
-    if pack is None or not pack.fingerprint.matches_sample():
+    if pack is None or not pack.fingerprint.matches_sample(1):
         # Hashed before it is packed: a write meanwhile shows at the next call.
         fingerprint = backends.fingerprint([w_q], _LINES)
         pack = _Pack(_pack_int8(w_q), w_q.untyped_storage(), fingerprint)

@@ -1,0 +1,188 @@
+"""TreeWatch (csrc/cpu/tree_watch.h): what a model may exchange between two calls is seen at the next one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from distilbert_fast import backends, optimize
+from distilbert_fast.modeling.snapshot import Snapshot
+
+CONFIG = dict(n_layers=1, n_heads=2, dim=8, hidden_dim=16, vocab_size=20, max_position_embeddings=8)
+if not backends.availability("cpu").ok:
+    pytest.skip(backends.availability("cpu").reason, allow_module_level=True)
+
+
+def make():
+    torch.manual_seed(0)
+    return transformers.DistilBertModel(transformers.DistilBertConfig(**CONFIG)).eval()
+
+
+def seen(model):
+    """A snapshot that has looked once, so that its watch is set."""
+    snapshot = Snapshot(model, [])
+    assert snapshot.look(model) == (True, None)
+    return snapshot
+
+
+def layer(model):
+    return model.transformer.layer[0]
+
+
+def swap(model):
+    weight = layer(model).ffn.lin1.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() + 1))
+
+
+def set_memory(model):
+    with torch.no_grad():
+        layer(model).ffn.lin1.bias.set_(torch.ones(16))
+
+
+def hook_all(model):
+    model.handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+# What is another tree, and what is the same one that must not be computed as a whole.
+OTHERS = {
+    "in place": lambda m: layer(m).ffn.lin1.weight.detach().mul_(2),
+    "one number": lambda m: layer(m).attention.q_lin.bias.detach().__setitem__(3, 1.0),
+    "data": lambda m: setattr(layer(m).ffn.lin1.weight, "data", layer(m).ffn.lin1.weight + 1),
+    "set_": set_memory,
+    "swap_tensors": swap,
+    "dtype": lambda m: m.half(),
+    "parameter": lambda m: setattr(layer(m).ffn.lin1, "bias", nn.Parameter(torch.ones(16))),
+    "parameter removed": lambda m: setattr(layer(m).ffn.lin1, "bias", None),
+    "buffer": lambda m: setattr(m.embeddings, "position_ids", torch.zeros(1, 8, dtype=torch.long)),
+    "module": lambda m: setattr(layer(m).ffn, "lin1", nn.Linear(8, 16)),
+    "module added": lambda m: layer(m).add_module("more", nn.Identity()),
+    "module of the root": lambda m: setattr(m, "embeddings", copy.deepcopy(m.embeddings)),
+    "class": lambda m: setattr(layer(m).ffn.lin1, "__class__", type("Mine", (nn.Linear,), {})),
+}
+OBSTACLES = {
+    "hook": lambda m: layer(m).register_forward_hook(lambda *_: None),
+    "pre-hook": lambda m: layer(m).ffn.lin2.register_forward_pre_hook(lambda *_: None),
+    "hook on all": hook_all,
+    "dropout": lambda m: m.embeddings.dropout.train(),
+    "forward": lambda m: setattr(layer(m).ffn.lin1, "forward", lambda x: x),
+}
+HARMLESS = {
+    "attribute": lambda m: setattr(layer(m), "note", "mine"),
+    "mode": lambda m: m.eval(),
+    "gradient": lambda m: setattr(layer(m).ffn.lin1.weight, "grad", torch.zeros(16, 8)),
+    "hook on a tensor": lambda m: layer(m).ffn.lin1.weight.register_hook(lambda g: g),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_another_tree(change):
+    model = make()
+    snapshot = seen(model)
+    change(model)
+    assert not snapshot._seen.watch.holds()
+    assert snapshot.look(model) == (False, None)
+
+
+@pytest.mark.parametrize("change", OBSTACLES.values(), ids=OBSTACLES)
+def test_obstacles(change):
+    model = make()
+    snapshot = seen(model)
+    change(model)
+    try:
+        for _ in range(2):  # the second one is remembered
+            holds, obstacle = snapshot.look(model)
+            assert holds and obstacle is not None
+    finally:
+        for handle in vars(model).pop("handle", None), *vars(layer(model))["_forward_hooks"]:
+            if handle is not None and hasattr(handle, "remove"):
+                handle.remove()
+
+
+def test_an_obstacle_that_goes():
+    model = make()
+    snapshot = seen(model)
+    handle = layer(model).register_forward_hook(lambda *_: None)
+    assert snapshot.look(model) == (True, "a hook inside the encoder")
+    handle.remove()
+    assert snapshot.look(model) == (True, None)
+
+
+def test_a_class_whose_forward_is_replaced(monkeypatch):
+    model = make()
+    snapshot = seen(model)
+    monkeypatch.setattr(type(layer(model).ffn), "forward", lambda self, x: x)
+    assert snapshot.look(model) == (True, "another forward inside the encoder")
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_what_changes_nothing_is_looked_at_once(change, monkeypatch):
+    model = make()
+    snapshot = seen(model)
+    change(model)
+    assert snapshot.look(model) == (True, None)
+    monkeypatch.setattr(Snapshot, "_holds", lambda *_: pytest.fail("looked at in full again"))
+    assert all(snapshot.look(model) == (True, None) for _ in range(3))
+
+
+def test_a_write_while_it_is_judged():
+    """What another thread changes between two steps of a look is seen by the next look."""
+    model = make()
+    snapshot = seen(model)
+    layer(model).note = "so that the whole tree is looked at"
+    obstacle = snapshot._obstacle
+
+    def meanwhile():
+        layer(model).ffn.lin1.weight.detach().mul_(2)
+        return obstacle()
+
+    snapshot._obstacle = meanwhile
+    assert snapshot.look(model) == (True, None)
+    assert snapshot.look(model) == (False, None)
+
+
+def test_models_are_freed():
+    model = optimize(make())
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long))
+    alive = [weakref.ref(model), weakref.ref(layer(model).ffn.lin1.weight)]
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_tensors_without_torchs_functions():
+    """Where torch's library is not found by its name, Python's attributes tell the same."""
+    code = """
+import distilbert_fast._cpu as cpu
+class Tensor:
+    _version = 3
+    def data_ptr(self): return self.address
+    def __init__(self): self.address = 64
+tensor, other = Tensor(), Tensor()
+watch = cpu.TreeWatch([], [], [], [tensor, other])
+assert watch.holds()
+other.address = 128
+assert not watch.holds()
+other.address = 64
+assert watch.holds()
+other._version = 4
+assert not watch.holds()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_no_tree():
+    watch = backends.cpu().TreeWatch
+    with pytest.raises(ValueError, match=r"^TreeWatch: dictionaries must be dicts, got list$"):
+        watch([({}, [])], [], [], [])
+    with pytest.raises(ValueError, match=r"^TorchTensor: tensor must have a version and memory, got object$"):
+        watch([], [], [], [object()])
+    assert watch([], [], [], []).holds()
