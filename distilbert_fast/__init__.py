@@ -33,7 +33,7 @@ _HOME = {
     "BackendError": "backends",
     "backend": "backends",
     # models
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "DistilBertForMaskedLM": "modeling.distilbert",
     "DistilBertForMultipleChoice": "modeling.distilbert",
     "DistilBertForQuestionAnswering": "modeling.distilbert",
@@ -46,22 +46,22 @@ _HOME = {
     "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",
     "pack_encoder": "modeling.optimize",
-    # compression and distillation
+    # data, compression and distillation
     "quantize_model": "compression.quantize",
-    "CachedTeacher": "distillation.teacher_cache",
+    "CachedTeacher": "distillation.teachers.cache",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
-    "MlmObjective": "distillation.masked_lm",
-    "QaObjective": "distillation.objectives",
-    "TaskObjective": "distillation.objectives",
-    "MaskedDataset": "distillation.masking",
-    "Masking": "distillation.masking",
-    "load_corpus": "distillation.data",
-    "pad_collator": "distillation.masking",
-    "ModelTeacher": "distillation.teacher",
-    "build_cache": "distillation.teacher_cache_build",
+    "MlmObjective": "distillation.objectives.mlm",
+    "QaObjective": "distillation.objectives.task",
+    "TaskObjective": "distillation.objectives.task",
+    "MaskedDataset": "data.masking",
+    "Masking": "data.masking",
+    "load_corpus": "data.corpus",
+    "pad_collator": "data.masking",
+    "ModelTeacher": "distillation.teachers.model",
+    "build_cache": "distillation.teachers.build_cache",
     "student_from_teacher": "distillation.student",
-    "demo": "recipes",
+    "demo": "jobs.demo",
 }
 
 __all__ = sorted(_HOME)

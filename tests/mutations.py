@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distilbert_fast.files import FileError
+from distilbert_fast.files.durable import FileError
 
 ODD: tuple[Any, ...] = (None, True, -1, 0, 2**40, 1.5, float("nan"), "", "x", [], [[]], {}, {"x": 1})
 

@@ -285,7 +285,7 @@ def test_a_bug_keeps_its_trace(place, monkeypatch):
     def broken(*arguments: object) -> None:
         raise ValueError("not the user's fault")
 
-    monkeypatch.setattr("distilbert_fast.recipes.find_teacher", broken)
+    monkeypatch.setattr("distilbert_fast.jobs.demo.find_teacher", broken)
     result = run("demo", "--teacher", "bert", "--data", "train.tsv", "-o", "out")
     assert isinstance(result.exception, ValueError)
     assert re.search("not the user's fault", str(result.exception))

@@ -14,63 +14,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "distilbert_fast"
 
-# A part of the package and the parts that it may import, itself aside. testing and stages stand apart: the one serves
-# tests/ and bench/, the other the jobs of recipes. All that reads or writes files does so by files and schema.
-FILES = {"files", "schema"}
-OPS = {"backends", "kernels", "_cpu", "_cuda"}
+# A room of the package and the rooms that it may import, itself aside: floor by floor, and none up. testing stands
+# apart: it serves tests/ and bench/.
 LAYERS = {"backends", "ops"}
-MODELING = LAYERS | FILES | {"layers", "engine"}
-ABOVE = MODELING | {"modeling", "text_files"}
-RECIPES = ABOVE | {"compression", "distillation", "evaluation", "stage_results", "stages"}
+MODELING = LAYERS | {"files", "layers", "engine"}
+DATA = MODELING | {"modeling", "runs"}
+ABOVE = DATA | {"data"}
+JOBS = ABOVE | {"compression", "distillation", "evaluation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "files": set(),
-    "schema": {"files"},
     "backends": {"_cpu", "_cuda", "_build_info"},
-    "ops": OPS,
+    "ops": {"backends", "kernels", "_cpu", "_cuda"},
     "layers": LAYERS,
-    "packing": LAYERS,
-    "op_encoder": LAYERS | {"packing"},
-    "cuda_graphs": LAYERS | {"packing", "op_encoder"},
-    "packed_encoder": LAYERS | {"packed_files"},
-    "packed_files": LAYERS | FILES | {"packed_encoder"},
-    "engine": LAYERS | {"layers", "packing", "op_encoder", "cuda_graphs", "packed_encoder"},
+    "engine": LAYERS | {"layers", "files"},
     "modeling": MODELING,
+    "runs": {"files"},
+    "data": DATA,
     "compression": ABOVE,
     "distillation": ABOVE,
     "evaluation": ABOVE,
-    "stages": FILES,
-    "stage_results": FILES,
-    "processes": {"schema", "stages"},
-    "recipes": RECIPES,
-    "distill_jobs": RECIPES,
-    "distill_settings": RECIPES | {"distill_jobs", "recipes"},
-    "distill_recipes": RECIPES | {"distill_jobs", "distill_settings", "processes", "recipes"},
-    # "": the package itself, for its version
-    "cli": RECIPES | {"recipes", "processes", "distill_jobs", "distill_recipes", ""},
+    "jobs": JOBS,
+    "cli": JOBS | {"jobs", ""},  # "": the package itself, for its version
     "__main__": {"cli"},
     "__init__": {"modeling"},  # only to have transformers told of us once it is imported
     "testing": set(),
-    "text_files": {"files"},
 }
-# Other packages that the lower parts may import, beside the standard library. From modeling/ on there is no limit.
+# Other packages that the lower rooms may import, beside the standard library. From modeling/ on there is no limit.
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "files": {"xxhash"},
-    "schema": set(),
+    "files": {"xxhash", "pandas"},
     "backends": {"torch"},
     "ops": {"torch"},
     "layers": {"torch"},
-    "packing": {"torch"},
-    "op_encoder": {"torch"},
-    "cuda_graphs": {"torch"},
-    "packed_encoder": {"torch"},
-    "packed_files": {"torch", "safetensors"},
-    "engine": {"torch"},
-    "stages": {"filelock"},
-    "stage_results": set(),
+    "engine": {"torch", "safetensors"},
     "testing": {"torch"},
-    "text_files": {"pandas"},
     "__init__": set(),
     "__main__": set(),
 }
@@ -128,7 +106,7 @@ def test_imports_go_downward():
         ("distilbert_fast/evaluation/x.py", "from ..distillation import y", "evaluation must not import"),
         ("distilbert_fast/modeling/x.py", "from distilbert_fast import kl_div", "modeling must not import"),
         ("distilbert_fast/layers.py", "importlib.import_module('distilbert_fast._cpu')", "layers must not import"),
-        ("distilbert_fast/recipes.py", "import kernels.kl_div", "kernels.kl_div is not part of the package"),
+        ("distilbert_fast/jobs/demo.py", "import kernels.kl_div", "kernels.kl_div is not part of the package"),
         ("distilbert_fast/ops/x.py", "from . import _check", None),
         ("distilbert_fast/ops/x.py", "from distilbert_fast import backends", None),
         ("distilbert_fast/modeling/x.py", "import transformers, distilbert_fast.layers", None),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distilbert_fast.engine import EncoderModules, LayerModules
+from distilbert_fast.engine.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import Int8Linear
 
 C, H, D, FF, V, P = 30, 3, 10, 37, 50, 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.step.original import ADAMW, ALPHA_CE, ALPHA_COS, ALPHA_MLM, CLIP, TEMPERATURE
-from distilbert_fast.distillation.masked_lm import MlmObjective
+from distilbert_fast.distillation.objectives.mlm import MlmObjective
 
 
 class Ours:

@@ -65,7 +65,7 @@ def _ours(autocast: str | None, teacher_precision: str) -> Build:
         import torch
 
         from bench.step.ours import Ours
-        from distilbert_fast.distillation.teacher import ModelTeacher
+        from distilbert_fast.distillation.teachers.model import ModelTeacher
 
         student, teacher = _models(config, ours=True)
         return Ours(student, ModelTeacher(teacher, teacher_precision), autocast and getattr(torch, autocast))
@@ -90,9 +90,9 @@ def _cached(teacher: Any, batch: dict[str, Any]) -> Any:
     import datasets
 
     from bench.step.original import TEMPERATURE
-    from distilbert_fast.distillation.masking import MaskedDataset, Masking
-    from distilbert_fast.distillation.teacher_cache import CachedTeacher
-    from distilbert_fast.distillation.teacher_cache_build import build_cache
+    from distilbert_fast.data.masking import MaskedDataset, Masking
+    from distilbert_fast.distillation.teachers.build_cache import build_cache
+    from distilbert_fast.distillation.teachers.cache import CachedTeacher
 
     ids = batch["input_ids"]
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)})

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast import recipes
 from distilbert_fast.cli import distill
 from distilbert_fast.cli.errors import plain_errors
+from distilbert_fast.jobs import demo as recipes
 
 app = typer.Typer(
     name="distilbert-fast",

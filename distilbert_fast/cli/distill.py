@@ -12,10 +12,10 @@ import typer
 
 from distilbert_fast.cli import distill_options as option
 from distilbert_fast.cli.errors import plain_errors
-from distilbert_fast.distill_recipes import Recipe, Shape, Training
+from distilbert_fast.jobs.distill import Recipe, Shape, Training
 
 if TYPE_CHECKING:
-    from distilbert_fast.distill_jobs import Job
+    from distilbert_fast.jobs.job import Job
 
 app = typer.Typer(
     help="""\
@@ -138,7 +138,7 @@ def mlm(
     """Distil a general student by masked language modelling on text, as DistilBERT was made."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import MlmJob
+        from distilbert_fast.jobs.mlm import MlmJob
 
         reading = (text_column, split, packing, max_length, min_length, holdout)
         return MlmJob(data, *reading, mask_probability, smoothing, seed, streaming)
@@ -243,8 +243,8 @@ def task(
     """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import RegressionJob, TaskJob
-        from distilbert_fast.evaluation.tasks import load_task
+        from distilbert_fast.data.tasks import load_task
+        from distilbert_fast.jobs.task import RegressionJob, TaskJob
 
         loaded = load_task(task, data, eval_data, max_train_rows, regression)
         if not loaded.regression:
@@ -318,8 +318,8 @@ def tokens(
     """Distil a student that tags words: named entities, parts of speech."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import TokensJob
-        from distilbert_fast.evaluation.tokens import load_tokens
+        from distilbert_fast.data.tokens import load_tokens
+        from distilbert_fast.jobs.tokens import TokensJob
 
         return TokensJob(load_tokens(task, data, eval_data, max_train_rows), max_length)
 
@@ -375,8 +375,8 @@ def qa(
     """Distil a student that finds answers in a text."""
 
     def job() -> Job:
-        from distilbert_fast.distill_jobs import QaJob
-        from distilbert_fast.evaluation.squad import load_squad
+        from distilbert_fast.data.squad import load_squad
+        from distilbert_fast.jobs.qa import QaJob
 
         return QaJob(*load_squad(data, eval_data), max_length, stride)
 
@@ -401,9 +401,9 @@ def _distill(
     baseline: bool,
     overwrite: bool,
 ) -> None:
-    from distilbert_fast import distill_recipes
-    from distilbert_fast.processes import launcher
-    from distilbert_fast.recipes import RecipeError
+    from distilbert_fast.jobs import distill as distill_recipes
+    from distilbert_fast.jobs.demo import RecipeError
+    from distilbert_fast.runs.processes import launcher
 
     with plain_errors("the same command continues"):
         try:
@@ -422,7 +422,7 @@ def _distill(
 
 
 def _shape(layers: str, architecture: str, hidden: int | None, heads: int | None, inner: int | None) -> Shape:
-    from distilbert_fast.recipes import RecipeError
+    from distilbert_fast.jobs.demo import RecipeError
 
     try:
         numbers = tuple(int(part) for part in layers.split(",") if part)

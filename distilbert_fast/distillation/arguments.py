@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import TrainingArguments
 
-from distilbert_fast.distillation.masked_lm import MlmObjective, even_layer_map
-from distilbert_fast.distillation.objectives import (
+from distilbert_fast.distillation.objectives.mlm import MlmObjective, even_layer_map
+from distilbert_fast.distillation.objectives.task import (
     Objective,
     QaObjective,
     RegressionObjective,
@@ -16,7 +16,7 @@ from distilbert_fast.distillation.objectives import (
     is_regression,
 )
 from distilbert_fast.distillation.schedule import bounds, is_zero, plain
-from distilbert_fast.distillation.teacher import PRECISIONS
+from distilbert_fast.distillation.teachers.model import PRECISIONS
 
 if TYPE_CHECKING:
     Scheduled = float | str

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, settings_of
-from distilbert_fast.distillation.checkpoint import ResumableTrainer
-from distilbert_fast.distillation.objectives import Objective, Step
-from distilbert_fast.distillation.teacher import ModelTeacher, Teacher, model_of
-from distilbert_fast.distillation.teacher_cache import CachedTeacher
-from distilbert_fast.distillation.teacher_effect import teacher_effect
-from distilbert_fast.distillation.training_state import random_state, set_random_state
+from distilbert_fast.distillation.objectives.task import Objective, Step
+from distilbert_fast.distillation.teachers.cache import CachedTeacher
+from distilbert_fast.distillation.teachers.effect import teacher_effect
+from distilbert_fast.distillation.teachers.model import ModelTeacher, Teacher, model_of
+from distilbert_fast.runs.resumable_trainer import ResumableTrainer
+from distilbert_fast.runs.training_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader

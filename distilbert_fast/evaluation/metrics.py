@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distilbert_fast.evaluation.tags import Scheme, is_outside, scheme_of
-from distilbert_fast.evaluation.texts import Text, tokenized
+from distilbert_fast.data.sentences import Text, tokenized
+from distilbert_fast.data.tags import Scheme, is_outside, scheme_of
+
+if TYPE_CHECKING:
+    from distilbert_fast.data.tokens import Pieces
 
 
 @torch.inference_mode()
@@ -105,6 +108,21 @@ def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]],
     pairs = [(scheme.entities(one), scheme.entities(other)) for one, other in zip(predicted, true, strict=True)]
     right = sum(len(found & there) for found, there in pairs)
     return 2 * right / max(1, sum(len(found) + len(there) for found, there in pairs))
+
+
+def tag_scores(pieces: Pieces, model: Any, teacher: Any = None) -> dict[str, float]:
+    """Accuracy over all words; entity F1, where tags mark entities; agreement and KL, where there is a teacher."""
+    logits, names, scheme = pieces.logits(model), pieces.task.tag_names, pieces.task.scheme
+    outside = next((at for at, name in enumerate(names) if is_outside(name)), -1)
+    chosen = torch.full_like(pieces.truth, outside)  # [W]
+    chosen[pieces.words] = logits.argmax(dim=1)
+    row = {"accuracy": float((chosen == pieces.truth).double().mean())}
+    if scheme is not None:
+        row = {"f1": entity_f1(pieces.tags(chosen), pieces.tags(pieces.truth), scheme), **row}
+    if teacher is not None:
+        taught = pieces.logits(teacher)
+        row |= {"agreement": agreement(logits, taught), "kl": mean_kl(logits, taught)}
+    return row
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distilbert_fast.evaluation.texts import Text, tokenized
+from distilbert_fast.data.sentences import Text, tokenized
 
 Batch = Mapping[str, torch.Tensor]
 

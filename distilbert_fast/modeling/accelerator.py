@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilbert_fast import backends
-from distilbert_fast.engine import EncoderModules, Engine
+from distilbert_fast.engine.engine import EncoderModules, Engine
 from distilbert_fast.modeling.encoder import encoder_modules, find_encoder, settings
 from distilbert_fast.modeling.snapshot import Snapshot
 from distilbert_fast.ops import _check

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_outputs
 from transformers.activations import GELUActivation
 
-from distilbert_fast.engine import EncoderModules, LayerModules
+from distilbert_fast.engine.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import (
     WITHOUT_WEIGHTS,

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.files import FileError, regular_size
-from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
-from distilbert_fast.schema import (
+from distilbert_fast.files.durable import FileError, regular_size
+from distilbert_fast.files.schema import (
     Check,
     anything,
     integer,
@@ -27,6 +26,7 @@ from distilbert_fast.schema import (
     text,
     validate,
 )
+from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distilbert_fast.backends import run_aside
-from distilbert_fast.engine import GRAPHS, PRECISIONS, Engine
+from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.layers import exported, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding

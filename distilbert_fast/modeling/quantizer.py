@@ -25,11 +25,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distilbert_fast.backends import run_aside
-from distilbert_fast.files import CHECKSUM, UNSEALED, FileError, check_seal, filling, refuse_file, regular_size, seal
-from distilbert_fast.layers import Int8Linear
-from distilbert_fast.modeling.loading import check_sizes
-from distilbert_fast.ops import _check
-from distilbert_fast.schema import (
+from distilbert_fast.files.durable import (
+    CHECKSUM,
+    UNSEALED,
+    FileError,
+    check_seal,
+    filling,
+    refuse_file,
+    regular_size,
+    seal,
+)
+from distilbert_fast.files.schema import (
     anything,
     array,
     boolean,
@@ -41,6 +47,9 @@ from distilbert_fast.schema import (
     text,
     validate,
 )
+from distilbert_fast.layers import Int8Linear
+from distilbert_fast.modeling.loading import check_sizes
+from distilbert_fast.ops import _check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,11 +26,13 @@ from demo_input import bert, sentences, tsv
 from distillation.runs import child, die_at_call, wait
 
 from distilbert_fast.compression import quantize  # noqa: F401  imported before the forks: each would take seconds
-from distilbert_fast.distill_jobs import MlmJob, TaskJob
-from distilbert_fast.distill_recipes import Recipe, Training, distill
-from distilbert_fast.distillation import data, masking, student, trainer  # noqa: F401
+from distilbert_fast.data import corpus, masking  # noqa: F401
+from distilbert_fast.data.tasks import load_task
+from distilbert_fast.distillation import student, trainer  # noqa: F401
 from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
-from distilbert_fast.evaluation.tasks import load_task
+from distilbert_fast.jobs.distill import Recipe, Training, distill
+from distilbert_fast.jobs.mlm import MlmJob
+from distilbert_fast.jobs.task import TaskJob
 
 COMPARED = {"mlm": "random-init", "task": "without-teacher"}
 MOMENTS = 20

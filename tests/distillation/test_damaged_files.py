@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 
 datasets = pytest.importorskip("datasets")
 
+from distilbert_fast.data.corpus import load_corpus  # noqa: E402
+from distilbert_fast.data.masking import MaskedDataset, Masking, pad  # noqa: E402
 from distilbert_fast.distillation import manifest  # noqa: E402
-from distilbert_fast.distillation import teacher_cache_build as building  # noqa: E402
-from distilbert_fast.distillation.checkpoint import newest_complete_checkpoint  # noqa: E402
-from distilbert_fast.distillation.data import load_corpus  # noqa: E402
-from distilbert_fast.distillation.masking import MaskedDataset, Masking, pad  # noqa: E402
-from distilbert_fast.distillation.teacher_cache import INDEX, SHARD, CachedTeacher  # noqa: E402
-from distilbert_fast.distillation.teacher_cache_build import build_cache  # noqa: E402
-from distilbert_fast.distillation.training_state import load_state, save_state  # noqa: E402
-from distilbert_fast.files import FileError  # noqa: E402
+from distilbert_fast.distillation.teachers import build_cache as building  # noqa: E402
+from distilbert_fast.distillation.teachers.build_cache import build_cache  # noqa: E402
+from distilbert_fast.distillation.teachers.cache import INDEX, SHARD, CachedTeacher  # noqa: E402
+from distilbert_fast.files.durable import FileError  # noqa: E402
+from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint  # noqa: E402
+from distilbert_fast.runs.training_state import load_state, save_state  # noqa: E402
 
 datasets.disable_progress_bars()
 

@@ -1,6 +1,7 @@
 """Faults of the original distiller: each with its old form, which fails, and ours.
 
-That its question answering spans padding is in test_objectives.py, that it saves weights only in test_checkpoint.py.
+That its question answering spans padding is in test_objectives.py, that it saves weights only in
+runs/test_resumable_trainer.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import pytest
 import torch
 from distillation import tiny
 
-from distilbert_fast.distillation.checkpoint import _Endless, _SetEpoch
-from distilbert_fast.distillation.masked_lm import MlmObjective
-from distilbert_fast.distillation.teacher import ModelTeacher
+from distilbert_fast.distillation.objectives.mlm import MlmObjective
+from distilbert_fast.distillation.teachers.model import ModelTeacher
 from distilbert_fast.distillation.trainer import DistillationTrainer
+from distilbert_fast.runs.resumable_trainer import _Endless, _SetEpoch
 
 
 def tensors(rows):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distilbert_fast.distillation.losses import task_loss
+from distilbert_fast.distillation.objectives.losses import task_loss
 
 
 def plain(student, teacher, labels, temperature, alpha, n):

@@ -12,13 +12,13 @@ import transformers
 from distillation import tiny
 
 import distilbert_fast
-from distilbert_fast.distillation import relations
-from distilbert_fast.distillation import teacher as teachers
 from distilbert_fast.distillation.arguments import objective_of
-from distilbert_fast.distillation.masked_lm import LOSSES, MlmObjective, even_layer_map
-from distilbert_fast.distillation.objectives import QaObjective, RegressionObjective, TaskObjective, answer_places
+from distilbert_fast.distillation.objectives import relations
+from distilbert_fast.distillation.objectives.mlm import LOSSES, MlmObjective, even_layer_map
+from distilbert_fast.distillation.objectives.task import QaObjective, RegressionObjective, TaskObjective, answer_places
 from distilbert_fast.distillation.student import student_from_teacher
-from distilbert_fast.distillation.teacher import ModelTeacher
+from distilbert_fast.distillation.teachers import model as teachers
+from distilbert_fast.distillation.teachers.model import ModelTeacher
 
 T = tiny.LENGTH
 

@@ -16,13 +16,13 @@ from distillation import runs, tiny
 
 datasets = pytest.importorskip("datasets")
 
-from distilbert_fast.distillation import teacher_cache_build as building  # noqa: E402
-from distilbert_fast.distillation.masked_lm import MlmObjective  # noqa: E402
-from distilbert_fast.distillation.masking import MaskedDataset, Masking, pad, pad_collator  # noqa: E402
-from distilbert_fast.distillation.objectives import TaskObjective  # noqa: E402
-from distilbert_fast.distillation.teacher import ModelTeacher  # noqa: E402
-from distilbert_fast.distillation.teacher_cache import CachedTeacher  # noqa: E402
-from distilbert_fast.distillation.teacher_cache_build import build_cache, cache_report  # noqa: E402
+from distilbert_fast.data.masking import MaskedDataset, Masking, pad, pad_collator  # noqa: E402
+from distilbert_fast.distillation.objectives.mlm import MlmObjective  # noqa: E402
+from distilbert_fast.distillation.objectives.task import TaskObjective  # noqa: E402
+from distilbert_fast.distillation.teachers import build_cache as building  # noqa: E402
+from distilbert_fast.distillation.teachers.build_cache import build_cache, cache_report  # noqa: E402
+from distilbert_fast.distillation.teachers.cache import CachedTeacher  # noqa: E402
+from distilbert_fast.distillation.teachers.model import ModelTeacher  # noqa: E402
 from distilbert_fast.distillation.trainer import DistillationTrainer  # noqa: E402
 
 V = tiny.VOCABULARY

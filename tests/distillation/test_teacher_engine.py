@@ -10,10 +10,10 @@ import transformers
 from distillation import tiny
 
 from distilbert_fast.distillation.arguments import DistillationArguments
-from distilbert_fast.distillation.masked_lm import MlmObjective
-from distilbert_fast.distillation.objectives import TaskObjective
-from distilbert_fast.distillation.teacher import PRECISIONS, ModelTeacher
-from distilbert_fast.distillation.teacher_effect import teacher_effect
+from distilbert_fast.distillation.objectives.mlm import MlmObjective
+from distilbert_fast.distillation.objectives.task import TaskObjective
+from distilbert_fast.distillation.teachers.effect import teacher_effect
+from distilbert_fast.distillation.teachers.model import PRECISIONS, ModelTeacher
 from distilbert_fast.distillation.trainer import DistillationTrainer
 from distilbert_fast.modeling import optimize as optimizing
 from distilbert_fast.testing import assert_twice_rule

@@ -10,7 +10,7 @@ import transformers
 from distillation import tiny
 
 import distilbert_fast
-from distilbert_fast.distillation.losses import task_loss
+from distilbert_fast.distillation.objectives.losses import task_loss
 from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer, DivergedError
 

@@ -10,10 +10,10 @@ import transformers
 from distillation import tiny
 
 from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
-from distilbert_fast.distillation.masked_lm import MlmObjective
-from distilbert_fast.distillation.objectives import QaObjective, TaskObjective
+from distilbert_fast.distillation.objectives.mlm import MlmObjective
+from distilbert_fast.distillation.objectives.task import QaObjective, TaskObjective
 from distilbert_fast.distillation.student import student_from_teacher
-from distilbert_fast.distillation.teacher import ModelTeacher
+from distilbert_fast.distillation.teachers.model import ModelTeacher
 from distilbert_fast.distillation.trainer import DistillationTrainer
 
 EVERY_LOSS = {"alpha_mse": 0.01, "alpha_hidden": 1.0, "alpha_relation": 1.0}

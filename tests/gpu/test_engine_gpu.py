@@ -11,7 +11,7 @@ import torch
 
 import distilbert_fast
 from distilbert_fast import backends, optimize
-from distilbert_fast.cuda_graphs import CudaDevice
+from distilbert_fast.engine.cuda_graphs import CudaDevice
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_the_amx_tier_on_emulated_tiles(tmp_path):
         "tests/ops/test_int8_linear.py",
         "tests/ops/test_attention.py",
         "tests/ops/test_linear.py",
-        "tests/test_packed_encoder.py",
+        "tests/engine/test_native_encoder.py",
         "-k",
         "amx",
     )
@@ -97,11 +97,10 @@ def test_every_tier_under_sanitizers(tmp_path):
     run_tests(
         tmp_path,
         "tests/kernels/test_gemm.py",
-        "tests/test_packed_encoder.py",
+        "tests/engine/test_native_encoder.py",
         *sorted(f"tests/ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_*.py")),
         "-k",
-        "(test_gemm or packed_encoder or native or touch or layout or no_rows or no_columns)"
-        " and not billion and not losses and not fork",
+        "(test_gemm or native or touch or layout or no_rows or no_columns) and not billion and not losses and not fork",
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
     )

@@ -12,8 +12,8 @@ from modeling.test_optimize import assert_same, calls, expect  # noqa: F401  (a 
 
 from distilbert_fast import optimize, pack_encoder, quantize_model
 from distilbert_fast.distillation.student import student_from_teacher
-from distilbert_fast.distillation.teacher import last_attention_inputs
-from distilbert_fast.engine import Engine
+from distilbert_fast.distillation.teachers.model import last_attention_inputs
+from distilbert_fast.engine.engine import Engine
 from distilbert_fast.modeling.architectures import (
     ARCHITECTURES,
     architecture_of,

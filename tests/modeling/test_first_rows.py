@@ -10,7 +10,7 @@ from modeling.test_optimize import inputs, make
 
 import distilbert_fast
 from distilbert_fast import optimize
-from distilbert_fast.engine import Engine
+from distilbert_fast.engine.engine import Engine
 
 CLASSIFIERS = [f"{family}ForSequenceClassification" for family in ("DistilBert", "Bert", "Roberta")]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import distilbert_fast
 from distilbert_fast import optimize
-from distilbert_fast.engine import Engine
+from distilbert_fast.engine.engine import Engine
 
 ODD = dict(vocab_size=97, max_position_embeddings=23, num_labels=2)
 BERT = dict(num_hidden_layers=3, num_attention_heads=3, hidden_size=30, intermediate_size=37, **ODD)

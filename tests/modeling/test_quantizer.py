@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import distilbert_fast
 from distilbert_fast import Int8Config, optimize, quantize_model
-from distilbert_fast.files import FileError
+from distilbert_fast.files.durable import FileError
 from distilbert_fast.layers import Int8Linear
 
 SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)

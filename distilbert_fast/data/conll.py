@@ -1,0 +1,111 @@
+"""Tagged sentences in files of CoNLL's form: a word a line, its tag in the last column, blank lines between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from distilbert_fast.files.text import lines, odd_line_end
+
+_KEY_AND_VALUE = re.compile(r"# +[\w.:-]+ *=|#[\w.:-]+ += ")  # `# sent_id = 1`
+_DOCUMENT = re.compile(r"#(begin|end) document\b")  # of CoNLL-2012
+_TAG = re.compile(r"[BIES][-_]..*|\W+", re.IGNORECASE)
+
+
+@dataclass
+class Tagged:
+    """Words and tags of sentences, and where each tag stands first: "line 7", "row 3"."""
+
+    rows: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+def read_conll(source: str, text: str) -> Tagged:
+    """The sentences of a file, those without words left out.
+
+    Columns are separated by a tab if there is one in the line, else by spaces; where most lines have tabs, all must. A
+    line of white space alone ends a sentence; so does one that begins with -DOCSTART-, which is skipped. Comments
+    before a sentence are skipped: lines that begin with # and are no row of the file. Raises ValueError, which begins
+    with `source`, with the line's number.
+    """
+    if (odd := odd_line_end(text)) is not None:
+        raise ValueError(
+            f"{source}: line {odd}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
+        )
+    if (at := re.search("[\r\n]\ufeff", text)) is not None:
+        number = len(lines(text[: at.end()]))
+        raise ValueError(f"{source}: line {number}: expected a mark (BOM) at the file's beginning alone, got one here")
+    given = [line.strip(" \t") for line in lines(text)]
+    rows = [_columns(line) for line in given]
+    plain = [row for row in rows if row and not row[0].startswith("#")]  # comments say nothing of a file's columns
+    width = len(plain[0]) if plain else 0
+    known = {row[-1] for row in plain if len(row) == width}
+    tabbed = [("\t" in line) for line, row in zip(given, rows, strict=True) if row and not row[0].startswith("#")]
+    tabs = sum(tabbed) * 2 >= max(1, len(tabbed))
+    tagged = Tagged()
+    sentence: list[tuple[str, ...]] = []
+    for number, (line, row) in enumerate(zip([*given, ""], [*rows, ()], strict=True), start=1):
+        if not row:
+            if sentence:
+                tagged.rows.append((tuple(cells[0] for cells in sentence), tuple(cells[-1] for cells in sentence)))
+            sentence = []
+            continue
+        without = tabs and "\t" not in line
+        if _is_comment(line, row, width, known) or (without and row[0] == "#"):
+            if sentence:
+                raise ValueError(
+                    f"{source}: line {number}: expected comments before a sentence, got {line!r} inside one"
+                )
+            continue
+        width = width or len(row)
+        if without and len(row) > 1:
+            raise ValueError(f"{source}: line {number}: expected tabs between columns as in other lines, got {line!r}")
+        if (
+            row[0] == "#"
+            and "\t" not in line
+            and not sentence
+            and known
+            and not (row[-1] in known or _TAG.fullmatch(row[-1]))
+        ):
+            raise ValueError(
+                f"{source}: line {number}: expected a word and its tag, or a comment such as '# text = a', got {line!r}"
+            )
+        if len(row) < 2 or len(row) != width or not (row[0] and row[-1]):
+            expected = "a word and its tag" if width < 2 else f"{width} columns as in the lines before"
+            raise ValueError(f"{source}: line {number}: expected {expected}, got {line!r}")
+        sentence.append(row)
+        tagged.places.setdefault(row[-1], f"line {number}")
+    if not tagged.rows:
+        raise ValueError(f"{source} holds no sentences")
+    if _are_numbers([words for words, _ in tagged.rows]):
+        number = next(at for at, row in enumerate(rows, start=1) if row in plain)
+        raise ValueError(f"{source}: line {number}: expected words in the first column, got their numbers")
+    return tagged
+
+
+def _columns(line: str) -> tuple[str, ...]:
+    """The columns of a line; none of one that ends a sentence."""
+    columns = tuple(cell.strip(" ") for cell in re.split("\t" if "\t" in line else " +", line))
+    return () if columns == ("",) or columns[0] == "-DOCSTART-" else columns
+
+
+def _is_comment(line: str, row: Sequence[str], width: int, known: Collection[str]) -> bool:
+    """Whether a line is one, and not a word # with its tag; `known` are the tags of words that begin otherwise."""
+    if _KEY_AND_VALUE.match(line) or _DOCUMENT.match(line):
+        return True
+    if row[0] != "#" and not row[0].startswith("# "):  # as a hashtag does
+        return False
+    if len(row) != (width or len(row)):
+        return True
+    if row[-1] in known or _TAG.fullmatch(row[-1]):
+        return False
+    return row[0] != "#" or "=" in row[-1] or row[-1].isdecimal() or row[-1] in ("newdoc", "newpar")
+
+
+def _are_numbers(sentences: Sequence[Sequence[str]]) -> bool:
+    """Whether words are the numbers 1, 2, 3 of words in their sentence, as the first column of CoNLL-U has them."""
+    return any(len(words) > 1 for words in sentences) and all(
+        words[0].partition("-")[0] in ("0", "1") and all(re.fullmatch(r"\d+([-.]\d+)?", word) for word in words)
+        for words in sentences
+    )

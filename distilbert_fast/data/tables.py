@@ -1,0 +1,215 @@
+"""Where the rows of a task come from: files of the user's, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from distilbert_fast.files.text import check_file, json_object, lines, read_text, refuse_twice
+
+FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
+EVAL_PERCENT = 10  # of a file's rows when no evaluation file is given
+EVAL_SPLITS = ("validation", "validation_matched", "test")  # of a hub data set, the best first
+
+
+@dataclass(frozen=True)
+class Table:
+    """The cells of a file, column by column, as they are written: what CSV and TSV hold, and numbers in JSONL, as str.
+
+    Attributes:
+        columns: cells by the name of their column.
+        class_names: of columns whose numbers stand for names, as `datasets` writes them to Parquet.
+    """
+
+    columns: Mapping[str, list[Any]]
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+
+def read_table(op: str, argument: str, path: Path) -> Table:
+    """A file of one of `FORMATS`; no "NA" becomes a null, no 1 a 1.0, no "2020-01-01" a date.
+
+    Raises ValueError with the reader's reason.
+    """
+    kind = FORMATS[path.suffix.lower()]
+    check_file(op, argument, path)
+    text = "" if kind == "Parquet" else read_text(op, argument, path)
+    try:
+        if kind == "Parquet":
+            return _parquet(path)
+        return _jsonl(text) if kind == "JSONL" else _separated(kind, text)
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if kind == "CSV" and "\t" in lines(text)[0]:
+            reason += "; if tabs separate its columns, name it .tsv"
+        raise ValueError(f"{op}: {argument}: cannot read {str(path)!r} as {kind}: {reason}") from error
+
+
+def _parquet(path: Path) -> Table:
+    from datasets import Features
+
+    table = pyarrow.parquet.read_table(path)
+    refuse_twice(table.column_names)
+    try:
+        features = Features.from_arrow_schema(table.schema)
+    except Exception as error:  # whatever `datasets` meets in metadata that are not its own
+        if b"huggingface" not in (table.schema.metadata or {}):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"its metadata 'huggingface' are none of `datasets`: {reason}") from error
+    names = {name: class_names(feature) for name, feature in features.items()}
+    for name, found in names.items():
+        if found and not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+            raise ValueError(f"its metadata 'huggingface': expected names of the classes of {name!r}, got {found!r}")
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return Table(columns, {name: found for name, found in names.items() if found})
+
+
+def _jsonl(text: str) -> Table:
+    """An object a line. `json`, since Arrow's reader makes dates of strings and stops at rows above its block size."""
+    rows = []
+    for number, line in enumerate(lines(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json_object(line, numbers_as_written=True))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _separated(kind: str, text: str) -> Table:
+    """Cells byte for byte, which pandas' are not at the borders of its buffer; lines of white space alone are none.
+
+    A shorter row has empty cells at its end.
+    """
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {}
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        # the empty line after the last one belongs to no row, unless a quote is open
+        reader = csv.reader(chain(io.StringIO(text, newline=""), [""]), **dialect)
+        rows = [(reader.line_num, row) for row in reader]
+    finally:
+        csv.field_size_limit(limit)
+    if rows.pop()[1]:
+        raise ValueError("a quote is open at the end of the file")
+    rows = [(line, row) for line, row in rows if row and not (len(row) == 1 and row[0] and not row[0].strip(" \t"))]
+    if not rows:
+        raise ValueError("it holds no line of column names")
+    names = rows.pop(0)[1]
+    refuse_twice([name for name in names if name])
+    for line, row in rows:
+        if len(row) > len(names):
+            raise ValueError(f"line {line}: expected {len(names)} cells as in the line of names, got {len(row)}")
+    columns = zip_longest(*(row for _, row in rows), fillvalue="") if rows else ()
+    cells = dict(zip_longest(range(len(names)), map(list, columns), fillvalue=[""] * len(rows)))
+    return Table({name or f"Unnamed: {at}": cells[at] for at, name in enumerate(names)})
+
+
+def class_names(feature: Any) -> Sequence[str] | None:
+    """The names that the numbers of a column, or of lists in it, stand for; `feature` is of `datasets`."""
+    names: Sequence[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
+    return names
+
+
+def as_written(cell: object) -> str | None:
+    """A text or a number as text, "" for a missing one; None for what is neither, such as a list or a date."""
+    if cell is None or cell != cell:  # NaN
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    return str(cell) if isinstance(cell, (str, int, float, Decimal)) else None
+
+
+def file_name(path: Path) -> str:
+    """`sst2/train.tsv`: most data files are called train."""
+    return "/".join(path.resolve().parts[-2:])
+
+
+def hub_splits(op: str, name: str, known: str = "") -> Any:
+    """The splits of a hub data set, "owner/set" or "owner/set/config", with one called train.
+
+    `known`: what else the name might have been, for the message of the ValueError if it is not on the hub.
+    """
+    from datasets import load_dataset
+
+    owner, _, rest = name.partition("/")
+    if owner == "glue":
+        parts = ["nyu-mll/glue", rest]
+    else:
+        repository, _, config = rest.partition("/")
+        parts = [f"{owner}/{repository}" if repository else owner, *([config] if config else [])]
+    try:
+        splits = load_dataset(*parts)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{op}: name: {name!r} is not {known}, and the Hugging Face hub did not give a data set for it: {reason}"
+            if known
+            else f"{op}: name: the Hugging Face hub did not give the data set {name!r}: {reason}"
+        ) from error
+    if "train" not in splits:
+        raise ValueError(f"{op}: name: {name!r} has no split train; its splits: {', '.join(splits)}")
+    return splits
+
+
+def hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def is_held_out(text: str) -> bool:
+    return hashed(text) % 100 < EVAL_PERCENT
+
+
+def folded(texts: Sequence[str]) -> str:
+    """One string for texts that differ in case and spaces alone."""
+    return "\0".join(" ".join(text.lower().split()) for text in texts)
+
+
+def class_order(
+    op: str, mine: Sequence[str], theirs: Sequence[str], kept: bool, fewer: bool = False
+) -> list[int] | None:
+    """The places of classes among those of a teacher, compared without case; None if it has others.
+
+    Args:
+        op: what messages begin with.
+        mine: names of the data's classes.
+        theirs: the teacher's, in the order of its logits.
+        kept: the teacher's head is taken as it is, not trained.
+        fewer: the teacher may have more classes than the data.
+
+    Raises:
+        ValueError: the head is kept, and its classes are as many but others. Names that tell nothing, LABEL_0 and the
+            like or numbers in the data, are taken in the order they have.
+    """
+    ours, others = ([name.casefold() for name in of] for of in (mine, theirs))
+    distinct = len(set(ours)) == len(ours) and len(set(others)) == len(others)
+    if distinct and (set(ours) == set(others) or (fewer and set(ours) < set(others))):
+        return [others.index(name) for name in ours]
+    telling = not all(re.fullmatch(r"-?\d+", name) for name in ours)
+    named = not all(re.fullmatch(r"label_\d+", name) for name in others)
+    if kept and telling and named and len(ours) == len(others):
+        raise ValueError(
+            f"{op}: data: expected the teacher's labels {', '.join(map(repr, theirs))}, got "
+            f"{', '.join(map(repr, mine))}; rename them, or train the teacher on them (teacher_epochs)"
+        )
+    return None
+
+
+def names_in_order(mine: Sequence[str], theirs: Sequence[str], order: Sequence[int]) -> tuple[str, ...]:
+    """The teacher's classes in its order; those that the data has under the data's names."""
+    own = dict(zip(order, mine, strict=True))
+    return tuple(own.get(at, name) for at, name in enumerate(theirs))

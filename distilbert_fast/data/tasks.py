@@ -1,0 +1,375 @@
+"""Tasks on sentences and pairs of sentences: the built-in one, a file of the user's, or a data set of the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.data.tables import (
+    EVAL_SPLITS,
+    FORMATS,
+    as_written,
+    class_names,
+    class_order,
+    file_name,
+    folded,
+    hashed,
+    hub_splits,
+    is_held_out,
+    names_in_order,
+    read_table,
+)
+from distilbert_fast.files.text import check_file, lone_surrogate, shortened
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from distilbert_fast.data.sentences import Text
+
+BUILT_IN = "stdlib-docs"
+SENTENCE = ("sentence",)
+# Columns of pairs, as GLUE's data sets have them.
+PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
+NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
+
+# a list, a tuple or a set as Python writes it
+_LISTED = re.compile(r"""\[\s*(["'\d-].*)?\]|\[.*,.*\]|[({]\s*(["'].*|[\d-].*,.*)[)}]""", re.DOTALL)
+
+Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification or regression task.
+
+    Attributes:
+        name: what it is called in reports.
+        train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`; float for
+            a regression).
+        label_names: one name per class; none for a regression.
+        columns: `sentence`, or the two columns of a pair.
+    """
+
+    name: str
+    train: Dataset
+    eval: Dataset
+    label_names: tuple[str, ...]
+    columns: tuple[str, ...] = SENTENCE
+
+    @property
+    def regression(self) -> bool:
+        return not self.label_names
+
+    def texts(self, split: Dataset) -> list[Text]:
+        """Of `train` or `eval`, in their order: sentences, or pairs of them."""
+        columns = [split[column] for column in self.columns]
+        return list(columns[0]) if len(columns) == 1 else list(zip(columns[0], columns[1], strict=True))
+
+    def _rows(self, split: Dataset) -> list[Row]:
+        texts = zip(*(split[column] for column in self.columns), strict=True)
+        return list(zip(texts, split["label"], strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all texts, labels and label names: equal for equal tasks on any machine."""
+        digest = hashlib.sha256(repr(self.label_names).encode())
+        for split in (self.train, self.eval):
+            for texts, label in self._rows(split):
+                digest.update("\0".join(["", str(label), *texts]).encode("utf-8", "surrogatepass"))
+            digest.update(b"\1")
+        return digest.hexdigest()
+
+    def for_classes(self, names: Sequence[str], kept: bool) -> Task:
+        """The same task, its classes numbered as a teacher numbers its own; see `class_order`."""
+        order = class_order("load_task", self.label_names, names, kept)
+        if order is None:
+            return self
+        train, held_out = (
+            _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
+            for split in (self.train, self.eval)
+        )
+        turned = names_in_order(self.label_names, names, order)
+        return dataclasses.replace(self, train=train, eval=held_out, label_names=turned)
+
+    @property
+    def overlap(self) -> int:
+        """How many evaluation sentences or pairs also stand in the training split (after folding case and spaces)."""
+        seen = {folded(texts) for texts, _ in self._rows(self.train)}
+        return sum(folded(texts) in seen for texts, _ in self._rows(self.eval))
+
+
+def load_task(
+    name: str | None = None,
+    data: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    max_train_rows: int | None = None,
+    regression: bool = False,
+) -> Task:
+    """Load a task by name, from files, or from the hub.
+
+    Args:
+        name: `"stdlib-docs"` (the default when there is no `data`), or a hub id: `"glue/sst2"`, `"owner/set"`,
+            `"owner/set/config"`. With `data` it is only the name that reports show. Of a hub data set the split
+            `validation` is evaluated on (mnli: `validation_matched`), or else `test`; rows without label are left out.
+        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
+            `label`. TSV files have no quoting, CSV files quote with `"`; both start with a line of column names. Texts
+            are taken as they are, labels without the spaces around them. A Parquet file that `datasets` wrote has the
+            names of its classes, and its rows without label are left out as those of the hub are.
+        eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
+            pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
+        max_train_rows: keep only this many training rows, chosen by hash; all when None.
+        regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
+
+    Raises:
+        ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
+            other columns than each other; a file that is not UTF-8 or holds a NUL byte; a label without a text or the
+            reverse; what is no text, half a character among it; several labels in a row; the label -1 for a class
+            (see above: on the hub it stands for no label); a single class or number; a label that is no number for a
+            regression, or one with a fraction for classes; an evaluation label unknown to the training split; a name
+            that is neither built in nor on the hub.
+    """
+    if max_train_rows is not None and max_train_rows < 2:
+        raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
+    if data is not None:
+        train, columns, names = _read_file("data", Path(data), regression)
+        held_out = None
+        if eval_data is not None:
+            held_out, others, _ = _read_file("eval_data", Path(eval_data), regression)
+            if others != columns:
+                raise ValueError(
+                    f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
+                    f"{' and '.join(others)}"
+                )
+        task = _task(name or file_name(Path(data)), train, held_out, columns, regression, names)
+    elif eval_data is not None:
+        raise ValueError("load_task: eval_data: given without data")
+    elif name is None or name == BUILT_IN:
+        if regression:
+            raise ValueError(f"load_task: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
+        task = _stdlib_docs()
+    elif Path(name).suffix.lower() in FORMATS:
+        raise ValueError(f"load_task: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
+    else:
+        task = _from_hub(name, regression)
+    if max_train_rows is not None and max_train_rows < len(task.train):
+        hashes = [hashed("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        task = dataclasses.replace(task, train=task.train.select(sorted(order[:max_train_rows])))
+    return task
+
+
+def _stdlib_docs() -> Task:
+    from distilbert_fast.data import stdlib_docs
+
+    names = tuple(stdlib_docs.LIBRARIES)
+    rows: dict[bool, list[Row]] = {False: [], True: []}
+    for passage in stdlib_docs.passages():
+        rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), names.index(passage.library)))
+    return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
+
+
+def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...], Sequence[str] | None]:
+    """The rows of one file, labels as written or numbers; the columns of their texts; the names of its classes."""
+    if path.is_file() and path.suffix.lower() not in FORMATS:
+        raise ValueError(f"load_task: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
+    check_file("load_task", argument, path)
+    table = read_table("load_task", argument, path)
+    columns = _text_columns([*table.columns])
+    missing = [column for column in (*columns, "label") if column not in table.columns]
+    if missing:
+        found = ", ".join(table.columns)
+        raise ValueError(
+            f"load_task: {argument}: {str(path)!r} has no column {' and no column '.join(missing)}; "
+            f"its columns: {found if len(found) <= 99 else f'{found[:99]}… (its first line must name them)'}"
+        )
+    if len(table) == 0:
+        raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
+    texts = [table.columns[column] for column in columns]
+    names = table.class_names.get("label")
+    rows = _rows(f"{argument}: {str(path)!r}", columns, texts, table.columns["label"], regression, names)
+    if not rows:
+        raise ValueError(f"load_task: {argument}: {str(path)!r} has no row with a label")
+    return rows, columns, names
+
+
+def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a pair, if both are among these, or else that of a sentence; those of a pair that lacks one."""
+    whole = (pair for pair in PAIRS if set(pair) <= set(names))
+    begun = (pair for pair in PAIRS if set(pair) & set(names))
+    return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
+
+
+def _rows(
+    source: str,
+    columns: Sequence[str],
+    texts: Sequence[Iterable[object]],
+    labels: Iterable[object],
+    regression: bool,
+    names: Sequence[str] | None,
+) -> list[Row]:
+    """The rows of texts [columns][N] and labels [N]: texts as they are; for a regression labels are floats.
+
+    Labels that are numbers with `names` become these, and rows with NO_LABEL are left out.
+    """
+    rows: list[Row] = []
+    for number, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
+        if names and given == NO_LABEL:
+            continue
+        row = f"load_task: {source}: row {number}"
+        found = tuple(_text(row, column, cell) for column, cell in zip(columns, cells, strict=True))
+        label = _label(row, given)
+        value = _number(label)
+        if regression:
+            if value is None:
+                raise ValueError(f"{row}: expected a number as label, got {label!r}")
+            rows.append((found, value))
+            continue
+        if names:
+            if not isinstance(given, int) or not 0 <= given < len(names):
+                raise ValueError(f"{row}: expected a label of 0 to {len(names) - 1}, got {label}")
+            label = names[given]
+        elif value == NO_LABEL:
+            raise ValueError(
+                f"{row} has the label {label}, which stands for no label in data sets of the hub; leave the row out, "
+                "or give its class another name"
+            )
+        rows.append((found, label))
+    return rows
+
+
+def _text(row: str, column: str, cell: object) -> str:
+    text = as_written(cell)
+    if text is None:
+        raise ValueError(f"{row}: expected a text as {column}, got {shortened(cell)}")
+    if not text.strip():
+        raise ValueError(f"{row} has an empty {column}")
+    if (half := lone_surrogate(text)) is not None:
+        raise ValueError(f"{row}: expected a text as {column}, got {half}")
+    return text
+
+
+def _label(row: str, cell: object) -> str:
+    """One label; a list, also one that a CSV file has as text, is several."""
+    if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
+        raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
+    return _text(row, "label", cell).strip()
+
+
+def _number(label: str) -> float | None:
+    """A finite number, or None; Python's own 1_000 is none."""
+    try:
+        number = float(label.replace("_", "no number"))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _from_hub(name: str, regression: bool) -> Task:
+    splits = hub_splits("load_task", name, f"the built-in task {BUILT_IN!r}")
+    names = splits["train"].column_names
+    columns = reading = _text_columns(names)
+    if columns == SENTENCE and "sentence" not in names:
+        reading = ("text",)
+    if not {*reading, "label"} <= set(names):
+        raise ValueError(
+            f"load_task: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
+            f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
+        )
+    label = splits["train"].features["label"]
+    regression = regression or str(getattr(label, "dtype", "")).startswith("float")
+    train = _labelled(name, splits["train"], reading, regression)
+    if not train:
+        raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
+    held_out = (_labelled(name, splits[split], reading, regression) for split in EVAL_SPLITS if split in splits)
+    return _task(name, train, next(filter(None, held_out), None), columns, regression, class_names(label))
+
+
+def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
+    """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
+    texts = [split[column] for column in columns]
+    names = class_names(split.features["label"])
+    return _rows(f"name: {name!r}", columns, texts, split["label"], regression, names)
+
+
+def _task(
+    name: str,
+    train: list[Row],
+    held_out: list[Row] | None,
+    columns: tuple[str, ...],
+    regression: bool,
+    class_names: Sequence[str] | None,
+) -> Task:
+    """Classes are in the order of `class_names`, where there is one."""
+    labels = {label for _, label in train}
+    if len(labels) < 2:
+        what = "numbers" if regression else "classes"
+        raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
+    if not regression and not class_names:
+        _refuse_numbers(labels)
+    if held_out is None:
+        chosen = [is_held_out(folded(texts)) for texts, _ in train]
+        held_out = [row for row, out in zip(train, chosen, strict=True) if out]
+        train = [row for row, out in zip(train, chosen, strict=True) if not out]
+        if not held_out or not train:
+            what = "sentences" if len(columns) == 1 else "pairs"
+            raise ValueError(
+                f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
+                f"{len({folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
+            )
+    if regression:
+        if len(numbers := {label for _, label in held_out}) < 2:
+            raise ValueError(
+                f"load_task: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
+            )
+        return Task(name, _dataset(train, columns), _dataset(held_out, columns), (), columns)
+    labels = {label for _, label in train}
+    alien = sorted({label for _, label in held_out} - labels)
+    if alien:
+        raise ValueError(
+            f"load_task: the evaluation split has the label {alien[0]!r}, which the training split has not; "
+            f"its labels: {', '.join(map(repr, _label_order(labels)))}"
+        )
+    names = tuple(name for name in class_names if name in labels) if class_names else _label_order(labels)
+    index = {label: i for i, label in enumerate(names)}
+    splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
+    return Task(name, splits[0], splits[1], names, columns)
+
+
+def _refuse_numbers(labels: set[str]) -> None:
+    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression.
+
+    Nor are two classes of one number: 1 and 1.0, which JSONL may mix. Codes such as 007 and 7 are two.
+    """
+    written: dict[float, str] = {}
+    for label in sorted(labels):
+        number = _number(label)
+        other = label if number is None else written.setdefault(number, label)
+        if other != label and not (label.isdecimal() and other.isdecimal()):
+            raise ValueError(f"load_task: data: expected one way to write a class, got {other!r} and {label!r}")
+    numbers = [_number(label) for label in labels]
+    if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
+        raise ValueError(
+            f"load_task: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
+            "a regression, or give the classes other names"
+        )
+
+
+def _label_order(labels: set[str]) -> tuple[str, ...]:
+    """Numbers by value (2 before 10, 2.0 before 10.0), anything else by its text."""
+    if all(_number(label) is not None for label in labels):
+        return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
+    return tuple(sorted(labels))
+
+
+def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
+    from datasets import Dataset
+
+    texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
+    return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})

@@ -1,0 +1,283 @@
+"""What a student is trained for: the named losses of a batch, each a sum over its own rows, and how many those are.
+
+Losses are sums because only the trainer knows by what to divide: the rows that a loss counts in all batches that are
+accumulated and in all processes. A mean of the means of parts is another loss wherever parts differ in their counts.
+
+Here are the objectives of models with a task head; ``mlm`` has that of pretraining.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distilbert_fast.data import IGNORED
+from distilbert_fast.distillation.objectives.losses import task_loss
+from distilbert_fast.distillation.objectives.relations import EXCLUDED
+from distilbert_fast.distillation.schedule import Scheduled, at, bounds, is_zero
+from distilbert_fast.distillation.teachers.model import Batch, Teacher, full, head_output, model_of
+from distilbert_fast.ops.kl_div import kl_div
+
+OP = "DistillationTrainer"
+
+
+class Step(NamedTuple):
+    """Sums of the losses [L] in the order of the objective's names; the student's output if a task head made one."""
+
+    sums: Tensor
+    output: Any
+
+
+class Objective(Protocol):
+    """Frozen, with a repr that tells all its settings: it is compared when a run is resumed."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the L losses that are computed."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a batch that neither model reads but the losses do."""
+
+    def check(self, student: Any, teacher: Teacher | None) -> None:
+        """Raise TypeError or ValueError for models that do not fit each other or this objective, by name."""
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        """Of the losses, at a share 0 … 1 of the run."""
+
+    def counts(self, batch: Batch) -> Tensor:
+        """int64 [L]: the rows that each loss counts, from the batch alone."""
+
+    def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step: ...
+
+
+@dataclass(frozen=True)
+class TaskObjective:
+    """α · τ² KL(teacher ‖ student) + (1 − α) · CE over rows with a label, see ``losses.task_loss``.
+
+    Sequence classification and multiple choice (logits [B, K], labels [B]), token classification ([B, T, K], [B, T]).
+    """
+
+    temperature: Scheduled
+    alpha: Scheduled
+    label_smoothing: float = 0.0
+    columns = ("labels",)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("ce",) if is_zero(self.alpha) else ("kl", "ce")
+
+    def check(self, student: Any, teacher: Teacher | None) -> None:
+        _check_classes(student)
+        _need_teacher(self.alpha, teacher)
+        if (model := model_of(teacher)) is not None:
+            _check_classes(model)
+            check_pair(student, model, _CLASSES)
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        return _split(self.alpha, progress)
+
+    def counts(self, batch: Batch) -> Tensor:
+        return (need(batch, "labels") != IGNORED).sum().expand(len(self.names))
+
+    def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
+        output = head_output(student, batch)
+        taught = None if is_zero(self.alpha) or teacher is None else teacher.answer(batch).logits().logits
+        _, kl, ce = task_loss(
+            output.logits,
+            taught,
+            need(batch, "labels"),
+            at(self.temperature, progress),
+            alpha=0.0,  # the weights come later
+            num_items=1,
+            label_smoothing=self.label_smoothing,
+        )
+        return Step(ce[None] if kl is None else torch.stack([kl, ce]), output)
+
+
+@dataclass(frozen=True)
+class RegressionObjective:
+    """α · (student − teacher)² + (1 − α) · (student − label)², over all numbers that are predicted.
+
+    Logits [B] or [B, K], labels of as many numbers.
+    """
+
+    alpha: Scheduled
+    columns = ("labels",)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("label_mse",) if is_zero(self.alpha) else ("teacher_mse", "label_mse")
+
+    def check(self, student: Any, teacher: Teacher | None) -> None:
+        _need_teacher(self.alpha, teacher)
+        if (model := model_of(teacher)) is not None:
+            if not is_regression(model):
+                raise ValueError(f"{OP}: teacher must be a regression model like the student, got a classifier")
+            check_pair(student, model, _CLASSES[:2])
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        return _split(self.alpha, progress)
+
+    def counts(self, batch: Batch) -> Tensor:
+        labels = need(batch, "labels")
+        return torch.full((len(self.names),), labels.numel(), device=labels.device)
+
+    def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
+        output = head_output(student, batch)
+        predicted = full(output.logits.flatten())  # [B·K]
+        targets = [need(batch, "labels")]
+        if not is_zero(self.alpha) and teacher is not None:
+            targets.insert(0, teacher.answer(batch).logits().logits)
+        for target in targets:
+            if target.numel() != predicted.numel():
+                raise ValueError(
+                    f"{OP}: labels must be {predicted.numel()} numbers, one for each that is predicted, "
+                    f"got {target.numel()}"
+                )
+        return Step(
+            torch.stack([(predicted - y.flatten().to(predicted.dtype)).square().sum() for y in targets]), output
+        )
+
+
+@dataclass(frozen=True)
+class QaObjective:
+    """α · τ² KL(teacher ‖ student) + (1 − α) · CE for the start and the end of an answer, the mean of both.
+
+    The softmax runs over the places where an answer may be, which the question and padding are not. They are those of
+    ``answer_mask`` (bool [B, T]) or, without that column, of token type 1 but the last token, which is [SEP]; and the
+    first token, [CLS], which stands for "no answer".
+
+    A start or end outside of these places, such as one cut off, does not count for the CE.
+    """
+
+    temperature: Scheduled
+    alpha: Scheduled
+    columns = ("start_positions", "end_positions", "answer_mask", "token_type_ids", "attention_mask")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("ce",) if is_zero(self.alpha) else ("kl", "ce")
+
+    def check(self, student: Any, teacher: Teacher | None) -> None:
+        model = model_of(teacher)
+        for either in (student, student if model is None else model):
+            if not type(either).__name__.endswith("ForQuestionAnswering"):
+                raise TypeError(f"{OP}: model and teacher must be for question answering, got {type(either).__name__}")
+        _need_teacher(self.alpha, teacher)
+        if model is not None:
+            check_pair(student, model, VOCABULARY)
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        return _split(self.alpha, progress)
+
+    def counts(self, batch: Batch) -> Tensor:
+        allowed = answer_places(batch)
+        ce = (_places(batch, allowed) != IGNORED).sum()
+        return ce[None] if is_zero(self.alpha) else torch.stack([2 * allowed.any(dim=1).sum(), ce])
+
+    def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
+        output = head_output(student, batch)
+        allowed = answer_places(batch)
+        rows = _spans(output, allowed)  # [2B, T]
+        ce = torch.nn.functional.cross_entropy(rows, _places(batch, allowed), ignore_index=IGNORED, reduction="sum")
+        if is_zero(self.alpha) or teacher is None:
+            return Step(ce[None], output)
+        counted = allowed.any(dim=1).repeat(2)
+        taught = _spans(teacher.answer(batch).logits(), allowed)
+        kl = kl_div(rows, taught, at(self.temperature, progress), counted, "sum")
+        return Step(torch.stack([kl, ce]), output)
+
+
+def answer_places(batch: Batch) -> Tensor:
+    """Where an answer may start and end, bool [B, T]."""
+    real = tokens(batch)
+    first = real & (real.cumsum(dim=1) == 1)
+    if "answer_mask" in batch:
+        return (batch["answer_mask"].bool() & real) | first
+    if "token_type_ids" not in batch:
+        raise ValueError(f"{OP}: a batch must hold answer_mask or token_type_ids, got {', '.join(batch)}")
+    last = real & (real.cumsum(dim=1) == real.sum(dim=1, keepdim=True))
+    return (batch["token_type_ids"].eq(1) & real & ~last) | first
+
+
+def _spans(output: Any, allowed: Tensor) -> Tensor:
+    """Logits of starts and ends [2B, T], those of other places out of the softmax."""
+    logits = torch.cat([full(output.start_logits), full(output.end_logits)])
+    return logits.masked_fill(~allowed.repeat(2, 1), EXCLUDED)
+
+
+def _places(batch: Batch, allowed: Tensor) -> Tensor:
+    """The labels [2B] of ``_spans``."""
+    places = torch.cat([need(batch, "start_positions"), need(batch, "end_positions")]).flatten()
+    inside = places.clamp(0, allowed.shape[1] - 1)
+    fits = (inside == places) & allowed.repeat(2, 1).gather(1, inside[:, None])[:, 0]
+    return places.where(fits, IGNORED)
+
+
+# What the objectives share -----------------------------------------------------------------------------------------
+
+
+def need(batch: Batch, name: str) -> Tensor:
+    if name not in batch:
+        raise ValueError(f"{OP}: a batch must hold {name}, got {', '.join(batch) or 'nothing'}")
+    return batch[name]
+
+
+def tokens(batch: Batch) -> Tensor:
+    """bool [B, T], True = no padding."""
+    ids = need(batch, "input_ids")
+    mask = batch.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def is_regression(model: Any) -> bool:
+    problem = model.config.problem_type
+    return problem == "regression" or (problem is None and model.config.num_labels == 1)
+
+
+def _split(alpha: Scheduled, progress: float) -> tuple[float, ...]:
+    return (1.0,) if is_zero(alpha) else (at(alpha, progress), 1 - at(alpha, progress))
+
+
+def _need_teacher(alpha: Scheduled, teacher: Teacher | None) -> None:
+    if teacher is None and not is_zero(alpha):
+        raise ValueError(f"{OP}: teacher must be given for alpha above 0, got None for {bounds(alpha)[1]}")
+
+
+def _check_classes(model: Any) -> None:
+    name = type(model).__name__
+    if model.base_model is model or name.endswith(("ForQuestionAnswering", "ForMaskedLM")):
+        raise TypeError(f"{OP}: model and teacher must have logits [..., classes], got {name}")
+    if model.config.num_labels < 2:
+        raise ValueError(f"{OP}: {name} must have 2 classes or more, got {model.config.num_labels}")
+    problem = model.config.problem_type
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(f"{OP}: {name} must classify into one class each, got problem_type {problem}")
+
+
+def _class_names(model: Any) -> list[str] | None:
+    """Names in the order of the logits; None if nobody named them."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+# What must be the same of a teacher and its student.
+_CLASSES: tuple[tuple[str, Any], ...] = (
+    ("number of classes", lambda model: model.config.num_labels),
+    ("vocabulary size", lambda model: len(model.get_input_embeddings().weight)),
+    ("class names", _class_names),
+)
+VOCABULARY = _CLASSES[1:2]
+
+
+def check_pair(student: Any, teacher: Any, same: tuple[tuple[str, Any], ...]) -> None:
+    if student is teacher:
+        raise ValueError(f"{OP}: teacher must be another model than the student, got the same")
+    for what, of in same:
+        of_teacher, of_student = of(teacher), of(student)
+        if of_teacher != of_student and None not in (of_teacher, of_student):
+            raise ValueError(f"{OP}: teacher and student must have the same {what}, got {of_teacher} and {of_student}")

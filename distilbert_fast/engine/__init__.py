@@ -1,0 +1,1 @@
+"""A model packed for inference: one call a batch."""

@@ -1,0 +1,225 @@
+"""Small batches on a GPU: an encoder's launches, captured once as a CUDA graph and replayed with one call.
+
+A graph has fixed shapes. So N tokens in B sequences are computed as the next of a few larger sizes, N' tokens in S
+sequences: what is added are sequences of old tokens, PADDING long, which nobody reads, and empty ones. No token sees
+another sequence, so the real ones come out as if they were alone among N' tokens.
+
+    N'   16, 32 … 128, 160, 192, 224, 256, 320 …   four sizes an octave, up to LARGEST: at most a quarter more
+    S    1, 2 … 8, 10, 12, 14, 16, 20 …            likewise, so that their mean length stays near the real one
+
+Graphs share one pool for what they compute in between, and so run one after another, in whatever streams they are
+asked for; what comes out is copied before the next one runs. The least recently used go first.
+
+Shapes: B batch, N tokens, C hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+
+from distilbert_fast import backends
+from distilbert_fast.engine.op_encoder import OpEncoder
+
+LARGEST = 16_384  # tokens; beyond that a GPU computes for longer than the host takes to launch
+PADDING = 128  # tokens of an added sequence: short, since attention grows with the square
+GRAPHS = 64  # kept by default
+MAX_BYTES = 512 << 20  # of the kept graphs' inputs and outputs, what they share aside
+
+_STEP = 16
+
+
+def token_bucket(tokens: int) -> int:
+    """The size N' that N ≥ 1 tokens are computed as."""
+    return _round_up(tokens, _STEP)
+
+
+def sequence_bucket(batch: int, padding: int) -> int:
+    """The size S for B sequences and N' − N tokens of padding."""
+    return _round_up(batch + -(-padding // PADDING), 1)
+
+
+def _round_up(count: int, step: int) -> int:
+    """To the next of four sizes an octave, multiples of a step."""
+    step = max(step, 1 << max((count - 1).bit_length() - 3, 0))
+    return -(-count // step) * step
+
+
+class Layout(NamedTuple):
+    """What a call computes beside its ids."""
+
+    positions: torch.Tensor  # [N]
+    types: torch.Tensor | None  # [N], where the model has them
+    cu_seqlens: torch.Tensor  # int32 [B + 1]
+
+
+class Inputs(NamedTuple):
+    """What a graph reads: the memory stays, the values change."""
+
+    ids: torch.Tensor  # int64 [N']
+    positions: torch.Tensor  # int64 [N']
+    types: torch.Tensor | None  # int64 [N']
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+
+
+class Captured(NamedTuple):
+    inputs: Inputs
+    output: torch.Tensor
+    replay: Callable[[], None]
+
+
+class Device(Protocol):
+    """Where graphs are captured and replayed."""
+
+    def free(self, dtype: torch.dtype) -> bool:
+        """Whether an encoder of this dtype can be captured and replayed now."""
+
+    def in_turn(self) -> contextlib.AbstractContextManager[None]:
+        """What is launched inside comes behind what was launched inside before, in any stream."""
+
+    def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
+        """Capture ``function`` of the inputs made; called in turn."""
+
+
+class CudaDevice:
+    """One GPU. Memory of the graphs belongs to a stream of its own, so that nobody else is given it too early."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+
+    def free(self, dtype: torch.dtype) -> bool:
+        """Not while the caller captures a graph; nor if torch serves attention, which asks where sequences end."""
+        return not torch.cuda.is_current_stream_capturing() and (
+            backends.select("attention", self._device, dtype) != "torch"
+        )
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            current.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(current)
+
+    def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            inputs = make()
+            for _ in range(2):  # compile, make workspaces
+                function(inputs)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread may allocate meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            output = function(inputs)
+        current.wait_stream(self._stream)
+        return Captured(inputs, output, graph.replay)
+
+
+class _Graph:
+    def __init__(self, captured: Captured) -> None:
+        self.inputs, self.output, self.replay = captured
+        self.bytes = sum(x.nbytes for x in (*self.inputs, self.output) if x is not None)
+        self._regular: tuple[int, int] | None = None  # shape of the batch whose layout the inputs hold
+        self._streams: set[torch.cuda.Stream] = set()  # that it ran in
+
+    def fill(self, ids: torch.Tensor, layout: Callable[[], Layout], regular: tuple[int, int] | None) -> None:
+        n, inputs = ids.shape[0], self.inputs
+        if ids.is_cuda and (stream := torch.cuda.current_stream()) not in self._streams:
+            for x in inputs:
+                if x is not None:
+                    x.record_stream(stream)  # once given back, its memory waits for what still runs there
+            self._streams.add(stream)
+        inputs.ids[:n].copy_(ids)
+        if regular is not None and regular == self._regular:
+            return
+        positions, types, cu_seqlens = layout()
+        inputs.positions[:n].copy_(positions)
+        if inputs.types is not None and types is not None:
+            inputs.types[:n].copy_(types)
+        batch = cu_seqlens.shape[0] - 1
+        inputs.cu_seqlens[: batch + 1].copy_(cu_seqlens)
+        inputs.cu_seqlens[batch + 1 :].copy_(self._ends(n, inputs.cu_seqlens.shape[0] - batch - 1))
+        self._regular = regular
+
+    def _ends(self, start: int, count: int) -> torch.Tensor:
+        """Where ``count`` added sequences end that share the tokens from ``start`` on."""
+        steps = torch.arange(1, count + 1, dtype=torch.int32, device=self.inputs.ids.device)
+        return (start + PADDING * steps).clamp_(max=self.inputs.ids.shape[0])
+
+
+class Graphs:
+    """An encoder's graphs. Thread-safe.
+
+    Args:
+        encoder: what is captured; its weights stay where they are.
+        count: how many are kept at most, and of MAX_BYTES at most, but one always.
+        device: where; None: the GPU that the encoder is on.
+    """
+
+    def __init__(self, encoder: OpEncoder, count: int = GRAPHS, device: Device | None = None) -> None:
+        self._encoder, self._count = encoder, count
+        self._device: Device = CudaDevice(encoder.word.device) if device is None else device
+        self._kept: OrderedDict[tuple[int, int, bool, str | None], _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(self, tokens: int) -> bool:
+        """Whether ``run`` serves so many tokens now."""
+        return 0 < tokens <= LARGEST and self._device.free(self._encoder.dtype)
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        layout: Callable[[], Layout],
+        first: bool = False,
+        regular: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """The last state that ``OpEncoder.run`` finds, [N, C] or, with ``first``, [B, C].
+
+        Args:
+            ids: [N], as many as it takes.
+            batch: B.
+            layout: makes the rest.
+            regular: what the layout depends on, where that is only the batch's shape: it then is not made again.
+        """
+        size = token_bucket(ids.shape[0])
+        key = size, sequence_bucket(batch, size - ids.shape[0]), first, backends.forced()
+        with torch.inference_mode(False), torch.no_grad(), self._lock, self._device.in_turn():
+            graph = self._kept.get(key)
+            if graph is None:
+                graph = self._kept[key] = _Graph(self._capture(size, key[1], first))
+                self._evict()
+            self._kept.move_to_end(key)
+            graph.fill(ids, layout, regular)
+            graph.replay()
+            return graph.output[: batch if first else ids.shape[0]].clone()
+
+    def _capture(self, tokens: int, sequences: int, first: bool) -> Captured:
+        encoder = self._encoder
+
+        def make() -> Inputs:
+            ids, positions, types = torch.zeros(3, tokens, dtype=torch.int64, device=encoder.word.device)
+            ends = [min(i * -(-tokens // sequences), tokens) for i in range(sequences + 1)]
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=ids.device)
+            return Inputs(ids, positions, None if encoder.token_type is None else types, cu_seqlens)
+
+        return self._device.capture(make, lambda inputs: encoder.run(*inputs, first=first)[-1])
+
+    def _evict(self) -> None:
+        """Always after a capture: torch gives the pool up once no graph is left in it."""
+        while len(self._kept) > 1 and (
+            len(self._kept) > self._count or sum(graph.bytes for graph in self._kept.values()) > MAX_BYTES
+        ):
+            self._kept.popitem(last=False)

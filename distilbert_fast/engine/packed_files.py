@@ -1,0 +1,153 @@
+"""Files of packed encoders: safetensors whose metadata say what the tensors are.
+
+    format    "distilbert_fast.encoder.1"
+    shape     the fields of ``Shape`` as JSON
+    xxh3      the checksum that files.py describes; files of before it have none
+
+The tensors are those of ``PackedEncoder``, all of them and no others. A file is mapped into memory, so what it holds is
+checked before anything follows a size or an address in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+import torch
+
+from distilbert_fast.engine.native_encoder import FORMAT, OP, PackedEncoder, Shape, packed_bytes, whole_panels
+from distilbert_fast.files.durable import (
+    CHECKSUM,
+    UNSEALED,
+    FileError,
+    check_seal,
+    refuse_file,
+    regular_size,
+    replacing,
+    seal,
+)
+from distilbert_fast.files.schema import Check, array, integer, nullable, number, one_of, parse_json, record
+from distilbert_fast.ops import _check
+
+VERIFIED = 10**9  # bytes up to which a file is compared with its checksum unasked
+
+_SIZE = integer(1, 2**24)
+_FIELDS: dict[str, Check] = {
+    "precision": one_of("int8", "bf16", "fp32"),
+    "hidden": _SIZE,
+    "head_size": _SIZE,
+    "num_heads": _SIZE,
+    "ffn": _SIZE,
+    "padding_idx": nullable(integer(0, 2**31 - 1)),
+    "heads": array(array(integer(0, 2**24)), most=2**12),
+    "eps": array(number(0)),
+    "scales": array(array(number(0), 2, 2)),
+}
+_TABLES, _VECTORS = (torch.float32, torch.bfloat16), (torch.float32,)
+
+
+def write(packed: PackedEncoder, path: str | Path) -> None:
+    """Write a file, or replace one. Raises OSError that names it; no half-written file is left."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in packed.tensors.items()}
+    metadata = {"format": FORMAT, "shape": json.dumps(packed.shape._asdict()), CHECKSUM: UNSEALED}
+    with replacing(path, unique=True) as partial:
+        save_file(tensors, partial, metadata)
+        seal(partial)
+
+
+def read(path: str | Path, verify: bool | None) -> PackedEncoder:
+    """Map a file; see ``Engine.load``."""
+    try:
+        size = regular_size(path)
+        metadata, tensors = _parts(path)
+        shape = _shape(path, metadata)
+        if verify and metadata.get(CHECKSUM, UNSEALED) == UNSEALED:
+            refuse_file(path, "expected a checksum to verify, got a file of an earlier version; save it again")
+        check_seal(path, metadata.get(CHECKSUM), size < VERIFIED if verify is None else verify)
+        _check_parts(shape, tensors)
+        return PackedEncoder(shape, tensors)
+    except FileError as error:
+        raise FileError(f"{OP}: {error}", error.reason) from error
+    except (ValueError, TypeError) as error:  # of a check that does not know of files
+        raise FileError(f"{OP}: {str(path)!r}: {error}", str(error)) from error
+
+
+def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                given = f"{str(path)!r} of {metadata.get('format')}"
+                raise FileError(f"path must be a file of format {FORMAT}, got {given}")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except FileError:
+        raise
+    except (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+        raise FileError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
+
+
+def _shape(path: str | Path, metadata: dict[str, str]) -> Shape:
+    unknown = metadata.keys() - {"format", "shape", CHECKSUM}
+    if unknown or "shape" not in metadata:
+        refuse_file(path, f"expected the metadata format, shape and {CHECKSUM}, got {', '.join(sorted(metadata))}")
+    fields = parse_json(metadata["shape"], path, record(_FIELDS), "shape")
+    fields["heads"] = tuple(map(tuple, fields["heads"]))
+    fields["scales"] = tuple(map(tuple, fields["scales"]))
+    fields["eps"] = tuple(map(float, fields["eps"]))
+    return Shape(**fields)
+
+
+def _check_parts(shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse what cannot be of one encoder: numbers that contradict each other, tensors that lack or are too many."""
+    layers = len(shape.heads)
+    if shape.head_size * shape.num_heads != shape.hidden:
+        share = f"{shape.hidden} / {shape.num_heads}, the share of a head"
+        _check.refuse("shape", "head_size", share, shape.head_size)
+    for i, heads in enumerate(shape.heads):
+        if len(set(heads)) != len(heads) or not all(head < shape.num_heads for head in heads):
+            _check.refuse("shape", f"heads[{i}]", f"different ones of {shape.num_heads}", list(heads))
+    for name, wanted in (("eps", 1 + 2 * layers), ("scales", layers)):
+        if len(getattr(shape, name)) != wanted:
+            _check.refuse("shape", name, f"{wanted} for {layers} layers", len(getattr(shape, name)))
+    if shape.precision != "int8" and any(map(any, shape.scales)):
+        _check.refuse("shape", "scales", f"0 for {shape.precision}", shape.scales)
+    expected = dict(_expected(shape, tensors))
+    if lacking := expected.keys() - tensors.keys():
+        raise ValueError(f"it lacks {_few(lacking)}")
+    if unused := tensors.keys() - expected.keys():
+        raise ValueError(f"it holds what no layer uses: {_few(unused)}")
+    for name, (size, dtypes) in expected.items():
+        _check.tensor("tensor", name, tensors[name], size, dtypes)
+        if dtypes == _VECTORS and not bool(tensors[name].isfinite().all()):
+            _check.refuse("tensor", name, "finite", "NaN or infinite numbers")
+    if shape.padding_idx is not None and not shape.padding_idx < len(tensors["position"]):
+        _check.refuse("shape", "padding_idx", f"below the {len(tensors['position'])} positions", shape.padding_idx)
+
+
+def _few(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+
+
+def _expected(
+    shape: Shape, given: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, tuple[tuple[int | str, ...], tuple[torch.dtype, ...]]]]:
+    """Name, shape and dtypes of each tensor; of the optional ones, of those that are there."""
+    for name in ("word", "position", *(["token_type"] if "token_type" in given else [])):
+        yield name, (("rows", shape.hidden), _TABLES)
+    norms = ["norm", *(f"{i}.{norm}" for i in range(len(shape.heads)) for norm in ("attention_norm", "ffn_norm"))]
+    for norm in norms:
+        yield f"{norm}.weight", ((shape.hidden,), _VECTORS)
+        yield f"{norm}.bias", ((shape.hidden,), _VECTORS)
+    for i, heads in enumerate(shape.heads):
+        for name, size in shape.linears(len(heads)).items():
+            yield f"{i}.{name}", ((packed_bytes(shape.precision, *size),), (torch.uint8,))
+        if f"{i}.mask" in given:
+            yield f"{i}.mask", ((len(heads),), _VECTORS)
+        if shape.scales[i][1] > 0:
+            yield f"{i}.ffn_factors", ((whole_panels(shape.ffn),), _VECTORS)

@@ -1,0 +1,132 @@
+"""How the text files of a user are read, all in one way: UTF-8, with its mark (BOM) or without, and no NUL bytes.
+
+Lines end with LF, CRLF or CR, and nothing else ends one. Every refusal names the file and the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distilbert_fast.files.durable import FileError, regular_size
+
+# of other encodings; UTF-32's begins as UTF-16's does
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_LINE_END = re.compile("\r\n|\r|\n")
+_ODD_LINE_END = re.compile("\r\r\n|\n\r(?!\n)")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair are one character
+
+
+def check_file(op: str, argument: str, path: Path) -> None:
+    """Raise ValueError for a file that is missing or empty, and for what is no regular file, such as a FIFO."""
+    try:
+        size = regular_size(path)
+    except FileError as error:
+        raise ValueError(f"{op}: {argument}: {str(path)!r}: {error.reason}") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a NUL
+        raise ValueError(f"{op}: {argument}: no such file: {str(path)!r}") from error
+    except OSError as error:
+        raise ValueError(f"{op}: {argument}: cannot read {str(path)!r}: {error.strerror}") from error
+    if size == 0:
+        raise ValueError(f"{op}: {argument}: {str(path)!r} is empty")
+
+
+def read_text(op: str, argument: str, path: Path) -> str:
+    """The text of a file without its mark, line ends as they are.
+
+    Raises ValueError for a file that is missing or empty, that is not UTF-8, or that holds a NUL byte.
+    """
+    check_file(op, argument, path)
+    content = path.read_bytes()
+    source = f"{op}: {argument}: {str(path)!r}"
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            raise ValueError(f"{source}: expected UTF-8, got {encoding}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len(lines(content[: error.start].decode("utf-8", "replace")))
+        got = f"byte 0x{content[error.start]:02x} ({error.reason})"
+        raise ValueError(f"{source}: line {line}: expected UTF-8, got {got}") from error
+    if not text:
+        raise ValueError(f"{source} is empty")
+    if "\0" in text:
+        raise ValueError(f"{source}: line {len(lines(text[: text.index(chr(0))]))} holds a NUL byte, which no text has")
+    return text
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text; one more, empty, if its last one is ended."""
+    return _LINE_END.split(text)
+
+
+def odd_line_end(text: str) -> int | None:
+    """The number of the first line that a CR beside a line end follows, CR CR LF or LF CR, as damaged files have them.
+
+    Each is a blank line if CR ends one; None if there is no such line.
+    """
+    found = _ODD_LINE_END.search(text)
+    return None if found is None else len(lines(text[: found.start()]))
+
+
+def column_names(table: Any, **dialect: Any) -> list[str]:
+    """The names in the first line of CSV or TSV, "" for one that is not there; of a path, or a stream of text.
+
+    Raises ValueError for a name that is there twice, for none, and for a first row that is longer.
+    """
+    import pandas
+
+    head = pandas.read_csv(table, header=None, nrows=2, dtype=str, **{"na_filter": False, **dialect})
+    names = [*head.iloc[0]]
+    if not any(name.strip() for name in names):
+        raise ValueError("line 1: expected the names of columns, got a blank line")
+    refuse_twice([name for name in names if name])
+    return names
+
+
+def json_object(line: str, numbers_as_written: bool = False) -> dict[str, Any]:
+    """A line of JSONL; with `numbers_as_written` these are str. Raises ValueError for no object, and a name twice."""
+    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str} if numbers_as_written else {}
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object, **numbers)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {shortened(row)}")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raise ValueError for a column that is there twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column {twice[0]!r} is there more than once")
+
+
+def shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Half of a character, which JSON can write ("\\ud83d") and no tokenizer reads, if the text holds one."""
+    found = _LONE_SURROGATE.search(text)
+    return None if found is None else f"the lone surrogate {found[0]!r} at character {found.start()}"

@@ -1,0 +1,393 @@
+"""Distil a teacher into a student, from text to a model with its card: masked language modelling, a task, or answers.
+
+The recipe is DistilBERT's (Sanh, Debut, Chaumond, Wolf, arXiv:1910.01108): a student of the teacher's own layers;
+τ = 2; KL, MLM and cosine losses weighted 5, 2, 1; AdamW with betas (0.9, 0.98) and eps 1e-6, gradients clipped at 5,
+5 % linear warm-up and linear decay, 3 epochs. docs/distillation.md says what is done otherwise than there, and why.
+
+    teacher → student (and its rivals, one after another) → speed → report
+
+Each is a stage of a `RunDirectory`: a command that was killed goes on from its newest complete checkpoint. Under
+torchrun or accelerate launch every process comes here; all train, and the first does all else (processes.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from distilbert_fast.files.durable import write_file
+from distilbert_fast.files.schema import anything, record
+from distilbert_fast.jobs import stage_results
+from distilbert_fast.jobs.demo import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
+from distilbert_fast.jobs.job import STUDENT, Job, Variant
+from distilbert_fast.jobs.settings import (
+    Recipe,
+    Shape,
+    Training,
+    check_devices,
+    check_models,
+    distinct,
+    is_taught,
+    leaves_head,
+    merged,
+    objective_for,
+    refused,
+)
+from distilbert_fast.runs.processes import Processes, SharedRun, processes
+from distilbert_fast.runs.run_directory import RunDirectory
+
+__all__ = ["Recipe", "Shape", "Training", "distill"]
+
+TEACHER, CORPUS, CACHE, DATA, SPEED = "teacher", "corpus", "teacher-cache", "data.json", "speed.json"
+REPORT = ("report.md", "report.json", "losses.png")
+_REPORTED = 32  # rows that tell what a cache leaves out
+
+
+def distill(
+    job: Job,
+    output: str | Path,
+    teacher: str | Path | None = None,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Distil a teacher on a job, and report what came of it.
+
+    Args:
+        job: data and metrics, such as those of task.py and mlm.py.
+        output: directory for `teacher/`, `student/` (models with tokenizer; the student with a model card), a
+            directory for each variant, report.md, report.json, losses.png. Killed at any moment, the same call
+            continues; with more to compare, it adds that. Of several processes, all have to see it.
+        teacher: directory or hub id of an encoder that `optimize` takes; by default the one in the extra `demo`.
+        recipe: training, losses and the student's shape.
+        overwrite: see `RunDirectory`.
+        command: what the report names as the command that made it.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        RecipeError: data, teacher or a setting that cannot be used.
+        StageError: an output directory that holds something else.
+    """
+    from distilbert_fast.modeling.loading import fingerprint, without_bars
+
+    recipe, together = recipe or Recipe(), processes()
+    check_devices(together.count)
+    recipe.student.check("student", together.count)
+    recipe.teacher.check("teacher", together.count)
+    if recipe.student.epochs is None or recipe.student.epochs + recipe.student.max_steps == 0:
+        raise RecipeError(f"distill: student epochs: expected above 0, got {recipe.student.epochs}")
+    source = find_teacher(teacher, "distill")
+    known = {variant.name: variant for variant in job.variants}
+    if unknown := [name for name in recipe.compare if name not in known]:
+        raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
+    say = console() if together.is_first else _silent
+    names = (TEACHER, *known, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
+    with without_bars(), together.joined():
+        made_of = check_models(job, source, recipe)
+        compared = [known[name] for name in recipe.compare if name != STUDENT.name]
+        variants = [STUDENT, *distinct(compared, recipe, from_layers=bool(made_of.layers))]
+        settings = {
+            "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+            "data": job.describe(),
+            "student_training": dataclasses.asdict(recipe.student),
+            "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},
+            "shape": dataclasses.asdict(recipe.shape),
+            "objective": dict(recipe.objective),
+            "cache": recipe.cache,
+        }
+        directory = RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS])
+        with SharedRun(directory, together) as run:
+            flow = _Flow(run, source, job, recipe, together, say)
+            say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
+            with refused():
+                together.in_turn(lambda: job.prepare(flow.tokenizer(), run.path))
+            data = record(dict.fromkeys(job.describe(), anything))
+            if run.result(DATA, job.describe, data) != job.describe():
+                raise RecipeError(
+                    f"distill: data: {str(run.path)!r} was made from other data of that name; choose another directory"
+                )
+            results = {}
+            steps: list[tuple[str, str, Callable[[Path], Mapping[str, Any]]]] = [
+                (TEACHER, "the teacher", flow.teach),
+                *((v.name, f"the student, {v.title}", _of(flow.distil, v)) for v in variants),
+            ]
+            for number, (name, title, build) in enumerate(steps, start=1):
+                done = ": done before" if run.is_complete(name) else ""
+                say(f"[{number}/{len(steps) + 1}] {title}{done}")
+                results[name] = run.directory(name, build, stage_results.distilled)
+                run.discard(f"{CHECKPOINTS}/{name}")
+                gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
+            run.discard(CHECKPOINTS)
+            say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
+            measured = run.result(SPEED, flow.measure, stage_results.speed)
+            command = command or "distilbert_fast.distill(...)"
+            return together.first(lambda: _write_report(run, say, job, settings, results, measured, command))
+
+
+def _write_report(
+    run: SharedRun, say: Any, job: Job, settings: Any, results: Any, measured: Any, command: str
+) -> dict[str, Any]:
+    from distilbert_fast.evaluation import distillation_report as report
+
+    content = {
+        "command": command,
+        "kind": job.name,
+        "head": job.head,
+        "settings": settings,
+        "data": job.describe(),
+        "metrics": [list(metric) for metric in job.metrics],
+        "legend": job.legend,
+        "models": results,
+        **measured,
+    }
+    for name, written in report.files(content, STUDENT.name).items():
+        write_file(run.path / name, written)
+    say(report.table(content), f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}")
+    return content
+
+
+class _Flow:
+    """The stages; each builds its directory or its numbers from those before it."""
+
+    def __init__(
+        self,
+        run: SharedRun,
+        source: Path,
+        job: Job,
+        recipe: Recipe,
+        together: Processes,
+        say: Callable[..., None],
+    ) -> None:
+        self.run, self.source, self.job, self.recipe, self.together, self.say = run, source, job, recipe, together, say
+
+    def tokenizer(self) -> Any:
+        from distilbert_fast.modeling.loading import load_tokenizer
+
+        return load_tokenizer(self.source, self.job.head)
+
+    def teach(self, path: Path) -> dict[str, Any]:
+        from distilbert_fast.modeling.training import for_training
+
+        training = self.recipe.teacher
+        seed_all(training.seed)
+        model, tokenizer, random = self._load(self.source, new_head=training.epochs != 0, **self.job.config)
+        needed = self.job.teacher_epochs if random else 0.0
+        epochs = needed if training.epochs is None else training.epochs
+        made: dict[str, Any] = {"title": "teacher", "seconds": 0.0, "losses": []}
+        if epochs or (random and training.max_steps):
+            if not self.recipe.train_body:
+                _freeze(model.base_model)
+            what = "all of it" if self.recipe.train_body else "its head alone"
+            self.say(f"      trained on labels, {what}; {len(random)} tensors of the head start at random")
+            for_training(model)
+            made |= self._train(TEACHER, model, None, dataclasses.replace(training, epochs=epochs), self.job.untaught)
+        return made | self._save(path, model, tokenizer, None)
+
+    def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
+        from distilbert_fast.distillation.student import student_from_teacher
+        from distilbert_fast.modeling.training import for_training
+
+        training = self.recipe.student
+        seed_all(training.seed)
+        teacher, tokenizer, _ = self._load(self.run.path / TEACHER)
+        student, made_of = student_from_teacher(teacher, **dataclasses.asdict(self.recipe.shape))
+        if variant.random:
+            student = for_training(type(student)(copy.deepcopy(student.config))).to(teacher.device)
+        objective = merged(self.recipe, variant)
+        taught = teacher if is_taught(self.job.kind, objective) else None
+        if taught is not None and self.recipe.cache:
+            cache = self.together.first(lambda: str(self._cache(teacher)))
+            objective |= {"teacher_cache": cache, "teacher_precision": "auto"}
+            cached = self.together.first(lambda: self._cache_report(cache, student, teacher))
+        else:
+            cached = {}
+        made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
+        if variant.random or not made_of.layers:
+            made |= {"start": "random"}
+        else:
+            made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}
+        return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
+
+    def _cache(self, teacher: Any) -> Path:
+        """The directory of the teacher's answers for all that students train on; made once."""
+        from distilbert_fast.distillation.schedule import at, is_zero
+        from distilbert_fast.distillation.teachers.build_cache import build_cache
+        from distilbert_fast.distillation.teachers.model import ModelTeacher
+
+        objective = objective_for(self.job, self.recipe, teacher, teacher)
+        rows = self.job.rows()
+        with refused():
+            return build_cache(
+                ModelTeacher(teacher, self.recipe.objective.get("teacher_precision", "auto")),
+                rows,
+                self.run.path / CACHE,
+                k=self.recipe.cache,
+                temperature=at(objective.temperature, 0.0),
+                positions=objective.kd_positions,
+                hidden=not is_zero(objective.cos),
+                epochs=self.recipe.student.passes(len(rows)),
+            )
+
+    def _cache_report(self, cache: str, student: Any, teacher: Any) -> dict[str, float]:
+        """What it takes and leaves out, by the first rows."""
+        from distilbert_fast.distillation.teachers.build_cache import cache_report
+        from distilbert_fast.distillation.teachers.cache import CachedTeacher
+
+        rows = self.job.rows().at_epoch(0)
+        batch = self.job.collator()([rows[i] for i in range(min(len(rows), _REPORTED))])
+        answers = CachedTeacher(cache, rows, teacher)
+        answers.prepare(teacher.device)
+        return cache_report(answers, student, teacher, [{name: x.to(teacher.device) for name, x in batch.items()}])
+
+    def measure(self) -> dict[str, Any]:
+        """Speed of teacher and student, by transformers and on the engine, in turns."""
+        import torch
+
+        from distilbert_fast import backends
+        from distilbert_fast.evaluation import speed
+        from distilbert_fast.modeling.optimize import optimize
+
+        models = {}
+        for name in (TEACHER, STUDENT.name):
+            models[f"{name} transformers"] = self.job.timed(self._load(self.run.path / name)[0])
+            models[f"{name} optimize()"] = optimize(self.job.timed(self._load(self.run.path / name)[0]))
+        device = next(next(iter(models.values())).parameters()).device
+        single, batched = (
+            [{key: x.to(device) for key, x in batch.items()} for batch in self.job.batches(size, rows)]
+            for size, rows in ((1, 32), (32, 128))
+        )
+        measured = {
+            "latency_ms": speed.latency(models, single, turns=5),
+            "throughput": speed.throughput(models, batched, turns=5),
+        }
+        rows = sum(len(batch["input_ids"]) for batch in batched)
+        return {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "environment": backends.report(),
+            "inputs": {
+                "latency_rows": len(single),
+                "throughput_rows": rows,
+                "mean_tokens": sum(int(batch["attention_mask"].sum()) for batch in batched) / rows,
+                "threads": torch.get_num_threads(),
+                "device": str(device),
+            },
+            "speed": {
+                key: {name: dataclasses.asdict(value) for name, value in by_name.items()}
+                for key, by_name in measured.items()
+            },
+        }
+
+    def _load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
+        from distilbert_fast.modeling.loading import load_with_head
+
+        return load_with_head(source, self.job.head, new_head, **config)
+
+    def _train(
+        self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        from transformers import ProgressCallback
+
+        from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
+        from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
+
+        rows = self.job.rows()
+        path = self.run.path / CHECKPOINTS / name
+        settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
+        settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
+        arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
+        trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_progress_bar())
+        checkpoint = newest_complete_checkpoint(path)
+        if checkpoint:
+            self.say(f"      continuing from {Path(checkpoint).name}")
+        start = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint="auto")
+        self.together.meet()  # all have read a checkpoint before the first may remove it
+        parts = ("step", "loss", *trainer.objective.names)
+        return {
+            "seconds": time.perf_counter() - start,
+            "resumed": checkpoint is not None,
+            "steps": result.global_step,
+            "objective": dict(objective),
+            "teacher_effect": {
+                key.removeprefix("teacher_"): value
+                for entry in trainer.state.log_history
+                if "teacher_loss_change" in entry
+                for key, value in entry.items()
+                if key.startswith("teacher_")
+            },
+            "losses": [
+                {key: entry[key] for key in parts if key in entry}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+        }
+
+    def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
+        """Save, read back, and judge what was read, as it is and with int8 linear layers: the first process does."""
+        if not self.together.is_first:
+            return {}
+        import torch
+
+        from distilbert_fast.evaluation import speed
+        from distilbert_fast.modeling.loading import FAMILIES
+        from distilbert_fast.modeling.optimize import optimize
+
+        save("distill", path, model, tokenizer)
+        kept = model.state_dict()
+        model, _, _ = self._load(path)
+        lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
+        if lost:
+            raise RuntimeError(f"distill: {str(path)!r}: tensors read back differ from those saved: {', '.join(lost)}")
+        row = {
+            "architecture": FAMILIES[model.config.model_type],
+            "layers": model.config.num_hidden_layers,
+            "parameters": speed.parameters(model),
+            "file_bytes": speed.file_bytes(path),
+            "quality": self.job.evaluate(model, teacher),
+        }
+        return row | {"int8": self.job.evaluate(optimize(model, "int8"), teacher)}
+
+
+def _freeze(body: Any) -> None:
+    """No gradient and no dropout: a new head learns from the states that the body will have."""
+    import torch
+
+    body.requires_grad_(False)
+    for module in body.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _silent(*lines: Any) -> None:
+    """What the first process says needs no other to say it again."""
+
+
+def _of(build: Callable[[Variant, Path], Mapping[str, Any]], variant: Variant) -> Callable[[Path], Mapping[str, Any]]:
+    return lambda path: build(variant, path)
+
+
+def _progress_bar() -> Any:
+    """Trainer's bar, with the losses in it instead of on lines of their own."""
+    from transformers import ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+                shown = {key: f"{value:.3f}" for key, value in logs.items() if key in _SHOWN}
+                self.training_bar.set_postfix(shown, refresh=False)
+
+    return Bar()
+
+
+_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation", "teacher_mse", "label_mse"}

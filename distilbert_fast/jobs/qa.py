@@ -1,0 +1,61 @@
+"""Distillation on questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.jobs.job import LABELS_ALONE, NOTHING, TASK_VARIANTS, Metric
+
+if TYPE_CHECKING:
+    from distilbert_fast.data.squad import Questions
+    from distilbert_fast.evaluation.speed import Batch
+
+
+class QaJob:
+    """Extractive question answering on files of SQuAD's form; see `evaluation.squad`."""
+
+    kind, name, head, config, streaming = "qa", "qa", "QuestionAnswering", NOTHING, False
+    teacher_epochs = 3.0
+    metrics = (Metric("f1", "F1"), Metric("exact_match", "exact match"))
+    legend = "F1 and exact match in percent, as SQuAD counts them."
+    untaught = LABELS_ALONE
+    variants = TASK_VARIANTS
+
+    def __init__(self, train: Questions, held_out: Questions, max_length: int = 384, stride: int = 128) -> None:
+        self.train, self.held_out, self.max_length, self.stride = train, held_out, max_length, stride
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        """A head for answers has no classes."""
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.train.name,
+            "train": len(self.train),
+            "eval": len(self.held_out),
+            "fingerprint": f"{self.train.fingerprint[:12]}, {self.held_out.fingerprint[:12]}",
+            "max_length": self.max_length,
+            "stride": self.stride,
+        }
+
+    def prepare(self, tokenizer: Any, directory: Path) -> None:
+        from distilbert_fast.data.squad import Windows
+
+        self._train = Windows(self.train, tokenizer, self.max_length, self.stride)
+        self._held = Windows(self.held_out, tokenizer, self.max_length, self.stride)
+
+    def rows(self) -> Any:
+        return self._train.rows
+
+    def collator(self) -> Any:
+        return self._train.collator()
+
+    def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
+        return self._held.score(model)
+
+    def timed(self, model: Any) -> Any:
+        return model
+
+    def batches(self, size: int, rows: int) -> Sequence[Batch]:
+        return self._held.batches(size, rows)

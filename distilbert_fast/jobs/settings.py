@@ -1,0 +1,307 @@
+"""What `distill` is told: how to train, the student's shape, the losses; and what of that cannot be, said at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.jobs.demo import RecipeError, class_names, config_of, length_grouped
+from distilbert_fast.jobs.job import STUDENT, Job, Variant
+
+if TYPE_CHECKING:
+    from distilbert_fast.distillation.student import StudentReport
+
+_OF_MLM = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # weights that need a teacher
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        epochs: passes over the training rows; None for a teacher: 0 if it has its head, else the job's.
+        max_steps: stop after so many optimizer steps; 0: after the epochs.
+        batch_size: rows an optimizer step, of all processes together.
+        micro_batch: rows that a process computes at a time; gradients add up to those of the whole batch.
+        learning_rate: peak of AdamW's.
+        warmup: share of the steps over which it rises; then it falls linearly to 0.
+        weight_decay: of AdamW.
+        bf16: compute in bfloat16 where autocast does.
+        seed: of what starts at random, the order of the rows, masks and dropout.
+        gradient_checkpointing: keep the input of each layer alone and compute the layer again in backward.
+    """
+
+    epochs: float | None = 3.0
+    max_steps: int = 0
+    batch_size: int = 256
+    micro_batch: int = 32
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+    gradient_checkpointing: bool = False
+
+    def check(self, what: str, processes: int = 1) -> None:
+        """Raise RecipeError for a number out of range, or a batch that processes cannot share evenly."""
+        share = max(1, self.batch_size // processes)
+        together = f" x {processes} processes" if processes > 1 else ""
+        for name, good, expected in (
+            ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
+            ("max_steps", self.max_steps >= 0, "0 or more"),
+            ("micro_batch", self.micro_batch >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("batch_size", self.batch_size % processes == 0, f"a multiple of the {processes} processes"),
+            ("batch_size", share % max(1, min(self.micro_batch, share)) == 0, f"a multiple of micro_batch{together}"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+        ):
+            if not good:
+                raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
+
+    def passes(self, rows: int) -> int:
+        """Over the rows, the last one perhaps not to its end."""
+        return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
+
+    def arguments(self, path: Path, rows: int, processes: int = 1) -> dict[str, Any]:
+        """For TrainingArguments, of each of so many processes."""
+        import torch
+
+        share = self.batch_size // processes
+        micro = min(self.micro_batch, share)
+        steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
+        return {
+            "output_dir": str(path),
+            "num_train_epochs": self.epochs or 1,
+            "max_steps": self.max_steps or -1,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": share // micro,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": math.ceil(self.warmup * steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.98,
+            "adam_epsilon": 1e-6,
+            "max_grad_norm": 5.0,
+            "bf16": self.bf16,
+            "use_cpu": not torch.cuda.is_available(),  # or Trainer refuses bfloat16 there
+            "save_strategy": "steps",
+            "save_steps": max(1, min(250, steps // 8)),
+            "save_total_limit": 1,
+            "logging_steps": max(1, steps // 100),
+            "seed": self.seed,
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **length_grouped(),
+            **(_checkpointing() if self.gradient_checkpointing else {}),
+        }
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Under the name that this transformers 5 has for it."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the student; see `student_from_teacher`."""
+
+    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    architecture: str = "distilbert"
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `distill` does with a job.
+
+    Attributes:
+        student: how it is trained.
+        teacher: how the teacher is, if it has to be.
+        train_body: the teacher is trained as a whole; False: only its new head (for "mlm").
+        shape: of the student.
+        objective: settings of `DistillationArguments`, such as temperature and the alphas.
+        cache: mlm: so many of the teacher's most likely tokens are kept on disk for each row, and the rest as one
+            number; the teacher runs once, over all epochs, and not beside the student. 0: it runs beside it.
+        compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
+    """
+
+    student: Training = field(default_factory=Training)
+    teacher: Training = field(default_factory=lambda: Training(epochs=None))
+    train_body: bool = True
+    shape: Shape = field(default_factory=Shape)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    cache: int = 0
+    compare: Sequence[str] = ()
+
+
+def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
+    """Refuse now, not after the training, what teacher, student, data and losses cannot be together.
+
+    Returns what the student will be made of.
+    """
+    from distilbert_fast.distillation.student import student_from_teacher
+    from distilbert_fast.distillation.teachers.model import ModelTeacher
+    from distilbert_fast.modeling.loading import load_with_head
+
+    with refused():
+        other = _other_head(source, job)
+        job.meet(class_names(source), kept=not (recipe.teacher.epochs or other))
+        teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
+        if not (random or recipe.teacher.epochs):
+            _check_kept_head(source, job, other)
+        student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
+        objective = objective_for(job, recipe, student, teacher)
+        objective.check(student, ModelTeacher(teacher))
+    if job.streaming:
+        _check_stream(recipe, trains=bool(recipe.teacher.epochs or random))
+    positions = _positions(job, student.config)
+    if not 4 <= job.max_length <= positions:
+        raise RecipeError(
+            f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
+        )
+    if recipe.cache:
+        _check_cache(job, recipe, objective, teacher.config.vocab_size)
+    return made_of
+
+
+def _other_head(source: Path, job: Job) -> str | None:
+    """The class that a checkpoint was saved from, if its head is another than the job's under the same names."""
+    alike = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
+    classes = config_of(source).get("architectures") or []
+    return next((name for name in classes if name.endswith(alike) and not name.endswith(f"For{job.head}")), None)
+
+
+def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
+    """Refuse to take a head as it is that was trained for something else."""
+    wanted, has = job.config.get("problem_type"), config_of(source).get("problem_type")
+    for expected, got in ((f"a model for {job.head}", other), (f"problem_type {wanted}", wanted and has)):
+        if got and got != wanted:
+            raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
+
+
+def _check_stream(recipe: Recipe, trains: bool) -> None:
+    """Refuse what a corpus without an end cannot have; ``trains``: the teacher is trained."""
+    for name, good, expected, got in (
+        ("student max_steps", recipe.student.max_steps > 0, "above 0", recipe.student.max_steps),
+        ("teacher max_steps", recipe.teacher.max_steps > 0 or not trains, "above 0", recipe.teacher.max_steps),
+        ("cache", recipe.cache == 0, "0", recipe.cache),
+    ):
+        if not good:
+            raise RecipeError(f"distill: {name}: expected {expected} for a corpus that is streamed, got {got}")
+
+
+def check_devices(processes: int) -> None:
+    """Refuse a process that has several GPUs, of which it would use one."""
+    import torch
+
+    if processes == 1 and "LOCAL_RANK" not in os.environ and (count := torch.cuda.device_count()) > 1:
+        raise RecipeError(
+            f"distill: GPUs: expected one a process, got {count}; start it by torchrun --nproc-per-node {count} "
+            "-m distilbert_fast distill, or name one in CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:
+    """Refuse what a cache of the teacher's answers will not have."""
+    needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
+    if job.kind != "mlm" or needs_all:
+        got = ", ".join(needs_all) or job.kind
+        raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
+    if not 0 < recipe.cache <= vocabulary:
+        raise RecipeError(f"distill: cache: expected 0 to {vocabulary}, the tokens there are, got {recipe.cache}")
+    if isinstance(objective.temperature, str):
+        raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
+    if "cos" in objective.names and objective.kd_positions == "masked":
+        raise RecipeError(
+            "distill: cache: expected 0 for kd_positions masked with the loss cos, which takes all tokens"
+        )
+
+
+def _positions(job: Job, config: Any) -> int:
+    """The longest rows that a student reads."""
+    from distilbert_fast.data.masking import MULTIPLE
+    from distilbert_fast.modeling.architectures import longest_sequence
+
+    positions = longest_sequence(config)
+    return positions // MULTIPLE * MULTIPLE if job.kind == "mlm" else positions  # to which its rows are padded
+
+
+def objective_for(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
+    """What the student is trained for."""
+    from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
+
+    settings = merged(recipe, STUDENT)
+    with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
+        arguments = recipe.student.arguments(Path(path), 1)
+        return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What the parts below say of a user's input, as an error of the recipe."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"distill: {error}") from error
+
+
+def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
+    return {**recipe.objective, **variant.objective}
+
+
+def distinct(variants: Sequence[Variant], recipe: Recipe, from_layers: bool = True) -> list[Variant]:
+    """Without those that differ from the student in nothing, no loss can be left out twice, or that have no loss left.
+
+    ``from_layers``: the student starts from layers of its teacher, not at random like some of its variants.
+    """
+    from distilbert_fast.distillation.schedule import is_zero
+
+    student, kept = _weights(merged(recipe, STUDENT)), []
+    for variant in variants:
+        weights = _weights(merged(recipe, variant))
+        other = weights != student or (variant.random and from_layers)
+        if other and not all(is_zero(weights[name]) for name in ("alpha_mlm", *_OF_MLM)):
+            kept.append(variant)
+    return kept
+
+
+def is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
+    """Whether any loss needs the teacher."""
+    from distilbert_fast.distillation.schedule import is_zero
+
+    weights = _weights(objective)
+    return not all(is_zero(weights[name]) for name in (_OF_MLM if kind == "mlm" else ("alpha",)))
+
+
+def leaves_head(kind: str, objective: Mapping[str, Any]) -> bool:
+    """Whether no loss reaches the head, whose weights then get no gradient."""
+    from distilbert_fast.distillation.schedule import is_zero
+
+    weights = _weights(objective)
+    return kind == "mlm" and all(is_zero(weights[name]) for name in ("alpha_ce", "alpha_mlm", "alpha_mse"))
+
+
+def _weights(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all losses; numbers that came as text as numbers, and what stays at 0 as 0."""
+    from distilbert_fast.distillation.arguments import DistillationArguments
+    from distilbert_fast.distillation.schedule import is_zero, plain
+
+    defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
+    given = {name: objective.get(name, defaults[name]) for name in ("alpha", "alpha_mlm", *_OF_MLM)}
+    return {name: 0.0 if is_zero(weight) else plain(weight) for name, weight in given.items()}

@@ -1,0 +1,142 @@
+"""Distillation on a task: classification or regression of sentences, or of pairs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric, classes_of_head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distilbert_fast.data.tasks import Task
+    from distilbert_fast.evaluation.speed import Batch
+
+
+class TaskJob:
+    """Classification; see `load_task` for the data.
+
+    Raises ValueError for a task of another kind than the job's.
+    """
+
+    kind, name, head, streaming = "task", "task", "SequenceClassification", False
+    teacher_epochs = 3.0
+    metrics: tuple[Metric, ...] = (
+        Metric("accuracy", "accuracy", True),
+        Metric("matthews", "Matthews"),
+        Metric("macro_f1", "macro-F1", True),
+        Metric("agreement", "agreement", True),
+        Metric("kl", "KL"),
+    )
+    legend = "Agreement: the share of rows for which it chooses the teacher's class; KL from the teacher in nats."
+    untaught = LABELS_ALONE
+    variants = TASK_VARIANTS
+
+    def __init__(self, task: Task, max_length: int = 128) -> None:
+        numbers = isinstance(self, RegressionJob)
+        if task.regression is not numbers:
+            expected, got = ("numbers", "classes") if numbers else ("classes", "numbers")
+            raise ValueError(f"{type(self).__name__}: task must have {expected} as labels, got {got}")
+        self.task, self.max_length = task, max_length
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return {**classes_of_head(self.task.label_names), "problem_type": "single_label_classification"}
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        self.task = self.task.for_classes(classes, kept)
+
+    def describe(self) -> dict[str, Any]:
+        task = self.task
+        return {
+            "name": task.name,
+            "train": len(task.train),
+            "eval": len(task.eval),
+            **({"pairs": ", ".join(task.columns)} if len(task.columns) > 1 else {}),
+            **self._labels(),
+            "fingerprint": task.fingerprint[:12],
+            "max_length": self.max_length,
+        }
+
+    def _labels(self) -> dict[str, str]:
+        return {"classes": ", ".join(self.task.label_names)}
+
+    def prepare(self, tokenizer: Any, directory: Path) -> None:
+        from datasets import Dataset
+
+        from distilbert_fast.data.sentences import tokenized
+
+        self.tokenizer = tokenizer
+        encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.max_length)
+        self._rows = Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])})
+
+    def rows(self) -> Any:
+        return self._rows
+
+    def collator(self) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
+        import torch
+
+        labels = torch.tensor(self.task.eval["label"])
+        return self._judge(self._answers(model), labels, None if teacher is None else self._answers(teacher))
+
+    def _answers(self, model: Any) -> Tensor:
+        from distilbert_fast.evaluation.metrics import predictions
+
+        return predictions(model, self.tokenizer, self.task.texts(self.task.eval), max_length=self.max_length)
+
+    def _judge(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, float]:
+        """Logits of a model and its teacher [N, K], labels [N]."""
+        from distilbert_fast.evaluation import metrics
+
+        row = {name: getattr(metrics, name)(logits, labels) for name in ("accuracy", "matthews", "macro_f1")}
+        if taught is not None:
+            row |= {"agreement": metrics.agreement(logits, taught), "kl": metrics.mean_kl(logits, taught)}
+        return row
+
+    def timed(self, model: Any) -> Any:
+        return model
+
+    def batches(self, size: int, rows: int) -> Sequence[Batch]:
+        from distilbert_fast.evaluation import speed
+
+        texts = self.task.texts(self.task.eval)
+        timed = texts[:: max(1, len(texts) // rows)][:rows]
+        return speed.batches(self.tokenizer, timed, size, self.max_length, "cpu")
+
+
+class RegressionJob(TaskJob):
+    """Regression: labels are numbers, and the head has one output."""
+
+    metrics = (
+        Metric("pearson", "Pearson"),
+        Metric("spearman", "Spearman"),
+        Metric("mse", "MSE"),
+        Metric("teacher_mse", "MSE from the teacher"),
+    )
+    legend = "Pearson's and Spearman's correlation with the labels; mean squared errors in squares of the labels' unit."
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return {**classes_of_head(["LABEL_0"]), "problem_type": "regression"}
+
+    def meet(self, classes: Sequence[str], kept: bool) -> None:
+        """A number has no classes."""
+
+    def _labels(self) -> dict[str, str]:
+        labels = self.task.train["label"]
+        return {"numbers": f"{min(labels):g} to {max(labels):g}"}
+
+    def _judge(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, float]:
+        """Outputs of a model and its teacher [N, 1], labels [N]."""
+        from distilbert_fast.evaluation import metrics
+
+        predicted = logits[:, 0]
+        row = {name: getattr(metrics, name)(predicted, labels) for name in ("pearson", "spearman", "mse")}
+        return row if taught is None else row | {"teacher_mse": metrics.mse(predicted, taught[:, 0])}
