@@ -65,6 +65,13 @@ OTHERS = {
     "module": lambda m: setattr(layer(m).ffn, "lin1", nn.Linear(8, 16)),
     "module added": lambda m: layer(m).add_module("more", nn.Identity()),
     "module of the root": lambda m: setattr(m, "embeddings", copy.deepcopy(m.embeddings)),
+    "modules of the root": lambda m: setattr(m, "_modules", dict(m._modules)),
+    "dictionary of parameters": lambda m: setattr(
+        layer(m).ffn.lin1, "_parameters", dict(layer(m).ffn.lin1._parameters)
+    ),
+    "dictionary of modules": lambda m: setattr(layer(m), "_modules", dict(layer(m)._modules)),
+    "all attributes": lambda m: vars(layer(m).ffn.lin1).update(vars(nn.Linear(8, 16))),
+    "swap in inference mode": lambda m: torch.inference_mode()(lambda: swap(m))(),
     "class": lambda m: setattr(layer(m).ffn.lin1, "__class__", type("Mine", (nn.Linear,), {})),
 }
 OBSTACLES = {
@@ -73,6 +80,8 @@ OBSTACLES = {
     "hook on all": hook_all,
     "dropout": lambda m: m.embeddings.dropout.train(),
     "forward": lambda m: setattr(layer(m).ffn.lin1, "forward", lambda x: x),
+    "dictionary of hooks": lambda m: setattr(layer(m), "_forward_hooks", {1: lambda *_: None}),
+    "dictionary of attributes": lambda m: setattr(layer(m), "__dict__", {**vars(layer(m)), "forward": lambda x: x}),
 }
 HARMLESS = {
     "attribute": lambda m: setattr(layer(m), "note", "mine"),
@@ -101,9 +110,8 @@ def test_obstacles(change):
             holds, obstacle = snapshot.look(model)
             assert holds and obstacle is not None
     finally:
-        for handle in vars(model).pop("handle", None), *vars(layer(model))["_forward_hooks"]:
-            if handle is not None and hasattr(handle, "remove"):
-                handle.remove()
+        if "handle" in vars(model):
+            model.handle.remove()
 
 
 def test_an_obstacle_that_goes():
@@ -123,13 +131,34 @@ def test_a_class_whose_forward_is_replaced(monkeypatch):
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
-def test_what_changes_nothing_is_looked_at_once(change, monkeypatch):
+def test_what_changes_nothing_is_judged_once(change, monkeypatch):
     model = make()
     snapshot = seen(model)
     change(model)
     assert snapshot.look(model) == (True, None)
     monkeypatch.setattr(Snapshot, "_holds", lambda *_: pytest.fail("looked at in full again"))
     assert all(snapshot.look(model) == (True, None) for _ in range(3))
+
+
+def test_shallow_copies():
+    model = optimize(make())
+    ids = torch.ones(1, 3, dtype=torch.long)
+    other = copy.copy(model)
+    with torch.no_grad():
+        answer = model(ids)[0]
+        other._modules = copy.deepcopy(model._modules)
+        other.embeddings.word_embeddings.weight.mul_(3)
+        assert not torch.allclose(other(ids)[0], answer)
+        torch.testing.assert_close(other(ids)[0], type(make()).forward(copy.deepcopy(other), ids)[0])
+        torch.testing.assert_close(model(ids)[0], answer)
+
+
+def test_buffers_made_in_inference_mode():
+    model = make()
+    with torch.inference_mode():
+        model.embeddings.register_buffer("position_ids", torch.arange(8)[None], persistent=False)
+    with pytest.raises(ValueError, match=r"must be made outside torch.inference_mode\(\)"):
+        optimize(model)
 
 
 def test_a_write_while_it_is_judged():

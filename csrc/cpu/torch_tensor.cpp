@@ -88,8 +88,8 @@ void TorchTensor::prefetch() const {
 bool TorchTensor::holds() const {
   // torch.utils.swap_tensors puts another C++ tensor behind the same object; the one that was there may be gone.
   if (std::memcmp(own_bytes(), bytes_.data(), bytes_.size()) != 0) return false;
-  State now;
   if (direct_) return read_directly() == state_;
+  State now;
   return read(object_, &now) && now == state_;
 }
 

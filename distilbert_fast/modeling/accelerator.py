@@ -69,7 +69,7 @@ class Accelerator:
         Raises:
             TypeError, ValueError: weights that the engine cannot run.
         """
-        if any(tensor.is_inference() for tensor in encoder.parameters()):
+        if any(tensor.is_inference() for tensor in (*encoder.parameters(), *encoder.buffers())):
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         with torch.inference_mode(False):
             modules = encoder_modules(find_encoder(encoder, OP), OP, self.precision)
@@ -102,7 +102,7 @@ class Accelerator:
                 except (TypeError, ValueError) as error:
                     warn_once(f"the model has changed, transformers' own forward runs: {error}")
                     return str(error)
-            return packed[0].look(encoder)[1] or packed
+            return packed[0].look(encoder)[1] or packed  # what changes from here on shows at the next call
 
     def _pack_changed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
         if self._calibrated:

@@ -216,6 +216,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
 
     Raises:
         TypeError: another dtype or a mixture of them, a tensor that is no plain one, or float64 with int8, by name.
+        ValueError: a tensor that torch negates when it reads it.
     """
     dtype = encoder.get_input_embeddings().weight.dtype
     int8 = precision == "int8" or any(isinstance(module, Int8Linear) for module in encoder.modules())
@@ -228,6 +229,8 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
             place = f"dtype of {prefix}.{name}"
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
+            if tensor.is_neg():
+                _check.refuse(caller, f"{prefix}.{name}", "a tensor without torch's negative bit", "one")
             if isinstance(module, Int8Linear) and name == "weight":
                 continue
             wider = isinstance(module, nn.LayerNorm) and dtype in (torch.bfloat16, torch.float16)

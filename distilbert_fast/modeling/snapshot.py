@@ -18,10 +18,14 @@ _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 
 
 class _Sight(NamedTuple):
-    """What was seen of the tree, and when: nothing has changed in it while ``watch`` holds."""
+    """What was seen of the tree at the last look: nothing has changed in it while ``watch`` holds.
 
+    Copies of dictionaries keep what was in them, such as a hook that was removed, until the next look.
+    """
+
+    root: dict[str, Any]  # vars() of it: a shallow copy of a model has another root
     watch: Any  # csrc/cpu/tree_watch.h
-    watched: Any  # all that it has by address
+    watched: Any  # keeps alive what the watch points to
     obstacle: str | None
 
 
@@ -65,6 +69,7 @@ class Snapshot:
         self._set = [get(module) for get, module in self._settings]
         self._inner = [m for m in modules if m is not root]
         self._random = [m for m in self._inner if any(isinstance(x, nn.Dropout) for x in (m, *m.children()))]
+        self._homes = list(map(_homes, modules))
         self._types = list(map(type, self._inner))
         self._kinds = list(set(self._types))
         self._forwards = list(map(_forward, self._kinds))
@@ -72,13 +77,13 @@ class Snapshot:
         self._seen: _Sight | None = None
 
     def look(self, root: nn.Module) -> tuple[bool, str | None]:
-        """Whether this is the tree that was read, and nothing that torch counts has changed in it; and why the modules
-        below the root must be called one by one all the same, None if they need not.
+        """Whether this is the tree that was read, with its settings and with nothing written that torch counts; and why
+        the modules below the root must be called one by one all the same, None if they need not.
 
         Where nothing at all has changed since the last look, which is nearly always, it takes a tenth of the time.
         """
         seen = self._seen
-        if seen is not None and seen.watch.holds():
+        if seen is not None and seen.root is vars(root) and seen.watch.holds():
             return True, seen.obstacle
         sight = self._sight(root)  # before it is judged: what another thread changes meanwhile is seen the next time
         if not self._holds(root):
@@ -89,21 +94,26 @@ class Snapshot:
         return True, obstacle
 
     def _sight(self, root: nn.Module) -> _Sight | None:
-        """None where the native module is not built."""
+        """None where the native module is not built, and for what is no tree of dictionaries and plain tensors."""
         if not backends.availability("cpu").ok:
             return None
-        dictionaries: list[dict[str, Any]] = [vars(module) for module in self._inner]
-        for module in (root, *self._inner):
-            dictionaries += [module._modules, module._parameters, module._buffers]
+        modules = (root, *self._inner)
         hooks = [found for module in self._inner for found in (_hooks(module), _pre_hooks(module))]
-        copies = [(live, dict(live)) for live in (*dictionaries, *hooks, *_GLOBAL_HOOKS)]
-        forwards = [(kind, "forward", _forward(kind)) for kind in self._kinds]
-        watched = (copies, self._inner, forwards, self._tensors)
-        return _Sight(backends.cpu().TreeWatch(*watched), watched, None)
+        dictionaries = [*map(vars, modules), *(home for m in modules for home in _homes(m)), *hooks, *_GLOBAL_HOOKS]
+        attributes: list[tuple[Any, str, Any]] = [(kind, "forward", _forward(kind)) for kind in self._kinds]
+        attributes += [(module, "__dict__", vars(module)) for module in self._inner]
+        try:
+            watched = ([(live, dict(live)) for live in dictionaries], self._inner, attributes, self._tensors)
+            return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched, None)
+        except (TypeError, ValueError):
+            return None
 
     def _holds(self, root: nn.Module) -> bool:
         return (
-            root._modules is self._children[0]
+            all(
+                all(map(operator.is_, _homes(m), homes))
+                for m, homes in zip((root, *self._inner), self._homes, strict=True)
+            )
             and list(map(len, self._children)) == self._counts
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects))
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
@@ -131,6 +141,11 @@ class Snapshot:
 
     def requires_grad(self) -> bool:
         return any(map(operator.attrgetter("requires_grad"), self._tensors))
+
+
+def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The dictionaries in which it has its modules, parameters and buffers."""
+    return module._modules, module._parameters, module._buffers
 
 
 def _dropout(module: nn.Module) -> float:

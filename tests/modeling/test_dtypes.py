@@ -109,3 +109,11 @@ def test_an_int8_engine_steps_aside_for_a_model_cast_to_float64(calls):  # noqa:
     batch = inputs(model)
     with torch.no_grad(), expect(calls, 0):
         torch.testing.assert_close(model(**batch), make("bert").double()(**batch), rtol=0, atol=0)
+
+
+def test_a_tensor_that_torch_negates_when_it_reads_it():
+    model = make("bert")
+    weight = model.encoder.layer[0].output.dense.weight
+    weight.data = torch._neg_view(weight.data)
+    with pytest.raises(ValueError, match=r"output.dense.weight must be a tensor without torch's negative bit"):
+        optimize(model)
