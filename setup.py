@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -73,6 +74,13 @@ int probe() {
   return 0;
 }
 """
+# Instructions of each tier, compiled after PROBE: the compiler must know its flags, and the assembler what it emits.
+TIER_PROBES = {
+    "tier_avx2": "__m256 widen(__m128i x) { return _mm256_cvtph_ps(x); }",
+    "tier_avx512": "__m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }",
+    "tier_avx512_bf16": "__m512 dot(__m512 sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }",
+    "tier_amx": "void dot() { _tile_dpbssd(0, 1, 2); _tile_dpbf16ps(0, 1, 2); }",
+}
 
 
 def fail(message: str) -> NoReturn:
@@ -91,10 +99,23 @@ class Compiler:
     flags: list[str]
     link_flags: list[str]
     version: str
+    tiers: list[str]  # those of TIER_FLAGS that it can compile
+
+
+def compiles(command: list[str], tiers: Iterable[str]) -> tuple[bool, str]:
+    """Whether the command, with the flags of these tiers, compiles PROBE and their instructions; its messages."""
+    flags = [flag for tier in tiers for flag in TIER_FLAGS[tier]]
+    probes = [TIER_PROBES[tier] for tier in tiers if tier in TIER_PROBES]
+    text = "\n".join([PROBE, *(["#include <immintrin.h>"] if probes else []), *probes, ""])
+    status, messages = output_of([*command, *flags, "-c", "-o", os.devnull, "-x", "c++", "-"], text)
+    return status == 0, messages
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler of CXX, else the first of g++, c++ and clang++; it must compile the probe."""
+    """The C++ compiler of CXX, else the first of g++, c++ and clang++; it must compile PROBE.
+
+    ISA tiers that it cannot compile are left out, with a message.
+    """
     needed = "a C++17 compiler, g++ >= 11 or clang++ >= 12, is needed"
     command = shlex.split(os.environ.get("CXX", ""))
     command = command or [name for name in ("g++", "c++", "clang++") if shutil.which(name)][:1]
@@ -114,16 +135,22 @@ def find_compiler() -> Compiler:
         version += " (kernels use one thread: clang makes no parallel code for libgomp)"
 
     flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS, openmp]
-    tiers = [flag for tier in TIER_FLAGS.values() for flag in tier]
-    status, words = output_of([*command, *flags, *tiers, "-c", "-o", os.devnull, "-x", "c++", "-"], PROBE)
-    if status:
-        fail(f"{needed}, and {shlex.join(command)} failed on a few lines of C++17:\n{words}")
+    tiers = list(TIER_FLAGS)
+    if not compiles([*command, *flags], tiers)[0]:
+        able, messages = compiles([*command, *flags], [])
+        if not able:
+            fail(f"{needed}, and {shlex.join(command)} failed on a few lines of C++17:\n{messages}")
+        for tier in TIER_FLAGS:
+            able, messages = compiles([*command, *flags], [tier])
+            if not able:
+                tiers.remove(tier)
+                print(f"distilbert-fast: without {tier}, which {shlex.join(command)} cannot compile:\n{messages}")
 
     if not IS_X86:
         flags.append("-DDISTILBERT_FAST_SCALAR_ONLY")
     flags.append(f"-isystem{headers}")
     link_flags = ["-shared", openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    return Compiler(command, flags, link_flags, version)
+    return Compiler(command, flags, link_flags, version, tiers)
 
 
 @dataclass
@@ -206,12 +233,13 @@ def decide_cuda() -> Cuda:
     return Cuda(reason, nvcc, version, tuple(asked or [a for a in DEFAULT_ARCHS if a.rstrip("a") in known]))
 
 
-def cpu_sources() -> list[Path]:
+def cpu_sources(tiers: list[str]) -> list[Path]:
     sources = sorted(Path("csrc/cpu").glob("*.cpp"))
     foreign = [path for path in sources if path.stem.startswith("tier_") and path.stem not in TIER_FLAGS]
     if foreign and IS_X86:
         fail(f"{foreign[0]} is an ISA tier, and TIER_FLAGS in setup.py has no flags for it.")
-    return [Path("csrc/bindings_cpu.cpp"), *(path for path in sources if path not in foreign)]
+    built = [path for path in sources if path.stem in tiers or not path.stem.startswith("tier_")]
+    return [Path("csrc/bindings_cpu.cpp"), *built]
 
 
 def cuda_sources() -> list[Path]:
@@ -241,7 +269,7 @@ def write_ninja(compiler: Compiler, cuda: Cuda) -> None:
         for name in ("link", "nvcc_link"):
             ninja.rule(name, f"${name} $in -o $out", f"{name} $out")
 
-        modules = [("_cpu", "link", cpu_sources())]
+        modules = [("_cpu", "link", cpu_sources(compiler.tiers))]
         if cuda.nvcc:
             modules.append(("_cuda", "nvcc_link", cuda_sources()))
         for module, link, sources in modules:
@@ -272,7 +300,7 @@ def build_info(compiler: Compiler, cuda: Cuda) -> str:
 
 compiler = {compiler.version!r}
 compiler_flags = {shlex.join(flag for flag in compiler.flags if not flag.startswith("-isystem"))!r}
-cpu_tiers = {tuple(path.stem.removeprefix("tier_") for path in cpu_sources() if path.stem in TIER_FLAGS)!r}
+cpu_tiers = {tuple(sorted(tier.removeprefix("tier_") for tier in compiler.tiers))!r}
 cuda_built = {bool(cuda.nvcc)!r}
 cuda_reason = {cuda.reason!r}
 cuda_version = {cuda.version!r}

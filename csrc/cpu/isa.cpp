@@ -10,6 +10,15 @@
 #endif
 
 namespace distilbert_fast {
+
+#ifndef DISTILBERT_FAST_SCALAR_ONLY
+// setup.py leaves out the tiers that the compiler cannot compile; weak, their addresses are then null.
+extern const Kernels kernels_avx2 __attribute__((weak));
+extern const Kernels kernels_avx512 __attribute__((weak));
+extern const Kernels kernels_avx512_bf16 __attribute__((weak));
+extern const Kernels kernels_amx __attribute__((weak));
+#endif
+
 namespace {
 
 struct Tier {
@@ -120,7 +129,13 @@ std::vector<Tier> find_tiers() {
 #endif
 
 const std::vector<Tier>& tiers() {
-  static const std::vector<Tier> found = find_tiers();
+  static const std::vector<Tier> found = [] {
+    std::vector<Tier> all = find_tiers();
+    for (Tier& tier : all) {
+      if (!tier.kernels && tier.lacks.empty()) tier.lacks = "the compiler of this build could not compile it";
+    }
+    return all;
+  }();
   return found;
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import runpy
 import shutil
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from install.commands import copy_checkout, run
+from install.commands import ROOT, copy_checkout, run, succeed
 
 # Writes what it is asked to write, and when it started and ended.
 COMPILER = """#!/bin/sh
@@ -276,6 +278,72 @@ def test_another_processor_gets_the_scalar_tier_alone(machine):
     assert info["cpu_tiers"] == ("scalar",) and "-DDISTILBERT_FAST_SCALAR_ONLY" in info["compiler_flags"]
     (ninja,) = machine.checkout.glob("build/native-*aarch64/build.ninja")
     assert "avx" not in ninja.read_text()
+
+
+REFUSED = {
+    "-mamx-tile": {"amx"},
+    "-mavx512bf16": {"avx512_bf16"},
+    "-mavx512vnni": {"avx512", "avx512_bf16", "amx"},
+    "-mf16c": {"avx2", "avx512", "avx512_bf16", "amx"},
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_tiers_that_the_compiler_cannot_compile_are_left_out(machine, flag):
+    refusal = f'case " $* " in *" {flag} "*) echo "error: unrecognized option {flag}"; exit 1 ;; esac\nout='
+    script = (machine.path / "g++").read_text().replace("out=", refusal, 1)
+    (machine.path / "g++").write_text(script)
+    done = machine.build()
+    assert done.returncode == 0, done.stdout
+    for tier in REFUSED[flag]:
+        said = f"distilbert-fast: without tier_{tier}, which g++ cannot compile:\nerror: unrecognized option {flag}\n"
+        assert said in done.stdout
+    assert done.stdout.count("distilbert-fast: without") == len(REFUSED[flag])
+    kept = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"} - REFUSED[flag]
+    assert machine.built()["cpu_tiers"] == tuple(sorted(kept))
+    (ninja,) = machine.checkout.glob("build/native-*/build.ninja")
+    compiled = set(re.findall(r"/tier_(\w+)\.cpp\.o: ", ninja.read_text()))
+    assert compiled == kept and flag not in ninja.read_text()
+
+
+def test_an_assembler_that_is_too_old_for_a_tier(machine):
+    """The compiler knows every flag, the program that it hands its output to not every instruction."""
+    script = (machine.path / "g++").read_text()
+    refusal = 'if [ "$out" = /dev/null ] && grep -q _tile_dpbssd; then echo "no such instruction"; exit 1; fi\n'
+    (machine.path / "g++").write_text(script.replace("echo start", f"{refusal}echo start"))
+    (machine.path / "grep").symlink_to(shutil.which("grep"))
+    assert machine.built()["cpu_tiers"] == ("avx2", "avx512", "avx512_bf16", "scalar")
+
+
+WITHOUT_AMX = """
+#include <cstdio>
+
+#include "isa.h"
+
+namespace distilbert_fast {
+const Kernels kernels_scalar{}, kernels_avx2{}, kernels_avx512{}, kernels_avx512_bf16{};
+}
+
+int main() {
+  for (const auto& [name, lacks] : distilbert_fast::missing_isas()) std::printf("%s: %s\\n", name.data(), lacks.data());
+  for (const auto& name : distilbert_fast::available_isas()) std::printf("%s runs\\n", name.data());
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+def test_a_module_without_a_tier_says_so(tmp_path):
+    """isa.cpp linked without the AMX tier, on a processor that is taken to have all of it."""
+    (source,) = (ROOT / "csrc/cpu").rglob("isa.cpp")
+    text = re.sub(r"\{\"amx\", &kernels_amx, amx\}", '{"amx", &kernels_amx, ""}', source.read_text())
+    (tmp_path / "isa.cpp").write_text(text)
+    (tmp_path / "main.cpp").write_text(WITHOUT_AMX)
+    headers = {path.parent for path in (ROOT / "csrc").rglob("*.h")}
+    words = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Werror", "-Wall", *(f"-I{path}" for path in headers))
+    succeed("g++", *words, "isa.cpp", "main.cpp", "-o", "without-amx", cwd=tmp_path)
+    said = succeed(tmp_path / "without-amx", cwd=tmp_path)
+    assert "amx: the compiler of this build could not compile it\n" in said
+    assert "amx runs" not in said and "scalar runs\n" in said
 
 
 def test_an_isa_tier_without_flags(machine):
