@@ -27,7 +27,7 @@ import triton.language as tl
 from distilbert_fast.kernels import tuning
 from distilbert_fast.kernels.common import LOG2E, LOWEST
 
-# No kernel is compiled anew because of the value of one of these.
+# No kernel is compiled again because of the value of one of these.
 PLAIN = ["head_mask_stride", "threshold", "batch", "length", "tokens", "H"]
 
 
@@ -69,7 +69,7 @@ def find_sequence(b, cu_seqlens, mask, length, tokens):
 
 @triton.jit
 def find_block(block, cu_seqlens, batch, length, BLOCK: tl.constexpr):
-    """The sequence that block number ``block`` belongs to, and the block's first row in it, maybe behind its end."""
+    """The sequence that block number ``block`` belongs to, and the block's first row in it, maybe after its end."""
     if cu_seqlens is None:
         blocks = tl.cdiv(length, BLOCK)
         b = block // blocks
@@ -108,7 +108,7 @@ def counts(mask, row, count):
 
 @triton.jit
 def load_rows(at, stride, first, inside, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [R, BLOCK_D] from ``first`` on; 0 behind column D and where not ``inside`` (None: all are)."""
+    """Rows [R, BLOCK_D] from ``first`` on; 0 from column D on and where not ``inside`` (None: all are)."""
     column = tl.arange(0, BLOCK_D)[None, :]
     places = at + tl.cast(first, tl.int64) * stride + tl.arange(0, R).to(tl.int64)[:, None] * stride + column
     if inside is None and D == BLOCK_D:
@@ -312,25 +312,9 @@ def _attention_fwd_kernel(
     if mask is not None:
         out = tl.where(counted[:, None], out, 0.0)
     _store_outputs(
-        o,
-        unmasked,
-        stats,
-        b,
-        begin,
-        head,
-        first,
-        place,
-        query < rows,
-        H,
-        tokens,
-        out,
-        acc,
-        m,
-        one_over_z,
-        BLOCK_M,
-        D,
-        BLOCK_D,
-    )
+        o, unmasked, stats, b, begin, head, first, place, query < rows, H, tokens, out, acc, m, one_over_z,
+        BLOCK_M, D, BLOCK_D,
+    )  # fmt: skip
 
 
 # Launch ------------------------------------------------------------------------------------------------------
@@ -357,7 +341,7 @@ def call_arguments(
     dropout_p: float,
     scale: float,
 ) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """What all kernels take behind their tensors of heads: arguments, and constants."""
+    """The arguments that all kernels take after their tensors of heads, and their constants."""
     padded = cu_seqlens is None
     rank = None
     if seed is not None and attention_mask is not None:

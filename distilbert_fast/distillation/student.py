@@ -41,10 +41,10 @@ class StudentReport:
     Attributes:
         teacher, student: class names.
         num_layers: depth of the student.
-        layers: the teacher's layer behind each layer of the student; empty if the student starts at random.
+        layers: the teacher's layer from which each layer was copied; empty if the student starts at random.
         copied: each tensor of the student and where it comes from.
         left_out: tensors of the teacher that the student has no place for, whole layers as one entry.
-        notes: in what the student differs from its teacher beyond depth.
+        notes: how the student differs from its teacher, apart from depth.
         teacher_parameters, student_parameters: counts, shared tensors counted once.
     """
 
@@ -88,7 +88,7 @@ def student_from_teacher(
     num_heads: int | None = None,
     intermediate_size: int | None = None,
 ) -> tuple[PreTrainedModel, StudentReport]:
-    """Make a student out of a teacher's own tensors.
+    """Make a student from the tensors of a teacher.
 
     Args:
         teacher: a transformers DistilBERT, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, Data2VecText, ELECTRA or ERNIE model:
@@ -104,10 +104,10 @@ def student_from_teacher(
             teacher's, and the feed-forward layer is as many times as wide as hidden_size.
 
     Returns:
-        The student and what was copied. It has the teacher's head and is made to train fast: a DistilBERT is this
-        package's drop-in class, a RoBERTa transformers' own with this package's attention; it is saved and loaded as
-        transformers' own. In float32, in eval mode, on the teacher's device; unless its width is another, no tensor
-        of it is random.
+        The student and a report of what was copied. The student has the teacher's head. A DistilBERT is this package's
+        drop-in class, a RoBERTa is transformers' class with this package's attention; both are saved and loaded as
+        transformers' own. It is in float32, in eval mode, on the teacher's device. No tensor of it is random, unless
+        its width differs from the teacher's.
 
     How close it starts: with all layers a student of RoBERTa's shape is its teacher. So are a DistilBERT's hidden
     states, if the LayerNorms have eps 1e-12 (BERT's) and for token_type_ids of 0: DistilBERT knows no other. The
@@ -181,7 +181,7 @@ def _widths(
 
 
 def _family_and_head(teacher: PreTrainedModel) -> tuple[Architecture, str]:
-    """From the transformers class the teacher is or derives from."""
+    """Return the architecture and head of the transformers class that the teacher is or derives from."""
     known = head_of(type(teacher))
     if known is None:
         raise TypeError(
@@ -310,7 +310,7 @@ def _sources(
 
 
 def _head_activation(family: Architecture, hidden_act: str) -> str:
-    """Of the head for masked LM, which does not follow the config everywhere."""
+    """The activation in the head for masked LM, which not every architecture reads from the config."""
     return "gelu" if family.vocabulary_activation is None else hidden_act
 
 
@@ -352,16 +352,15 @@ def _fold_token_type(tensors: dict[str, torch.Tensor], have: Mapping[str, torch.
 
 
 def _fit_pooler(tensors: dict[str, torch.Tensor]) -> None:
-    """Bring a head made for tanh close to its old answers behind ReLU.
+    """Adapt a head made for tanh, so that its answers after ReLU are close to the old ones.
 
-        teacher: W tanh(z) + b        student: W (relu(z + 1) − 1) + b = W max(z, −1) + b,    z = pooled
-            states [C]
+        teacher: W tanh(z) + b
+        student: W (relu(z + 1) − 1) + b = W max(z, −1) + b,    z = pooled states [C]
 
-    max(z, −1) has the slope of tanh at 0 and its limit below, and for every z it is as near to tanh(z) as
-    relu(z), or nearer; relu(z), which copying the numbers would give, has neither (it is near to GELU, ELECTRA's, whose
-    numbers are copied). The 1 goes into the bias
-    before ReLU and out of the bias behind it. On a BERT (C=384) fine-tuned on SST-2, same hidden states, the
-    logits are off by 6% of their norm, against 46% with the numbers copied.
+    max(z, −1) has the slope of tanh at 0 and its limit below, and for every z it is as near to tanh(z) as relu(z), or
+    nearer. relu(z), which copying the numbers would give, has neither (it is near to GELU: ELECTRA's are copied). The
+    1 goes into the bias before ReLU and out of the bias after it. On a BERT (C=384) fine-tuned on SST-2, with the same
+    hidden states, the logits are off by 6% of their norm, against 46% with the numbers copied.
     """
     if "pre_classifier.bias" in tensors:
         tensors["pre_classifier.bias"] = tensors["pre_classifier.bias"] + 1
@@ -412,7 +411,7 @@ def _report(
 
 
 def _by_layer(names: Iterable[str]) -> list[str]:
-    """Sorted, the tensors of one layer as one entry."""
+    """Sort the names, with one entry for all tensors of a layer."""
     entries = {re.sub(r"(\.layer\.\d+)\..*", r"\1", name) for name in names}
     return sorted(
         entries, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
@@ -420,7 +419,7 @@ def _by_layer(names: Iterable[str]) -> list[str]:
 
 
 def _note_differences(teacher: PreTrainedModel, position: str, copied: dict[str, str], left_out: set[str]) -> list[str]:
-    """What a DistilBERT makes of what it has no module for, into ``copied`` and ``left_out``; what it cannot be."""
+    """Return notes on what DistilBERT has no module for; record in ``copied`` and ``left_out`` what became of it."""
     old, notes = teacher.config, []
     (token_type,) = (name for name in left_out if name.endswith("token_type_embeddings.weight"))
     copied[position] += f" + {token_type}[0]"
@@ -434,7 +433,7 @@ def _note_differences(teacher: PreTrainedModel, position: str, copied: dict[str,
 
 
 def _note_pooler(family: Architecture, made: Architecture, copied: dict[str, str]) -> list[str]:
-    """What a head for sequences makes of a pooler of another kind, into ``copied``, and that it does."""
+    """Return a note if the head pools in another way than the teacher's; record in ``copied`` how it was adapted."""
     if family.pools_by == made.pools_by or not any(f"{name}.weight" in copied for name in _POOLERS):
         return []
     if (family.pools_by, made.pools_by) != ("tanh", "relu"):
