@@ -82,7 +82,7 @@ class Tokens(NamedTuple):
     def packed(
         cls, mask: torch.Tensor | None, batch: int, length: int, device: torch.device, count: int | None = None
     ) -> Tokens:
-        """Of the positions where mask [B, T], on ``device`` or on the CPU, is not 0: ``count``, if the caller knows."""
+        """Make it from mask [B, T], on ``device`` or on the CPU: tokens are where it is not 0; there are ``count``."""
         if mask is None:
             return cls(batch, length, torch.arange(batch + 1, dtype=torch.int32, device=device) * length)
         places = _places(token_mask("unpad", mask, batch, length), count)

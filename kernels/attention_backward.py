@@ -172,7 +172,7 @@ def _attention_bwd_dq_kernel(
     k,
     v,
     do,
-    o,  # Heads: before the head mask if dm is wanted, else behind it
+    o,  # Heads: before the head mask if dm is wanted, else after it
     stats,  # fp32 [2, H, tokens]: m and 1 / Z
     dq,
     delta,  # fp32 [H, tokens]; gets r

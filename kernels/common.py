@@ -4,7 +4,7 @@ A row of C hidden states fits in registers: a tile is [ROWS, BLOCK_C], whole row
 
 A row of V = 30522 two-byte logits starts at any multiple of 4 bytes, and a load of 16 bytes may not. So a row is
 its *body*, whole groups of GROUP columns that start at multiples of GROUP elements, and its *edges*, the fewer
-than GROUP columns before the body and behind it. Columns count from the body's first one:
+than GROUP columns before the body and after it. Columns count from the body's first one:
 
     [-head, 0)  [0, body)  [body, V - head)          body and all offsets of the body are multiples of GROUP
 

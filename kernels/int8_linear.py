@@ -4,7 +4,7 @@
 
 One pass: x_q [N, C] and w_q [F, C] are read tile by tile, y [N, F] is written once. The weights of a layer fit in
 L2; the tiles are ordered so that rows of x_q are reused there too. As many programs are launched as run at one time,
-and each works through its share of the tiles, so that the next tile's loads hide behind an epilogue.
+and each works through its share of the tiles, so that the next tile's loads overlap with an epilogue.
 
 With few rows there are fewer tiles than places for programs. Then C is split between several: they store int32 sums
 [SPLITS, N, F], and a second kernel adds these and applies the epilogue. The sums are exact, so no split changes a bit.

@@ -207,7 +207,7 @@ def kl_div_fwd(
             0 if gradient is None else gradient.stride(0),
             0 if mask is None else mask.stride(0),
             student.shape[1],
-            float(temperature),  # Triton would compile anew for an int
+            float(temperature),  # Triton would compile again for an int
             LOG2E / temperature,
             enable_fp_fusion=True,
             **configuration(student, teacher, gradient),
@@ -246,7 +246,7 @@ def kl_div_bwd(
             dstudent.stride(0),
             0 if mask is None else mask.stride(0),
             student.shape[1],
-            float(temperature),  # Triton would compile anew for an int
+            float(temperature),  # Triton would compile again for an int
             LOG2E / temperature,
             enable_fp_fusion=True,
             **configuration(student, teacher, dstudent),

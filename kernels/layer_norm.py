@@ -199,7 +199,7 @@ def normalize_fwd(
                 N=n,
                 C=c,
                 scale_stride=stride_of(scale),
-                eps=float(eps),  # Triton would compile anew for an int
+                eps=float(eps),  # Triton would compile again for an int
                 **config,
             )
 

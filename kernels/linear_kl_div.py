@@ -46,7 +46,7 @@ def _at_one(e, below, POWER: tl.constexpr):
     return e if POWER == 1 else e * e if POWER == 2 else tl.exp(below * (1.0 / UNIT))
 
 
-# Labels and losses begin at any row of a chunk: where must not make the compiler start anew.
+# Labels and losses begin at any row of a chunk: where must not make the compiler start again.
 @triton.jit(do_not_specialize_on_alignment=["labels", "kl", "ce"])
 def _linear_kl_div_fwd_kernel(
     student,  # [R, width], without bias

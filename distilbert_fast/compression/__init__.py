@@ -1,1 +1,1 @@
-"""Making a model smaller: what happens to the weights, after or during training."""
+"""Make a model smaller, after or during training."""

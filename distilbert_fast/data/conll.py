@@ -15,7 +15,7 @@ _TAG = re.compile(r"[BIES][-_]..*|\W+", re.IGNORECASE)
 
 @dataclass
 class Tagged:
-    """Words and tags of sentences, and where each tag stands first: "line 7", "row 3"."""
+    """Words and tags of sentences, and the place where each tag occurs first: "line 7", "row 3"."""
 
     rows: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def read_conll(source: str, text: str) -> Tagged:
         raise ValueError(f"{source}: line {number}: expected a mark (BOM) at the file's beginning alone, got one here")
     given = [line.strip(" \t") for line in lines(text)]
     rows = [_columns(line) for line in given]
-    plain = [row for row in rows if row and not row[0].startswith("#")]  # comments say nothing of a file's columns
+    plain = [row for row in rows if row and not row[0].startswith("#")]  # comments have no columns
     width = len(plain[0]) if plain else 0
     known = {row[-1] for row in plain if len(row) == width}
     tabbed = [("\t" in line) for line, row in zip(given, rows, strict=True) if row and not row[0].startswith("#")]
@@ -85,13 +85,13 @@ def read_conll(source: str, text: str) -> Tagged:
 
 
 def _columns(line: str) -> tuple[str, ...]:
-    """The columns of a line; none of one that ends a sentence."""
+    """The columns of a line; an empty list for a line that ends a sentence."""
     columns = tuple(cell.strip(" ") for cell in re.split("\t" if "\t" in line else " +", line))
     return () if columns == ("",) or columns[0] == "-DOCSTART-" else columns
 
 
 def _is_comment(line: str, row: Sequence[str], width: int, known: Collection[str]) -> bool:
-    """Whether a line is one, and not a word # with its tag; `known` are the tags of words that begin otherwise."""
+    """Whether a line is a comment, and not the word # with its tag; `known` are the tags of all other words."""
     if _KEY_AND_VALUE.match(line) or _DOCUMENT.match(line):
         return True
     if row[0] != "#" and not row[0].startswith("# "):  # as a hashtag does

@@ -4,10 +4,10 @@
 
     cache_dir/<fingerprint>/    [train.arrow]  [holdout.arrow]  token_counts.npy  checkpoint_manifest.json
 
-The fingerprint hashes the bytes of the sources, the tokenizer and the settings: a corpus that has not changed is read
-from there if its files fit their SHA-256 (else it is made again), one that has never is. The directory is built under
-a hidden name, flushed and renamed while a lock is held: it stands there whole or not at all, and of several processes
-one builds while the others wait. Of a stream it holds what the first rows tell, and no train.arrow.
+The fingerprint hashes the bytes of the sources, the tokenizer and the settings. A corpus that has not changed is read
+from the cache if its files match their SHA-256, else it is made again. The directory is built under a hidden name,
+flushed, and renamed while a lock is held, so it is there whole or not at all; if several processes want it, one builds
+and the others wait. For a stream the cache holds what the first rows tell, and no train.arrow.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ class Corpus:
     Attributes:
         train: a ``datasets.Dataset``, memory-mapped, with the columns input_ids (list of uint16, or of int32 if the
             vocabulary needs it) and length; of a streamed corpus an ``IterableDataset`` with the same rows.
-        holdout: the held-out rows, of the same kind; None if none were asked for. Of a stream's head: a ``Dataset``.
+        holdout: the held-out rows, of the same kind; None if none were asked for. That of a stream's head is a
+            ``Dataset``.
         token_counts: int64 [V], how often each id stands in ``train``.
         report: what was read, kept and dropped.
         fingerprint: of sources, tokenizer and settings.
         path: the directory it is cached in.
 
-    Of a corpus that is streamed these four are about its head, or None if that was not asked for.
+    For a streamed corpus the last four describe its head; they are None if none was asked for.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -85,7 +86,7 @@ def load_corpus(
     holdout: float = 0.0,
     seed: int = 0,
 ) -> Corpus:
-    """Read a corpus and make training rows of it, or find them made.
+    """Read a corpus and make training rows of it, or take them from the cache.
 
     A document is a text of a row of .jsonl, .parquet, .csv, .tsv or a data set; in .txt files, what blank lines or a
     file's end enclose. Its sentences are its lines. A sentence of more than max_length − 2 tokens is cut into pieces
@@ -104,9 +105,10 @@ def load_corpus(
         max_unknown: rows are dropped whose share of unknown tokens is this or more.
         cache_dir: where corpora are kept; needed unless streaming without ``head``.
         num_proc: processes that tokenize. None: this one, whose tokenizer uses all cores.
-        streaming: keep nothing; read, tokenize and pack while training. What is wrong with the source shows then.
-        head: of a stream, so many rows (or all there are) are read at once; what is held out of them is kept, and how
-            often each id stands in the others. It is taken for the same stream while names and sizes of its files are.
+        streaming: keep nothing; read, tokenize and pack while training. Faults in the source raise only then.
+        head: rows of a stream that are read at once (fewer if there are fewer). The rows held out of them are kept,
+            and how often each id occurs in the others. A stream counts as the same while the names and sizes of its
+            files are.
         holdout: share of rows that is held out of ``train``. A row's ids and ``seed`` decide, so equal rows are never
             on both sides and the choice is the same everywhere.
         seed: of the hold-out.
@@ -171,7 +173,7 @@ def _build(path: Path, write: Callable[[Path], Report]) -> None:
         if path.exists():
             logger.warning("load_corpus: making %s again: %s", path, reason)
             manifest.make_room(path)
-        if partial.exists():  # of a build that was killed
+        if partial.exists():  # a killed build left it
             shutil.rmtree(partial)
         try:
             manifest.begin(partial)
@@ -291,6 +293,6 @@ def _splits(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, report: 
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that decides which ids a text gets; what a call sets, truncation and padding, does not."""
+    """A hash of all that decides which ids a text gets; truncation and padding, which each call sets, do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return hashlib.sha256(json.dumps([state, len(tokenizer)], sort_keys=True).encode()).hexdigest()

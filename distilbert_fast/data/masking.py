@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are hidden, drawn anew every epoch and never stored.
+"""Masked language modelling: which tokens are hidden, drawn again in every epoch and never stored.
 
 Of an example of length L, n = ceil(p·L) tokens are drawn without replacement, token i with weight
 w = max(count of its id, 1)^−s, special tokens 0; of those drawn, 80 % become the mask token, 10 % stay and 10 %
@@ -37,7 +37,7 @@ _STREAM_CHUNK = 64  # rows of a stream that are masked at once
 
 
 class Masking:
-    """Hides tokens of examples; the same for the same (seed, epoch, example), always.
+    """Hide tokens of examples: always the same ones for the same (seed, epoch, example).
 
     Args:
         tokenizer: with a mask token. Its special tokens are never drawn.
@@ -91,7 +91,7 @@ class Masking:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for maskings that draw alike: all that decides the draws, the weights too."""
+        """A hash of all that decides the draws, the weights too: equal for maskings that draw alike."""
         shares = (self.probability, self.mask, self.keep, self.random, self.seed, self.mask_token)
         return hashlib.sha256(repr(shares).encode() + self._inverse_weight.tobytes()).hexdigest()[:16]
 
@@ -112,7 +112,7 @@ class Masking:
     def batch(
         self, input_ids: np.ndarray, lengths: np.ndarray, epoch: int, examples: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mask B examples that lie one after another; each comes out as from a call of its own.
+        """Mask B examples that lie one after another. Each gets the result that a call for it alone would give.
 
         Args:
             input_ids: [ΣL] their ids.
@@ -143,7 +143,7 @@ class Masking:
     def _bits(self, lengths: np.ndarray, epoch: int, examples: Sequence[int]) -> np.ndarray:
         """[ΣL, 2] random 64-bit words; an example's depend on (seed, epoch, example) and the place alone."""
         philox = np.random.Philox(key=self.seed)
-        state: Any = philox.state  # set anew for each example: a generator of its own costs seven times as much
+        state: Any = philox.state  # set again for each example: a generator of its own costs seven times as much
         counter = state["state"]["counter"]
         drawn = []
         for length, example in zip(lengths.tolist(), examples, strict=True):
@@ -169,7 +169,7 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     A row is {"input_ids": int64 [L], "labels": int64 [L], "length": L, "example": its number}.
 
     ``set_epoch`` must be called at the start of every epoch, a resumed one too, before its first batch is asked for,
-    as DistillationTrainer does; it reaches DataLoader workers that already run. A plain Trainer does not see to it:
+    as DistillationTrainer does; it reaches DataLoader workers that already run. A plain Trainer may not call it:
     accelerate forwards its ``set_epoch`` to the dataset only if no sampler takes it, and the one of the default
     random order does, with several processes and in any resumed epoch.
 
@@ -177,8 +177,8 @@ class MaskedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         rows: ``Corpus.train`` or ``Corpus.holdout``: columns input_ids and length.
         masking: hides the tokens.
         epoch: the first.
-        cycle: after so many epochs their masks come again: 1 for what is evaluated, whose ``set_epoch`` accelerate
-            calls too, with how often that was done; more for the epochs of a ``CachedTeacher``. None: never.
+        cycle: the number of epochs after which the masks repeat. 1 for evaluation, so that every evaluation masks alike
+            (accelerate calls ``set_epoch`` there too); more for the epochs of a ``CachedTeacher``. None: never.
     """
 
     def __init__(self, rows: datasets.Dataset, masking: Masking, epoch: int = 0, cycle: int | None = None) -> None:
@@ -231,7 +231,7 @@ class MaskedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     nothing to do.
 
     Args:
-        rows: ``train`` of a ``Corpus`` that is streamed. If they are shuffled, they are so anew in each epoch.
+        rows: ``train`` of a ``Corpus`` that is streamed. If they are shuffled, they are shuffled again in each epoch.
         masking: hides the tokens.
         epoch: the first.
     """
@@ -271,7 +271,7 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
 
 
 def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """What ``pad_collator`` makes of rows."""
+    """The batch that ``pad_collator`` makes of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
     inside = torch.arange(width) < lengths[:, None]  # [B, T]

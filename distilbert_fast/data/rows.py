@@ -31,7 +31,7 @@ class Flat(NamedTuple):
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Flat:
-        """Of an Arrow column of lists; no copy where that is one chunk."""
+        """Make them from an Arrow column of lists, without a copy if it is one chunk."""
         array = column.combine_chunks()
         return cls(array.flatten().to_numpy(), np.diff(array.offsets.to_numpy()))
 
@@ -157,7 +157,7 @@ def _wrap(stream: np.ndarray, starts: np.ndarray, stops: np.ndarray, layout: Lay
 
 @dataclass
 class Report:
-    """What became of a corpus.
+    """How many texts and rows of a corpus were read, dropped and kept.
 
     Attributes:
         texts: rows (of a text file: lines) that were read.
@@ -182,11 +182,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Filter:
-    """What rows stay, and which are held out.
+    """Which rows are kept, and which are held out.
 
     Attributes:
         min_length: a row has at least so many tokens, special ones counted.
-        max_unknown: and its share of unknown tokens is below this.
+        max_unknown: the share of unknown tokens in a row is below this.
         unknown: id of the unknown token, None if there is none.
         holdout: share of the rows that is held out, chosen by the hash of their ids and ``seed``.
     """
@@ -218,7 +218,7 @@ class Filter:
         return train, held_out
 
     def _share(self, row: np.ndarray) -> float:
-        """A number in [0, 1) that the row's ids and the seed decide."""
+        """A number in [0, 1) computed from the row's ids and the seed."""
         key = self.seed.to_bytes(8, "little")
         digest = hashlib.blake2b(row.astype("<i4").tobytes(), digest_size=8, key=key).digest()
         return int.from_bytes(digest, "little") / 2**64

@@ -132,7 +132,7 @@ def _question(source: str, qa: Any, context: str, number: int) -> Question:
 
 
 def _field(of: Any, name: str, kind: type[_T]) -> _T:
-    """What a JSON object has under a name. Raises TypeError."""
+    """Return the value of a name in a JSON object. Raises TypeError if it is missing or of another kind."""
     if not isinstance(of, dict) or name not in of:
         raise TypeError(f"expected an object with {name}, got {shortened(of)}")
     value = of[name]
@@ -212,7 +212,7 @@ class Windows:
     def _covered(self, inside: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Of each question's first answer the first character that a token covers, and the one after the last."""
         spans = [_span(row) for row in self.questions.rows]
-        found = [(stop, begin) for begin, stop in spans]  # nothing yet
+        found = [(stop, begin) for begin, stop in spans]  # no character found yet
         for at, offsets, tokens in zip(self.question, self.offsets, inside, strict=True):
             if tokens:
                 low, high = offsets[tokens[0]][0], offsets[tokens[-1]][1]
@@ -241,7 +241,7 @@ class Windows:
         return collate
 
     def batches(self, size: int, rows: int) -> list[dict[str, Tensor]]:
-        """What a model takes, of the first windows."""
+        """The columns that a model takes, of the first windows."""
         return [inputs for inputs, _ in self._batches(size, range(min(rows, len(self.question))))]
 
     @torch.inference_mode()
@@ -297,7 +297,7 @@ def _overlapping(row: Question, offsets: Sequence[tuple[int, int]], mask: Sequen
 
 
 def _places(span: tuple[int, int], offsets: Sequence[tuple[int, int]], tokens: Sequence[int]) -> tuple[int, int]:
-    """First and last of an answer's tokens in a window; 0, 0 if it is not wholly inside."""
+    """The first and last token of an answer in a window; 0, 0 if the answer is not wholly inside."""
     if not tokens or offsets[tokens[0]][0] > span[0] or offsets[tokens[-1]][1] < span[1]:
         return 0, 0
     return tokens[0], tokens[-1]

@@ -24,7 +24,7 @@ EVAL_SPLITS = ("validation", "validation_matched", "test")  # of a hub data set,
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a file, column by column, as they are written: what CSV and TSV hold, and numbers in JSONL, as str.
+    """The cells of a file, column by column, as they are written. Cells of CSV and TSV, and numbers in JSONL, are str.
 
     Attributes:
         columns: cells by the name of their column.
@@ -64,7 +64,7 @@ def _parquet(path: Path) -> Table:
     refuse_twice(table.column_names)
     try:
         features = Features.from_arrow_schema(table.schema)
-    except Exception as error:  # whatever `datasets` meets in metadata that are not its own
+    except Exception as error:  # `datasets` may raise anything for metadata that it did not write
         if b"huggingface" not in (table.schema.metadata or {}):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -92,7 +92,7 @@ def _jsonl(text: str) -> Table:
 
 
 def _separated(kind: str, text: str) -> Table:
-    """Cells byte for byte, which pandas' are not at the borders of its buffer; lines of white space alone are none.
+    """Read cells byte for byte (pandas changes some at the borders of its buffer). Lines of white space are skipped.
 
     A shorter row has empty cells at its end.
     """
@@ -135,14 +135,14 @@ def as_written(cell: object) -> str | None:
 
 
 def file_name(path: Path) -> str:
-    """`sst2/train.tsv`: most data files are called train."""
+    """Name a task after its file and folder, `sst2/train.tsv`: most data files are called train."""
     return "/".join(path.resolve().parts[-2:])
 
 
 def hub_splits(op: str, name: str, known: str = "") -> Any:
     """The splits of a hub data set, "owner/set" or "owner/set/config", with one called train.
 
-    `known`: what else the name might have been, for the message of the ValueError if it is not on the hub.
+    `known`: another meaning of the name, for the message of the ValueError if it is not on the hub.
     """
     from datasets import load_dataset
 
@@ -175,25 +175,25 @@ def is_held_out(text: str) -> bool:
 
 
 def folded(texts: Sequence[str]) -> str:
-    """One string for texts that differ in case and spaces alone."""
+    """Map texts that differ only in case and spaces to the same string."""
     return "\0".join(" ".join(text.lower().split()) for text in texts)
 
 
 def class_order(
     op: str, mine: Sequence[str], theirs: Sequence[str], kept: bool, fewer: bool = False
 ) -> list[int] | None:
-    """The places of classes among those of a teacher, compared without case; None if it has others.
+    """Reorder labels to match the teacher: each class's place in its classes, ignoring case; None if it has others.
 
     Args:
-        op: what messages begin with.
+        op: the name with which error messages begin.
         mine: names of the data's classes.
         theirs: the teacher's, in the order of its logits.
         kept: the teacher's head is taken as it is, not trained.
         fewer: the teacher may have more classes than the data.
 
     Raises:
-        ValueError: the head is kept, and its classes are as many but others. Names that tell nothing, LABEL_0 and the
-            like or numbers in the data, are taken in the order they have.
+        ValueError: the head is kept, and it has as many classes with other names. Names without meaning (LABEL_0 in
+            the model, numbers in the data) are matched by their order.
     """
     ours, others = ([name.casefold() for name in of] for of in (mine, theirs))
     distinct = len(set(ours)) == len(ours) and len(set(others)) == len(others)
@@ -210,6 +210,6 @@ def class_order(
 
 
 def names_in_order(mine: Sequence[str], theirs: Sequence[str], order: Sequence[int]) -> tuple[str, ...]:
-    """The teacher's classes in its order; those that the data has under the data's names."""
+    """The classes in the teacher's order; classes that the data has are called as in the data."""
     own = dict(zip(order, mine, strict=True))
     return tuple(own.get(at, name) for at, name in enumerate(theirs))

@@ -1,4 +1,4 @@
-"""What the tags of words say of entities: the schemes that files of CoNLL's form have, and the entities of a sentence.
+"""Entities from the tags of words: the schemes by which files of CoNLL's form mark them; the entities of a sentence.
 
 A tag is a mark and a type, B-PER, or O outside of all entities. Marks: B, I of IOB1 and IOB2 (Tjong Kim Sang, De
 Meulder: CoNLL-2003, arXiv:cs/0306050), with E of IOE, with E and S of BIOES; L and U, or M and W, stand for the same in
@@ -69,7 +69,7 @@ def is_outside(tag: str) -> bool:
 
 
 def scheme_of(tags: Iterable[str]) -> Scheme | None:
-    """The scheme that all tags are of; None if they mark no entities."""
+    """Return the scheme that all tags follow; None if they mark no entities."""
     names = set(tags)
     inside = {tag for tag in names if not is_outside(tag)}
     if not inside:
@@ -86,7 +86,7 @@ def scheme_of(tags: Iterable[str]) -> Scheme | None:
 
 
 def odd_one(tags: Collection[str]) -> str | None:
-    """A tag for which tags that look like a scheme's are of none; None if they are, or look like no scheme's."""
+    """Return a tag that breaks the scheme which the tags seem to follow; None if no tag does, or they follow none."""
     scheme = scheme_of(tags)
     inside = sorted(tag for tag in tags if not is_outside(tag))
     if scheme is None:

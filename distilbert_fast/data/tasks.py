@@ -68,7 +68,7 @@ class Task:
         return not self.label_names
 
     def texts(self, split: Dataset) -> list[Text]:
-        """Of `train` or `eval`, in their order: sentences, or pairs of them."""
+        """The sentences, or pairs of sentences, of `train` or `eval`, in their order."""
         columns = [split[column] for column in self.columns]
         return list(columns[0]) if len(columns) == 1 else list(zip(columns[0], columns[1], strict=True))
 
@@ -200,7 +200,7 @@ def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], 
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns of a pair, if both are among these, or else that of a sentence; those of a pair that lacks one."""
+    """The columns of a pair, if both are there, else the column of a sentence; and the columns that are missing."""
     whole = (pair for pair in PAIRS if set(pair) <= set(names))
     begun = (pair for pair in PAIRS if set(pair) & set(names))
     return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
@@ -256,14 +256,14 @@ def _text(row: str, column: str, cell: object) -> str:
 
 
 def _label(row: str, cell: object) -> str:
-    """One label; a list, also one that a CSV file has as text, is several."""
+    """Check that a cell holds one label. A list holds several, also where a CSV file has it as text."""
     if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
         raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
     return _text(row, "label", cell).strip()
 
 
 def _number(label: str) -> float | None:
-    """A finite number, or None; Python's own 1_000 is none."""
+    """Parse a finite number; None for anything else, and for 1_000, which only Python takes for a number."""
     try:
         number = float(label.replace("_", "no number"))
     except ValueError:
@@ -343,7 +343,7 @@ def _task(
 
 
 def _refuse_numbers(labels: set[str]) -> None:
-    """As many classes as there are numbers is not what somebody wants who forgot to ask for a regression.
+    """Refuse numbers with fractions as classes: somebody forgot to ask for a regression.
 
     Nor are two classes of one number: 1 and 1.0, which JSONL may mix. Codes such as 007 and 7 are two.
     """

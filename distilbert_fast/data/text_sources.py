@@ -88,7 +88,7 @@ class Texts:
             refuse("load_corpus", "text_column", "None for .txt files, which have no columns", repr(column))
 
     def identity(self, threads: int) -> list[Any]:
-        """What the texts depend on, wherever they lie: SHA-256 of every file; of a data set of the hub its commit."""
+        """What decides the texts: the SHA-256 of each file, wherever it is, or the commit of a data set of the hub."""
         if not self._is_here():
             return [self._data_set({})._fingerprint, self.split]
         files = self._named_files()
@@ -97,7 +97,7 @@ class Texts:
         return [*zip((name for name, _ in files), sums, strict=True), self.split]
 
     def sizes(self) -> list[Any]:
-        """What can be told of the texts without reading them: each file's size; of a data set of the hub its name."""
+        """What is known of the texts without reading them: each file's size, or the name of a data set of the hub."""
         known = [(name, file.stat().st_size) for name, file in self._named_files()] if self._is_here() else [self.name]
         return [*known, self.split]
 
@@ -235,7 +235,7 @@ class Texts:
 
 
 class _TextOf:
-    """Takes the texts out of lines of JSONL; a line of white space has none."""
+    """Takes the texts from lines of JSONL; a line of white space has none."""
 
     def __init__(self, name: str, column: str | None) -> None:
         self.name, self.column = name, column
@@ -265,10 +265,10 @@ class _TextOf:
 
 
 def _is_filled(rows: Mapping[str, Sequence[str]]) -> list[bool]:
-    """Of each row of a table, whether it has more than white space."""
+    """For each row of a table, whether it holds more than white space."""
     return [any(cell and cell.strip() for cell in cells) for cells in zip(*rows.values(), strict=True)]
 
 
 def _is_file_name(source: str) -> bool:
-    """Whether it means files, not a data set: it is there, has a suffix of READERS, or is a glob."""
+    """Whether a name means files, not a data set: it exists, has a suffix of READERS, or is a glob."""
     return Path(source).exists() or Path(source).suffix.lower() in READERS or glob.has_magic(source)

@@ -84,7 +84,7 @@ class TagTask:
         return self.scheme is not None
 
     def for_classes(self, names: Sequence[str], kept: bool) -> TagTask:
-        """The same task, its tags numbered as a teacher numbers its own, who may know more; see `class_order`."""
+        """The same task with its tags numbered as the teacher's, which may have more; see `class_order`."""
         order = class_order(OP, self.tag_names, names, kept, fewer=True)
         if order is None:
             return self
@@ -192,7 +192,7 @@ def _columns(source: str, names: Sequence[str]) -> str:
 
 
 def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Sequence[str] | None) -> Tagged:
-    """Of lists of words and of tags, each a text or a number; where numbers have `names`, these."""
+    """Make sentences of lists of words and of tags, texts or numbers. `names`, if given, name the numbers."""
     tagged = Tagged()
     for number, row in enumerate(zip(words, tags, strict=True), start=1):
         place = f"{source}: row {number}"
@@ -328,7 +328,7 @@ class Pieces:
 
     @torch.inference_mode()
     def logits(self, model: Any, batch_size: int = 32) -> Tensor:
-        """Of the words that have a label, fp32 [L, K] on the CPU; the model is left in eval mode."""
+        """Logits of the words that have a label, fp32 [L, K] on the CPU; the model is left in eval mode."""
         model.eval()
         device = next(model.parameters()).device
         order = sorted(range(len(self.rows)), key=[len(ids) for ids in self.rows["input_ids"]].__getitem__)

@@ -90,7 +90,8 @@ class DistillationArguments(TrainingArguments):
         },
     )
     teacher_cache: str = field(
-        default="", metadata={"help": "mlm: directory of answers that build_cache wrote; no teacher runs."}
+        default="",
+        metadata={"help": "mlm: directory that build_cache wrote; answers are read from it, no teacher runs."},
     )
 
     def __post_init__(self) -> None:
@@ -125,7 +126,7 @@ class DistillationArguments(TrainingArguments):
 
 
 def settings_of(args: DistillationArguments) -> dict[str, Any]:
-    """The settings that the objective reads; "task", the first there was, goes without saying."""
+    """The settings that the objective reads; "task" is left out, since it is the default."""
     of_mlm = (*_ALPHAS.values(), "kd_positions", "hidden_loss", "layer_map", "relation_heads")
     read = ("temperature", *(of_mlm if args.objective == "mlm" else ("alpha",)))
     objective = {} if args.objective == "task" else {"objective": args.objective}
@@ -133,7 +134,7 @@ def settings_of(args: DistillationArguments) -> dict[str, Any]:
 
 
 def objective_of(args: DistillationArguments, student: Any, teacher: Any) -> Objective:
-    """The objective that the settings ask for; what they leave open is taken from the models.
+    """The objective that the settings ask for; settings that they leave open are taken from the models.
 
     Args:
         student: the transformers model to be trained.
@@ -145,7 +146,7 @@ def objective_of(args: DistillationArguments, student: Any, teacher: Any) -> Obj
         if is_regression(student) and (teacher is None or is_regression(teacher)):
             return RegressionObjective(args.alpha)
         return TaskObjective(args.temperature, args.alpha, args.label_smoothing_factor)
-    # without a model for a teacher there is nothing else to go by
+    # without a teacher model, only the student can tell
     example = (student if teacher is None else teacher).config
     even = even_layer_map(student.config.num_hidden_layers, example.num_hidden_layers)
     return MlmObjective(

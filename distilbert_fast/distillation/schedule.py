@@ -4,7 +4,7 @@
     "linear:2.0:1.0"    a + (b − a) x                              x = steps done / steps of the run, 0 … 1
     "cosine:2.0:1.0"    a + (b − a) (1 − cos πx) / 2
 
-They stay what a user wrote, numbers or text, wherever they are kept: that is how settings are saved and compared.
+Settings keep a schedule as the user wrote it, number or text, so that they can be saved and compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bounds(value: Scheduled) -> tuple[float, float]:
 
 
 def is_zero(value: Scheduled) -> bool:
-    """Whether it is 0 throughout: then what it weighs need not be computed."""
+    """Whether it is 0 throughout. A loss of that weight need not be computed."""
     return bounds(value) == (0, 0)
 
 

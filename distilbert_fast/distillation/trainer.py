@@ -27,11 +27,11 @@ _AGAIN = "again"  # in a batch: all its rows are counted elsewhere
 
 
 class DivergedError(ArithmeticError):
-    """Training came to a loss or a weight that is not finite; no checkpoint holds it."""
+    """A loss or a weight is no longer finite. No checkpoint holds that state."""
 
 
 class DistillationTrainer(ResumableTrainer):
-    """Trains ``model`` on the losses of an objective: on labels, and on what ``teacher`` answers.
+    """Train ``model`` on the losses of an objective: on labels, and on the answers of ``teacher``.
 
     ``args.objective`` names the objective and what batches hold:
 
@@ -102,7 +102,7 @@ class DistillationTrainer(ResumableTrainer):
         if of is not None:
             of.check(self.objective)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        # makes Trainer leave it to us to divide by the counts of a step
+        # Trainer then leaves it to us to divide by the counts of a step
         self.model_accepts_loss_kwargs = True
         self.teacher = of
         if of is not None:
@@ -120,7 +120,7 @@ class DistillationTrainer(ResumableTrainer):
                 torch.manual_seed(self.args.seed + self.args.process_index)  # or all processes drop out the same units
 
     def _log_teacher_effect(self) -> None:
-        """What a precision that was asked for makes of the teacher and of the loss, by the first rows."""
+        """Log how the requested precision changes the teacher's answers and the loss, measured on the first rows."""
         teacher = self.teacher
         if not isinstance(teacher, ModelTeacher) or teacher.precision in ("auto", "model"):
             return
@@ -167,7 +167,7 @@ class DistillationTrainer(ResumableTrainer):
         return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """Trainer's count, of labels; ``get_batch_samples`` has ours."""
+        """Trainer's own count of labels, which is not used: ``get_batch_samples`` counts."""
 
     def compute_loss(
         self,
@@ -219,7 +219,7 @@ class DistillationTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As in ResumableTrainer, of finite weights: a run that went on from others could not come back."""
+        """As in ResumableTrainer, but only finite weights are saved: a run could not recover from others."""
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 self._diverged("weights", f"others in {name}")
@@ -253,7 +253,7 @@ class DistillationTrainer(ResumableTrainer):
         return output
 
     def resume_settings(self) -> dict[str, Any]:
-        """What must be the same to resume; the teacher's weights are part of it."""
+        """The settings that must be the same to resume a run, and the teacher's weights."""
         return (
             super().resume_settings()
             | {f"args.{name}": value for name, value in settings_of(self.args).items()}
@@ -274,7 +274,7 @@ class DistillationTrainer(ResumableTrainer):
         return torch.zeros(2, len(self.objective.names), device=self.args.device)
 
     def _means(self, parts: torch.Tensor) -> dict[str, float]:
-        """By name; empty if nothing was added up."""
+        """The means by name; empty if no batch was counted."""
         sums, divisors = self.accelerator.reduce(parts, reduction="sum").tolist()
         if not any(divisors):
             return {}
@@ -282,7 +282,7 @@ class DistillationTrainer(ResumableTrainer):
 
 
 class _AtBegin(TrainerCallback):
-    """Calls before the first step of a run, and of a resumed one."""
+    """Runs a function before the first step of a run, and of a resumed run."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
@@ -294,7 +294,7 @@ class _AtBegin(TrainerCallback):
 def _teacher(
     teacher: PreTrainedModel | Teacher | None, args: DistillationArguments, train_dataset: Any
 ) -> Teacher | None:
-    """What answers, as the settings say."""
+    """The teacher that the settings ask for."""
     if teacher is not None and not isinstance(teacher, PreTrainedModel):
         for name, default in (("teacher_precision", "auto"), ("teacher_cache", "")):
             if (given := getattr(args, name)) != default:

@@ -45,7 +45,7 @@ def sequence_bucket(batch: int, padding: int) -> int:
 
 
 def _round_up(count: int, step: int) -> int:
-    """To the next of four sizes an octave, multiples of a step."""
+    """Round up to the next of four sizes an octave, multiples of a step."""
     step = max(step, 1 << max((count - 1).bit_length() - 3, 0))
     return -(-count // step) * step
 
@@ -80,14 +80,14 @@ class Device(Protocol):
         """Whether an encoder of this dtype can be captured and replayed now."""
 
     def in_turn(self) -> contextlib.AbstractContextManager[None]:
-        """What is launched inside comes behind what was launched inside before, in any stream."""
+        """Work launched inside runs after the work that was launched inside before, in any stream."""
 
     def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
         """Capture ``function`` of the inputs made; called in turn."""
 
 
 class CudaDevice:
-    """One GPU. Memory of the graphs belongs to a stream of its own, so that nobody else is given it too early."""
+    """One GPU. The graphs' memory belongs to a stream of its own, so that the allocator hands it out late enough."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -218,7 +218,7 @@ class Graphs:
         return self._device.capture(make, lambda inputs: encoder.run(*inputs, first=first)[-1])
 
     def _evict(self) -> None:
-        """Always after a capture: torch gives the pool up once no graph is left in it."""
+        """Drop old graphs, always after a capture: torch frees the pool once no graph is left in it."""
         while len(self._kept) > 1 and (
             len(self._kept) > self._count or sum(graph.bytes for graph in self._kept.values()) > MAX_BYTES
         ):

@@ -113,15 +113,15 @@ class Engine:
     def load(cls, path: str | Path, verify: bool | None = None) -> Engine:
         """Map a file that ``save`` wrote into memory, ready to run on a CPU. Processes that map it share its memory.
 
-        Whoever shortens or overwrites the file while it is mapped changes what the engine computes, or ends the process
-        with SIGBUS when it reads what is gone. ``save`` does neither: it puts a new file in the old one's place, and
-        engines that were loaded keep the old one.
+        Do not shorten or overwrite the file while it is mapped: that changes what the engine computes, or ends the
+        process with SIGBUS. ``save`` does neither: it puts a new file in the place of the old one, and engines that are
+        already loaded keep the old one.
 
         Args:
             path: a regular file.
             verify: compare the tensors with the file's checksum, which reads all of it: 10 ms for DistilBERT-base in
                 int8 (138 MB, EPYC, one core) if it is in the page cache, else what the disk takes. None: for files
-                below 1 GB. The header is always compared. Files of before there were checksums have none: only their
+                below 1 GB. The header is always compared. Files of earlier versions have no checksum: only their
                 sizes, dtypes and settings are checked, and True refuses them.
 
         Raises:
@@ -135,8 +135,8 @@ class Engine:
     def save(self, path: str | Path) -> None:
         """Write the packed weights, tables included, to a safetensors file with a checksum.
 
-        It is written beside its place, flushed to disk and renamed: a file that was there stays whole until the new one
-        is, and serves on where it is mapped.
+        It is written beside its place, flushed to disk and renamed: an old file stays whole until the new one
+        is, and engines that have mapped it keep using it.
 
         Raises:
             ValueError: the model was packed for ops alone (on a GPU, or in a dtype that the C++ encoder lacks).
@@ -205,7 +205,7 @@ class Engine:
 
     @torch.no_grad()
     def _op_encoder(self) -> OpEncoder:
-        """Packed when first needed."""
+        """The encoder that computes op by op, packed when it is first needed."""
         with self._lock:
             if self._ops is None:
                 model = self._modules()
@@ -356,7 +356,7 @@ def _first_rows(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
 def _feed(
     batches: Iterable[Mapping[str, torch.Tensor]], run: Callable[[dict[str, Any]], object], largest: torch.Tensor
 ) -> None:
-    """Run what is to be calibrated on."""
+    """Run the batches to calibrate on, and record the largest values."""
     count = 0
     for batch in batches:
         run({name: batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids")})
@@ -436,7 +436,7 @@ def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Te
 
 
 def _kind(linear: Any, precision: str | None) -> str | None:
-    """What the weights of a layer become; None: nothing that the C++ encoder knows."""
+    """The dtype in which the C++ encoder holds a layer's weights; None: it has none for them."""
     if linear.weight.dtype == torch.int8 or precision == "int8":
         return "int8" if precision in (None, "int8") else None
     return precision or _KINDS.get(linear.weight.dtype)

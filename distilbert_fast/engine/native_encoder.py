@@ -241,7 +241,7 @@ def static_linear(
     Returns:
         The blob; s; the factors 1 / (s · d_k) that make codes, float32 [K in whole panels].
     """
-    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was never seen alive
+    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was always 0
     w = weight.to(torch.float32).abs().amax(dim=0)
     d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
     scale = float((x / d).max()) / 127
@@ -252,8 +252,8 @@ def static_linear(
 
 
 class Room:
-    """One allocation for all blobs of an encoder, in huge pages: weights that stream through the caches cost a third
-    more where each 4 KiB of them is looked up.
+    """One allocation for all blobs of an encoder, in huge pages: with pages of 4 KiB, reading the weights takes a third
+    longer.
 
     Args:
         sizes: [F, K] of the layers it is for.

@@ -58,7 +58,7 @@ class OpEncoder:
             cu_seqlens: int32 [B + 1].
             head_masks: for each layer None or a factor for each of its heads [H_i].
             first: of the last state only each sequence's first token, [B, C], 0 where it has none: in the last layer
-                nothing behind the attention is computed for the others. Not with ``hidden_states``.
+                nothing after the attention is computed for the others. Not with ``hidden_states``.
             largest: float32 [L, 2], raised to the largest magnitudes of what each layer's out and ffn_out read.
             keys: bool [B, T], where the rows are those of a padded batch, N = B·T: which of them are anybody's keys.
         """

@@ -2,7 +2,7 @@
 
     format    "distilbert_fast.encoder.1"
     shape     the fields of ``Shape`` as JSON
-    xxh3      the checksum that files.py describes; files of before it have none
+    xxh3      the checksum that files.py describes; files of earlier versions it have none
 
 The tensors are those of ``PackedEncoder``, all of them and no others. A file is mapped into memory, so what it holds is
 checked before anything follows a size or an address in it.
@@ -30,7 +30,7 @@ from distilbert_fast.files.durable import (
 from distilbert_fast.files.schema import Check, array, integer, nullable, number, one_of, parse_json, record
 from distilbert_fast.ops import _check
 
-VERIFIED = 10**9  # bytes up to which a file is compared with its checksum unasked
+VERIFIED = 10**9  # bytes up to which a file is compared with its checksum by default
 
 _SIZE = integer(1, 2**24)
 _FIELDS: dict[str, Check] = {
@@ -71,7 +71,7 @@ def read(path: str | Path, verify: bool | None) -> PackedEncoder:
         return PackedEncoder(shape, tensors)
     except FileError as error:
         raise FileError(f"{OP}: {error}", error.reason) from error
-    except (ValueError, TypeError) as error:  # of a check that does not know of files
+    except (ValueError, TypeError) as error:  # raised by a check that does not know the path
         raise FileError(f"{OP}: {str(path)!r}: {error}", str(error)) from error
 
 
@@ -104,7 +104,7 @@ def _shape(path: str | Path, metadata: dict[str, str]) -> Shape:
 
 
 def _check_parts(shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse what cannot be of one encoder: numbers that contradict each other, tensors that lack or are too many."""
+    """Refuse parts that cannot make one encoder: contradicting numbers, missing tensors, unused tensors."""
     layers = len(shape.heads)
     if shape.head_size * shape.num_heads != shape.hidden:
         share = f"{shape.hidden} / {shape.num_heads}, the share of a head"

@@ -1,7 +1,7 @@
 """What an encoder is made of, and its weights laid out layer by layer in the precision that is asked for.
 
 Each layer's query, key and value become one matrix; heads that a mask sets to 0 leave the weights. A weight that is
-already what it shall be is shared with the model.
+already in the wanted form is shared with the model.
 
 Shapes: C hidden, H heads, D head size, F feed-forward.
 """

@@ -1,4 +1,4 @@
-"""What a classifier or a regression predicts, how right that is, and how closely it follows its teacher."""
+"""Predictions of classifiers and regressions, how right they are, and how closely they follow a teacher's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def predictions(
 ) -> Tensor:
     """The logits of a sequence classifier, fp32 [len(texts), labels] on the CPU, in the order given.
 
-    Texts of like length share a batch, so little of the work is padding. The model is left in eval mode.
+    Texts of similar length share a batch, so that little padding is computed. The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -97,7 +97,7 @@ def mse(predicted: Tensor, labels: Tensor) -> float:
 def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], scheme: Scheme | None = None) -> float:
     """F1 of the entities of all sentences, right if type, first and last word are; 0 if there are none.
 
-    `scheme`: what the tags are of; told by the tags themselves if None. Raises ValueError if they are of none.
+    `scheme`: the scheme of the tags; None: it is inferred from them. Raises ValueError if they follow none.
     """
     names = {tag for tags in (*predicted, *true) for tag in tags}
     scheme = scheme or scheme_of(names)

@@ -19,7 +19,7 @@ def register() -> None:
 
 
 def register_on_import() -> None:
-    """``register()`` now if transformers' models are imported already, else as soon as they are.
+    """Call ``register()`` now if transformers' models are imported already, else as soon as they are.
 
     Until then this costs nothing: neither transformers nor torch is imported.
     """

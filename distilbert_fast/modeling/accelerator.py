@@ -1,4 +1,4 @@
-"""The packed weights of an encoder: whether they are still what it holds, and how many calls they served."""
+"""The packed weights of an encoder: whether they are still current, and how many calls they served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Accelerator:
 
     Args:
         precision: of the engine, see ``optimize``.
-        keep_padding: whether padded positions are computed; None: as who calls asks, or may read them.
+        keep_padding: whether padded positions are computed; None: if the call asks for them, or may read them.
         graphs: how many CUDA graphs are kept.
     """
 
@@ -48,7 +48,7 @@ class Accelerator:
 
     @property
     def engine(self) -> Engine | None:
-        """The one that was packed last."""
+        """The engine that was packed last."""
         return None if self._packed is None else self._packed[1]
 
     def suspect(self) -> None:
@@ -56,7 +56,7 @@ class Accelerator:
         self._suspect = True
 
     def count(self, fallback: str | None) -> None:
-        """One more call, served by the engine or, for the reason given, not."""
+        """Count a call that the engine served, or did not serve for the reason ``fallback``."""
         with self._counting:
             if fallback is None:
                 self.served += 1
@@ -141,7 +141,7 @@ def _copied(model: EncoderModules) -> list[nn.Module]:
 
 
 class Explanation(NamedTuple):
-    """What ran the encoder of a model, so far.
+    """How the calls of a model's encoder were computed so far.
 
     Attributes:
         optimized: whether ``optimize`` was called on it.
@@ -168,7 +168,7 @@ def explain(model: PreTrainedModel) -> Explanation:
 
         print(distilbert_fast.explain(model))
 
-    With the environment variable DISTILBERT_FAST_LOG=1 each call is also logged as it comes, to stderr.
+    With the environment variable DISTILBERT_FAST_LOG=1 each call is also logged when it happens, to stderr.
 
     Raises:
         TypeError: a model that is none of transformers' (of a pipeline or a sentence-transformers model take its own).

@@ -1,4 +1,4 @@
-"""The encoders of transformers that this package knows, and what each calls its parts: said here and nowhere else.
+"""The encoders of transformers that this package knows, and the names of their parts. No other module holds such names.
 
 An architecture is in the table if its encoder computes what DistilBERT's, BERT's or RoBERTa's does by modules of one
 of the three shapes below; tests/modeling/test_encoders.py compares every entry with transformers itself. Nothing of
@@ -98,7 +98,7 @@ def _roberta_heads(base: str) -> Heads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Architecture:
-    """What one architecture of transformers calls things. Module names are dotted, relative to what holds them.
+    """The names that one architecture of transformers uses. Module names are dotted, relative to what holds them.
 
     Attributes:
         model_type: in its config.

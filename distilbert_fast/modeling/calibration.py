@@ -1,4 +1,4 @@
-"""What ``optimize`` calibrates on: batches of token ids, or texts that are made into such."""
+"""Calibration data for ``optimize``: batches of token ids, or texts, which are made into batches."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class DistilBertModel(hf.DistilBertModel):
         return BaseModelOutput(last_hidden_state=tokens.padded(x[0]))  # [B, T, C]
 
     def _check_inputs(self, given: torch.Tensor, are_ids: bool, position_ids: torch.Tensor | None) -> None:
-        """Refuse what would read outside a table."""
+        """Refuse ids and positions outside their tables."""
         argument = "input_ids" if are_ids else "inputs_embeds"
         if are_ids:
             _check.tensor(_NAME, argument, given, ("B", "T"), _INTEGERS)
@@ -162,7 +162,7 @@ class DistilBertModel(hf.DistilBertModel):
             _check.refuse(_NAME, argument, f"of at most {positions} positions (max_position_embeddings)", length)
 
     def _table_size(self, name: str) -> int | None:
-        """None where another module has taken its place, which may read anything."""
+        """None if another module has taken its place, since that may read anything."""
         return getattr(getattr(self.embeddings, name, None), "num_embeddings", None)
 
 
@@ -223,7 +223,7 @@ def _adopt(model: Any) -> None:
 
 
 class _Task(nn.Module):
-    """What the classes with a task head share."""
+    """Code that all classes with a task head share."""
 
     distilbert: Any
     # Their losses are means over the batch; with True, the answer that transformers' Trainer infers from

@@ -212,7 +212,7 @@ def _add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.T
 
 
 def may_pack(encoder: Any) -> bool:
-    """Whether nobody sees, or has put something of his own between, what the modules of an encoder pass on.
+    """Whether nothing of the user's reads or changes the values that the modules of an encoder pass on.
 
     That is so where each computes row by row in a forward known here, none is compiled or has a hook that looks, and
     attention is one of transformers' or ours.
@@ -294,5 +294,5 @@ def _affine(norm: Any) -> bool:
 
 
 def _looks_up(table: nn.Embedding) -> bool:
-    """Whether that is all it does."""
+    """Whether the module does nothing else."""
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse

@@ -1,4 +1,4 @@
-"""How to find the encoder in a model, take it apart, and give back what its own forward would."""
+"""Find the encoder in a model, take it apart, and wrap results as its own forward would return them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _GELUS = (nn.functional.gelu, "none")  # of GELUActivation and of nn.GELU
 
 
 def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
-    """What changes the results of an encoder's modules and is no tensor: how to read it, and from which."""
+    """Settings of an encoder's modules that change results and are no tensors: how to read each, from which module."""
     found: list[tuple[Callable[[Any], Any], nn.Module]] = []
     for layer in encoder_layers(encoder):
         found += [(_attention, attention_of(encoder, layer)), (_activation, part(encoder, layer, "activation"))]
@@ -132,7 +132,7 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
 def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
     """Raise ValueError for embeddings with more to them than tables that are added and a LayerNorm."""
     config = encoder.config
-    if hasattr(encoder, "embeddings_project"):  # ELECTRA's, after the LayerNorm: no table can hold it
+    if hasattr(encoder, "embeddings_project"):  # ELECTRA projects after the LayerNorm, which no table can hold
         expected = f"hidden_size, {config.hidden_size} (embeddings that are projected are not supported)"
         _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
     if getattr(config, "use_task_id", False):  # ERNIE's

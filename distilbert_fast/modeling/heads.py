@@ -97,7 +97,7 @@ def _keep_heads(attention: Any, left: list[int]) -> None:
 
 
 def _shrink(linear: nn.Linear, features: torch.Tensor, dim: int) -> None:
-    """Leave of a linear layer what makes (dim 0) or reads (dim 1) the given features, in new parameters."""
+    """Keep only the given output (dim 0) or input (dim 1) features of a linear layer, in new parameters."""
     features = features.to(linear.weight.device)
 
     def part(parameter: torch.Tensor) -> nn.Parameter:

@@ -31,7 +31,7 @@ from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items()}  # what we call them
+FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items()}  # the names that messages use
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -89,12 +89,12 @@ def locate(source: str | Path) -> Path:
 
 
 def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None) -> None:
-    """Refuse sizes that no model has, or that are of far more weights than there are, before memory is made for them.
+    """Refuse sizes that no model has, or that need far more weights than the files hold, before memory is allocated.
 
     Args:
         config: of a BERT, RoBERTa or DistilBERT.
         path: where it was read, for messages.
-        weight_bytes: of its weights, one at least for each of them; None: nobody knows yet.
+        weight_bytes: size of its weights, at least one byte each; None: not known yet.
 
     Raises:
         FileError: one of the sizes, by name.
@@ -157,7 +157,7 @@ def load_classifier(
 
     Args:
         source: directory or hub id.
-        label_names: the classes it shall have; those in its config when None.
+        label_names: the classes that it must have; None: those in its config.
         new_head: whether a head that is missing, or of another number of classes, may start at random.
 
     Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
@@ -169,7 +169,7 @@ def load_classifier(
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
             "problem_type": "single_label_classification",
-            "ignore_mismatched_sizes": True,  # judged by load_with_head
+            "ignore_mismatched_sizes": True,  # load_with_head checks them
         }
     return load_with_head(source, "SequenceClassification", new_head, **labels)[:2]
 
@@ -220,8 +220,8 @@ def load_with_head(
 
 
 def load_tokenizer(directory: Path, head: str) -> PreTrainedTokenizerBase:
-    """The tokenizer for a head. For "TokenClassification" it reads words one by one as it reads them in a text, where a
-    space stands before each, which RoBERTa's must be told."""
+    """The tokenizer for a head. For "TokenClassification" it reads words as if a space stood before each, as in a text;
+    RoBERTa's tokenizer needs a flag for that."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -247,7 +247,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError:
         raise CheckpointError(f"checkpoint: no such directory: {name!r}") from None
-    except OSError as error:  # also what the hub's own errors are
+    except OSError as error:  # the hub's own errors are OSErrors too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"checkpoint: {name!r} is no directory, and the Hugging Face hub did not give it: {reason}"
@@ -256,7 +256,7 @@ def _download(name: str) -> Path:
 
 @contextlib.contextmanager
 def _reading(source: str | Path, what: str) -> Iterator[None]:
-    """Whatever damage leads transformers and tokenizers to raise is a CheckpointError that names the checkpoint."""
+    """Turn whatever transformers and tokenizers raise for a damaged file into a CheckpointError that names it."""
     try:
         yield
     except (CheckpointError, ImportError, MemoryError):

@@ -1,4 +1,4 @@
-"""optimize: run the encoder of a transformers model in hand on the engine, and change nothing else about it.
+"""optimize: run the encoder of a transformers model on the engine, and change nothing else about the model.
 
 The encoder's class is exchanged for a subclass of the same name whose ``forward`` serves a call from packed weights
 when it can and calls transformers' own ``forward`` when it cannot. Modules, parameters, state_dict, config and
@@ -52,7 +52,7 @@ def optimize(
             the model is, so int8 where ``quantize_model`` made it so. Calling again changes it.
         calibration: for int8, an iterable of texts or of batches (mappings with input_ids, as a DataLoader
             gives them). What attention and GELU put out then gets one scale a layer, from the largest values seen,
-            instead of one a token: one pass over it less. A few hundred sentences of the kind to come will do.
+            instead of one a token: one pass over it less. A few hundred typical sentences are enough.
             LayerNorm's output keeps a scale for each token, which costs nothing. Lost when weights change.
         tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
         cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 16,384 tokens, one for each size they
@@ -75,19 +75,19 @@ def optimize(
     the engine does not know; and while someone's hook sits on a module inside the encoder. Under torch.compile the
     engine runs as one graph break. ``explain(model)`` counts these calls, with the reasons.
 
-    Weights may change at any time and by any means: before each call a look at their version counters, addresses and
-    some of their bytes finds out, and they are packed again. After the model has trained, all bytes are compared. What
-    remains: a write that torch does not count (``parameter.data[i] = …``, a NumPy view, another process) of few numbers
-    in a large weight may be seen late, with a warning: call ``optimize`` again after it. On a GPU no bytes are looked
-    at: call it after any such write.
+    Weights may change at any time and by any means: each call compares their version counters, addresses and some of
+    their bytes, and packs them again if they have changed. After the model has trained, all bytes are compared. One
+    case may be noticed late, with a warning: a write that torch does not count (``parameter.data[i] = …``, a NumPy
+    view, another process) of few numbers in a large weight. Call ``optimize`` again after such a write. On a GPU no
+    bytes are compared: call it after any such write.
 
     Thread-safe. Nothing here starts a thread that a process forked later would need. A deep copy or an unpickled model
     packs its own weights, uncalibrated.
 
     Raises:
         TypeError, ValueError: a model that is not such an encoder, by name, or an unknown precision; weights of several
-            dtypes (LayerNorms in float32 beside half precision aside) or float64 ones for int8; a calibration
-            that holds nothing, or something else than texts or batches, or is given for a model that is not int8.
+            dtypes (except float32 LayerNorms in a model of half precision) or float64 ones for int8; a calibration that
+            is empty, holds neither texts nor batches, or is given for a model that is not int8.
     """
     if precision is not None:
         _check.choice(OP, "precision", precision, tuple(PRECISIONS))
@@ -167,7 +167,7 @@ def _with_forward(kind: type, forward: Callable[..., Any]) -> type:
 
 
 def _restore(kind: type, forward: Callable[..., Any]) -> PreTrainedModel:
-    """An empty instance for pickle and copy, which fill it."""
+    """Make an empty instance, which pickle and copy then fill."""
     exchanged: Any = _subclass(kind, forward)
     return exchanged.__new__(exchanged)
 
@@ -256,7 +256,7 @@ def _read_by(attention: str) -> frozenset[str]:
 
 
 def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str | None:
-    """Of the arguments of a call one that may change the result and that the engine does not know.
+    """Return an argument of a call that may change the result and that the engine does not know.
 
     Args:
         names: the encoder's own; every other one goes to the attention.
@@ -274,7 +274,7 @@ def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str 
 def _serve(
     self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
 ) -> Any:
-    """The encoder's output from the engine, or why its own forward must make it. Counts either.
+    """The encoder's output from the engine, or the reason why its own forward must compute it. Counts both.
 
     Args:
         given: the arguments of the call.
@@ -358,10 +358,10 @@ def _encode(
 
 
 def _unknown_reader(encoder: nn.Module) -> bool:
-    """Whether the encoder is called by a module that may read what is on padding: one around it that was not given to
-    ``optimize``, such as a head for question answering, or somebody's own.
+    """Whether a module that may read padded positions calls the encoder: a module around it that was not given to
+    ``optimize``, such as a head for question answering, or a class of the user's.
 
-    Pooling of sentence-transformers looks at the mask.
+    Pooling of sentence-transformers does not: it reads the mask.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -377,15 +377,15 @@ class _Padding(NamedTuple):
     none: bool  # every position is a token
     left: bool  # some sequence starts with padding, or is nothing else
     empty: bool  # some sequence has no token
-    num_tokens: int | None  # on a GPU; elsewhere nobody needs to know
+    num_tokens: int | None  # on a GPU; not needed elsewhere
 
 
 def _padding(real: torch.Tensor) -> _Padding:
-    """Of tokens bool [B, T]."""
+    """Describe the padding around tokens, bool [B, T]."""
     if not real.is_cuda and bool(real.all()):
         return _Padding(True, False, False, None)
     left, every = (~real[:, :1].any(1)).any(), real.any(1).all()
-    if real.is_cuda:  # all answers for one wait
+    if real.is_cuda:  # the host waits once for all answers
         full, starts, tokens, count = torch.stack([real.all(), left, every, real.sum()]).tolist()
         return _Padding(bool(full), bool(starts), not tokens, count)
     return _Padding(False, bool(left), not bool(every), None)

@@ -1,4 +1,4 @@
-"""The plug-in behind save_pretrained and from_pretrained of int8 models: transformers' quantizer interface.
+"""Let save_pretrained and from_pretrained handle int8 models, by transformers' quantizer interface.
 
 ``config.json`` gets ``"quantization_config": {"quant_method": "distilbert_fast", …}``; the safetensors hold
 int8 codes and float32 scales. transformers reads both back itself once ``register`` has run.
@@ -84,11 +84,11 @@ class Int8Config(QuantizationConfigMixin):
 
     heads: bool = False
     modules_to_not_convert: list[str] = field(default_factory=list)
-    quant_method: str = METHOD  # type: ignore[assignment]  # one of ours is in no enumeration of theirs
+    quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enumeration does not have it
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, of what a config.json says; that is checked where its path is known."""
+        """As in transformers. The settings of a config.json are checked where its path is known."""
         made = super().from_dict({}, return_unused_kwargs, **kwargs)
         vars(made[0] if return_unused_kwargs else made).update(config_dict)
         return made
@@ -102,7 +102,7 @@ def _part_of(part: str, name: str) -> bool:
 
 
 def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) -> PreTrainedModel:
-    """Turn the layers that ``config`` means into ``Int8Linear``, in place, and mark the model as quantized."""
+    """Turn the layers that ``config`` selects into ``Int8Linear``, in place, and mark the model as quantized."""
     linears = list(_linears(model, config, caller))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for part in config.modules_to_not_convert:
@@ -157,7 +157,7 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
 
 
 class _UnknownSettingError(FileError, TypeError):
-    """Of a later version: a setting that Int8Config does not know."""
+    """A setting that Int8Config does not know, as of a later version."""
 
 
 class Int8Quantizer(HfQuantizer):
@@ -229,7 +229,7 @@ class Int8Quantizer(HfQuantizer):
 
 
 def _check_sizes(config: Any, path: Path, weights: Sequence[Path]) -> None:
-    """Refuse sizes that no model has, or none of ``weights`` if there are any. Raises FileError."""
+    """Refuse sizes that no model has, or that do not match ``weights``, if there are any. Raises FileError."""
     sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float))}
     check_sizes(sizes, path, sum(map(regular_size, weights)) if weights else None)
 
@@ -240,7 +240,7 @@ def _decisive(config: Any) -> dict[str, Any]:
 
 
 def _check_config(config: Any, path: Path, files: Mapping[str, Any]) -> None:
-    """Refuse a config.json that has not the numbers of the model whose weights are beside it.
+    """Refuse a config.json whose numbers do not match the weights beside it.
 
     It is the file that is compared, not the config in use: what a caller asks for in its place is up to the caller.
 

@@ -1,4 +1,4 @@
-"""Has a module tree changed since it was read? What packed weights need to know before each use."""
+"""Tell whether a module tree has changed since it was read, which is asked before each use of packed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 
 
 class _Sight(NamedTuple):
-    """What was seen of the tree at the last look: nothing has changed in it while ``watch`` holds.
+    """The state of the tree at the last look. Nothing has changed in it while ``watch`` holds.
 
     Copies of dictionaries keep what was in them, such as a hook that was removed, until the next look.
     """
@@ -123,8 +123,8 @@ class Snapshot:
         )
 
     def _obstacle(self) -> str | None:
-        """Somebody hooked into a module below the root, replaced its forward, or lets it train (a dropout that is on,
-        say). transformers' own hooks, which collect outputs when asked to, do not count.
+        """Why the modules below the root must be called: a hook, a replaced forward, or training (an active dropout).
+        transformers' own hooks, which collect requested outputs, do not count.
         """
         if any(map(_training, self._random)) and any(m.training and _dropout(m) > 0 for m in self._random):
             return "a module inside the encoder in training mode"
@@ -149,7 +149,7 @@ def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _dropout(module: nn.Module) -> float:
-    """The chance by which a dropout, or a module that has some, drops."""
+    """The probability with which a dropout, or a module that has one, drops."""
     return max(float(m.p) for m in (module, *module.children()) if isinstance(m, nn.Dropout))
 
 

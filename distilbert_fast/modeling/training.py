@@ -1,4 +1,4 @@
-"""What makes a model of transformers train on this package's kernels, its files and its numbers being the same."""
+"""Let a transformers model train on this package's kernels, with the same files and results."""
 
 from __future__ import annotations
 

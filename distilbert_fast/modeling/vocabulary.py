@@ -1,5 +1,5 @@
-"""The masked-LM heads of transformers that this package knows, cut in two: what is computed for each row, and the
-projection to the vocabulary, which a fused loss makes itself.
+"""The masked-LM heads of transformers that this package knows, split into two parts: the transform of each row, and
+the projection to the vocabulary, which a fused loss computes itself.
 """
 
 from __future__ import annotations

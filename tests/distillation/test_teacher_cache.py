@@ -351,7 +351,7 @@ def test_a_build_that_is_killed_goes_on(tmp_path, model, monkeypatch, shards):
     partial = tmp_path / ".c.partial"
     kept = {file.name: file.stat().st_mtime_ns for file in partial.glob("shard-*.safetensors")}
     assert len(kept) == shards and not (tmp_path / "c").exists()
-    with pytest.raises(ValueError, match=r"build_cache \(delete it to start anew\): .* was made of k 3, not 4"):
+    with pytest.raises(ValueError, match=r"build_cache \(delete it to start again\): .* was made of k 3, not 4"):
         build_cache(model, dataset, tmp_path / "c", k=4, epochs=2)
     path = build_cache(model, dataset, tmp_path / "c", k=3, epochs=2)
     assert {name: (path / name).stat().st_mtime_ns for name in kept} == kept

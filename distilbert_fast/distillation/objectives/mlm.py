@@ -47,7 +47,7 @@ LOSSES = ("kl", "mlm", "cos", "mse", "hidden", "relation")
 
 @dataclass(frozen=True)
 class MlmObjective:
-    """See above.
+    """The objective of masked language modelling; the module's docstring gives the losses.
 
     Attributes:
         temperature: τ of kl.
@@ -177,7 +177,7 @@ class MlmObjective:
 
 
 def even_layer_map(student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """Each layer of a student with the last of its share of the teacher's, as in TinyBERT: of 12, 6 have 1, 3, … 11."""
+    """Pair each layer of a student with the last of its share of the teacher's (TinyBERT): 1, 3, … 11 for 6 of 12."""
     return tuple((i, (i + 1) * teacher // student - 1) for i in range(student))
 
 

@@ -1,6 +1,6 @@
 """Self-attention relations of MiniLMv2: how a layer's queries relate to each other, its keys, its values.
 
-    R_x = softmax(x xᵀ / √d)   for x = q, k, v, split anew into A heads of d = C / A
+    R_x = softmax(x xᵀ / √d)   for x = q, k, v, split again into A heads of d = C / A
     loss of a token = 1/A Σ_heads Σ_x KL(R_x of the teacher ‖ R_x of the student)
 
 A relation is [T, T] whatever C is, so that a student may be narrower than its teacher, and have other heads.

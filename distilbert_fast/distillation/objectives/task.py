@@ -32,21 +32,21 @@ class Step(NamedTuple):
 
 
 class Objective(Protocol):
-    """Frozen, with a repr that tells all its settings: it is compared when a run is resumed."""
+    """An objective. It is frozen, and its repr names all its settings, which are compared when a run is resumed."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the L losses that are computed."""
+        """Names of the L losses that are computed."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of a batch that neither model reads but the losses do."""
+        """Columns of a batch that the losses read, but neither model."""
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
         """Raise TypeError or ValueError for models that do not fit each other or this objective, by name."""
 
     def weights(self, progress: float) -> tuple[float, ...]:
-        """Of the losses, at a share 0 … 1 of the run."""
+        """Weights of the losses at a share 0 … 1 of the run."""
 
     def counts(self, batch: Batch) -> Tensor:
         """int64 [L]: the rows that each loss counts, from the batch alone."""
@@ -205,7 +205,7 @@ def answer_places(batch: Batch) -> Tensor:
 
 
 def _spans(output: Any, allowed: Tensor) -> Tensor:
-    """Logits of starts and ends [2B, T], those of other places out of the softmax."""
+    """Logits of starts and ends [2B, T]; places where no answer may be are kept out of the softmax."""
     logits = torch.cat([full(output.start_logits), full(output.end_logits)])
     return logits.masked_fill(~allowed.repeat(2, 1), EXCLUDED)
 
@@ -260,7 +260,7 @@ def _check_classes(model: Any) -> None:
 
 
 def _class_names(model: Any) -> list[str] | None:
-    """Names in the order of the logits; None if nobody named them."""
+    """Class names in the order of the logits; None if the model has none."""
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 

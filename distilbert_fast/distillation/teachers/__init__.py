@@ -1,1 +1,1 @@
-"""Who tells the student what is likely: a model, or a cache of its answers."""
+"""Teachers: a model, or a cache of its answers."""

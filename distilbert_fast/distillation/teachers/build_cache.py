@@ -1,7 +1,7 @@
 """Make the directory that a ``CachedTeacher`` reads: a teacher runs once over the examples that will be trained on.
 
-It is built beside its place, a shard at a time: a shard is flushed and renamed when it is whole, so that a build that
-is killed goes on after the last one; and the directory is renamed when all are there and its manifest is written.
+It is built beside its place, a shard at a time. A shard is flushed and renamed when it is whole, so that a build that
+was killed continues after the last whole shard. When all shards and the manifest are written, the directory is renamed.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ def build_cache(
     """Run a teacher over a dataset and keep its answers.
 
     A row takes 4 k + 4 bytes (6 k + 4 if the vocabulary has more than 65,536 tokens), and 2 C more for its hidden
-    state. How many bytes that makes is logged first, and refused if the disk has not as many.
+    state. The size in bytes is logged first; if the disk has less space, the build is refused.
 
     Args:
         teacher: a model for masked LM that ``optimize`` knows; a ModelTeacher chooses the precision, which is part of
             the key.
         dataset: what will be trained on.
-        directory: of the cache. One that is complete and of the same key is left as it is, one that was begun is gone
-            on with.
+        directory: of the cache. A complete one with the same key is left as it is; an unfinished one is
+            continued.
         k: tokens kept of each row. ``cache_report`` tells what the others are worth.
         temperature: τ of the training.
-        positions: "real" keeps a row for every token, "masked" for those that were drawn, about a seventh.
+        positions: "real" keeps a row for every token, "masked" for the masked ones, about a seventh.
         hidden: keep last hidden states too, for the cosine loss.
         epochs: masks of how many epochs, from 0 on. To train for more of them, give the dataset that ``cycle``.
         held_out: what to evaluate on, masked alike every time: ``MaskedDataset(…, cycle=1)``.
@@ -155,7 +155,9 @@ def build_cache(
             rows = _write_index(parts)
             manifest.complete(partial, {"key": key, "rows": rows})
         except Exception as error:
-            raise_disk_error(error, f"{OP}: could not write {partial}", "its shards are kept, and gone on from")
+            raise_disk_error(
+                error, f"{OP}: could not write {partial}", "the next build continues from its whole shards"
+            )
             raise
         partial.rename(path)
         sync(path.parent)
@@ -165,18 +167,18 @@ def build_cache(
 def cache_report(
     cache: CachedTeacher, student: Any, teacher: PreTrainedModel, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """What a cache takes and what it leaves out.
+    """Measure the size of a cache and the error that it makes.
 
     Args:
-        cache: the one in question.
+        cache: the cache to measure.
         student: to be taught, for a masked LM.
         teacher: the model that the cache was made of.
         batches: a sample of what the cache holds.
 
     Returns:
-        "bytes_per_token" on the disk, over the tokens that it has a row for; "tail_mass", the mean of what the k most
-        likely tokens leave; "kl", from the cache's soft targets to the teacher's, the loss that half precision alone
-        makes; and "loss_change", by how much the student's KL differs from the full one, relative to that.
+        "bytes_per_token" on the disk, over the tokens that it has a row for; "tail_mass", the mean probability of all
+        but the k most likely tokens; "kl", from the cache's soft targets to the teacher's, which half precision alone
+        causes; and "loss_change", by how much the student's KL differs from the full one, relative to that.
     """
     batches = list(batches)
     objective = MlmObjective(cache.key["temperature"], mlm=0.0, cos=0.0, kd_positions=cache.key["positions"])
@@ -193,11 +195,11 @@ def cache_report(
 
 
 def _begin(partial: Path, key: dict[str, Any]) -> None:
-    """Make the directory, or find in it what was begun with the same key."""
+    """Make the directory, or continue an unfinished one with the same key."""
     begun = partial / _KEY
     if begun.exists():
-        refuse_other_key(f"{OP} (delete it to start anew)", partial, read_json(begun, mapping(anything)), key)
-        for file in (*partial.glob(".*.partial"), *partial.glob("*.new")):  # what was being written
+        refuse_other_key(f"{OP} (delete it to start again)", partial, read_json(begun, mapping(anything)), key)
+        for file in (*partial.glob(".*.partial"), *partial.glob("*.new")):  # files that were being written
             file.unlink()
     else:
         shutil.rmtree(partial, ignore_errors=True)
@@ -285,7 +287,7 @@ def top_k(targets: Projection, k: int, temperature: float) -> tuple[torch.Tensor
 
 
 def _write_index(parts: Sequence[_Part]) -> int:
-    """Where each example is, by its key; one that comes twice, its first place. Returns the number of all rows."""
+    """Write where each example is, by its key (the first place, if it comes twice). Return the number of all rows."""
     columns: list[tuple[np.ndarray, ...]] = []
     total = 0
     for number, part in enumerate(parts):
@@ -300,7 +302,7 @@ def _write_index(parts: Sequence[_Part]) -> int:
 
 
 def _read_shard(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and rows of a shard's examples. It may be of a build that was killed: only its checksum vouches for it.
+    """Keys and rows of a shard's examples. A killed build may have left the shard, so its checksum is compared.
 
     Raises:
         FileError: it is damaged.

@@ -10,7 +10,7 @@ is then most exact where the mass is; the k + 1 masses of a row are scaled to th
 
 An example is found by the hash of the ids that the teacher saw, so what is found is its answer, whatever the epoch, the
 order, the process or the dataset; one that is masked otherwise is not found. The manifest holds the key: what the cache
-was made of, and refuses to be used for anything else. ``teacher_cache_build`` makes it.
+was made of, and refuses to be used for anything else. ``build_cache`` makes it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OP = "CachedTeacher"
 FORMAT = 1
 INDEX = "index.safetensors"
 SHARD = "shard-{:05d}.safetensors"
-_KEY = schema.record(  # which of these another cache has is for refuse_other_key to say
+_KEY = schema.record(  # refuse_other_key says which of these differ
     {
         "format": schema.one_of(FORMAT),
         "epochs": schema.integer(1),
@@ -81,7 +81,7 @@ class TopK(NamedTuple):
         return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
-        raise ValueError(f"{OP}: mse needs all logits, which a cache has not")
+        raise ValueError(f"{OP}: mse needs all logits, which a cache does not hold")
 
 
 class CachedTeacher:
@@ -95,7 +95,7 @@ class CachedTeacher:
         directory: of the cache.
         dataset: what will be trained on; a MaskedDataset is compared with that of the cache. None: examples are still
             found by their ids or not at all.
-        teacher: the model that the cache must be of; None takes any.
+        teacher: the model whose answers the cache must hold; None accepts any.
 
     Raises:
         ValueError: no complete cache, or one of another corpus, masking or teacher, by name. Later: an objective that
@@ -155,7 +155,7 @@ class CachedTeacher:
         return self._map(INDEX)
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of S16 [B] keys: shards [B], and the first row [B] of each in it."""
+        """Find keys S16 [B]: their shards [B], and the first row [B] of each in its shard."""
         known = self._index["key"].view("S16")[:, 0]  # [E], sorted
         at = np.searchsorted(known, keys).clip(max=len(known) - 1)
         missing = int((known[at] != keys).sum())
@@ -231,25 +231,25 @@ class CachedAnswer:
 
 
 def fingerprint(teacher: PreTrainedModel) -> str:
-    """Of a teacher's class, settings and weights."""
+    """A hash of a teacher's class, settings and weights."""
     described = json.dumps(describe_model(teacher, weights=True), sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def describe_dataset(dataset: MaskedDataset) -> dict[str, Any]:
-    """What decides which ids a teacher sees."""
+    """The settings that decide which ids a teacher sees."""
     masking = dataset.masking
     return {"corpus": dataset.rows_fingerprint, "masking": masking.fingerprint, "seed": masking.seed}
 
 
 def key_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a cache was made of, by the settings in its manifest; empty if they are another's."""
+    """The settings in the manifest of a cache; empty if it is no manifest of a cache."""
     key = settings.get("key")
     return key if isinstance(key, dict) else {}
 
 
 def refuse_other_key(op: str, directory: Path, key: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError that names in what a cache is another than the one wanted."""
+    """Raise ValueError if the settings of a cache are not the wanted ones; it names those that differ."""
     others = [f"{name} {key.get(name)}, not {value}" for name, value in wanted.items() if key.get(name) != value]
     if others:
         raise ValueError(f"{op}: {directory} was made of {'; '.join(others)}")

@@ -1,4 +1,4 @@
-"""What it costs to have a teacher's answers from somewhere else than its own forward: an engine, a cache."""
+"""How a teacher's answers change if an engine or a cache gives them instead of its own forward."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def teacher_effect(
     batches: Iterable[Batch],
     progress: float = 0.0,
 ) -> dict[str, float]:
-    """Compare a teacher with the model that it stands for, on what an objective makes of both.
+    """Compare a teacher with the model that it replaces, by the losses of an objective.
 
     Args:
         objective: of the training; one without a loss that asks the teacher has nothing to compare.
-        student: who is taught by both; left as it was.
-        teacher: the one in question.
+        student: the student that both teach; it is not changed.
+        teacher: the teacher to examine.
         reference: the model's own forward: ``ModelTeacher(model, "model")``.
         batches: to take the means over.
         progress: share of the run, 0 … 1, for settings that follow a schedule.

@@ -2,7 +2,7 @@
 
 A teacher answers a batch. The answer is asked for rows of the flattened batch [B·T], so that nothing is computed, kept
 or read where no loss looks. Another kind of teacher (an int8 engine, logits stored on disk) is another class with these
-methods; what its soft targets are, it says itself, by the loss that compares them with a student's rows.
+methods. Its soft targets bring the loss that compares them with a student's rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Answer(Protocol):
     def soft_targets(self, rows: Tensor) -> SoftTargets: ...
 
     def hidden(self, rows: Tensor, layer: int = -1) -> Tensor:
-        """Hidden states [R, C_t] behind a layer, the last one by default."""
+        """Hidden states [R, C_t] after a layer, by default the last one."""
 
     def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, C_t] of the last layer."""
@@ -66,19 +66,19 @@ class Answer(Protocol):
 class Teacher(Protocol):
     @property
     def model(self) -> Any:
-        """The transformers model that it is, to be checked against the student; None if it is none."""
+        """The transformers model, to be checked against the student; None if the teacher is no model."""
 
     def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
         """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
 
     def check(self, objective: Any) -> None:
-        """Raise ValueError for an objective that will ask for what it cannot answer."""
+        """Raise ValueError for an objective that needs answers which this teacher cannot give."""
 
     def prepare(self, device: torch.device) -> None:
         """Called once before training."""
 
     def describe(self) -> Any:
-        """What must be the same to resume a run, as JSON types."""
+        """The settings that must be the same to resume a run, as JSON types."""
 
     @property
     def columns(self) -> Iterable[str]:
@@ -86,7 +86,7 @@ class Teacher(Protocol):
 
 
 class Projection(NamedTuple):
-    """Soft targets as what makes them: logits = h Wᵀ + b; h [R, C_t], W [V, C_t], b [V] or None."""
+    """Soft targets that are not computed yet: logits = h Wᵀ + b; h [R, C_t], W [V, C_t], b [V] or None."""
 
     h: Tensor
     W: Tensor
@@ -240,7 +240,7 @@ def only(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def full(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Convert to float32, unless the dtype is wider."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -255,13 +255,13 @@ def encode(encoder: Any, batch: Batch, hidden_states: bool = False) -> Any:
 
 
 def hidden_rows(encoded: Any, rows: Tensor, layer: int = -1) -> Tensor:
-    """[R, C] behind a layer; hidden_states[0] is what goes into the first one."""
+    """[R, C] after a layer; hidden_states[0] is the input of the first one."""
     states = encoded.last_hidden_state if layer == -1 else encoded.hidden_states[layer + 1]
     return states.flatten(0, 1).index_select(0, rows)
 
 
 def last_attention_inputs(encoder: Any, encoded: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, T, C] of the last layer, computed anew from what went into it."""
+    """q, k, v [B, T, C] of the last layer, computed again from its input."""
     x, layer = encoded.hidden_states[-2], encoder_layers(encoder)[-1]
     query, key, value = (part(encoder, layer, name)(x) for name in ("query", "key", "value"))
     return query, key, value
