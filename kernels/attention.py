@@ -49,7 +49,7 @@ def heads(x: torch.Tensor) -> Heads:
 
 @triton.jit
 def find_sequence(b, cu_seqlens, mask, length, tokens):
-    """Of sequence ``b``: its first row in the packed form (else 0), its rows, and those up to the last that counts."""
+    """Sequence ``b``: its first row in the packed form (else 0), its row count, and that up to the last counted row."""
     if cu_seqlens is not None:  # clamped: wrong offsets make wrong results, but reach nothing out of bounds
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), tokens)
         rows = tl.minimum(tl.load(cu_seqlens + b + 1), tokens) - begin
@@ -199,7 +199,7 @@ def _fold(
     row = start + tl.arange(0, BLOCK_N)
     counted = None if WHOLE else counts(mask, row, count)
     s = scores(q, load_rows(k, k_stride, start, counted, BLOCK_N, D, BLOCK_D), counted)  # [BLOCK_M, BLOCK_N]
-    new_m = tl.maximum(m, tl.max(s, axis=1) * c)  # finite where no key counts, lest −∞ − −∞ be NaN
+    new_m = tl.maximum(m, tl.max(s, axis=1) * c)  # finite where no key counts: −∞ − −∞ would be NaN
     p = tl.exp2(s * c - new_m[:, None])
     total = tl.sum(p, axis=1)
     if bits is not None:

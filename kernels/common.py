@@ -9,7 +9,7 @@ than GROUP columns before the body and after it. Columns count from the body's f
     [-head, 0)  [0, body)  [body, V - head)          body and all offsets of the body are multiples of GROUP
 
 A tile is [LANES, K]: the body is read GROUP columns a lane (K = GROUP), the edges one column a lane (K = 1).
-Statistics are kept per lane and merged once a row, so that threads meet once a row and not once a tile.
+Statistics are kept per lane and merged once a row, so that threads synchronize once a row and not once a tile.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def fold_divergence(s, t, valid, c, m_s, z_s, m_t, z_t, w):
 
 @triton.jit
 def merge_lanes(m_s, z_s, m_t, z_t, w, c):
-    """What fold_divergence gathered in lanes, of the whole row."""
+    """Merge the statistics that fold_divergence gathered in each lane into those of the row."""
     row_m_s, row_m_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
     weight = tl.exp2((m_t - row_m_t) * c)
     w = tl.sum(weight * w + (weight * z_t) * ((m_t - row_m_t) - (m_s - row_m_s)) * UNIT, axis=0)
@@ -94,7 +94,7 @@ def merge_lanes(m_s, z_s, m_t, z_t, w, c):
 
 @triton.jit
 def divergence(z_s, z_t, w, temperature):
-    """τ² Σ p_t (log p_t − log p_s) of what merge_lanes returns."""
+    """τ² Σ p_t (log p_t − log p_s), from the values that merge_lanes returns."""
     return temperature * (w / z_t / UNIT - temperature * tl.log(z_t / z_s))
 
 

@@ -261,5 +261,5 @@ def int8_linear(
 
 
 def _stride(scale: torch.Tensor) -> int:
-    """Of one scale for all rows: 0."""
+    """The stride of a scale: 0 for one scale for all rows."""
     return scale.stride(0) if scale.dim() else 0

@@ -22,7 +22,7 @@ class Tagged:
 
 
 def read_conll(source: str, text: str) -> Tagged:
-    """The sentences of a file, those without words left out.
+    """The sentences of a file, without those that have no words.
 
     Columns are separated by a tab if there is one in the line, else by spaces; where most lines have tabs, all must. A
     line of white space alone ends a sentence; so does one that begins with -DOCSTART-, which is skipped. Comments

@@ -142,7 +142,7 @@ def join(pieces: Iterable[Flat], layout: Layout) -> Iterator[Flat]:
 
 
 def _wrap(stream: np.ndarray, starts: np.ndarray, stops: np.ndarray, layout: Layout) -> Flat:
-    """The rows cls, stream[start:stop], sep."""
+    """Make the rows [cls, *stream[start:stop], sep]."""
     lengths = stops - starts + 2
     ends = np.cumsum(lengths)
     begins = ends - lengths
@@ -198,7 +198,7 @@ class Filter:
     seed: int
 
     def __call__(self, rows: Flat, report: Report) -> tuple[Flat, Flat]:
-        """The rows to train on and the held-out ones; counts into ``report``."""
+        """Return the rows to train on and the held-out ones; count them in ``report``."""
         long_enough = rows.lengths >= self.min_length
         known = np.ones(len(rows.lengths), bool)
         if self.unknown is not None and len(known):

@@ -53,7 +53,7 @@ class Questions:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all but the ids."""
+        """SHA-256 of everything but the ids."""
         return hashlib.sha256(json.dumps([row[:3] for row in self.rows]).encode()).hexdigest()
 
 
@@ -104,7 +104,7 @@ def _read(argument: str, path: Path) -> Questions:
 
 
 def _question(source: str, qa: Any, context: str, number: int) -> Question:
-    """A question and its answers; `number` tells one that has no id."""
+    """A question and its answers; `number` names one without an id in messages."""
     name = f"question {qa['id']!r}" if isinstance(qa, dict) and qa.get("id") else f"question {number}"
     try:
         asked = _field(qa, "question", str)
@@ -210,7 +210,7 @@ class Windows:
             )
 
     def _covered(self, inside: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """Of each question's first answer the first character that a token covers, and the one after the last."""
+        """For each question's first answer, the first character that a token covers, and the one after the last."""
         spans = [_span(row) for row in self.questions.rows]
         found = [(stop, begin) for begin, stop in spans]  # no character found yet
         for at, offsets, tokens in zip(self.question, self.offsets, inside, strict=True):
@@ -282,7 +282,7 @@ class Windows:
 
 
 def _span(row: Question) -> tuple[int, int]:
-    """The first character of a question's first answer, and the one after its last, white space at its ends left out.
+    """The first character of a question's first answer and the one after its last, without white space at its ends.
 
     A byte-level token may have the space before its word among its characters, and be no token of the answer."""
     text, begin = row.answers[0]

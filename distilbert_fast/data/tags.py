@@ -37,7 +37,7 @@ class Scheme:
     form: re.Pattern[str]
 
     def split(self, tag: str) -> tuple[str, str]:
-        """Mark, one of B, I, E, S and O, and type of a tag; what is not of the scheme is outside."""
+        """Mark, one of B, I, E, S and O, and type of a tag; tags that are not of the scheme are outside."""
         found = None if is_outside(tag) else self.form.fullmatch(tag)
         if found is None:
             return OUTSIDE, ""
@@ -108,5 +108,5 @@ def odd_one(tags: Collection[str]) -> str | None:
 
 
 def _marked(tags: Collection[str]) -> list[str]:
-    """Those that have a mark of IOB, whatever separates it from the type."""
+    """The tags that have a mark of IOB, whatever separates it from the type."""
     return [tag for tag in tags if re.match(r"[BI][\W_].", tag, re.IGNORECASE) or re.search(r".[\W_][BI]$", tag)]

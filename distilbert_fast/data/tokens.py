@@ -74,7 +74,7 @@ class TagTask:
 
     @cached_property
     def scheme(self) -> Scheme | None:
-        """How tags mark entities, if they do; a tag that only a teacher has may be of no scheme, and is outside."""
+        """The scheme by which tags mark entities, or None. Tags that only a teacher has may be outside of it."""
         used = {self.tag_names[tag] for row in (*self.train, *self.eval) for tag in row.tags}
         return scheme_of(used) or scheme_of(self.tag_names)
 
@@ -228,7 +228,7 @@ def _cell(place: str, cell: object) -> str:
 
 
 def _refuse_numbers(source: str, tagged: Tagged) -> None:
-    """The names of numbers are on the hub; without them nobody can say which tags are of entities."""
+    """Refuse numbers without names as tags: nobody can say which of them mark entities."""
     for tag, place in tagged.places.items():
         if _NO_NAME.fullmatch(tag):
             what = "" if tag.isalpha() else "the number "
@@ -322,7 +322,7 @@ class Pieces:
         self.rows: Dataset = Dataset.from_dict({**encoded, "labels": labels})
 
     def batches(self, size: int, rows: int) -> list[dict[str, Tensor]]:
-        """What a model takes, of pieces from the whole length of the data."""
+        """The columns that a model takes, of pieces spread over the data."""
         order = range(0, len(self.rows), max(1, len(self.rows) // rows))[:rows]
         return [self._batch(order[start : start + size]) for start in range(0, len(order), size)]
 

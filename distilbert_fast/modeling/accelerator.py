@@ -121,10 +121,10 @@ class Accelerator:
         if not suspect and fingerprint.samples() > 1:
             self._wary = _WARY
             warn_once(
-                "optimize: weights were written where torch does not count it (through parameter.data, NumPy or another"
-                " process) and are packed again. A call compares some of the bytes,"
-                f" {fingerprint.samples()} calls all: a write of few numbers may have been seen late. After such a"
-                " write call optimize(model) again"
+                "optimize: weights were written in a way that torch does not count (through parameter.data, NumPy or"
+                " another process) and are packed again. Each call compares some of the bytes,"
+                f" {fingerprint.samples()} calls compare all, so a write of few numbers may have been noticed late."
+                " After such a write call optimize(model) again"
             )
         return False
 
