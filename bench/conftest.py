@@ -1,4 +1,4 @@
-"""Benchmarks, run from a checkout. Each test is one contest (see contest.py) and prints one table.
+"""Benchmarks, run from a checkout. Each test is one contest (see harness/contest.py) and prints one table.
 
 pytest bench                          every suite
 pytest bench --rounds 5 -k bf16       a shorter one
@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: bench.contest, and the package beside it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: bench.harness, and the package beside it
 
-from bench.contest import OURS, contest, machine, table
+from bench.harness.contest import OURS, contest, table
+from bench.harness.machine import machine
 
 TABLES = pytest.StashKey[list[Table]]()
 

@@ -20,8 +20,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from bench.contest import machine
+from bench.harness.machine import machine
 from distilbert_fast import optimize
+from distilbert_fast.evaluation.speed import time_calls
 
 MINILM = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 MODELS = {
@@ -69,13 +70,8 @@ def heads(rounds: int) -> Table:
         models = {"transformers": plain} | {
             f"optimize, {precision}": optimize(copy.deepcopy(plain), precision) for precision in ("fp32", "int8")
         }
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for round_ in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(ids, mask)
-                if round_ > 0:
-                    times[name].append(1e3 * (time.perf_counter() - start))
+        turns = time_calls(models, [{"input_ids": ids, "attention_mask": mask}], rounds)
+        times = {name: [1e3 * calls[0] for calls in found] for name, found in turns.items()}
         for name, ms in times.items():
             ratio = median(a / b for a, b in zip(times["transformers"], ms, strict=True))
             table.add_row(head, name, f"{median(ms):.0f}", f"{min(ms):.0f} to {max(ms):.0f}", f"{ratio:.2f}x")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.contest import DEVICE, OURS, TRIAD, Contender
+from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
 
 HEADS, SIZE = 12, 64
 HALF = f"{OURS}, half the heads masked"
@@ -48,9 +48,7 @@ def test_attention(hold_contest, dtype, lengths, gradients):
     half = torch.arange(HEADS, device=DEVICE).remainder(2).float()
     if gradients:
         qkv.requires_grad_(), padded.requires_grad_()
-
-    def forget():
-        qkv.grad = padded.grad = None
+    forget = forgetting(qkv, padded)
 
     def step(function):
         return lambda: function().sum().backward() if gradients else function()
@@ -63,11 +61,11 @@ def test_attention(hold_contest, dtype, lengths, gradients):
 
     matrix = qkv.nbytes // 3
     moved = (4 + (7 if gradients else 0)) * matrix  # q, k, v, o; again with the gradient of each but o read once
-    scratch = [x.detach().contiguous() for x in qkv.unbind(1)]
+    q, k, _ = (x.detach().contiguous() for x in qkv.unbind(1))
     contenders = {
         OURS: Contender(step(ours), forget, moved),
         HALF: Contender(step(lambda: ours(half)), forget, moved),
         "torch": Contender(step(lambda: torchs_attention(padded, mask)), forget, moved),
-        TRIAD: Contender(lambda: torch.add(scratch[0], scratch[1], out=scratch[2]), forget, 3 * matrix),
+        TRIAD: triad(q, k),
     }
     hold_contest(contenders, matrix)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.contest import DEVICE, OURS, TRIAD, Contender
+from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
 from distilbert_fast.testing import logits
 
 N, C = (4096 if DEVICE.type == "cpu" else 65_536), 768
@@ -24,14 +24,10 @@ def torch_loss(student, teacher):
 def test_forward_backward(hold_contest, dtype):
     student = logits(N, C, dtype, 1, 1.0, DEVICE).requires_grad_()
     teacher = logits(N, C, dtype, 2, 1.0, DEVICE)
-    scratch = torch.empty_like(teacher)
     torch._dynamo.reset()
     losses = {OURS: distilbert_fast.cosine_loss, "torch": torch_loss}
     losses["torch.compile"] = torch.compile(torch_loss, dynamic=False)
-
-    def forget():
-        student.grad = None
-
+    forget = forgetting(student)
     agreed = None
     for loss in losses.values():  # right before fast
         forget()
@@ -45,5 +41,5 @@ def test_forward_backward(hold_contest, dtype):
         name: Contender(lambda loss=loss: loss(student, teacher).backward(), forget, 5 * matrix)
         for name, loss in losses.items()
     }
-    contenders[TRIAD] = Contender(lambda: torch.add(student.detach(), teacher, out=scratch), forget, 3 * matrix)
+    contenders[TRIAD] = triad(student.detach(), teacher)
     hold_contest(contenders, matrix)

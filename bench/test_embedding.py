@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.contest import DEVICE, OURS, TRIAD, Contender
+from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
 from distilbert_fast.testing import logits
 
 N, V, P, C, EPS = (4096 if DEVICE.type == "cpu" else 65_536), 30_522, 512, 768, 1e-12
@@ -34,14 +34,10 @@ def test_tokens(hold_contest, dtype, trained):
     tables += [torch.ones(C, dtype=dtype, device=DEVICE), torch.zeros(C, dtype=dtype, device=DEVICE)]
     tables = [table.requires_grad_(trained) for table in tables]
     dy = logits(N, C, dtype, 3, 1.0, DEVICE)
-    scratch = torch.empty_like(dy)
     torch._dynamo.reset()
     functions = {OURS: our_embedding, "torch": torch_embedding}
     functions["torch.compile"] = torch.compile(torch_embedding, dynamic=False)
-
-    def forget():
-        for table in tables:
-            table.grad = None
+    forget = forgetting(*tables)
 
     def step(function):
         y = function(ids, positions, *tables)
@@ -59,5 +55,5 @@ def test_tokens(hold_contest, dtype, trained):
     contenders = {
         name: Contender(lambda function=function: step(function), forget, moved) for name, function in functions.items()
     }
-    contenders[TRIAD] = Contender(lambda: torch.add(dy, dy, out=scratch), lambda: None, 2 * matrix)
+    contenders[TRIAD] = triad(dy, dy)
     hold_contest(contenders, matrix)

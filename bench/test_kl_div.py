@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.contest import DEVICE, OURS, TRIAD, Contender
+from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
 from distilbert_fast import backends
 from distilbert_fast.testing import logits
 
@@ -82,7 +82,6 @@ def test_forward_backward(hold_contest, dtype, masked):
     student = logits(N, V, dtype, seed=1, device=DEVICE).requires_grad_()
     teacher = logits(N, V, dtype, seed=2, device=DEVICE)
     mask = torch.arange(N, device=DEVICE) % 4 > 0 if masked else None
-    scratch = torch.empty_like(teacher)
     torch._dynamo.reset()
 
     losses = {OURS: our_loss(), RECOMPUTE: our_loss(recompute=True)}
@@ -91,8 +90,7 @@ def test_forward_backward(hold_contest, dtype, masked):
     if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         losses["Liger"] = liger_loss
 
-    def forget():
-        student.grad = None
+    forget = forgetting(student)
 
     def step(loss):
         return lambda: loss(student, teacher, mask).backward()
@@ -106,10 +104,9 @@ def test_forward_backward(hold_contest, dtype, masked):
         agreed = agreed or found
         assert found == pytest.approx(agreed, rel=1e-3 if dtype == torch.float32 else 5e-2), name
 
-    matrix = scratch.nbytes
+    matrix = teacher.nbytes
     read = 2 * (matrix if mask is None else int(mask.sum()) * (matrix // N))
     moved = {name: (2 if name == RECOMPUTE else 1) * read + matrix for name in losses}
     contenders = {name: Contender(step(loss), forget, moved[name]) for name, loss in losses.items()}
-    # The traffic of the loss without its arithmetic: two matrices in, one out.
-    contenders[TRIAD] = Contender(lambda: torch.add(student.detach(), teacher, out=scratch), forget, 3 * matrix)
+    contenders[TRIAD] = triad(student.detach(), teacher)
     hold_contest(contenders, matrix)

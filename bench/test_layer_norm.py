@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distilbert_fast
-from bench.contest import DEVICE, OURS, TRIAD, Contender
+from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
 from distilbert_fast.testing import logits
 
 N, C, EPS = (4096 if DEVICE.type == "cpu" else 65_536), 768, 1e-12
@@ -32,11 +32,6 @@ def arguments(dtype):
     return [x, torch.ones(C, dtype=dtype, device=DEVICE), torch.zeros(C, dtype=dtype, device=DEVICE), residual]
 
 
-def triad(x, residual):
-    scratch = torch.empty_like(x)
-    return Contender(lambda: torch.add(x, residual, out=scratch), lambda: None, 3 * x.nbytes)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_forward_backward(hold_contest, dtype):
     tensors, dy = arguments(dtype), logits(N, C, dtype, 3, 1.0, DEVICE)
@@ -44,10 +39,7 @@ def test_forward_backward(hold_contest, dtype):
     torch._dynamo.reset()
     norms = {OURS: lambda *t: distilbert_fast.layer_norm(*t, EPS), "torch": torch_norm}
     norms["torch.compile"] = torch.compile(torch_norm, dynamic=False)
-
-    def forget():
-        for leaf in leaves:
-            leaf.grad = None
+    forget = forgetting(*leaves)
 
     agreed = None
     for norm in norms.values():  # right before fast

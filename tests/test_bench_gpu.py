@@ -137,7 +137,7 @@ class Timed(Where):
 
 
 def test_what_is_timed_is_recorded_with_its_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.contest.FLUSH_BYTES", 1 << 16)
+    monkeypatch.setattr("bench.harness.contest.FLUSH_BYTES", 1 << 16)
     x = torch.ones(64, 64)
     resets = []
     case = Case("quantize", "tiny", Work(moved_bytes=x.nbytes), "other", 0.01, lambda: resets.append(1))

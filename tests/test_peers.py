@@ -13,10 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is importable from the checkout only
 
-from bench.choose import chosen
-from bench.peers import contest, engines, report, turns, worker
+from bench.harness import turns
+from bench.harness.choose import chosen
+from bench.harness.errors import NotAvailableError
+from bench.harness.processes import Worker
+from bench.peers import contest, engines, report, worker
 from bench.peers import models as peer_models
-from bench.peers.engines import ENGINES, PRECISIONS, NotAvailableError
+from bench.peers.engines import ENGINES, PRECISIONS
 from bench.peers.workloads import BUCKETS, WORKLOADS, calibration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,13 +328,11 @@ def test_a_run_of_two_engines_and_of_some_that_are_missing(tiny, tmp_path, affin
 
 
 def test_a_worker_says_why_it_cannot_run(tiny, tmp_path, affinity):
-    from bench.peers.processes import Worker
-
     given = {"engine": "distilbert_fast-bf16", "model": str(tmp_path / "absent"), "cache": str(tmp_path), "threads": 1}
     with pytest.raises(NotAvailableError, match="FileNotFoundError"):
-        Worker(given | {"cores": [min(os.sched_getaffinity(0))]}, {}, tmp_path / "log")
+        Worker(given | {"cores": [min(os.sched_getaffinity(0))]}, {}, tmp_path / "log", "bench.peers.worker")
     with pytest.raises(NotAvailableError, match="its process ended with status 1; see "):
-        Worker({}, {}, tmp_path / "log")
+        Worker({}, {}, tmp_path / "log", "bench.peers.worker")
 
 
 def test_models(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import subprocess
 import sys
 import tempfile
@@ -12,13 +10,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from bench.choose import chosen
 from bench.gpu import report, runner
 from bench.gpu.plan import BUDGET, PARTS
+from bench.harness.choose import chosen
+from bench.harness.command import RESULTS, checking, console, show, start
+from bench.harness.machine import now, versions
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "torchao", "flash-attn")
 LIST = "\n\n".join(f"    {part.name:14} {part.seconds:3} s   {part.about}" for part in PARTS.values())
 EPILOG = f"""\
@@ -66,32 +64,26 @@ def main(
 
     Exit status: 0 if every part is done, 1 otherwise.
     """
-    try:
+    with checking():
         parts = [PARTS[name] for name in chosen("--only", only, list(PARTS))]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     gpu = _gpu()
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
     made = report.Report(
         machine={
             "gpu": gpu or report.NO_GPU,
-            "date": datetime.datetime.now().isoformat(timespec="seconds"),
-            "versions": versions | {"CUDA": torch.version.cuda or "none"},
+            "date": now(),
+            "versions": versions(PACKAGES) | {"CUDA": torch.version.cuda or "none"},
         }
     )
     folder = logs or Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     path = out or (RESULTS / f"{report.file_stem(gpu)}.json" if gpu else folder / "no-gpu.json")
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    starting = lambda part, limit: console.print(f"{part.name}: up to {limit:.0f} s", highlight=False)  # noqa: E731
+    screen = console(160)
+    starting = lambda part, limit: screen.print(f"{part.name}: up to {limit:.0f} s", highlight=False)  # noqa: E731
     for outcome in runner.run(parts, seconds, folder, starting):
         made.add(outcome)
         report.write_json(made, path)
         if outcome.status != "done":
-            console.print(f"{outcome.name}: {outcome.status}: {outcome.reason}", style="bold", markup=False)
-    for table in report.tables(made):
-        console.print(table)
-    console.print(f"\nwritten: {path}; what the parts said: {folder}", highlight=False)
+            screen.print(f"{outcome.name}: {outcome.status}: {outcome.reason}", style="bold", markup=False)
+    show(report.tables(made), f"{path}; what the parts said: {folder}", screen)
     raise typer.Exit(0 if all(part["status"] == "done" for part in made.parts) and not made.failures else 1)
 
 
@@ -101,14 +93,5 @@ def _gpu() -> str:
     return subprocess.run([sys.executable, "-c", program], text=True, capture_output=True).stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(epilog=EPILOG)(main)
-    app()
+    start(main, EPILOG)

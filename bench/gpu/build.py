@@ -10,7 +10,7 @@ import sys
 import torch
 
 from bench.gpu.records import Records, Where
-from bench.gpu.runner import ROOT
+from bench.harness.command import ROOT
 
 
 def build(where: Where, records: Records) -> None:

@@ -7,6 +7,7 @@ import torch
 import distilbert_fast
 from bench.gpu.measure import Case, Work, compiled, run
 from bench.gpu.records import Records, Where
+from bench.harness.contest import forgetting
 from bench.test_kl_div import liger_loss, maskable_loss, torch_loss
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 
@@ -24,8 +25,7 @@ def kl_div(where: Where, records: Records) -> None:
         x.normal_(0, 4)
     student.requires_grad_()
 
-    def forget() -> None:
-        student.grad = None
+    forget = forgetting(student)
 
     def step(loss):
         def call():
@@ -63,9 +63,7 @@ def linear_kl_div(where: Where, records: Records) -> None:
     masked = torch.rand(n, device=where.device) < 0.15
     labels = torch.randint(0, v, (n,), device=where.device).masked_fill(~masked, -100)
 
-    def forget() -> None:
-        for x in student:
-            x.grad = None
+    forget = forgetting(*student)
 
     def step(loss, mask):
         def call():

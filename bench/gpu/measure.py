@@ -1,7 +1,7 @@
 """One case: the same work by us, on each backend, and by others; first whether they agree, then how long they take.
 
-On a GPU they take turns (bench/contest.py: CUDA events, flushed caches, medians). Without one each is called once, on
-tiny tensors, and only whether they agree is found out.
+On a GPU they take turns (bench/harness/contest.py: CUDA events, flushed caches, medians). Without one each is called
+once, on tiny tensors, and only whether they agree is found out.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 import distilbert_fast
-from bench.contest import Contender, contest
-from bench.gpu.records import Records, Where, first_line
+from bench.gpu.records import Records, Where
+from bench.harness.contest import Contender, contest
+from bench.harness.errors import reason
+from bench.harness.turns import spread
 from distilbert_fast import backends
 
 ROUNDS = 11
@@ -83,7 +84,7 @@ class Case:
             else:
                 self.calls[name] = make()
         except Exception as error:  # whatever is wrong with a rival, the others go on
-            self.missing[name] = first_line(error)
+            self.missing[name] = reason(error)
 
 
 def run(case: Case, where: Where, records: Records, rounds: int = ROUNDS) -> None:
@@ -97,7 +98,7 @@ def run(case: Case, where: Where, records: Records, rounds: int = ROUNDS) -> Non
             except torch.AcceleratorError:
                 raise
             except Exception as error:
-                case.missing[name] = first_line(error)
+                case.missing[name] = reason(error)
                 continue
             error = max(map(_difference, found, want), default=0.0)
             contenders[name] = {"error": error, "agrees": len(found) == len(want) and error <= case.tolerance}
@@ -106,9 +107,7 @@ def run(case: Case, where: Where, records: Records, rounds: int = ROUNDS) -> Non
         if where.gpu:
             timed = {name: Contender(case.calls[name], case.reset, int(case.work.moved_bytes)) for name in contenders}
             for name, result in contest(timed, rounds).items():
-                seconds = result.seconds
-                spread = {"median": median(seconds), "low": min(seconds), "high": max(seconds)}
-                contenders[name] |= spread | {"peak_bytes": result.peak_bytes}
+                contenders[name] |= vars(spread(result.seconds)) | {"peak_bytes": result.peak_bytes}
         records.add(
             "case",
             op=case.op,

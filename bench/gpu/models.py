@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu.records import Records, Where, first_line
+from bench.gpu.records import Records, Where
+from bench.harness.errors import reason
+from bench.harness.turns import spread
 from distilbert_fast import optimize
 from distilbert_fast.evaluation.speed import time_calls
 
@@ -122,7 +123,7 @@ def _compete(
         try:
             held[name] = make()
         except Exception as error:  # whatever is wrong with a rival, the others go on
-            missing[name] = first_line(error)
+            missing[name] = reason(error)
     oracle = base(where)
     for workload in workloads:
         with records.attempt(f"{workload.name}{title}"), torch.inference_mode():
@@ -138,13 +139,11 @@ def _compete(
                 except torch.AcceleratorError:
                     raise
                 except Exception as error:
-                    missing[name] = first_line(error)
+                    missing[name] = reason(error)
                     del held[name]
             if where.gpu:
-                turns = time_calls({name: held[name] for name in contenders}, [batch], TURNS)
-                for name, found in turns.items():
-                    seconds = [calls[0] for calls in found]
-                    contenders[name] |= {"median": median(seconds), "low": min(seconds), "high": max(seconds)}
+                for name, turns in time_calls({name: held[name] for name in contenders}, [batch], TURNS).items():
+                    contenders[name] |= vars(spread([calls[0] for calls in turns]))
             records.add(
                 "case",
                 op="DistilBERT-base",

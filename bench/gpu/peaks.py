@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import triton.testing
 
 from bench.gpu.records import Records, Where
+from bench.harness.peaks import product_rate
 
 SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))  # M, N, K
 COPIED = 2 << 30  # bytes
@@ -21,9 +23,9 @@ def measure(where: Where, records: Records) -> None:
         source = torch.ones(where.size(COPIED, 1 << 16), dtype=torch.uint8, device=where.device)
         target = torch.empty_like(source)
         rates["bytes"] = 2 * source.numel() / _seconds(where, lambda: target.copy_(source))
-    for unit, product in (("bf16", _bf16), ("int8", _int8)):
+    for unit in ("bf16", "int8"):
         with records.attempt(f"{unit} products"):
-            rates[unit] = max(2 * m * n * k / _seconds(where, product(m, n, k, where.device)) for m, n, k in shapes)
+            rates[unit] = product_rate(unit, shapes, where.device, functools.partial(_seconds, where))
     if where.gpu:
         records.add("peaks", **rates)
 
@@ -33,15 +35,3 @@ def _seconds(where: Where, call: Callable[[], object]) -> float:
         call()
         return 1.0
     return triton.testing.do_bench(call, warmup=50, rep=300, return_mode="min") / 1000
-
-
-def _bf16(m: int, n: int, k: int, device: torch.device) -> Callable[[], object]:
-    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-    weight = torch.randn(n, k, dtype=torch.bfloat16, device=device)
-    return lambda: torch.nn.functional.linear(x, weight)
-
-
-def _int8(m: int, n: int, k: int, device: torch.device) -> Callable[[], object]:
-    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-    return lambda: torch._int_mm(x, weight.t())

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from bench.harness.errors import reason
+
 Size = TypeVar("Size")
 
 
@@ -58,16 +60,11 @@ class Records:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.add("failure", what=what, reason=first_line(error))
+            self.add("failure", what=what, reason=reason(error))
             if isinstance(error, torch.AcceleratorError):
-                raise SystemExit(f"{what}: {first_line(error)}") from error
+                raise SystemExit(f"{what}: {reason(error)}") from error
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line."""
         lines = self.path.read_text().split("\n") if self.path.exists() else []
         return [json.loads(line) for line in lines[:-1]]
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

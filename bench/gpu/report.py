@@ -6,7 +6,6 @@ both of the same run (peaks.py).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from bench.gpu.measure import OURS
 from bench.gpu.runner import Outcome
+from bench.harness import report as harness
 
 NO_GPU = "not measured: no CUDA device"
 
@@ -59,10 +59,7 @@ def file_stem(gpu: str) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}")
-    made.write_text(json.dumps(with_shares(report), indent=1) + "\n")
-    made.replace(path)
+    harness.write_json(with_shares(report), path)
 
 
 def with_shares(report: Report) -> dict[str, Any]:
@@ -103,7 +100,8 @@ def op_table(op: str, cases: Iterable[Mapping[str, Any]]) -> Table:
     cases = list(cases)
     measured = not all("measured" in case for case in cases)
     title = op if measured else f"{op}, {NO_GPU}"
-    table = _table(title, "case,contender,ms,range,our best is,of the limit,peak extra MiB,")
+    columns = "case,contender,ms,range,our best is,of the limit,peak extra MiB,".split(",")
+    table = harness.table(title, columns, left=(0, 1, 7))
     for case in cases:
         ours = [c["median"] for name, c in case["contenders"].items() if name.startswith(OURS) and "median" in c]
         rows = sorted(case["contenders"].items(), key=lambda row: row[1].get("median", 0.0))
@@ -112,8 +110,8 @@ def op_table(op: str, cases: Iterable[Mapping[str, Any]]) -> Table:
             table.add_row(
                 case["case"] if i == 0 else "",
                 name,
-                _ms(contender["median"]) if timed else "",
-                f"{_ms(contender['low'])}-{_ms(contender['high'])}" if timed else "",
+                harness.milliseconds(contender["median"]) if timed else "",
+                harness.span(contender) if timed else "",
                 f"{contender['median'] / min(ours):.2f}x as fast" if timed and ours and not mine else "",
                 f"{contender['share_of_limit']:.0%}" if "share_of_limit" in contender else "",
                 f"{contender['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in contender else "",
@@ -135,7 +133,7 @@ def remark(contender: Mapping[str, Any], rows: int | None) -> str:
 
 
 def parts_table(report: Report) -> Table:
-    table = _table("parts", "part,,s,reason", right=(2,))
+    table = harness.table("parts", ("part", "", "s", "reason"), left=(0, 1, 3))
     for part in report.parts:
         table.add_row(part["name"], part["status"], f"{part['seconds']:.0f}", part["reason"])
     return table
@@ -156,14 +154,3 @@ def remarks(report: Report) -> list[str]:
     lines += [f"not available: {name}: {reason}" for name, reason in seen]
     lines += [f"FAILED: {failure['part']}: {failure['what']}: {failure['reason']}" for failure in report.failures]
     return lines
-
-
-def _table(title: str, columns: str, right: tuple[int, ...] = (2, 3, 4, 5, 6)) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    for i, column in enumerate(columns.split(",")):
-        table.add_column(column, justify="right" if i in right else "left", no_wrap=i in right)
-    return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import distilbert_fast
 from bench.gpu.measure import Call, Case, Work, compiled, run
 from bench.gpu.records import Records, Where
+from bench.harness.contest import forgetting
 from distilbert_fast.ops.quantize import quantize_reference
 
 DTYPE = torch.bfloat16
@@ -79,9 +80,7 @@ def _with_gradients(where: Where, records: Records, x, residual, weight, bias) -
     w, b = (p.detach().requires_grad_() for p in (weight, bias))
     upstream = torch.randn_like(x)
 
-    def forget() -> None:
-        for p in (student, w, b):
-            p.grad = None
+    forget = forgetting(student, w, b)
 
     def loss(function):
         def call():

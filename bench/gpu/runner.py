@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +12,9 @@ from typing import Any, NamedTuple
 
 from bench.gpu.plan import Part
 from bench.gpu.records import Records
+from bench.harness.command import ROOT
+from bench.harness.processes import wait
 
-ROOT = Path(__file__).resolve().parents[2]
 TAIL = 30  # lines of a part's output that are kept when it fails
 
 
@@ -61,14 +60,7 @@ def run_part(part: Part, limit: float, folder: Path) -> Outcome:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # so that what it starts ends with it
         )
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        code = wait(process, limit)
     seconds = time.monotonic() - start
     if code == 0:
         return Outcome(part.name, "done", "", seconds, records.read())

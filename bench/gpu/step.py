@@ -18,6 +18,7 @@ import torch
 import distilbert_fast
 from bench.gpu.measure import Case, Work, compiled, run
 from bench.gpu.records import Records, Where
+from bench.harness.contest import forgetting
 from bench.step.original import ALPHA_CE, ALPHA_COS, ALPHA_MLM, TEMPERATURE, original_loss
 
 DTYPE, LENGTH = torch.bfloat16, 128
@@ -35,9 +36,7 @@ def step(where: Where, records: Records) -> None:
     labels = torch.randint(0, vocabulary, (batch * length,), device=where.device).masked_fill(~masked, -100)
     engine = distilbert_fast.optimize(copy.deepcopy(teacher.bert))
 
-    def forget() -> None:
-        for parameter in (*student.parameters(), *original.parameters()):
-            parameter.grad = None
+    forget = forgetting(*student.parameters(), *original.parameters())
 
     def stepping(loss: Callable[..., torch.Tensor], model: Any, *arguments: Any) -> Callable[[], Any]:
         def call():

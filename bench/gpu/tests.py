@@ -13,7 +13,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from bench.gpu.records import Records, Where
-from bench.gpu.runner import ROOT
+from bench.harness.command import ROOT
+from bench.harness.processes import wait
 
 GPU_TESTS = ("tests/gpu", "tests/kernels")
 CUBIN_TESTS = ("tests/kernels",)
@@ -81,11 +82,6 @@ def _run(command: Sequence[str], variables: Mapping[str, str], limit: float) -> 
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **variables}, stdout=out, stderr=subprocess.STDOUT
         )
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-            process.kill()
-            process.wait()
+        code = wait(process, limit)
         out.seek(0)
         return out.read(), code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench.choose import chosen
+from bench.harness.choose import chosen
+from bench.harness.command import RESULTS, checking, console, show, start
 from bench.peers import contest, report
 from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS
 from bench.peers.models import MODELS, default_cache
@@ -22,7 +22,6 @@ from bench.peers.workloads import WORKLOADS
 
 QUICK = {"workloads": "1x16,1x128,8x128", "models": "distilbert-base", "rounds": 3}
 FULL = {"workloads": ",".join(WORKLOADS), "models": ",".join(MODELS), "rounds": 9}
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 EPILOG = f"""\
 [bold]Engines[/bold]: {", ".join(ENGINES)}. -pair: two requests in flight, time per request. -cpp: inductor's C++ \
 wrapper. int8-fp32 and the like: what is not int8 runs in fp32 (else bf16).
@@ -82,7 +81,7 @@ def main(
     not installed is named with the reason, and the others go on.
     """
     defaults = QUICK if quick else FULL
-    try:
+    with checking():
         settings = contest.Settings(
             engines=chosen("--engines", engines, list(ENGINES)),
             workloads=chosen("--workloads", workloads or defaults["workloads"], list(WORKLOADS)),
@@ -93,9 +92,6 @@ def main(
             cache=(cache or default_cache()).resolve(),
         )
         contest.turns.pick_cores(threads)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     path = out or RESULTS / f"{report.file_stem(contest.cpu_name())}{'-quick' if quick else ''}.json"
 
     classes = [sum(ENGINES[name].precision == precision for name in settings.engines) for precision in PRECISIONS]
@@ -111,10 +107,7 @@ def main(
         done = contest.run(settings, progress, lambda made: report.write_json(made, path))
     report.write_json(done, path)
     report.write_plot(done, path.with_suffix(".png"))
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    for table in report.tables(done):
-        console.print(table)
-    console.print(f"\nwritten: {path} and {path.with_suffix('.png').name}", highlight=False)
+    show(report.tables(done), f"{path} and {path.with_suffix('.png').name}", console())
 
 
 def checked_models(names: list[str]) -> list[str]:
@@ -131,6 +124,4 @@ def checked_isa(isa: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(epilog=EPILOG)(main)
-    app()
+    start(main, EPILOG)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import platform
@@ -14,23 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers import turns
-from bench.peers.engines import (
-    ENGINES,
-    FORCED_ISA,
-    PRECISIONS,
-    REFERENCE,
-    NotAvailableError,
-    Spec,
-    environment,
-    tcmalloc,
-)
+from bench.harness import turns
+from bench.harness.errors import NotAvailableError
+from bench.harness.machine import cpu_name, now
+from bench.harness.processes import Worker, end_all
+from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS, REFERENCE, Spec, environment, tcmalloc
 from bench.peers.models import MODELS, MissingModelError
-from bench.peers.processes import Worker, end_all
 from bench.peers.workloads import SEED, WORKLOADS, Workload
 from distilbert_fast.modeling.loading import fingerprint
 
-PEAKS = Spec("machine-peaks", "", "")  # a worker that measures the machine and ends
+PEAKS = Spec("machine-peaks", "", "")  # a worker that measures the machine
 
 
 @dataclass(frozen=True)
@@ -101,13 +93,13 @@ class Work:
         cache = self.kept(name, model) / spec.name.partition("-")[0]
         return self.start(spec, f"{name}-{spec.name}", {"model": str(model), "cache": str(cache)})
 
-    def start(self, spec: Spec, log: str, given: Mapping[str, Any]) -> Worker:
+    def start(self, spec: Spec, log: str, given: Mapping[str, Any], module: str = "bench.peers.worker") -> Worker:
         given = {"engine": spec.name, "threads": self.settings.threads, "cores": list(self.cores), **given}
         variables = environment(spec, self.settings.threads, self.settings.cache, self.settings.isa)
-        return Worker(given, variables, self.settings.cache / "logs" / f"{log}.log")
+        return Worker(given, variables, self.settings.cache / "logs" / f"{log}.log", module)
 
     def peaks(self) -> dict[str, Any]:
-        worker = self.start(PEAKS, PEAKS.name, {})
+        worker = self.start(PEAKS, PEAKS.name, {}, "bench.harness.peaks")
         worker.end()
         return {key: value for key, value in worker.ready.items() if key != "ready"}
 
@@ -146,7 +138,7 @@ class Work:
                 self.progress(f"{name}: reference output of {workload.name}")
                 file = self.reference(name, directory, workload)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                worker.load(workload.name, file)
+                worker.load(workload=workload.name, reference=str(file))
         finally:
             worker.end()
 
@@ -167,7 +159,8 @@ class Work:
         for engine, worker in workers.items():
             self.progress(f"{model}, {precision}, {workload.name}: load {engine}")
             with self.naming(engine, model, workload.name):
-                loaded[engine] = worker.load(workload.name, self.reference(model, directory, workload))
+                reference = self.reference(model, directory, workload)
+                loaded[engine] = worker.load(workload=workload.name, reference=str(reference))
                 if not np.isfinite(loaded[engine]["max_abs"]):
                     del loaded[engine]
                     raise NotAvailableError("its output is not finite")
@@ -264,12 +257,6 @@ def machine(cores: Sequence[int], settings: Settings) -> dict[str, Any]:
         "cores": list(cores),
         "threads": settings.threads,
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "notes": notes,
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

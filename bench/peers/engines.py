@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness.errors import NotAvailableError
+
 PRECISIONS = ("int8", "bf16", "fp32")
 TCMALLOC = (
     "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
@@ -30,10 +32,6 @@ TCMALLOC = (
     "/usr/lib64/libtcmalloc_minimal.so.4",
     "/usr/lib/libtcmalloc_minimal.so.4",
 )
-
-
-class NotAvailableError(Exception):
-    """An engine that cannot run here; the message is the reason."""
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bench.harness import report as harness
 from bench.peers.contest import Report
 from bench.peers.engines import PRECISIONS
 
@@ -24,10 +24,7 @@ def file_stem(cpu: str) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}")
-    made.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    made.replace(path)
+    harness.write_json(asdict(report), path)
 
 
 def tables(report: Report) -> list[RenderableType]:
@@ -45,7 +42,9 @@ def tables(report: Report) -> list[RenderableType]:
 
 
 def results_table(report: Report, model: str, workload: str) -> Table:
-    table = _table(f"{model}, {workload}", "class,engine,ms,range,ours is,of peak,cosine,max abs,", 2)
+    table = harness.table(
+        f"{model}, {workload}", "class,engine,ms,range,ours is,of peak,cosine,max abs,".split(","), left=(0, 1, 8)
+    )
     for precision in PRECISIONS:
         rows = [
             row
@@ -62,8 +61,8 @@ def results_table(report: Report, model: str, workload: str) -> Table:
             table.add_row(
                 precision if i == 0 else "",
                 row["engine"],
-                _ms(row["seconds"]["median"]),
-                f"{_ms(row['seconds']['low'])}-{_ms(row['seconds']['high'])}",
+                harness.milliseconds(row["seconds"]["median"], 2),
+                harness.span(row["seconds"], 2),
                 f"{ratio['median']:.2f}x as fast" if ratio else "",
                 f"{row['share_of_peak']:.0%}",
                 f"{row['cosine']:.6f}",
@@ -77,16 +76,16 @@ def results_table(report: Report, model: str, workload: str) -> Table:
 
 def verdicts_table(report: Report) -> Table:
     columns = "model,workload,ours,ms,fastest rival of its class,ms,ours is,range,of peak"
-    table = _table("ours against the fastest rival", columns, 3, left=(4,))
+    table = harness.table("ours against the fastest rival", columns.split(","), left=(0, 1, 2, 4))
     for row in report.verdicts:
         ratio = row["ratio"]
         table.add_row(
             row["model"],
             row["workload"],
             row["ours"].partition("-")[2],
-            _ms(row["seconds"]["median"]),
+            harness.milliseconds(row["seconds"]["median"], 2),
             row["rival"],
-            _ms(row["rival_seconds"]["median"]),
+            harness.milliseconds(row["rival_seconds"]["median"], 2),
             f"{ratio['median']:.2f}x as fast",
             f"{ratio['low']:.2f}-{ratio['high']:.2f}",
             f"{row['share_of_peak']:.0%}",
@@ -156,15 +155,3 @@ def write_plot(report: Report, path: Path) -> None:
 def _engines(results: Iterable[Mapping[str, Any]]) -> list[str]:
     """Ours first."""
     return sorted({row["engine"] for row in results}, key=lambda name: (not name.startswith("distilbert_fast"), name))
-
-
-def _table(title: str, columns: str, left_columns: int, left: tuple[int, ...] = ()) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    for i, column in enumerate(columns.split(",")):
-        to_left = i < left_columns or i in left or not column
-        table.add_column(column, justify="left" if to_left else "right", no_wrap=bool(column))
-    return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"

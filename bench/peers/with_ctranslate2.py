@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers.engines import Job, NotAvailableError, apart
+from bench.harness.errors import NotAvailableError
+from bench.peers.engines import Job, apart
 from bench.peers.workloads import Batch
 
 

@@ -1,77 +1,34 @@
-"""One engine in a process of its own, on cores of its own choice of threads: JSON lines in, JSON lines out.
+"""One engine in a process of its own (bench/harness/worker.py):
 
-    {"do": "load", "workload": NAME, "reference": FILE}   → {"seconds", "batches", "cosine", "max_abs"}
-    {"do": "run", "calls": N}                             → {"seconds", "cpu_seconds"}
-
-The first line out is {"ready": true, "versions": {...}}. What goes wrong is {"error": reason}; a process that cannot
-build its engine ends after saying so. Whatever libraries print goes to the process's log.
+{"do": "load", "workload": NAME, "reference": FILE}   → {"seconds", "batches", "cosine", "max_abs"}
+{"do": "run", "calls": N}                             → {"seconds", "cpu_seconds"}
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from bench.peers.engines import ENGINES, Job, NotAvailableError, Spec
+from bench.harness.machine import versions
+from bench.harness.worker import Message, serve
+from bench.peers.engines import ENGINES, Job, Spec
 from bench.peers.workloads import WORKLOADS, Batch, Workload
 
-PR_SET_PDEATHSIG = 1
 TRIAL_CALLS = 3
 DISTRIBUTIONS = ("torch", "transformers", "torchao", "openvino", "nncf", "onnxruntime", "ctranslate2")
 
 
-def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped between turns, it would outlive its parent
-    given = json.loads(sys.argv[1])
-    os.sched_setaffinity(0, given["cores"])
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    try:
-        if given["engine"] == "machine-peaks":
-            from bench.peers.peaks import machine_peaks
-
-            say(replies, {"ready": True, **machine_peaks(given["threads"])})
-            return
-        engine = Engine(ENGINES[given["engine"]], Path(given["model"]), Path(given["cache"]), given["threads"])
-    except Exception as error:
-        say(replies, {"error": reason(error)})
-        raise
-    say(replies, {"ready": True, "versions": versions()})
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            answer = engine.load(message) if message["do"] == "load" else engine.run(message["calls"])
-        except Exception as error:
-            answer = {"error": reason(error)}
-            print(answer, file=sys.stderr)
-        say(replies, answer)
-
-
-def say(replies: TextIO, message: Mapping[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
-
-
-def reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = (lines or ["no message"])[0][:300]
-    return first if isinstance(error, NotAvailableError) else f"{type(error).__name__}: {first}"
-
-
-def versions() -> dict[str, str]:
-    """Of what is imported here."""
-    return {name: metadata.version(name) for name in DISTRIBUTIONS if name in sys.modules}
+def build(given: Message) -> tuple[Message, Callable[[Message], Message]]:
+    engine = Engine(ENGINES[given["engine"]], Path(given["model"]), Path(given["cache"]), given["threads"])
+    imported = (name for name in DISTRIBUTIONS if sys.modules.get(name))
+    return {"versions": versions(imported)}, engine.answer
 
 
 class Engine:
@@ -83,6 +40,9 @@ class Engine:
         cache.mkdir(parents=True, exist_ok=True)
         self.engine = spec.engine(model, cache, threads)
         self.job: Job | None = None
+
+    def answer(self, message: Message) -> Message:
+        return self.load(message) if message["do"] == "load" else self.run(message["calls"])
 
     def load(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Prepare a workload, warm, compare with the reference (or write it, where there is none yet).
@@ -141,4 +101,4 @@ def error(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    serve(build)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bench.peers.__main__ import chosen
-from bench.peers.contest import cpu_name
-from bench.peers.engines import NotAvailableError
-from bench.peers.processes import ROOT, Worker, end_all
-from bench.peers.turns import Machine, hold, pick_cores, ratio, seconds, spread
+from bench.harness import report
+from bench.harness.choose import chosen
+from bench.harness.command import RESULTS, checking, console, show, start
+from bench.harness.errors import NotAvailableError
+from bench.harness.machine import cpu_name, now
+from bench.harness.processes import Worker, end_all
+from bench.harness.turns import Machine, hold, pick_cores, ratio, seconds, spread
 from bench.step.ways import PARTS, SIZES, WAYS
 
 EPILOG = """\
@@ -32,19 +31,6 @@ Does it run here?
 
     python -m bench.step --size tiny --batch 2 --length 16 --rounds 1
 """
-
-
-class Contender:
-    """A worker that keeps the parts of its turns."""
-
-    def __init__(self, worker: Worker, calls: int) -> None:
-        self.worker, self.calls = worker, calls
-        self.parts: list[dict[str, float]] = []
-
-    def turn(self) -> tuple[float, float]:
-        answer = self.worker.ask({"do": "run", "calls": self.calls})
-        self.parts.append(answer["parts"])
-        return answer["seconds"], answer["cpu_seconds"]
 
 
 def main(
@@ -62,17 +48,14 @@ def main(
     The KL counts masked tokens only, 15% of all; teacher of 12 layers, student of 6, random weights. Every way has a
     process of its own, stopped between its turns.
     """
-    try:
+    with checking():
         names = chosen("--ways", ways, list(WAYS))
         if size not in SIZES:
             raise ValueError(f"--size: expected {' or '.join(SIZES)}, got {size!r}")
         cores = pick_cores(threads)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     given: dict[str, Any] = {"size": size, "batch": batch, "length": length, "threads": threads, "cores": cores}
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    contenders: dict[str, Contender] = {}
+    contenders: dict[str, Worker] = {}
     missing: dict[str, str] = {}
 
     def failed(name: str, error: NotAvailableError) -> None:
@@ -86,10 +69,11 @@ def main(
             except NotAvailableError as error:
                 failed(name, error)
             else:
-                contenders[name] = Contender(worker, calls)
+                worker.calls = calls
+                contenders[name] = worker
         held = hold(contenders, rounds, Machine(cores, threads), failed)
     finally:
-        end_all([contender.worker for contender in contenders.values()])
+        end_all(list(contenders.values()))
 
     rows = []
     for name in [name for name in contenders if name not in missing]:
@@ -98,8 +82,10 @@ def main(
             {
                 "way": name,
                 "seconds": vars(seconds(held, name)),
-                "peak_mib": contenders[name].worker.ready["peak_mib"],
-                "parts": {part: spread([p[part] for p in contenders[name].parts]).median for part in PARTS},
+                "peak_mib": contenders[name].ready["peak_mib"],
+                "parts": {
+                    part: spread([turn["parts"][part] for turn in contenders[name].turns]).median for part in PARTS
+                },
                 "rival": rival if rival in contenders and rival not in missing else None,
                 "faster": vars(ratio(held, rival, name)) if rival in contenders and rival not in missing else None,
                 "disturbed": sum(turns[name].disturbed is not None for turns in held),
@@ -107,30 +93,22 @@ def main(
         )
     made = {
         "cpu": cpu_name(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "python": platform.python_version(),
         **{key: given[key] for key in ("size", "batch", "length", "threads")},
         "rounds": rounds,
         "ways": rows,
         "missing": missing,
     }
-    path = out or ROOT / "bench/results" / f"step-{batch}x{length}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1) + "\n")
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table(made))
-    for name, why in missing.items():
-        console.print(f"{name} is missing: {why}", highlight=False)
-    console.print(f"\nwritten: {path}", highlight=False)
+    path = out or RESULTS / f"step-{batch}x{length}.json"
+    report.write_json(made, path)
+    lines = [Text(f"{name} is missing: {why}") for name, why in missing.items()]
+    show([table(made), *lines], str(path), console())
 
 
 def table(made: dict[str, Any]) -> Table:
-    drawn = Table(
-        title=f"{made['batch']}x{made['length']} tokens, {made['threads']} threads, {made['cpu']}", title_justify="left"
-    )
-    drawn.add_column("way")
-    for column in ("s a step", "range", *PARTS, "peak MiB", "as fast as the original"):
-        drawn.add_column(column, justify="right")
+    title = f"{made['batch']}x{made['length']} tokens, {made['threads']} threads, {made['cpu']}"
+    drawn = report.table(title, ("way", "s a step", "range", *PARTS, "peak MiB", "as fast as the original"))
     for row in made["ways"]:
         time, faster = row["seconds"], row["faster"]
         drawn.add_row(
@@ -145,6 +123,4 @@ def table(made: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(epilog=EPILOG)(main)
-    app()
+    start(main, EPILOG)

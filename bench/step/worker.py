@@ -1,41 +1,26 @@
-"""One way to take the step, in a process of its own: JSON lines in, JSON lines out, see ``bench.peers.worker``."""
+"""One way to take the step, in a process of its own (bench/harness/worker.py):
+
+{"calls": N}   → {"seconds", "cpu_seconds", "parts"}
+"""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.peers.worker import PR_SET_PDEATHSIG, reason, say
+from bench.harness.machine import restart_peak, status_bytes
+from bench.harness.worker import Message, serve
 from bench.step.ways import PARTS, SIZES, WAYS, Way
 from distilbert_fast import backends
 
 
-def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped between turns, it would outlive its parent
-    given = json.loads(sys.argv[1])
-    os.sched_setaffinity(0, given["cores"])
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    try:
-        torch.set_num_threads(given["threads"])
-        run = Run(WAYS[given["way"]], given["size"], given["batch"], given["length"])
-    except Exception as error:
-        say(replies, {"error": reason(error)})
-        raise
-    say(replies, {"ready": True, "loss": run.loss, "peak_mib": run.peak})
-    for line in sys.stdin:
-        try:
-            answer = run.turn(json.loads(line)["calls"])
-        except Exception as error:
-            answer = {"error": reason(error)}
-        say(replies, answer)
+def build(given: Message) -> tuple[Message, Callable[[Message], Message]]:
+    torch.set_num_threads(given["threads"])
+    run = Run(WAYS[given["way"]], given["size"], given["batch"], given["length"])
+    return {"peak_mib": run.peak}, lambda message: run.turn(message["calls"])
 
 
 class Run:
@@ -58,13 +43,16 @@ class Run:
         }
         torch.manual_seed(1)
         self.way = way.build(config, self.batch)
-        self.loss = 0.0
         self._step()
         backends.cpu().release_spares()
-        between = _resident()
-        counted = _reset_peak()
+        between = status_bytes("VmRSS")
+        try:
+            restart_peak()
+            counted = True
+        except OSError:
+            counted = False
         self._step()
-        self.peak = (_peak() - between) / 2**20 if counted else None
+        self.peak = (status_bytes("VmHWM") - between) / 2**20 if counted else None
 
     def turn(self, calls: int) -> dict[str, Any]:
         before, parts = time.process_time(), dict.fromkeys(PARTS, 0.0)
@@ -89,29 +77,5 @@ class Run:
         return parts
 
 
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        (line,) = (line for line in file if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def _reset_peak() -> bool:
-    """Let VmHWM start again from what is resident now."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
-
-
 if __name__ == "__main__":
-    main()
+    serve(build)

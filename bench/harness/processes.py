@@ -1,4 +1,4 @@
-"""The parent's end of a worker: start it, talk to it, stop it between its turns."""
+"""The parent's end of processes: workers, which are stopped between their turns, and those that end by a limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers.engines import NotAvailableError
+from bench.harness.command import ROOT
+from bench.harness.errors import NotAvailableError
 
-ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 1800.0
 TURN_SECONDS = 0.4  # that a turn should take at least
 CALLS = (3, 200)
@@ -26,12 +26,11 @@ CALLS = (3, 200)
 class Worker:
     """A worker process, which gets CPU time only inside a call of this class."""
 
-    def __init__(
-        self, given: Mapping[str, Any], environment: Mapping[str, str], log: Path, module: str = "bench.peers.worker"
-    ) -> None:
-        """Start ``module`` and wait until its engine is built; NotAvailableError where that fails."""
+    def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str], log: Path, module: str) -> None:
+        """Start ``module`` and wait until it is ready; NotAvailableError where that fails."""
         self.log = log
         self.calls = 1
+        self.turns: list[dict[str, Any]] = []  # what was answered to each
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -49,20 +48,20 @@ class Worker:
             self.end()
             raise
 
-    def load(self, workload: str, reference: Path) -> dict[str, Any]:
-        loaded = self.ask({"do": "load", "workload": workload, "reference": str(reference)})
+    def load(self, **what: Any) -> dict[str, Any]:
+        """Load what the next turns run, and choose how many calls make a turn."""
+        loaded = self.ask({"do": "load", **what})
         low, high = CALLS
         self.calls = min(high, max(low, math.ceil(TURN_SECONDS / loaded["seconds"])))
         return loaded
 
     def turn(self) -> tuple[float, float]:
         timed = self.ask({"do": "run", "calls": self.calls})
+        self.turns.append(timed)
         return timed["seconds"], timed["cpu_seconds"]
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self._signal(signal.SIGKILL)
-        self.process.wait()
+        end(self.process)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
@@ -98,3 +97,21 @@ class Worker:
 def end_all(workers: Sequence[Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+def wait(process: subprocess.Popen, limit: float) -> int | None:
+    """Its status; None where it was ended, since it took more than ``limit`` seconds."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and, where it leads a group, what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()

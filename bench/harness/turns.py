@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench.peers.engines import NotAvailableError
+from bench.harness.errors import NotAvailableError
 
 TRIES = 4  # of a turn, until nothing disturbs it
 OTHERS = 0.04  # of the cores' time, that other processes may use in a turn

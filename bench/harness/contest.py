@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
-from distilbert_fast import backends
+from bench.harness import report
+from bench.harness.machine import restart_peak, status_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "distilbert_fast"  # the contender that the others are compared with
@@ -80,25 +78,26 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what malloc holds free is resident too: give it back
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+    restart_peak()
     before = status_bytes("VmRSS")
     call()
     return status_bytes("VmHWM") - before
 
 
-def status_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def triad(a: torch.Tensor, b: torch.Tensor) -> Contender:
+    """The traffic of an op without its arithmetic: one matrix or two in, one out."""
+    out = torch.empty_like(a)
+    return Contender(lambda: torch.add(a, b, out=out), lambda: None, (2 if a is b else 3) * a.nbytes)
 
 
-def machine() -> str:
-    if DEVICE.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else platform.machine()
-    tier = backends.isa_report()["tier"]
-    return f"{name}, {torch.get_num_threads()} threads, ISA tier {tier}, torch {torch.__version__}"
+def forgetting(*leaves: torch.Tensor) -> Callable[[], None]:
+    """What resets contenders that make gradients."""
+
+    def forget() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    return forget
 
 
 def table(title: str, results: dict[str, Result], matrix_bytes: int) -> Table:
@@ -107,9 +106,8 @@ def table(title: str, results: dict[str, Result], matrix_bytes: int) -> Table:
     def over(a: Result, b: Result) -> float:
         return median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
 
-    out = Table(title=Text(title), title_justify="left")
-    for column in ("", "ms", "range", f"{OURS} is", "GB/s", f"of {TRIAD}", "peak extra MiB", "in matrices"):
-        out.add_column(column, justify="right" if column else "left", no_wrap=True)
+    columns = ("", "ms", "range", f"{OURS} is", "GB/s", f"of {TRIAD}", "peak extra MiB", "in matrices")
+    out = report.table(title, columns)
     for name, result in results.items():
         ms = [1000 * value for value in result.seconds]
         share = over(results[TRIAD], result) * result.moved_bytes / results[TRIAD].moved_bytes
