@@ -75,7 +75,7 @@ def env(
             _print_environment(report)
 
 
-_STEPS = recipes.Training()
+_STEPS = recipes.DemoTraining()
 
 
 @app.command(

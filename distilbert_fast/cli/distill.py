@@ -402,7 +402,7 @@ def _distill(
     overwrite: bool,
 ) -> None:
     from distilbert_fast.jobs import distill as distill_recipes
-    from distilbert_fast.jobs.demo import RecipeError
+    from distilbert_fast.jobs.flow import RecipeError
     from distilbert_fast.runs.processes import launcher
 
     with plain_errors("the same command continues"):
@@ -422,7 +422,7 @@ def _distill(
 
 
 def _shape(layers: str, architecture: str, hidden: int | None, heads: int | None, inner: int | None) -> Shape:
-    from distilbert_fast.jobs.demo import RecipeError
+    from distilbert_fast.jobs.flow import RecipeError
 
     try:
         numbers = tuple(int(part) for part in layers.split(",") if part)

@@ -7,17 +7,27 @@ quality, int8, parameters ...), `date`, `machine`, `environment`, `inputs` and `
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.evaluation.report import large, timing
+from distilbert_fast.evaluation.report import (
+    as_json,
+    bullets,
+    busy,
+    large,
+    made_by,
+    markdown_table,
+    new_figure,
+    png,
+    terminal_table,
+    timing,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PLOT = "losses.png"
+_CLOCKS = ("ms, batch 1", "rows/s, batch 32")
 _PIPELINES = {
     "MaskedLM": "fill-mask",
     "SequenceClassification": "text-classification",
@@ -30,7 +40,7 @@ def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
     """The report's files by name, the model card of the student in its directory among them."""
     drawn = plot(content)
     return {
-        "report.json": json.dumps(content, indent=2).encode() + b"\n",
+        "report.json": as_json(content),
         PLOT: drawn,
         f"{student}/{PLOT}": drawn,
         f"{student}/README.md": _card(content, student).encode(),
@@ -107,28 +117,22 @@ def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
 
 def table(content: Mapping[str, Any]) -> Table:
     """`quality_rows` for a terminal, without what is the same for most models."""
-    from rich import box
-    from rich.table import Table
+    body = [[row[0], *row[5:]] for row in quality_rows(content)]
+    return terminal_table(f"{content['kind']}: {content['data']['name']}", body)
 
-    head, *body = [[row[0], *row[5:]] for row in quality_rows(content)]
-    result = Table(title=f"{content['kind']}: {content['data']['name']}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(head):
-        result.add_column(name, justify="right" if i else "left")
-    for row in body:
-        result.add_row(*row)
-    return result
+
+def busy_lines(content: Mapping[str, Any]) -> list[str]:
+    """A line for each timing that other work on the machine disturbed, see `busy`."""
+    by_clock = zip(_CLOCKS, content["speed"].values(), strict=True)
+    return busy((f"{name}, {clock}", value) for clock, by_name in by_clock for name, value in by_name.items())
 
 
 def plot(content: Mapping[str, Any]) -> bytes:
     """A PNG: the losses of every model over its steps, a panel for each loss."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     trained = {name: row for name, row in content["models"].items() if row["losses"]}
     kinds = list(dict.fromkeys(key for row in trained.values() for entry in row["losses"] for key in entry))
     kinds = [kind for kind in kinds if kind != "step"] or ["loss"]
-    figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * len(kinds), 3.6)
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for row in trained.values():
             entries = [entry for entry in row["losses"] if kind in entry]
@@ -141,26 +145,18 @@ def plot(content: Mapping[str, Any]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=110, format="png")
-    return png.getvalue()
+    return png(figure, 110)
 
 
 def _body(content: Mapping[str, Any]) -> Iterator[str]:
-    machine, inputs, environment = content["machine"], content["inputs"], content["environment"]
-    versions = {name: version for name, version in environment["versions"].items() if version}
+    inputs = content["inputs"]
     yield from (
-        f"Made by `{content['command']}` on {content['date']}.",
-        "",
-        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, {machine['system']}; {inputs['threads']} threads, "
-        f"device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
-        f"- **Versions:** Python {environment['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        *made_by(content),
         *(f"- **Data, {name}:** {value}" for name, value in content["data"].items() if value is not None),
         "",
         "## Evaluation",
         "",
-        *_markdown(quality_rows(content)),
+        *markdown_table(quality_rows(content)),
         "",
         f'{content["legend"]} Each model as read back from its directory; int8 is `optimize(model, "int8")`.',
         "",
@@ -168,8 +164,9 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         "",
         "## Speed",
         "",
-        *_markdown(_speed_rows(content)),
+        *markdown_table(_speed_rows(content)),
         "",
+        *bullets(busy_lines(content)),
         f"Median over turns in which all models come by, range in brackets, on the evaluation data: "
         f"{inputs['latency_rows']} rows at batch 1, {inputs['throughput_rows']} at batch 32, "
         f"{inputs['mean_tokens']:.0f} tokens on average"
@@ -213,16 +210,9 @@ def _effect(row: Mapping[str, float]) -> str:
 def _speed_rows(content: Mapping[str, Any]) -> list[list[str]]:
     speeds = content["speed"]
     return [
-        ["", "ms, batch 1", "rows/s, batch 32"],
+        ["", *_CLOCKS],
         *([name, *(timing(speeds[key][name], ranges=True) for key in speeds)] for name in speeds["latency_ms"]),
     ]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    head, *body = rows
-    yield "| " + " | ".join(head) + " |"
-    yield "|---|" + "---:|" * (len(head) - 1)
-    yield from ("| " + " | ".join(row) + " |" for row in body)
 
 
 def _flat(value: Any) -> str:

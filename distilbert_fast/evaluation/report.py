@@ -1,6 +1,6 @@
 """The report of a demo: report.json (everything), report.md (to read) and report.png (to see).
 
-All three come from one dict, whose layout is that of report.json:
+What `distillation_report` writes too stands at the end. All come from one dict, whose layout is that of report.json:
 `command`, `settings`, `task`, `stages` (what each made and how long it took), `date`, `machine`, `environment` (that of
 `distilbert-fast env`), `inputs` (what was timed) and `models`: name -> row of numbers.
 """
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
+SPREAD = 2.0  # slowest over fastest turn, above which other work disturbed a timing
+
 Row = Mapping[str, Any]
+CLOCKS = {"ms, batch 1": "latency_ms", "sentences/s, batch 32": "throughput"}  # what we call them: key in the rows
 LIBRARIES = {"transformers": "transformers", "distilbert_fast": "optimize()"}  # key in the rows: what we call it
 
 
@@ -35,7 +39,7 @@ def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
             ("weight file", lambda row: f"{large(row['file_bytes'])}B"),
         )
     }
-    for title, key in (("ms, batch 1", "latency_ms"), ("sentences/s, batch 32", "throughput")):
+    for title, key in CLOCKS.items():
         for library, called in LIBRARIES.items():
             shown[f"{title}, {called}"] = [timing(row[key][library], ranges) for row in models.values()]
     return [["", *models], *([title, *cells] for title, cells in shown.items())]
@@ -43,42 +47,34 @@ def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
 
 def table(content: Mapping[str, Any]) -> Table:
     """The table of the report for a terminal, without the ranges of the timings."""
-    from rich import box
-    from rich.table import Table
-
-    head, *body = rows(content, ranges=False)
     title = f"{content['task']['name']}: {content['task']['eval_sentences']} sentences to evaluate"
-    result = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    result.add_column(head[0])
-    for name in head[1:]:
-        result.add_column(name, justify="right")
-    for row in body:
-        result.add_row(*row)
-    return result
+    return terminal_table(title, rows(content, ranges=False))
+
+
+def busy_lines(content: Mapping[str, Any]) -> list[str]:
+    """A line for each timing that other work on the machine disturbed, see `busy`."""
+    return busy(
+        (f"{name}, {title}, {called}", row[key][library])
+        for title, key in CLOCKS.items()
+        for library, called in LIBRARIES.items()
+        for name, row in content["models"].items()
+    )
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The text of report.md."""
-    task, machine, inputs, environment = (content[key] for key in ("task", "machine", "inputs", "environment"))
-    head, *body = rows(content)
-    versions = {name: version for name, version in environment["versions"].items() if version}
+    task, inputs = content["task"], content["inputs"]
     lines = [
         f"# Distilled and quantized on {task['name']}",
         "",
-        f"Made by `{content['command']}` on {content['date']}.",
-        "",
-        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, {machine['system']}; "
-        f"{inputs['threads']} threads, device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
-        f"- **Versions:** Python {environment['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        *made_by(content),
         f"- **Task:** {task['train_sentences']} sentences to train on, {task['eval_sentences']} to evaluate "
         f"({task['eval_sentences_in_train']} of them also in the training split), {len(task['labels'])} classes: "
         f"{', '.join(task['labels'])}. Always saying the commonest class gives {task['majority_share']:.1%}.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * (len(head) - 1),
-        *("| " + " | ".join(row) + " |" for row in body),
+        *markdown_table(rows(content)),
         "",
+        *bullets(busy_lines(content)),
         f"![accuracy, size and speed]({PLOT})",
         "",
         f"Timings: median over turns, with the range of the turns in brackets; all models take turns on the same "
@@ -119,19 +115,15 @@ def files(content: Mapping[str, Any]) -> dict[str, bytes]:
     """The report's files by name."""
     return {
         PLOT: plot(content),
-        "report.json": json.dumps(content, indent=2).encode() + b"\n",
+        "report.json": as_json(content),
         "report.md": markdown(content).encode(),
     }
 
 
 def plot(content: Mapping[str, Any]) -> bytes:
     """A PNG: accuracy with agreement, size, latency and throughput of each model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     models: Mapping[str, Row] = content["models"]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 7.5)
     (quality, size), (latency, throughput) = figure.subplots(2, 2)
     names = list(models)
 
@@ -178,9 +170,23 @@ def plot(content: Mapping[str, Any]) -> bytes:
     figure.suptitle(
         f"{content['task']['name']} on {machine['cpu']}, {content['inputs']['threads']} threads", fontsize=11
     )
-    png = io.BytesIO()
-    figure.savefig(png, dpi=130, format="png")
-    return png.getvalue()
+    return png(figure, 130)
+
+
+def _stage(name: str, stage: Mapping[str, Any]) -> str:
+    proof = stage["read_back"]
+    trained = f", {stage['steps']} steps" if "steps" in stage else ""
+    resumed = " since it was continued" if stage.get("resumed") else ""
+    layers = f", layers {', '.join(map(str, stage['layers']))} of the teacher" if "layers" in stage else ""
+    made = f"{stage['seconds']:.0f} s{resumed}{trained}{layers}"
+    return (
+        f"- **{name}**: {made}. Read back from disk it chose the same class "
+        f"for {proof['same_class']} of {proof['sentences']} sentences; largest difference of a logit "
+        f"{proof['largest_difference']:.2g}."
+    )
+
+
+# Of any report --------------------------------------------------------------------------------------------------------
 
 
 def timing(measured: Mapping[str, float], ranges: bool) -> str:
@@ -196,14 +202,70 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _stage(name: str, stage: Mapping[str, Any]) -> str:
-    proof = stage["read_back"]
-    trained = f", {stage['steps']} steps" if "steps" in stage else ""
-    resumed = " since it was continued" if stage.get("resumed") else ""
-    layers = f", layers {', '.join(map(str, stage['layers']))} of the teacher" if "layers" in stage else ""
-    made = f"{stage['seconds']:.0f} s{resumed}{trained}{layers}"
-    return (
-        f"- **{name}**: {made}. Read back from disk it chose the same class "
-        f"for {proof['same_class']} of {proof['sentences']} sentences; largest difference of a logit "
-        f"{proof['largest_difference']:.2g}."
+def busy(timings: Iterable[tuple[str, Mapping[str, float]]]) -> list[str]:
+    """A line for each timing of these, by what it is called, whose turns spread by more than `SPREAD`."""
+    return [
+        f"The machine was busy: the turns of {name} spread by more than {SPREAD:g}×: {timing(measured, ranges=True)}."
+        for name, measured in timings
+        if measured["high"] > SPREAD * measured["low"]
+    ]
+
+
+def made_by(content: Mapping[str, Any]) -> Iterator[str]:
+    """Markdown: command, date, machine and versions."""
+    machine, inputs, environment = content["machine"], content["inputs"], content["environment"]
+    versions = [f"{name} {version}" for name, version in environment["versions"].items() if version]
+    yield from (
+        f"Made by `{content['command']}` on {content['date']}.",
+        "",
+        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, {machine['system']}; {inputs['threads']} threads, "
+        f"device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
+        f"- **Versions:** Python {environment['python']}, {', '.join(versions)}",
     )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table whose first row holds its titles."""
+    head, *body = rows
+    yield "| " + " | ".join(head) + " |"
+    yield "|---|" + "---:|" * (len(head) - 1)
+    yield from ("| " + " | ".join(row) + " |" for row in body)
+
+
+def bullets(lines: Sequence[str]) -> list[str]:
+    """A list in Markdown with a blank line after it; nothing for no lines."""
+    return [*(f"- {line}" for line in lines), ""] if lines else []
+
+
+def terminal_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """The same for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Of so many inches, for `png`, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=dpi, format="png")
+    return image.getvalue()

@@ -84,6 +84,33 @@ def time_calls(
     return seconds
 
 
+@torch.inference_mode()
+def call_seconds(model: Callable[..., Any], batch: Batch, calls: int = 2) -> float:
+    """Seconds of a call, the mean of so many after one that is not timed."""
+    _time(model, batch)
+    return statistics.mean(_time(model, batch) for _ in range(calls))
+
+
+def step_seconds(model: Any, batch: Batch, steps: int = 2) -> float:
+    """Seconds of a training step with AdamW, the mean of so many after one that is not timed; it changes the model.
+
+    ``batch`` holds labels. The default generators are left as they were found, and the model in eval mode.
+    """
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(**batch: torch.Tensor) -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.random.fork_rng():
+        model.train()
+        _time(step, batch)
+        seconds = statistics.mean(_time(step, batch) for _ in range(steps))
+        model.eval()
+    return seconds
+
+
 def parameters(model: nn.Module) -> int:
     """How many numbers the saved model holds: parameters and buffers, a tensor used twice counted once.
 

@@ -14,17 +14,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import time
-from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.files.schema import anything, record
 from distilbert_fast.jobs import stage_results
-from distilbert_fast.jobs.demo import CHECKPOINTS, RecipeError, console, find_teacher, machine, save, seed_all
+from distilbert_fast.jobs.flow import (
+    CHECKPOINTS,
+    TEACHER,
+    Flow,
+    RecipeError,
+    Stage,
+    console,
+    find_teacher,
+    refused,
+    save,
+)
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 from distilbert_fast.jobs.settings import (
     Recipe,
@@ -37,14 +45,13 @@ from distilbert_fast.jobs.settings import (
     leaves_head,
     merged,
     objective_for,
-    refused,
 )
 from distilbert_fast.runs.processes import Processes, SharedRun, processes
 from distilbert_fast.runs.run_directory import RunDirectory
 
 __all__ = ["Recipe", "Shape", "Training", "distill"]
 
-TEACHER, CORPUS, CACHE, DATA, SPEED = "teacher", "corpus", "teacher-cache", "data.json", "speed.json"
+CORPUS, CACHE, DATA, SPEED = "corpus", "teacher-cache", "data.json", "speed.json"
 REPORT = ("report.md", "report.json", "losses.png")
 _REPORTED = 32  # rows that tell what a cache leaves out
 
@@ -105,28 +112,21 @@ def distill(
         }
         directory = RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS])
         with SharedRun(directory, together) as run:
-            flow = _Flow(run, source, job, recipe, together, say)
+            flow = _Flow(recipe, together, run, source, job, say)
             say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
-            with refused():
+            with refused("distill"):
                 together.in_turn(lambda: job.prepare(flow.tokenizer(), run.path))
             data = record(dict.fromkeys(job.describe(), anything))
             if run.result(DATA, job.describe, data) != job.describe():
                 raise RecipeError(
                     f"distill: data: {str(run.path)!r} was made from other data of that name; choose another directory"
                 )
-            results = {}
-            steps: list[tuple[str, str, Callable[[Path], Mapping[str, Any]]]] = [
-                (TEACHER, "the teacher", flow.teach),
-                *((v.name, f"the student, {v.title}", _of(flow.distil, v)) for v in variants),
-            ]
-            for number, (name, title, build) in enumerate(steps, start=1):
-                done = ": done before" if run.is_complete(name) else ""
-                say(f"[{number}/{len(steps) + 1}] {title}{done}")
-                results[name] = run.directory(name, build, stage_results.distilled)
-                run.discard(f"{CHECKPOINTS}/{name}")
-                gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
-            run.discard(CHECKPOINTS)
-            say(f"[{len(steps) + 1}/{len(steps) + 1}] speed, report and model card")
+            stages: dict[str, Stage] = {TEACHER: ("the teacher", flow.teach)}
+            for variant in variants:
+                stages[variant.name] = (f"the student, {variant.title}", functools.partial(flow.distil, variant))
+            steps = len(stages) + 1
+            results = flow.build(stages, stage_results.distilled, steps)
+            say(f"[{steps}/{steps}] speed, report and model card")
             measured = run.result(SPEED, flow.measure, stage_results.speed)
             command = command or "distilbert_fast.distill(...)"
             return together.first(lambda: _write_report(run, say, job, settings, results, measured, command))
@@ -150,35 +150,26 @@ def _write_report(
     }
     for name, written in report.files(content, STUDENT.name).items():
         write_file(run.path / name, written)
-    say(report.table(content), f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}")
+    written_to = f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}"
+    say(report.table(content), *report.busy_lines(content), written_to)
     return content
 
 
-class _Flow:
-    """The stages; each builds its directory or its numbers from those before it."""
+class _Flow(Flow):
+    """Of a distillation, in one process or several."""
 
-    def __init__(
-        self,
-        run: SharedRun,
-        source: Path,
-        job: Job,
-        recipe: Recipe,
-        together: Processes,
-        say: Callable[..., None],
-    ) -> None:
-        self.run, self.source, self.job, self.recipe, self.together, self.say = run, source, job, recipe, together, say
-
-    def tokenizer(self) -> Any:
-        from distilbert_fast.modeling.loading import load_tokenizer
-
-        return load_tokenizer(self.source, self.job.head)
+    def __init__(self, recipe: Recipe, together: Processes, *of_any: Any) -> None:
+        super().__init__(*of_any)
+        self.recipe, self.together = recipe, together
 
     def teach(self, path: Path) -> dict[str, Any]:
+        from transformers import set_seed
+
         from distilbert_fast.modeling.training import for_training
 
         training = self.recipe.teacher
-        seed_all(training.seed)
-        model, tokenizer, random = self._load(self.source, new_head=training.epochs != 0, **self.job.config)
+        set_seed(training.seed)
+        model, tokenizer, random = self.load(self.source, new_head=training.epochs != 0, **self.job.config)
         needed = self.job.teacher_epochs if random else 0.0
         epochs = needed if training.epochs is None else training.epochs
         made: dict[str, Any] = {"title": "teacher", "seconds": 0.0, "losses": []}
@@ -192,12 +183,14 @@ class _Flow:
         return made | self._save(path, model, tokenizer, None)
 
     def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
+        from transformers import set_seed
+
         from distilbert_fast.distillation.student import student_from_teacher
         from distilbert_fast.modeling.training import for_training
 
         training = self.recipe.student
-        seed_all(training.seed)
-        teacher, tokenizer, _ = self._load(self.run.path / TEACHER)
+        set_seed(training.seed)
+        teacher, tokenizer, _ = self.load(self.run.path / TEACHER)
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(self.recipe.shape))
         if variant.random:
             student = for_training(type(student)(copy.deepcopy(student.config))).to(teacher.device)
@@ -224,7 +217,7 @@ class _Flow:
 
         objective = objective_for(self.job, self.recipe, teacher, teacher)
         rows = self.job.rows()
-        with refused():
+        with refused("distill"):
             return build_cache(
                 ModelTeacher(teacher, self.recipe.objective.get("teacher_precision", "auto")),
                 rows,
@@ -249,47 +242,14 @@ class _Flow:
 
     def measure(self) -> dict[str, Any]:
         """Speed of teacher and student, by transformers and on the engine, in turns."""
-        import torch
-
-        from distilbert_fast import backends
-        from distilbert_fast.evaluation import speed
         from distilbert_fast.modeling.optimize import optimize
 
         models = {}
         for name in (TEACHER, STUDENT.name):
-            models[f"{name} transformers"] = self.job.timed(self._load(self.run.path / name)[0])
-            models[f"{name} optimize()"] = optimize(self.job.timed(self._load(self.run.path / name)[0]))
-        device = next(next(iter(models.values())).parameters()).device
-        single, batched = (
-            [{key: x.to(device) for key, x in batch.items()} for batch in self.job.batches(size, rows)]
-            for size, rows in ((1, 32), (32, 128))
-        )
-        measured = {
-            "latency_ms": speed.latency(models, single, turns=5),
-            "throughput": speed.throughput(models, batched, turns=5),
-        }
-        rows = sum(len(batch["input_ids"]) for batch in batched)
-        return {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "environment": backends.report(),
-            "inputs": {
-                "latency_rows": len(single),
-                "throughput_rows": rows,
-                "mean_tokens": sum(int(batch["attention_mask"].sum()) for batch in batched) / rows,
-                "threads": torch.get_num_threads(),
-                "device": str(device),
-            },
-            "speed": {
-                key: {name: dataclasses.asdict(value) for name, value in by_name.items()}
-                for key, by_name in measured.items()
-            },
-        }
-
-    def _load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
-        from distilbert_fast.modeling.loading import load_with_head
-
-        return load_with_head(source, self.job.head, new_head, **config)
+            models[f"{name} transformers"] = self.job.timed(self.load(self.run.path / name)[0])
+            models[f"{name} optimize()"] = optimize(self.job.timed(self.load(self.run.path / name)[0]))
+        place, measured = self.clocks(models, "rows")
+        return place | {"speed": measured}
 
     def _train(
         self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
@@ -297,7 +257,6 @@ class _Flow:
         from transformers import ProgressCallback
 
         from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
-        from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
 
         rows = self.job.rows()
         path = self.run.path / CHECKPOINTS / name
@@ -307,17 +266,10 @@ class _Flow:
         trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_progress_bar())
-        checkpoint = newest_complete_checkpoint(path)
-        if checkpoint:
-            self.say(f"      continuing from {Path(checkpoint).name}")
-        start = time.perf_counter()
-        result = trainer.train(resume_from_checkpoint="auto")
+        made, _ = self.train(trainer)
         self.together.meet()  # all have read a checkpoint before the first may remove it
         parts = ("step", "loss", *trainer.objective.names)
-        return {
-            "seconds": time.perf_counter() - start,
-            "resumed": checkpoint is not None,
-            "steps": result.global_step,
+        return made | {
             "objective": dict(objective),
             "teacher_effect": {
                 key.removeprefix("teacher_"): value
@@ -345,7 +297,7 @@ class _Flow:
 
         save("distill", path, model, tokenizer)
         kept = model.state_dict()
-        model, _, _ = self._load(path)
+        model, _, _ = self.load(path)
         lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
         if lost:
             raise RuntimeError(f"distill: {str(path)!r}: tensors read back differ from those saved: {', '.join(lost)}")
@@ -371,10 +323,6 @@ def _freeze(body: Any) -> None:
 
 def _silent(*lines: Any) -> None:
     """What the first process says needs no other to say it again."""
-
-
-def _of(build: Callable[[Variant, Path], Mapping[str, Any]], variant: Variant) -> Callable[[Path], Mapping[str, Any]]:
-    return lambda path: build(variant, path)
 
 
 def _progress_bar() -> Any:

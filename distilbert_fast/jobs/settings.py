@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.demo import RecipeError, class_names, config_of, length_grouped
+from distilbert_fast.jobs.flow import RecipeError, class_names, config_of, refused, training_arguments
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Training:
         micro = min(self.micro_batch, share)
         steps = self.max_steps or max(1, math.ceil((self.epochs or 0) * math.ceil(rows / self.batch_size)))
         return {
-            "output_dir": str(path),
+            **training_arguments(path, self.seed),
             "num_train_epochs": self.epochs or 1,
             "max_steps": self.max_steps or -1,
             "per_device_train_batch_size": micro,
@@ -93,14 +92,8 @@ class Training:
             "max_grad_norm": 5.0,
             "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),  # or Trainer refuses bfloat16 there
-            "save_strategy": "steps",
             "save_steps": max(1, min(250, steps // 8)),
-            "save_total_limit": 1,
             "logging_steps": max(1, steps // 100),
-            "seed": self.seed,
-            "report_to": "none",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **length_grouped(),
             **(_checkpointing() if self.gradient_checkpointing else {}),
         }
 
@@ -159,7 +152,7 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
     from distilbert_fast.distillation.teachers.model import ModelTeacher
     from distilbert_fast.modeling.loading import load_with_head
 
-    with refused():
+    with refused("distill"):
         other = _other_head(source, job)
         job.meet(class_names(source), kept=not (recipe.teacher.epochs or other))
         teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
@@ -250,15 +243,6 @@ def objective_for(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
     with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
         arguments = recipe.student.arguments(Path(path), 1)
         return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
-
-
-@contextlib.contextmanager
-def refused() -> Iterator[None]:
-    """What the parts below say of a user's input, as an error of the recipe."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"distill: {error}") from error
 
 
 def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:

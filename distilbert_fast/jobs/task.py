@@ -22,6 +22,7 @@ class TaskJob:
     """
 
     kind, name, head, streaming = "task", "task", "SequenceClassification", False
+    regression = False  # whether labels are numbers
     teacher_epochs = 3.0
     metrics: tuple[Metric, ...] = (
         Metric("accuracy", "accuracy", True),
@@ -35,9 +36,8 @@ class TaskJob:
     variants = TASK_VARIANTS
 
     def __init__(self, task: Task, max_length: int = 128) -> None:
-        numbers = isinstance(self, RegressionJob)
-        if task.regression is not numbers:
-            expected, got = ("numbers", "classes") if numbers else ("classes", "numbers")
+        if task.regression is not self.regression:
+            expected, got = ("numbers", "classes") if self.regression else ("classes", "numbers")
             raise ValueError(f"{type(self).__name__}: task must have {expected} as labels, got {got}")
         self.task, self.max_length = task, max_length
 
@@ -84,9 +84,10 @@ class TaskJob:
         import torch
 
         labels = torch.tensor(self.task.eval["label"])
-        return self._judge(self._answers(model), labels, None if teacher is None else self._answers(teacher))
+        return self._judge(self.answers(model), labels, None if teacher is None else self.answers(teacher))
 
-    def _answers(self, model: Any) -> Tensor:
+    def answers(self, model: Any) -> Tensor:
+        """The logits of a model [N, K], or its outputs [N, 1], on the evaluation split."""
         from distilbert_fast.evaluation.metrics import predictions
 
         return predictions(model, self.tokenizer, self.task.texts(self.task.eval), max_length=self.max_length)
@@ -114,6 +115,7 @@ class TaskJob:
 class RegressionJob(TaskJob):
     """Regression: labels are numbers, and the head has one output."""
 
+    regression = True
     metrics = (
         Metric("pearson", "Pearson"),
         Metric("spearman", "Spearman"),

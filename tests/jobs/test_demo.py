@@ -213,10 +213,10 @@ def test_pairs(inputs, tmp_path):
     """What the report says of the student is what transformers says, pair by pair."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from distilbert_fast.jobs.demo import Training, demo
+    from distilbert_fast.jobs.demo import DemoTraining, demo
 
     dev = pairs_tsv(tmp_path / "dev.tsv", 30, seed=2)
-    training = Training(teacher_epochs=1, student_epochs=1, batch_size=16, max_length=24)
+    training = DemoTraining(teacher_epochs=1, student_epochs=1, batch_size=16, max_length=24)
     report = demo(
         tmp_path / "out",
         inputs / "bert",

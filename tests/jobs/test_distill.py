@@ -23,8 +23,8 @@ pytest.importorskip("torchmetrics")
 from distilbert_fast.data.masking import MaskedDataset, Masking
 from distilbert_fast.data.squad import load_squad
 from distilbert_fast.data.tasks import load_task
-from distilbert_fast.jobs.demo import RecipeError, save
 from distilbert_fast.jobs.distill import Recipe, Shape, Training, distill
+from distilbert_fast.jobs.flow import RecipeError, save
 from distilbert_fast.jobs.mlm import MlmJob
 from distilbert_fast.jobs.qa import QaJob
 from distilbert_fast.jobs.settings import check_models, distinct

@@ -16,8 +16,8 @@ from distilbert_fast.data.tokens import load_tokens
 from distilbert_fast.distillation.objectives.task import is_regression
 from distilbert_fast.distillation.teachers.model import ModelTeacher
 from distilbert_fast.evaluation.metrics import entity_f1
-from distilbert_fast.jobs.demo import RecipeError
 from distilbert_fast.jobs.distill import Recipe, Training, distill
+from distilbert_fast.jobs.flow import RecipeError
 from distilbert_fast.jobs.settings import check_models
 from distilbert_fast.jobs.task import RegressionJob, TaskJob
 from distilbert_fast.jobs.tokens import TokensJob

