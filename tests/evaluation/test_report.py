@@ -84,6 +84,19 @@ def test_table_of_markdown(content):
     assert f"| sentences/s, batch 32, optimize() |{' 309 (247 to 412) |' * 3}" in lines
 
 
+def test_a_busy_machine_is_named_beside_each_figure_that_it_spoils(content):
+    """Slowest over fastest turn: 4 by transformers, 1.7 by the engine, where nothing is said."""
+    lines = report.busy_lines(content)
+    assert len(lines) == 6  # three models by two clocks
+    said = "The machine was busy: the turns of student, ms, batch 1, transformers spread by more than 2×: 8 (4 to 16)."
+    assert said in lines and f"- {said}" in report.markdown(content).splitlines()
+    assert not [line for line in lines if "optimize()" in line]
+    for row in content["models"].values():
+        for key in ("latency_ms", "throughput"):
+            row[key]["transformers"] |= {"low": 5.0, "high": 10.0}  # just twice
+    assert report.busy_lines(content) == [] and "busy" not in report.markdown(content)
+
+
 def test_what_markdown_says_besides(content):
     text = report.markdown(content)
     for said in (

@@ -34,6 +34,17 @@ def test_latency_and_throughput_are_medians_over_turns(monkeypatch):
     assert speed.throughput({}, inputs(3)) == {"A": speed.Measured(1.0, 6 / 15, 6 / 5)}
 
 
+def test_steps_are_timed_in_training_and_leave_generators_and_mode_as_they_were(tmp_path):
+    model, tokenizer = load_classifier(bert(tmp_path / "bert"), ["a", "b"], new_head=True)
+    (batch,) = speed.batches(tokenizer, [text for text, _ in sentences(4, seed=0)], 4, 8, "cpu")
+    modes, state, weight = [], torch.get_rng_state(), model.classifier.weight.detach().clone()
+    model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    seconds = speed.step_seconds(model, {**batch, "labels": torch.tensor([0, 1, 0, 1])})
+    assert seconds > 0 and modes == [True] * 3 and not model.training
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(model.classifier.weight, weight)
+    assert speed.call_seconds(model, batch) > 0 and modes == [True] * 3 + [False] * 3
+
+
 def test_nothing_to_time_is_refused():
     with pytest.raises(ValueError, match=r"^time_calls: expected inputs and turns >= 1, got 0 inputs, 3 turns$"):
         speed.time_calls({}, [], 3)

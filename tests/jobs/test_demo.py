@@ -80,6 +80,7 @@ def test_what_is_there(done):
     assert visible == {*MODELS, "evaluation.json", "report.md", "report.json", "report.png"}
     for number in range(1, 6):
         assert f"[{number}/5]" in printed
+    assert printed.index("this will take ") < printed.index("[1/5]")
     assert "report: out/report.md" in printed
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
@@ -139,6 +140,7 @@ def test_again_does_nothing_anew(done, inputs):
     evaluation = (out / "evaluation.json").read_bytes()
     printed = finish(inputs)
     assert printed.count("done before") == 4
+    assert "this will take" not in printed  # there is nothing to come
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "evaluation.json").read_bytes() == evaluation
 
