@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from distilbert_fast.cli import distill
+from distilbert_fast.cli.command import RunCommand, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs import demo as recipes
 
@@ -78,17 +79,10 @@ def env(
 _STEPS = recipes.DemoTraining()
 
 
-@app.command(
-    help="""\
-Distil a model, quantize it, and measure what that brought.
-
-Fine-tunes a teacher on a text classification task, distils it into a DistilBERT of half the depth, quantizes \
-that to int8, measures all three beside plain transformers, and writes the models, report.md, report.json and \
-a plot.
-
-Interrupt it whenever you like: the same command continues where it was.
-""",
-    epilog="""\
+@add(
+    app,
+    "demo",
+    """\
 [bold]Examples[/bold]
 
 The whole job on text that Python carries with it (pip install 'distilbert-fast\\[demo]'):
@@ -107,66 +101,55 @@ A data set of the Hugging Face hub, trained on a part of its rows:
 
     distilbert-fast demo --task glue/sst2 --max-train-rows 8000
 """,
+    help="""\
+Distil a model, quantize it, and measure what that brought.
+
+Fine-tunes a teacher on a text classification task, distils it into a DistilBERT of half the depth, quantizes \
+that to int8, measures all three beside plain transformers, and writes the models, report.md, report.json and \
+a plot.
+
+Interrupt it whenever you like: the same command continues where it was.
+""",
+    output=Path("demo-output"),
 )
-def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
-    ] = Path("demo-output"),
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
-    ] = None,
+@dataclasses.dataclass(kw_only=True)
+class Demo(RunCommand):
+    """See `help` above."""
+
     task: Annotated[
         str | None,
         typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
-    ] = None,
+    ] = None
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="TSV, CSV, JSONL or Parquet with the columns sentence and label, or a pair's, as for distill task.",
         ),
-    ] = None,
+    ] = None
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data is held out."),
-    ] = None,
-    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None,
-    teacher_epochs: Annotated[
-        int, typer.Option(help="Passes of fine-tuning; 0 for a teacher that knows the task.")
-    ] = _STEPS.teacher_epochs,
-    student_epochs: Annotated[int, typer.Option(help="Passes of distillation.")] = _STEPS.student_epochs,
-    batch_size: Annotated[int, typer.Option(help="Sentences a training step.")] = _STEPS.batch_size,
-    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = _STEPS.max_length,
-    teacher_lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = _STEPS.teacher_lr,
-    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = _STEPS.student_lr,
-    seed: Annotated[int, typer.Option(help="Of the new head, the batches and dropout.")] = _STEPS.seed,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
-    ] = False,
-) -> None:
-    """See `help` above."""
-    with plain_errors("the same command continues"):
-        recipes.demo(
-            output,
-            teacher=teacher,
-            task=task,
-            data=data,
-            eval_data=eval_data,
-            max_train_rows=max_train_rows,
-            training=dataclasses.replace(
-                _STEPS,
-                teacher_epochs=teacher_epochs,
-                student_epochs=student_epochs,
-                batch_size=batch_size,
-                max_length=max_length,
-                teacher_lr=teacher_lr,
-                student_lr=student_lr,
-                seed=seed,
-            ),
-            overwrite=overwrite,
-            command=shlex.join(["distilbert-fast", *sys.argv[1:]]),
-        )
+    ] = None
+    max_train_rows: Annotated[
+        int | None,
+        typer.Option(help=f"Train on this many rows only; by default {recipes.ROWS} of stdlib-docs, or all."),
+    ] = None
+    teacher_epochs: Annotated[int, typer.Option(help="Passes of fine-tuning; 0 for a teacher that knows the task.")] = (
+        _STEPS.teacher_epochs
+    )
+    student_epochs: Annotated[int, typer.Option(help="Passes of distillation.")] = _STEPS.student_epochs
+    batch_size: Annotated[int, typer.Option(help="Sentences a training step.")] = _STEPS.batch_size
+    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = _STEPS.max_length
+    teacher_lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = _STEPS.teacher_lr
+    student_lr: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = _STEPS.student_lr
+    seed: Annotated[int, typer.Option(help="Of the new head, the batches and dropout.")] = _STEPS.seed
+
+    def run(self) -> None:
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        steps = {name: settings.pop(name) for name in dataclasses.asdict(_STEPS) if name in settings}
+        command = shlex.join(["distilbert-fast", *sys.argv[1:]])
+        recipes.demo(**settings, training=dataclasses.replace(_STEPS, **steps), command=command)
 
 
 def _print_environment(report: Mapping[str, Any]) -> None:

@@ -2,87 +2,130 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")]
-Teacher = Annotated[
-    str | None,
-    typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
-]
-EvalData = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data.")
-]
-Ablate = Annotated[
-    bool, typer.Option("--ablate", help="Also train the students that lack something, and compare them in one table.")
-]
-Baseline = Annotated[
-    bool, typer.Option("--baseline", help="Also fine-tune the same student without its teacher, to compare.")
-]
+from distilbert_fast.cli.command import RunCommand
+from distilbert_fast.jobs.flow import RecipeError
+from distilbert_fast.jobs.settings import Recipe, Shape, Training
 
-TRAINING = "Training the student"
-Epochs = Annotated[float, typer.Option(help="Passes over the rows.", rich_help_panel=TRAINING)]
-MaxSteps = Annotated[int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=TRAINING)]
-BatchSize = Annotated[int, typer.Option(help="Rows an optimizer step, of all processes.", rich_help_panel=TRAINING)]
-MicroBatch = Annotated[int, typer.Option(help="Rows computed at a time; gradients add up.", rich_help_panel=TRAINING)]
-Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel=TRAINING)]
-Warmup = Annotated[float, typer.Option(help="Share of the steps that it rises.", rich_help_panel=TRAINING)]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)]
-Bf16 = Annotated[
-    bool, typer.Option("--bf16", help="Compute in bfloat16, teacher and student.", rich_help_panel=TRAINING)
-]
-Recompute = Annotated[
-    bool,
-    typer.Option(
-        "--gradient-checkpointing",
-        help="Keep less of the student's forward and compute its layers twice.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Of random weights, order, masks, dropout.", rich_help_panel=TRAINING)]
+if TYPE_CHECKING:
+    from distilbert_fast.jobs.job import Job
 
-LOSSES = "Losses: numbers, or schedules such as linear:2:1"
-Temperature = Annotated[str, typer.Option(help="τ of the KL divergence.", rich_help_panel=LOSSES)]
-Alpha = Annotated[
-    str,
-    typer.Option(help="Weight of KL, or the squared error; the labels have 1 - alpha.", rich_help_panel=LOSSES),
-]
+# Options of the panels that follow the first one.
+in_training = partial(typer.Option, rich_help_panel="Training the student")
+in_losses = partial(typer.Option, rich_help_panel="Losses: numbers, or schedules such as linear:2:1")
+in_teaching = partial(typer.Option, rich_help_panel="Training the teacher")
+in_shape = partial(typer.Option, rich_help_panel="The student's shape")
 
-TEACHING = "Training the teacher"
-TeacherEpochs = Annotated[
-    float | None,
-    typer.Option(help="By default: none if it has its head, else some.", rich_help_panel=TEACHING),
-]
-TeacherSteps = Annotated[
-    int, typer.Option(help="Stop after so many steps; 0: after the epochs.", rich_help_panel=TEACHING)
-]
-TeacherLr = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TEACHING)]
-TeacherBatch = Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=TEACHING)]
 
-TeacherPrecision = Annotated[
-    str,
-    typer.Option(
-        help="fp32, bf16, fp16 or int8: of the engine that runs it beside the student; model: its own forward; auto: "
-        "the engine on a CPU.",
-        rich_help_panel=TEACHING,
-    ),
-]
+@dataclass(kw_only=True)
+class DistillCommand(RunCommand):
+    """A distillation; defaults fit a task."""
 
-SHAPE = "The student's shape"
-Layers = Annotated[
-    str,
-    typer.Option(
-        metavar="N|I,J,…", help="Depth, or which of the teacher's layers; by default half.", rich_help_panel=SHAPE
-    ),
-]
-Architecture = Annotated[str, typer.Option(help="distilbert or roberta.", rich_help_panel=SHAPE)]
-HiddenSize = Annotated[
-    int | None, typer.Option(help="Another width; the student then starts at random.", rich_help_panel=SHAPE)
-]
-NumHeads = Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=SHAPE)]
-Intermediate = Annotated[int | None, typer.Option(help="Width of the feed-forward layers.", rich_help_panel=SHAPE)]
+    ablate: Annotated[
+        bool,
+        typer.Option("--ablate", help="Also train the students that lack something, and compare them in one table."),
+    ] = False
+    epochs: Annotated[float, in_training(help="Passes over the rows.")] = 3.0
+    max_steps: Annotated[int, in_training(help="Stop after so many steps; 0: after the epochs.")] = 0
+    batch_size: Annotated[int, in_training(help="Rows an optimizer step, of all processes.")] = 32
+    micro_batch: Annotated[int, in_training(help="Rows computed at a time; gradients add up.")] = 32
+    lr: Annotated[float, in_training("--lr", help="Peak learning rate of AdamW.")] = 1e-4
+    warmup: Annotated[float, in_training(help="Share of the steps that it rises.")] = 0.05
+    weight_decay: Annotated[float, in_training(help="Of AdamW.")] = 0.0
+    bf16: Annotated[bool, in_training("--bf16", help="Compute in bfloat16, teacher and student.")] = False
+    recompute: Annotated[
+        bool,
+        in_training(
+            "--gradient-checkpointing", help="Keep less of the student's forward and compute its layers twice."
+        ),
+    ] = False
+    seed: Annotated[int, in_training(help="Of random weights, order, masks, dropout.")] = 0
+    temperature: Annotated[str, in_losses(help="τ of the KL divergence.")] = "2.0"
+    teacher_epochs: Annotated[float | None, in_teaching(help="By default: none if it has its head, else some.")] = None
+    teacher_steps: Annotated[int, in_teaching(help="Stop after so many steps; 0: after the epochs.")] = 0
+    teacher_lr: Annotated[float, in_teaching(help="Peak learning rate.")] = 5e-5
+    teacher_batch_size: Annotated[int, in_teaching(help="Rows a step.")] = 32
+    teacher_precision: Annotated[
+        str,
+        in_teaching(
+            help="fp32, bf16, fp16 or int8: of the engine that runs it beside the student; model: its own forward; "
+            "auto: the engine on a CPU."
+        ),
+    ] = "auto"
+    layers: Annotated[
+        str, in_shape(metavar="N|I,J,…", help="Depth, or which of the teacher's layers; by default half.")
+    ] = ""
+    architecture: Annotated[str, in_shape(help="distilbert or roberta.")] = "distilbert"
+    hidden_size: Annotated[int | None, in_shape(help="Another width; the student then starts at random.")] = None
+    num_heads: Annotated[int | None, in_shape(help="Attention heads.")] = None
+    intermediate_size: Annotated[int | None, in_shape(help="Width of the feed-forward layers.")] = None
+
+    @abstractmethod
+    def job(self) -> Job:
+        """Data and metrics. Raises ValueError or FileNotFoundError for data that cannot be used."""
+
+    @abstractmethod
+    def objective(self, job: Job) -> dict[str, Any]:
+        """Settings of `DistillationArguments`."""
+
+    def compare(self, job: Job) -> list[str]:
+        """The variants to train too."""
+        return [variant.name for variant in job.variants] if self.ablate else []
+
+    def recipe(self, job: Job) -> Recipe:
+        sizes = (self.epochs, self.max_steps, self.batch_size, self.micro_batch)
+        student = Training(*sizes, self.lr, self.warmup, self.weight_decay, self.bf16, self.seed, self.recompute)
+        taught = (self.teacher_epochs, self.teacher_steps, self.teacher_batch_size, self.micro_batch, self.teacher_lr)
+        teacher = Training(*taught, bf16=self.bf16, seed=self.seed)
+        return Recipe(student, teacher, True, self._shape(), self.objective(job), compare=self.compare(job))
+
+    def run(self) -> None:
+        from distilbert_fast.jobs.distill import distill
+        from distilbert_fast.runs.processes import launcher
+
+        try:
+            job = self.job()
+        except (ValueError, FileNotFoundError) as error:
+            raise RecipeError(str(error)) from error
+        command = shlex.join([*launcher(), *sys.argv[1:]])
+        distill(job, self.output, self.teacher, self.recipe(job), self.overwrite, command)
+
+    def _shape(self) -> Shape:
+        try:
+            numbers = tuple(int(part) for part in self.layers.split(",") if part)
+        except ValueError:
+            raise RecipeError(
+                f"distill: layers: expected a depth or layers such as 0,2,5, got {self.layers!r}"
+            ) from None
+        one = "," not in self.layers
+        depth, chosen = (numbers[0] if one and len(numbers) == 1 else None), (None if one else numbers)
+        return Shape(depth, chosen, self.architecture, self.hidden_size, self.num_heads, self.intermediate_size)
+
+
+@dataclass(kw_only=True)
+class TaskCommand(DistillCommand):
+    """A distillation on labels."""
+
+    eval_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data.")
+    ] = None
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also fine-tune the same student without its teacher, to compare.")
+    ] = False
+    alpha: Annotated[str, in_losses(help="Weight of KL, or the squared error; the labels have 1 - alpha.")] = "0.5"
+
+    def objective(self, job: Job) -> dict[str, Any]:
+        settings = ("temperature", "alpha", "teacher_precision")
+        return {name: getattr(self, name) for name in settings}
+
+    def compare(self, job: Job) -> list[str]:
+        return super().compare(job) or (["without-teacher"] if self.baseline else [])
