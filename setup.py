@@ -1,6 +1,6 @@
 """Build the native modules: write a ninja file, drive ninja, record what was built and why.
 
-    distilbert_fast._cpu    csrc/bindings_cpu.cpp + csrc/cpu/*.cpp     always
+    distilbert_fast._cpu    csrc/bindings_cpu.cpp + csrc/cpu/**/*.cpp  always
     distilbert_fast._cuda   csrc/bindings_cuda.cpp + csrc/cuda/*.cu    by DISTILBERT_FAST_CUDA
 
 Neither includes a torch header nor links a torch library, so torch is not needed here. Environment:
@@ -46,7 +46,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden
 NVCC_LINK_FLAGS = ["-shared", "--cudart=static", "-Xlinker=--exclude-libs,ALL"]
 DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
 
-# An ISA tier is one file of csrc/cpu, compiled with flags of its own. Every other file is baseline code,
+# An ISA tier is one file of csrc/cpu/isa, compiled with flags of its own. Every other file is baseline code,
 # which any CPU can run; it picks the tier at import.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
@@ -234,7 +234,7 @@ def decide_cuda() -> Cuda:
 
 
 def cpu_sources(tiers: list[str]) -> list[Path]:
-    sources = sorted(Path("csrc/cpu").glob("*.cpp"))
+    sources = sorted(Path("csrc/cpu").rglob("*.cpp"))
     foreign = [path for path in sources if path.stem.startswith("tier_") and path.stem not in TIER_FLAGS]
     if foreign and IS_X86:
         fail(f"{foreign[0]} is an ISA tier, and TIER_FLAGS in setup.py has no flags for it.")
@@ -257,7 +257,7 @@ def write_ninja(compiler: Compiler, cuda: Cuda) -> None:
         ninja = ninja_syntax.Writer(file, width=10_000)
         ninja.variable("builddir", str(NATIVE))
         for name, words in (
-            ("cxx", [*compiler.command, *compiler.flags, f"-isystem{pybind11.get_include()}"]),
+            ("cxx", [*compiler.command, *compiler.flags, "-Icsrc", f"-isystem{pybind11.get_include()}"]),
             ("link", [*compiler.command, *compiler.link_flags]),
             ("nvcc", [cuda.nvcc, *host, *cuda.gencode(), *NVCC_FLAGS]),
             ("nvcc_link", [cuda.nvcc, *host, *NVCC_LINK_FLAGS]),

@@ -6,22 +6,22 @@
 #include <array>
 #include <tuple>
 
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 #include "cpu/buffer.h"
-#include "cpu/cosine_loss.h"
-#include "cpu/embedding.h"
-#include "cpu/encoder.h"
-#include "cpu/fingerprint.h"
-#include "cpu/gemm_pack.h"
-#include "cpu/int8_linear.h"
-#include "cpu/isa.h"
-#include "cpu/kl_div.h"
-#include "cpu/layer_norm.h"
-#include "cpu/linear.h"
-#include "cpu/linear_kl_div.h"
-#include "cpu/linear_topk_kl_div.h"
-#include "cpu/quantize.h"
-#include "cpu/tree_watch.h"
+#include "cpu/encoder/encoder.h"
+#include "cpu/gemm/gemm_pack.h"
+#include "cpu/isa/isa.h"
+#include "cpu/ops/cosine_loss.h"
+#include "cpu/ops/embedding.h"
+#include "cpu/ops/int8_linear.h"
+#include "cpu/ops/kl_div.h"
+#include "cpu/ops/layer_norm.h"
+#include "cpu/ops/linear.h"
+#include "cpu/ops/linear_kl_div.h"
+#include "cpu/ops/linear_topk_kl_div.h"
+#include "cpu/ops/quantize.h"
+#include "cpu/watch/fingerprint.h"
+#include "cpu/watch/tree_watch.h"
 
 namespace py = pybind11;
 using namespace distilbert_fast;

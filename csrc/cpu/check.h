@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 
 namespace distilbert_fast {
 

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "threads.h"
+#include "cpu/threads.h"
 
 namespace distilbert_fast {
 

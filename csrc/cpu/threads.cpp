@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "cpu/threads.h"
 
 #include <pthread.h>
 

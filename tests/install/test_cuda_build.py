@@ -22,7 +22,7 @@ ARCHS = ("80", "86", "89", "90a", "100")
 def build(build_tools, tmp_path_factory) -> tuple[str, Path]:
     """What the build printed, with ptxas's report on every kernel, and where it put the package."""
     checkout = copy_checkout(tmp_path_factory.mktemp("cuda") / "checkout")
-    for source in [checkout / "csrc/bindings_cpu.cpp", *(checkout / "csrc/cpu").glob("*.cpp")]:
+    for source in [checkout / "csrc/bindings_cpu.cpp", *(checkout / "csrc/cpu").rglob("*.cpp")]:
         source.write_text("")  # the CPU module is for other tests
     output = succeed(
         *(sys.executable, "setup.py", "build_ext", "--build-lib", "out"),

@@ -243,13 +243,13 @@ def test_max_jobs(machine):
 def test_only_what_changed_is_compiled(machine):
     machine.built()
     compiled = machine.log.read_text().count("start") - 1  # one is the probe
-    sources = ["bindings_cpu.cpp", *(machine.checkout / "csrc/cpu").glob("*.cpp")]
+    sources = ["bindings_cpu.cpp", *(machine.checkout / "csrc/cpu").rglob("*.cpp")]
     assert compiled == len(sources) + 1  # and the link
     machine.log.unlink()
     machine.built()
     assert machine.log.read_text().count("start") == 1
     machine.log.unlink()
-    source = machine.checkout / "csrc/cpu/isa.cpp"
+    source = machine.checkout / "csrc/cpu/isa/isa.cpp"
     source.write_text(source.read_text() + "\n")
     machine.built()
     assert machine.log.read_text().count("start") == 3  # probe, compile, link
@@ -347,9 +347,9 @@ def test_a_module_without_a_tier_says_so(tmp_path):
 
 
 def test_an_isa_tier_without_flags(machine):
-    (machine.checkout / "csrc/cpu/tier_sse9.cpp").touch()
+    (machine.checkout / "csrc/cpu/isa/tier_sse9.cpp").touch()
     assert machine.refusal().endswith(
-        "distilbert-fast: csrc/cpu/tier_sse9.cpp is an ISA tier, and TIER_FLAGS in setup.py has no flags for it."
+        "distilbert-fast: csrc/cpu/isa/tier_sse9.cpp is an ISA tier, and TIER_FLAGS in setup.py has no flags for it."
     )
 
 

@@ -43,8 +43,8 @@ def make_checkout(folder: Path, **environment: str) -> None:
         elif (ROOT / name).exists():
             shutil.copy2(ROOT / name, folder / name)
     for path in (ROOT / EMULATED).iterdir():
-        shutil.copyfile(path, folder / "csrc/cpu" / path.name)
-    isa = folder / "csrc/cpu/isa.cpp"
+        shutil.copyfile(path, folder / "csrc/cpu/gemm" / path.name)
+    isa = folder / "csrc/cpu/isa/isa.cpp"
     text = isa.read_text()
     assert text.count('{"amx", &kernels_amx, amx}') == 1
     isa.write_text(text.replace('{"amx", &kernels_amx, amx}', '{"amx", &kernels_amx, avx512}'))  # needs no more

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "gemm_pack.h"
-#include "isa.h"
+#include "cpu/gemm/gemm_pack.h"
+#include "cpu/isa/isa.h"
 
 namespace emulated {
 

@@ -1,4 +1,4 @@
-// In the place of csrc/cpu/tiles.h: the same functions in plain C++, as Intel's manual describes the instructions
+// In the place of csrc/cpu/gemm/tiles.h: the same functions in plain C++, as Intel's manual describes the instructions
 // (Software Developer's Manual, volume 2), for a machine without AMX. What would fault there ends the process here.
 #pragma once
 

@@ -1,0 +1,94 @@
+// A whole DistilBERT, BERT or RoBERTa encoder in one call: ids in, hidden states out.
+//
+//     embedding + LayerNorm → L × (QKV → attention → out + x → LayerNorm → FFN in, GELU → FFN out + x → LayerNorm)
+//
+// Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a
+// thread takes one through all layers in its own caches and waits for nobody. Of a small batch all threads compute each
+// step together, so that every weight is read once. Which of the two, and by how many threads, changes no bit of the
+// result.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/gemm/gemm.h"
+#include "cpu/ops/rows.h"
+
+namespace distilbert_fast {
+
+struct EncoderNorm {
+  const float* weight;  // [C]
+  const float* bias;    // [C]
+  double eps;
+};
+
+struct EncoderLayer {
+  PackedLinear qkv;  // [C] -> [3, heads, D]
+  PackedLinear out;  // [heads, D] -> [C]
+  PackedLinear ffn_in, ffn_out;
+  EncoderNorm attention_norm, ffn_norm;
+  int64_t heads;
+  float context_scale;  // of the codes that `out` reads, and those that ffn_out reads; 0: each row finds its own
+  float ffn_scale;
+  const float* ffn_factors;  // [F padded], with a given ffn_scale: codes of GELU's y are y · factor, by channel
+};
+
+struct EmbeddingTable {
+  const void* data;  // [rows, C]
+  int64_t rows;
+  DType dtype;
+};
+
+struct EncoderModel {
+  Weights weights;
+  int64_t hidden, head_size, ffn;
+  EmbeddingTable word, position, token_type;  // token_type.data may be null
+  EncoderNorm norm;
+  int64_t padding_idx;  // RoBERTa counts positions of other ids from padding_idx + 1; −1: by place
+  std::vector<EncoderLayer> layers;
+};
+
+struct EncoderCall {
+  const void* ids;  // [batch, length]
+  bool ids_are_int64;
+  int64_t batch, length;
+  const void* mask;               // [batch, length], nothing but zero bytes = padding; null: no padding
+  int64_t mask_bytes;             // of an element
+  const int64_t* position_ids;    // [batch or 1, length]; null: counted
+  int64_t position_stride;        // length or 0
+  const int64_t* token_type_ids;  // null: 0
+  int64_t token_type_stride;
+  bool padding;            // compute padded positions too: their queries meet the keys of the tokens
+  const float* head_mask;  // [L, widest layer's heads]; null: 1
+  int64_t head_mask_stride;
+  void* out;  // [batch, length, C]; 0 at padding that is not computed
+  DType out_dtype;
+  void* const* hidden_states;  // L + 1 times the like of out; null: not wanted
+  float* largest;  // [L, widest · D + F]: raised to the magnitudes that out and ffn_out read, by channel; or null
+};
+
+class Arena;
+struct Flow;
+
+// Immutable but for its spare working memory; calls may run at the same time.
+class Encoder {
+ public:
+  // Throws std::invalid_argument if parts do not fit together. What it points to must outlive it.
+  explicit Encoder(EncoderModel model);
+  ~Encoder();
+
+  // Throws std::invalid_argument before it computes anything if an id or a position is outside its table.
+  void run(const EncoderCall& call, int threads);
+
+ private:
+  std::unique_ptr<Arena> take(const Flow& flow, int64_t rows, int64_t sets, int64_t scratch, int64_t threads);
+  void give(std::unique_ptr<Arena> arena);
+
+  EncoderModel model_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Arena>> spare_;
+};
+
+}  // namespace distilbert_fast

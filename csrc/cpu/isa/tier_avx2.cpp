@@ -1,0 +1,25 @@
+#include "cpu/isa/vec_avx2.h"
+
+#include "cpu/isa/vec_math.h"
+
+#include "cpu/gemm/gemm_rows.h"
+
+#include "cpu/gemm/gemm_tile_int8_avx2.h"
+
+#include "cpu/isa/kernel_table.h"
+
+namespace distilbert_fast {
+namespace {
+
+constexpr Kernels table() {
+  Kernels kernels = common_kernels();
+  kernels.gemm_int8 = gemm_widened;
+  kernels.code_flip = 0;
+  return kernels;
+}
+
+}  // namespace
+
+constexpr Kernels kernels_avx2 = table();
+
+}  // namespace distilbert_fast

@@ -1,0 +1,49 @@
+// Has a tree of Python objects changed since it was read? All that a torch model may exchange between two calls:
+// entries of dictionaries (a module's children, parameters, hooks and attributes), classes, and what torch counts of
+// tensors.
+//
+// After a call none of this is in the caches, so memory is asked for before it is read.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "cpu/watch/torch_tensor.h"
+
+namespace distilbert_fast {
+
+// Owns nothing: whoever made it keeps all objects alive, where Python's garbage collector can see them.
+class TreeWatch {
+ public:
+  struct Dictionary {
+    PyObject *live, *copy;
+  };
+
+  struct Attribute {
+    PyObject *owner, *name, *value;
+  };
+
+  // Throws std::invalid_argument for what is no dict, and for a tensor without _version and data_ptr().
+  TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vector<PyObject*>& objects,
+            std::vector<Attribute> attributes, const std::vector<PyObject*>& tensors);
+
+  // Whether every dictionary has the entries of its copy, every object the class that it had, every attribute its
+  // value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
+  bool holds();
+
+ private:
+  struct Watched {
+    Dictionary dictionary;
+    uint64_t tag;  // CPython's, which each change of the dictionary changes; 0 where it has none
+  };
+
+  std::vector<Watched> dictionaries_;
+  std::vector<std::pair<PyObject*, PyTypeObject*>> classes_;
+  std::vector<Attribute> attributes_;
+  std::vector<TorchTensor> tensors_;
+};
+
+}  // namespace distilbert_fast
