@@ -145,7 +145,7 @@ def availability(name: str) -> Availability:
 
 
 def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:
-    """Hashes of the bytes of CPU tensors, to learn of writes that torch does not count (csrc/cpu/fingerprint.h).
+    """Hashes of the bytes of CPU tensors, to learn of writes that torch does not count (csrc/cpu/watch/fingerprint.h).
 
     Of large tensors a sample compares some ``lines`` cache lines. Whoever asks it keeps their storages alive.
     """

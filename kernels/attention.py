@@ -130,7 +130,7 @@ def store_rows(at, stride, first, value, inside, R: tl.constexpr, D: tl.constexp
     tl.store(places, value.to(at.dtype.element_ty), mask=inside[:, None] & (column < D))
 
 
-# Dropout: csrc/cpu/attention_heads.h bit for bit, so that a seed drops the same on every backend ------------------
+# Dropout: csrc/cpu/attention/attention_heads.h bit for bit, so that a seed drops the same on every backend ----------
 
 
 @triton.jit

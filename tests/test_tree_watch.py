@@ -1,4 +1,4 @@
-"""TreeWatch (csrc/cpu/tree_watch.h): what a model may exchange between two calls is seen at the next one."""
+"""TreeWatch (csrc/cpu/watch/tree_watch.h): what a model may exchange between two calls is seen at the next one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The weights of an encoder as the whole-model C++ encoder reads them, and one call of it a batch.
 
-Linear layers become blobs, laid out in panels (csrc/cpu/gemm.h) that every instruction set tier reads alike; tables and
+Linear layers become blobs, laid out in panels (csrc/cpu/gemm) that every instruction set tier reads alike; tables and
 norms are shared with the model. A file of them (safetensors) is mapped into memory, not read.
 
 Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-forward, V vocabulary.

@@ -24,7 +24,7 @@ class _Sight(NamedTuple):
     """
 
     root: dict[str, Any]  # vars() of it: a shallow copy of a model has another root
-    watch: Any  # csrc/cpu/tree_watch.h
+    watch: Any  # csrc/cpu/watch/tree_watch.h
     watched: Any  # keeps alive what the watch points to
     obstacle: str | None
 

@@ -142,7 +142,7 @@ _NO_LOOKUP = (0, False, 0, 0, 0, 0)
 
 
 def _lookups(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int, int]]:
-    """The three Lookups of csrc/cpu/rows.h."""
+    """The three Lookups of csrc/cpu/ops/rows.h."""
     lookups = [
         (i.data_ptr(), i.dtype == torch.int64, t.data_ptr(), t.shape[0], t.stride(0), _rows.DTYPE_CODE[t.dtype])
         for i, t in zip(ids, tables, strict=True)

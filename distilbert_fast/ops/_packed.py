@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distilbert_fast import backends
 
-INT8 = 0  # the code of its layout in csrc/cpu/gemm.h
+INT8 = 0  # the code of its layout in csrc/cpu/gemm/gemm.h
 _VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a stacked weight
 
 

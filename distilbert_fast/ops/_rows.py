@@ -83,7 +83,7 @@ NO_CODES = (0, 0, 0, 0, 0, 0)
 
 
 def codes(x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor) -> tuple[int, int, int, int, int, int]:
-    """Codes of csrc/cpu/rows.h: x_q [N, C] contiguous, by the given scale, or by those ``found`` [N] then."""
+    """Codes of csrc/cpu/ops/rows.h: x_q [N, C] contiguous, by the given scale, or by those ``found`` [N] then."""
     c = x_q.shape[1]
     if scale is None:
         return x_q.data_ptr(), c, 0, found.data_ptr(), 0, 0
@@ -99,7 +99,7 @@ def normalized(
     rstd: torch.Tensor | None = None,
     codes: tuple[int, int, int, int, int, int] = NO_CODES,
 ) -> tuple[object, ...]:
-    """Normalized of csrc/cpu/rows.h, with y [N, C] contiguous and no second y."""
+    """Normalized of csrc/cpu/ops/rows.h, with y [N, C] contiguous and no second y."""
     c = y.shape[1]
     statistics = (0, 0) if mean is None or rstd is None else (mean.data_ptr(), rstd.data_ptr())
     return c, weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr(), c, DTYPE_CODE[y.dtype], 0, 0, *statistics, codes
@@ -108,7 +108,7 @@ def normalized(
 def gradient(
     dy: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dh: torch.Tensor
 ) -> tuple[int, ...]:
-    """NormalizedGradient of csrc/cpu/rows.h, with dh [N, C] contiguous."""
+    """NormalizedGradient of csrc/cpu/ops/rows.h, with dh [N, C] contiguous."""
     return (
         *(dh.shape[1], dy.data_ptr(), dy.stride(0), DTYPE_CODE[dy.dtype]),
         *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), DTYPE_CODE[dh.dtype]),
