@@ -8,7 +8,7 @@ PYTHON ?=
 TRANSFORMERS_TESTS ?=
 ARGS ?=
 
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 ifeq ($(PYTHON),)
 PY := .venv/bin/python
@@ -42,7 +42,7 @@ test-all: $(TEST) ## run the tests, and with TRANSFORMERS_TESTS=DIR, a checkout 
 check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/*)
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/*)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layering.py tests/install/test_contents.py
 

@@ -219,6 +219,29 @@ def test_attention_refuses_before_touching_memory(changed, message):
     assert torch.equal(HEADS, before)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q": (HEADS.data_ptr(), 0, 8)},
+        {"q": (HEADS.data_ptr(), 0, 8, 4, 1)},
+        {"q": HEADS.data_ptr()},
+        {"q": (-1, 0, 8, 4)},
+        {"q": (None, 0, 8, 4)},
+        {"dtype": "float32"},
+        {"cu_seqlens": OFFSETS},
+        {"cu_seqlens": 2**64},
+        {"seed": -1},
+    ],
+)
+def test_entries_refuse_what_is_no_address_no_number_or_another_tuple(changed):
+    before = HEADS.clone()
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cpu.attention_forward(*attention_arguments(**changed), (HEADS.data_ptr(), 0, 8, 4), 0, 1)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cpu.attention_forward(*attention_arguments(), (HEADS.data_ptr(), 0, 8, 4), 0)
+    assert torch.equal(HEADS, before)
+
+
 def test_attention_refuses_missing_outputs():
     with pytest.raises(ValueError) as error:
         _cpu.attention_forward(*attention_arguments(), NOWHERE, 0, 1)

@@ -216,6 +216,17 @@ def test_refuses_blobs_of_another_size():
         PackedEncoder(packed.shape, packed.tensors | {"norm.weight": torch.ones(C - 1)})
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_refuses_another_number_of_hidden_states(count):
+    packed = Engine.from_model(make()).packed
+    states = [torch.empty(1, 2, C) for _ in range(count)]
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    call = [ids.data_ptr(), True, 1, 2, 0, 0, 0, 0, 0, 0, False, 0, 0, states[-1].data_ptr(), 0]
+    with pytest.raises(ValueError) as error:
+        packed._encoder.run(*call, [state.data_ptr() for state in states], 0, 1)
+    assert str(error.value) == f"engine: hidden_states must be 3, got {count}"
+
+
 # Calibration ------------------------------------------------------------------------------------------------------
 
 

@@ -238,7 +238,7 @@ class Walk {
 
   // x as hidden state `index`, in its place in the batch.
   void emit(size_t index) {
-    void* out = call_.hidden_states != nullptr  ? call_.hidden_states[index]
+    void* out = !call_.hidden_states.empty()    ? call_.hidden_states[index]
                 : index == model_.layers.size() ? call_.out
                                                 : nullptr;
     if (out == nullptr) return;
@@ -296,9 +296,9 @@ void zero_padding(const EncoderModel& model, const EncoderCall& call, const Plan
   std::vector<bool> real(static_cast<size_t>(places));
   for (const int64_t place : plan.places) real[static_cast<size_t>(place)] = true;
   const int64_t bytes = model.hidden * (call.out_dtype == DType::float32 ? 4 : 2);
-  const size_t states = call.hidden_states == nullptr ? 1 : model.layers.size() + 1;
+  const size_t states = call.hidden_states.empty() ? 1 : model.layers.size() + 1;
   for (size_t i = 0; i < states; ++i) {
-    uint8_t* out = static_cast<uint8_t*>(call.hidden_states == nullptr ? call.out : call.hidden_states[i]);
+    uint8_t* out = static_cast<uint8_t*>(call.hidden_states.empty() ? call.out : call.hidden_states[i]);
     for (int64_t p = 0; p < places; ++p) {
       if (!real[static_cast<size_t>(p)]) std::memset(out + p * bytes, 0, static_cast<size_t>(bytes));
     }
@@ -342,7 +342,10 @@ void Encoder::run(const EncoderCall& call, int threads) {
             "others");
   }
   require(call.ids != nullptr, "input_ids must point to memory", "null");
-  require(call.out != nullptr || call.hidden_states != nullptr, "an output must point to memory", "null");
+  require(call.out != nullptr || !call.hidden_states.empty(), "an output must point to memory", "null");
+  require(call.hidden_states.empty() || call.hidden_states.size() == model_.layers.size() + 1,
+          "hidden_states must be " + std::to_string(model_.layers.size() + 1),
+          std::to_string(call.hidden_states.size()));
   threads = std::max(usable_threads(threads), 1);
 
   const Plan plan = make_plan(model_, call, threads);

@@ -65,7 +65,7 @@ struct EncoderCall {
   int64_t head_mask_stride;
   void* out;  // [batch, length, C]; 0 at padding that is not computed
   DType out_dtype;
-  void* const* hidden_states;  // L + 1 times the like of out; null: not wanted
+  std::vector<void*> hidden_states;  // L + 1 times the like of out; empty: not wanted
   float* largest;  // [L, widest · D + F]: raised to the magnitudes that out and ffn_out read, by channel; or null
 };
 

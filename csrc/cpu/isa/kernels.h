@@ -95,10 +95,10 @@ struct AttentionTensor {
 };
 
 struct AttentionCall {
+  AttentionTensor<const void*> q, k, v;
+  DType dtype;  // of q, k and v
   AttentionSequences sequences;
   int64_t heads, head_size;
-  AttentionTensor<const void*> q, k, v;
-  DType dtype;               // of q, k and v
   const float* head_mask;    // [batch, heads]; null: 1
   int64_t head_mask_stride;  // from one sequence to the next, 0 for a mask [heads]
   double scale;

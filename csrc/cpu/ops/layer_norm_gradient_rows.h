@@ -82,7 +82,7 @@ void differentiate_row(AddRows add_rows, const void* const rows[3], const Normal
     }
   };
   const T* dy = static_cast<const T*>(call.dy) + r * call.dy_stride;
-  D* dh = static_cast<D*>(call.dh) + r * call.dh_stride;
+  D* dh = static_cast<D*>(call.dh) + r * call.columns;
   float* dw = call.sums + r / kRowsOfSum * 2 * columns;
   RowGradient row = {broadcast(call.mean[r]), broadcast(call.rstd[r]), broadcast(0), broadcast(0)};
 

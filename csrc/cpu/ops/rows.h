@@ -33,10 +33,10 @@ struct QuantizeRows {
 
 // LayerNorm of rows h that a kernel makes: where its parameters come from and its results go.
 struct Normalized {
+  int64_t columns;
   const float* weight;  // [columns]
   const float* bias;    // [columns]
   double eps;
-  int64_t columns;
   void* y;  // [rows, columns], or null
   int64_t y_stride;
   DType y_dtype;
@@ -60,17 +60,16 @@ struct LayerNormRows {
 
 // The gradients of the same.
 struct NormalizedGradient {
+  int64_t columns;
   const void* dy;  // [rows, columns]
   int64_t dy_stride;
   DType dy_dtype;
   const float* weight;  // [columns]
   const float* mean;    // [rows]
   const float* rstd;    // [rows]
-  int64_t columns;
-  void* dh;  // [rows, columns]
-  int64_t dh_stride;
+  void* dh;             // [rows, columns] contiguous
   DType dh_dtype;
-  float* sums;  // [chunks, 2, columns]: each row's part of dweight and dbias is added to those of its chunk
+  float* sums = nullptr;  // [chunks, 2, columns]: each row's part of dweight and dbias is added to those of its chunk
 };
 
 constexpr int64_t kRowsOfSum = 64;  // row r belongs to chunk r / kRowsOfSum; a call begins with the first row of one
