@@ -5,10 +5,8 @@
 //
 // Keys are packed as rows and as panels, values as panels. Then some queries at a time, with their g: the probabilities
 // are computed again, ds is written over dp, dq goes out; dk and dv grow in memory of the pair's own, query block by
-// query block in order, and go out at the end. Included after attention_heads.h.
+// query block in order, and go out at the end.
 #pragma once
-
-#include "cpu/attention/attention_heads.h"
 
 namespace distilbert_fast {
 namespace {

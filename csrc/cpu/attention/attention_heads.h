@@ -6,13 +6,11 @@
 // vectors. Then 24 queries at a time: packed, their scores written as whole rows (which stay in L1 or L2),
 // exponentiated in place, multiplied with the values. q, k, v are read once, o is written once.
 //
-// Included after vec_<isa>.h and vec_math.h.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/attention/attention_scratch.h"
-#include "cpu/gemm/matmul.h"
 
 namespace distilbert_fast {
 namespace {

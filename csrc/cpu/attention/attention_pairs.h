@@ -7,10 +7,9 @@
 // keys. Then 32 queries at a time: copied, their scores written as float rows, exponentiated, narrowed in place.
 //
 // Product::multiply(a, a_stride, rows, panel, blocks, out, out_stride) gives a [rows, K] · panel; it may read and write
-// rows behind the last one, up to kPairQueries. For tiers with AVX-512; included after attention_heads.h.
+// rows behind the last one, up to kPairQueries. For tiers with AVX-512.
 #pragma once
 
-#include "cpu/attention/attention_heads.h"
 #include "cpu/gemm/gemm_pack_pairs.h"
 
 namespace distilbert_fast {

@@ -1,4 +1,4 @@
-// GELU of a Vec: x Φ(x), Φ the normal distribution function. Included after vec_math.h.
+// GELU of a Vec: x Φ(x), Φ the normal distribution function.
 #pragma once
 
 namespace distilbert_fast {

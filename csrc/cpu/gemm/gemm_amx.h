@@ -7,7 +7,6 @@
 // no time of its own as long as it takes less than the products.
 #pragma once
 
-#include "cpu/gemm/gemm_rows.h"
 #include "cpu/gemm/tiles.h"
 
 namespace distilbert_fast {

@@ -1,6 +1,5 @@
 // Matrices as the kernels of gemm.h that multiply pairs of bfloat16 read them, made anew with every call: panels of
-// weights, and rows that end with zeros. float32 is rounded on the way. For tiers with AVX-512; included after
-// vec_<isa>.h.
+// weights, and rows that end with zeros. float32 is rounded on the way. For tiers with AVX-512.
 #pragma once
 
 namespace distilbert_fast {

@@ -1,5 +1,5 @@
 // Float matrices as the kernels of gemm.h read them, made anew with every call: panels of weights, and rows that end
-// with zeros. Of a matrix whose rows touch and of one whose columns do. Included after vec_<isa>.h.
+// with zeros. Of a matrix whose rows touch and of one whose columns do.
 #pragma once
 
 namespace distilbert_fast {

@@ -4,9 +4,6 @@
 // by, and the next one is fetched meanwhile. W is read once, A once a panel.
 #pragma once
 
-#include "cpu/gemm/gelu.h"
-#include "cpu/ops/quantize_rows.h"
-
 namespace distilbert_fast {
 namespace {
 

@@ -2,7 +2,7 @@
 // vectors, so they are padded; C goes, two vectors of a row at a time, to a function of the caller's.
 //
 // A tile of C, kMatmulRows rows by kMatmulColumns columns, stays in registers while k runs: the sum of an element is
-// made of chains over kMatmulDepth of k in order, whatever the tile it falls in. Included after vec_<isa>.h.
+// made of chains over kMatmulDepth of k in order, whatever the tile it falls in.
 #pragma once
 
 namespace distilbert_fast {

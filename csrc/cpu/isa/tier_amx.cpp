@@ -1,14 +1,9 @@
 #include "cpu/isa/vec_avx512.h"
 
-#include "cpu/isa/vec_math.h"
-
-#include "cpu/gemm/gemm_amx.h"
-
-#include "cpu/isa/kernel_table.h"
-
-#include "cpu/gemm/gemm_pack_pairs.h"
+#include "cpu/isa/tier.h"
 
 #include "cpu/attention/attention_pairs.h"
+#include "cpu/gemm/gemm_amx.h"
 
 namespace distilbert_fast {
 namespace {

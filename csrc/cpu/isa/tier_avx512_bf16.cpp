@@ -1,18 +1,10 @@
 #include "cpu/isa/vec_avx512.h"
 
-#include "cpu/isa/vec_math.h"
-
-#include "cpu/gemm/gemm_rows.h"
-
-#include "cpu/gemm/gemm_tile_int8_avx512.h"
-
-#include "cpu/gemm/gemm_tile_pairs.h"
-
-#include "cpu/isa/kernel_table.h"
-
-#include "cpu/gemm/gemm_pack_pairs.h"
+#include "cpu/isa/tier.h"
 
 #include "cpu/attention/attention_pairs.h"
+#include "cpu/gemm/gemm_tile_int8_avx512.h"
+#include "cpu/gemm/gemm_tile_pairs.h"
 
 namespace distilbert_fast {
 namespace {

@@ -1,12 +1,8 @@
 #include "cpu/isa/vec_scalar.h"
 
-#include "cpu/isa/vec_math.h"
-
-#include "cpu/gemm/gemm_rows.h"
+#include "cpu/isa/tier.h"
 
 #include "cpu/gemm/gemm_tile_int8_scalar.h"
-
-#include "cpu/isa/kernel_table.h"
 
 namespace distilbert_fast {
 namespace {

@@ -1,4 +1,4 @@
-// Functions of a Vec, and on rows, that every tier computes alike. Included after vec_<isa>.h.
+// Functions of a Vec, and on rows, that every tier computes alike.
 #pragma once
 
 namespace distilbert_fast {

@@ -2,7 +2,7 @@
 //   d loss / d s = a (a c s − b t).
 //
 // Forward reads both rows once and makes their three products, added in double block by block, so that 1 − c keeps its
-// digits where s and t agree. Backward reads them again and writes the gradient. Included after vec_math.h.
+// digits where s and t agree. Backward reads them again and writes the gradient.
 #pragma once
 
 namespace distilbert_fast {

@@ -1,11 +1,8 @@
 // embedding on one token:   h = word[id] + position[position id] (+ token_type[token type id]),   y = LayerNorm(h).
 //
 // The rows of the tables are read where they lie, and everything after that is layer_norm's, forward and backward
-// (which gives dh; its rows are added to those of the tables elsewhere). Included after layer_norm_gradient_rows.h.
+// (which gives dh; its rows are added to those of the tables elsewhere).
 #pragma once
-
-#include "cpu/ops/layer_norm_gradient_rows.h"
-#include "cpu/ops/layer_norm_rows.h"
 
 namespace distilbert_fast {
 namespace {

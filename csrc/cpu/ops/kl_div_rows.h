@@ -7,7 +7,7 @@
 //
 // Pass 1 reads both rows from memory in blocks that stay in L1: the block's maxima, then its three sums under the
 // running maxima; sums of blocks are added in double. Pass 2 finds the rows in L2 and writes the gradient: each logit
-// comes from memory once. Included after vec_<isa>.h and vec_math.h.
+// comes from memory once.
 #pragma once
 
 #include <cmath>

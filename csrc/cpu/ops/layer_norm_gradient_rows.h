@@ -4,10 +4,8 @@
 //
 // Pass 1 makes h again, on the stack, pass 2 adds up both means, pass 3 writes dh and adds to the sums of dw and db:
 // all in L1 but the first reading of h's terms and of dy. A row longer than the stack holds is made again, chunk by
-// chunk, in both. Included after layer_norm_rows.h.
+// chunk, in both.
 #pragma once
-
-#include "cpu/ops/layer_norm_rows.h"
 
 namespace distilbert_fast {
 namespace {

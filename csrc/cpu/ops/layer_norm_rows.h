@@ -6,11 +6,8 @@
 //
 // h and y live in y itself where that is float32, else on the stack, in L1 either way. A longer row than the stack
 // holds is made again, chunk by chunk, in every pass. Sums of chunks are added in double. A few rows go through each
-// pass one after another, so that what a row's sums end in is computed during the next row. Included after
-// quantize_rows.h.
+// pass one after another, so that what a row's sums end in is computed during the next row.
 #pragma once
-
-#include "cpu/ops/quantize_rows.h"
 
 namespace distilbert_fast {
 namespace {

@@ -4,7 +4,7 @@
 //     ce = −log softmax(s)[label]                                      d ce / d s = softmax(s) − onehot(label)
 //
 // The row stays in L2 from its first pass to its last: sums of kl_div_rows.h, maximum and sum at τ = 1, gradient of the
-// cross-entropy into memory of its own, gradient of the KL in place. Included after kl_div_rows.h.
+// cross-entropy into memory of its own, gradient of the KL in place.
 #pragma once
 
 namespace distilbert_fast {

@@ -4,8 +4,7 @@
 //     d kl / d s = τ (P q_i − p_i) at ids,  τ (P q_tail − p_tail) q_v / q_tail elsewhere;  P = Σ p_i + p_tail
 //
 // The logits at ids are taken aside, into double, and −∞ stands in their place: so both passes over the row, maximum
-// and sum, then the gradient, see the tail alone, and no small tail is the difference of two large sums. Included after
-// linear_kl_div_rows.h.
+// and sum, then the gradient, see the tail alone, and no small tail is the difference of two large sums.
 #pragma once
 
 namespace distilbert_fast {

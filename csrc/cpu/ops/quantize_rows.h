@@ -2,7 +2,7 @@
 //
 // Each operation is rounded once, so the bits are those of ops/quantize.py. Magnitudes are compared as integers, in
 // whose order NaN stands above ∞: a NaN anywhere ends in the scale. Pass 1 finds the maximum, pass 2 finds the row in
-// L1 (a long one in L2) and writes the codes; with a given scale there is only pass 2. Included after vec_math.h.
+// L1 (a long one in L2) and writes the codes; with a given scale there is only pass 2.
 #pragma once
 
 namespace distilbert_fast {

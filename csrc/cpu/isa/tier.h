@@ -1,19 +1,27 @@
-// The kernels that are written once over Vec, in the table of the tier that includes this; last of its includes.
+// The kernels that are written once over Vec, each after those that it uses, and their table. A tier_<isa>.cpp includes
+// its vec_<isa>.h, this, then what that tier alone has; nothing else includes a header of this list.
 //
 // A table is a constant: nothing of a tier may run at import, where the processor may lack its instructions.
 #pragma once
 
-#include "cpu/attention/attention_backward_heads.h"
-#include "cpu/attention/attention_heads.h"
-#include "cpu/gemm/gemm_pack_rows.h"
-#include "cpu/gemm/gemm_tile_float.h"
-#include "cpu/ops/cosine_loss_rows.h"
-#include "cpu/ops/embedding_rows.h"
-#include "cpu/ops/kl_div_rows.h"
+// clang-format off: in this order
+#include "cpu/isa/vec_math.h"
+#include "cpu/ops/quantize_rows.h"
 #include "cpu/ops/layer_norm_rows.h"
+#include "cpu/ops/layer_norm_gradient_rows.h"
+#include "cpu/ops/embedding_rows.h"
+#include "cpu/ops/cosine_loss_rows.h"
+#include "cpu/ops/kl_div_rows.h"
 #include "cpu/ops/linear_kl_div_rows.h"
 #include "cpu/ops/linear_topk_kl_div_rows.h"
-#include "cpu/ops/quantize_rows.h"
+#include "cpu/gemm/gelu.h"
+#include "cpu/gemm/gemm_rows.h"
+#include "cpu/gemm/gemm_tile_float.h"
+#include "cpu/gemm/gemm_pack_rows.h"
+#include "cpu/gemm/matmul.h"
+#include "cpu/attention/attention_heads.h"
+#include "cpu/attention/attention_backward_heads.h"
+// clang-format on
 
 namespace distilbert_fast {
 namespace {
