@@ -7,19 +7,19 @@ that the original drops are kept: token_type[0], folded into the position embedd
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distilbert_fast.distillation.student_report import StudentReport, by_layer
 from distilbert_fast.modeling.architectures import (
     DISTILBERT,
     ELECTRA,
+    EMBEDDINGS,
     ROBERTA,
-    WITHOUT_WEIGHTS,
     Architecture,
     first_position,
     head_of,
@@ -32,51 +32,6 @@ if TYPE_CHECKING:
 OP = "student_from_teacher"
 _ARCHITECTURES = {"distilbert": DISTILBERT, "roberta": ROBERTA}
 _STUDENT_EPS = 1e-12  # of every LayerNorm of the DistilBERT architecture, which has no setting for it
-
-
-@dataclass(frozen=True)
-class StudentReport:
-    """What a student was made of; ``print(report)`` shows it.
-
-    Attributes:
-        teacher, student: class names.
-        num_layers: depth of the student.
-        layers: the teacher's layer from which each layer was copied; empty if the student starts at random.
-        copied: each tensor of the student and where it comes from.
-        left_out: tensors of the teacher that the student has no place for, whole layers as one entry.
-        notes: how the student differs from its teacher, apart from depth.
-        teacher_parameters, student_parameters: counts, shared tensors counted once.
-    """
-
-    teacher: str
-    student: str
-    num_layers: int
-    layers: tuple[int, ...]
-    copied: Mapping[str, str]
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-    teacher_parameters: int
-    student_parameters: int
-
-    def __str__(self) -> str:
-        share = self.student_parameters / self.teacher_parameters
-        lines = [
-            f"{self.student} of {self.num_layers} layers from {self.teacher}",
-            f"parameters: {self.teacher_parameters:,} -> {self.student_parameters:,} ({share:.0%})",
-        ]
-        rows: dict[str, str] = {}
-        for name, source in self.copied.items():
-            stem, inside, _ = name.partition(".layer.")
-            if inside:  # a layer is one row
-                place = name.removeprefix(stem + inside).split(".")[0]
-                rows[f"{stem}{inside}{place}"] = f"layer {self.layers[int(place)]}"
-            else:
-                rows[name] = source
-        width = max(map(len, rows), default=0)
-        copied = [f"{name:<{width}}  <- {source}" for name, source in rows.items()]
-        for title, entries in (("copied:", copied), ("left out:", self.left_out), ("differs:", self.notes)):
-            lines += [title, *(f"  {entry}" for entry in entries)] if entries else []
-        return "\n".join(lines)
 
 
 def student_from_teacher(
@@ -135,13 +90,21 @@ def student_from_teacher(
     for name, width in widths.items():
         setattr(config, name, width)
     student = _model(teacher, made, head, config)
+    start = _Start(teacher, student)
     if widths:
-        student.to(teacher.device).eval()
-        return student, _report(teacher, student, {}, family, made, ())
-    sources = _sources(teacher, student, family, made, head, chosen)
-    student.load_state_dict(_tensors(teacher, student, sources, family, made))
+        start.notes.append(_at_random(teacher.config, student.config))
+    else:
+        start.copy(_sources(teacher, student, family, made, head, chosen))
+        if family is not made:
+            if made is DISTILBERT:
+                start.fold_token_type()
+            if made.heads[head].keys() >= {"pooler", "classifier"}:
+                start.fit_pooler(family, made, made.heads[head])
+            if head == "ForMaskedLM":
+                start.note_activation(family, made)
+        student.load_state_dict(start.tensors)
     student.to(teacher.device).eval()
-    return student, _report(teacher, student, sources, family, made, chosen)
+    return student, start.report(() if widths else chosen)
 
 
 def _model(teacher: PreTrainedModel, made: Architecture, head: str, config: PreTrainedConfig) -> Any:
@@ -165,7 +128,7 @@ def _widths(
 ) -> dict[str, int]:
     """The student's widths under the names of its config; empty if they are the teacher's."""
     old = teacher.config
-    old_inner = old.hidden_dim if family is DISTILBERT else old.intermediate_size
+    old_inner = getattr(old, family.inner_size)
     hidden = old.hidden_size if hidden is None else hidden
     heads = max(1, hidden * old.num_attention_heads // old.hidden_size) if heads is None else heads
     inner = hidden * old_inner // old.hidden_size if inner is None else inner
@@ -176,8 +139,7 @@ def _widths(
         raise ValueError(f"{OP}: num_heads must divide hidden_size {hidden}, got {heads}")
     if (hidden, heads, inner) == (old.hidden_size, old.num_attention_heads, old_inner):
         return {}
-    name = "hidden_dim" if made is DISTILBERT else "intermediate_size"
-    return {"hidden_size": hidden, "num_attention_heads": heads, name: inner}
+    return {"hidden_size": hidden, "num_attention_heads": heads, made.inner_size: inner}
 
 
 def _family_and_head(teacher: PreTrainedModel) -> tuple[Architecture, str]:
@@ -237,15 +199,8 @@ def _config(teacher: PreTrainedModel, family: Architecture, made: Architecture, 
     common = {
         name: getattr(old, name)
         for name in (
-            "vocab_size",
-            "initializer_range",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-            "tie_word_embeddings",
-            "id2label",
-            "label2id",
-            "problem_type",
+            *("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
+            *("tie_word_embeddings", "id2label", "label2id", "problem_type"),
         )
     }
     if made is ROBERTA:
@@ -292,12 +247,9 @@ def _sources(
 ) -> dict[str, str]:
     """Name of every tensor of the student: name of the teacher's tensor it is made from."""
     to, of = _base_prefix(student), _base_prefix(teacher)
-    modules = {
-        f"{to}embeddings.{name}": f"{of}embeddings.{name}"
-        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
-    }
+    modules = {to + name: of + name for name in EMBEDDINGS.values()}
     for place, layer in enumerate(layers):
-        for part in made.layer.keys() - set(WITHOUT_WEIGHTS):
+        for part in made.linears_and_norms:
             name, source = (f"{kind.layers}.{i}.{kind.layer[part]}" for kind, i in ((made, place), (family, layer)))
             modules[to + name] = of + source
     for part, name in made.heads[head].items():
@@ -309,142 +261,104 @@ def _sources(
     return sources
 
 
-def _head_activation(family: Architecture, hidden_act: str) -> str:
-    """The activation in the head for masked LM, which not every architecture reads from the config."""
-    return "gelu" if family.vocabulary_activation is None else hidden_act
+@dataclass
+class _Start:
+    """The tensors that a student starts with, and what its report says of them."""
 
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)  # of each tensor, in words
+    left_out: set[str] = field(init=False)
+    notes: list[str] = field(default_factory=list)
 
-def _tensors(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    sources: Mapping[str, str],
-    family: Architecture,
-    made: Architecture,
-) -> dict[str, torch.Tensor]:
-    """The student's tensors, made from the teacher's."""
-    have, before, first = teacher.state_dict(), first_position(student.config), first_position(teacher.config)
-    tensors = {}
-    for name, place in student.state_dict().items():
-        source = sources[name]
-        if source not in have:
-            raise ValueError(f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none")
-        tensor = have[source]
-        if name.endswith("position_embeddings.weight") and before != first:
-            tensor = torch.nn.functional.pad(tensor[first:], (0, 0, before, 0))  # [P, C]
-        if tensor.shape != place.shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"{OP}: teacher's {source} must be a float tensor {list(place.shape)} to become {name} of "
-                f"the student, got {str(tensor.dtype)[6:]} {list(tensor.shape)}"
-            )
-        tensors[name] = tensor.float()
-    if family is not made is DISTILBERT:
-        _fold_token_type(tensors, have)
-        if family.pools_by == "tanh":
-            _fit_pooler(tensors)
-    return tensors
+    def __post_init__(self) -> None:
+        self._have = self.teacher.state_dict()
+        self.left_out = set(self._have)
+        self._position = f"{_base_prefix(self.student)}{EMBEDDINGS['position']}.weight"
 
+    def copy(self, sources: Mapping[str, str]) -> None:
+        """Start with the teacher's tensors of these names, positions counted as the student counts them."""
+        before, first = (first_position(model.config) for model in (self.student, self.teacher))
+        for name, place in self.student.state_dict().items():
+            source = sources[name]
+            if source not in self._have:
+                raise ValueError(f"{OP}: teacher must have a tensor {source} to become {name} of the student, got none")
+            tensor, words = self._have[source], source
+            if name == self._position and before != first:
+                tensor = torch.nn.functional.pad(tensor[first:], (0, 0, before, 0))  # [P, C]
+                words = (f"{before} rows of 0, " if before else "") + source + (f"[{first}:]" if first else "")
+            if tensor.shape != place.shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{OP}: teacher's {source} must be a float tensor {list(place.shape)} to become {name} of "
+                    f"the student, got {str(tensor.dtype)[6:]} {list(tensor.shape)}"
+                )
+            self.tensors[name], self.sources[name] = tensor.float(), words
+        self.left_out -= set(sources.values())
 
-def _fold_token_type(tensors: dict[str, torch.Tensor], have: Mapping[str, torch.Tensor]) -> None:
-    """word + position + token_type[0] = word + (position + token_type[0])"""
-    (position,) = (name for name in tensors if name.endswith("position_embeddings.weight"))
-    (token_type,) = (name for name in have if name.endswith("token_type_embeddings.weight"))
-    tensors[position] = tensors[position] + have[token_type][0].float()
+    def fold_token_type(self) -> None:
+        """word + position + token_type[0] = word + (position + token_type[0]), as a DistilBERT has no token types."""
+        token_type = f"{_base_prefix(self.teacher)}{EMBEDDINGS['token_type']}.weight"
+        self.tensors[self._position] = self.tensors[self._position] + self._have[token_type][0].float()
+        self.sources[self._position] += f" + {token_type}[0]"
+        self.left_out.remove(token_type)
+        old = self.teacher.config
+        if old.type_vocab_size > 1:
+            self.left_out.add(f"{token_type}[1:]")
+            self.notes.append("token types other than 0 are unknown to the student")
+        if old.layer_norm_eps != _STUDENT_EPS:
+            self.notes.append(f"LayerNorm eps is {_STUDENT_EPS:g}, the teacher's {old.layer_norm_eps:g}")
 
+    def fit_pooler(self, family: Architecture, made: Architecture, head: Mapping[str, str]) -> None:
+        """Bring a head made for tanh close to its old answers after ReLU.
 
-def _fit_pooler(tensors: dict[str, torch.Tensor]) -> None:
-    """Adapt a head made for tanh, so that its answers after ReLU are close to the old ones.
+            teacher: W tanh(z) + b        student: W (relu(z + 1) − 1) + b = W max(z, −1) + b,    z = pooled
+                states [C]
 
-        teacher: W tanh(z) + b
-        student: W (relu(z + 1) − 1) + b = W max(z, −1) + b,    z = pooled states [C]
-
-    max(z, −1) has the slope of tanh at 0 and its limit below, and for every z it is as near to tanh(z) as relu(z), or
-    nearer. relu(z), which copying the numbers would give, has neither (it is near to GELU: ELECTRA's are copied). The
-    1 goes into the bias before ReLU and out of the bias after it. On a BERT (C=384) fine-tuned on SST-2, with the same
-    hidden states, the logits are off by 6% of their norm, against 46% with the numbers copied.
-    """
-    if "pre_classifier.bias" in tensors:
-        tensors["pre_classifier.bias"] = tensors["pre_classifier.bias"] + 1
-        tensors["classifier.bias"] = tensors["classifier.bias"] - tensors["classifier.weight"].sum(dim=1)
-
-
-def _report(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    sources: Mapping[str, str],
-    family: Architecture,
-    made: Architecture,
-    layers: tuple[int, ...],
-) -> StudentReport:
-    old = teacher.config
-    copied = dict(sources)
-    left_out = {name for name in teacher.state_dict() if name not in copied.values()}
-    notes = []
-    if not copied:
-        config = student.config
-        notes.append(
-            f"starts at random: {config.hidden_size} wide with {config.num_attention_heads} heads, the teacher "
-            f"{old.hidden_size} with {old.num_attention_heads}"
+        max(z, −1) has the slope of tanh at 0 and its limit below, and for every z it is as near to tanh(z) as
+        relu(z), or nearer; relu(z), which copying the numbers would give, has neither (it is near to GELU, ELECTRA's,
+        whose numbers are copied). The 1 goes into the bias before ReLU and out of the bias after it. On a BERT (C=384)
+        fine-tuned on SST-2, same hidden states, the logits are off by 6% of their norm, against 46% with the numbers
+        copied.
+        """
+        if (family.pools_by, made.pools_by) != ("tanh", "relu"):
+            if family.pools_by != made.pools_by:
+                self.notes.append(f"pools through {made.pools_by}(z) where the teacher has {family.pools_by}(z)")
+            return
+        pooler, bias, weight = (
+            f"{head[part]}.{parameter}"
+            for part, parameter in (("pooler", "bias"), ("classifier", "bias"), ("classifier", "weight"))
         )
-    elif family is not made:
-        (position,) = (name for name in copied if name.endswith("position_embeddings.weight"))
-        before, first = first_position(student.config), first_position(old)
-        if before != first:
-            copied[position] = (f"{before} rows of 0, " if before else "") + copied[position]
-            copied[position] += f"[{first}:]" if first else ""
-        if made is DISTILBERT:
-            notes += _note_differences(teacher, position, copied, left_out)
-        notes += _note_pooler(family, made, copied)
-        acts = [_head_activation(kind, old.hidden_act) for kind in (made, family)]
-        if acts[0] != acts[1] and type(student).__name__.endswith("ForMaskedLM"):
-            notes.append(f"the head's activation is {acts[0]}, the teacher's {acts[1]}")
-    return StudentReport(
-        teacher=f"{type(teacher).__name__} of {old.num_hidden_layers} layers",
-        student=type(student).__name__,
-        num_layers=student.config.num_hidden_layers,
-        layers=layers,
-        copied=copied,
-        left_out=tuple(_by_layer(left_out)),
-        notes=tuple(notes),
-        teacher_parameters=teacher.num_parameters(),
-        student_parameters=student.num_parameters(),
+        self.tensors[pooler] = self.tensors[pooler] + 1
+        self.tensors[bias] = self.tensors[bias] - self.tensors[weight].sum(dim=1)
+        self.sources[pooler] += " + 1"
+        self.sources[bias] += f" - {self.sources[weight]}.sum(dim=1)"
+        self.notes.append("pools through relu(z + 1) - 1 where the teacher has tanh(z)")
+
+    def note_activation(self, family: Architecture, made: Architecture) -> None:
+        """That of the head for masked LM does not follow the config everywhere."""
+        mine, other = (
+            "gelu" if kind.vocabulary_activation is None else self.teacher.config.hidden_act for kind in (made, family)
+        )
+        if mine != other:
+            self.notes.append(f"the head's activation is {mine}, the teacher's {other}")
+
+    def report(self, layers: tuple[int, ...]) -> StudentReport:
+        return StudentReport(
+            teacher=f"{type(self.teacher).__name__} of {self.teacher.config.num_hidden_layers} layers",
+            student=type(self.student).__name__,
+            num_layers=self.student.config.num_hidden_layers,
+            layers=layers,
+            copied=self.sources,
+            left_out=tuple(by_layer(self.left_out)),
+            notes=tuple(self.notes),
+            teacher_parameters=self.teacher.num_parameters(),
+            student_parameters=self.student.num_parameters(),
+        )
+
+
+def _at_random(old: PreTrainedConfig, new: PreTrainedConfig) -> str:
+    return (
+        f"starts at random: {new.hidden_size} wide with {new.num_attention_heads} heads, the teacher "
+        f"{old.hidden_size} with {old.num_attention_heads}"
     )
-
-
-def _by_layer(names: Iterable[str]) -> list[str]:
-    """Sort the names, with one entry for all tensors of a layer."""
-    entries = {re.sub(r"(\.layer\.\d+)\..*", r"\1", name) for name in names}
-    return sorted(
-        entries, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    )
-
-
-def _note_differences(teacher: PreTrainedModel, position: str, copied: dict[str, str], left_out: set[str]) -> list[str]:
-    """Return notes on what DistilBERT has no module for; record in ``copied`` and ``left_out`` what became of it."""
-    old, notes = teacher.config, []
-    (token_type,) = (name for name in left_out if name.endswith("token_type_embeddings.weight"))
-    copied[position] += f" + {token_type}[0]"
-    left_out.remove(token_type)
-    if old.type_vocab_size > 1:
-        left_out.add(f"{token_type}[1:]")
-        notes.append("token types other than 0 are unknown to the student")
-    if old.layer_norm_eps != _STUDENT_EPS:
-        notes.append(f"LayerNorm eps is {_STUDENT_EPS:g}, the teacher's {old.layer_norm_eps:g}")
-    return notes
-
-
-def _note_pooler(family: Architecture, made: Architecture, copied: dict[str, str]) -> list[str]:
-    """Return a note if the head pools in another way than the teacher's; record in ``copied`` how it was adapted."""
-    if family.pools_by == made.pools_by or not any(f"{name}.weight" in copied for name in _POOLERS):
-        return []
-    if (family.pools_by, made.pools_by) != ("tanh", "relu"):
-        return [f"pools through {made.pools_by}(z) where the teacher has {family.pools_by}(z)"]
-    copied["pre_classifier.bias"] += " + 1"
-    copied["classifier.bias"] += f" - {copied['classifier.weight']}.sum(dim=1)"
-    return ["pools through relu(z + 1) - 1 where the teacher has tanh(z)"]
-
-
-_POOLERS = {
-    made.heads[head]["pooler"]
-    for made in _ARCHITECTURES.values()
-    for head in ("ForSequenceClassification", "ForMultipleChoice")
-}

@@ -15,7 +15,7 @@ from distilbert_fast.jobs.flow import RecipeError, class_names, config_of, refus
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 
 if TYPE_CHECKING:
-    from distilbert_fast.distillation.student import StudentReport
+    from distilbert_fast.distillation.student_report import StudentReport
 
 _OF_MLM = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # weights that need a teacher
 

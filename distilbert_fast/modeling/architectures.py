@@ -38,7 +38,15 @@ _BERT_LAYER = {
     "ffn_out": "output.dense",
     "ffn_norm": "output.LayerNorm",
 }
-WITHOUT_WEIGHTS = ("activation",)  # of the parts of a layer
+_WITHOUT_WEIGHTS = ("activation",)  # of the parts of a layer
+# What makes the embeddings of all three shapes, under the names of ``EncoderModules``.
+EMBEDDINGS = {
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "token_type": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+}
+PROJECTION = "embeddings_project"  # of ELECTRA's, after the LayerNorm, to the width of the layers
 
 # The modules of each head, by what they do there. "bias": holds the projection's bias under another name.
 _COMMON = {"ForTokenClassification": {"classifier": "classifier"}, "ForQuestionAnswering": {"outputs": "qa_outputs"}}
@@ -115,6 +123,7 @@ class Architecture:
         layers: the encoder's list of layers.
         layer: the modules of a layer, under the names of ``LayerModules``, and "activation".
         activation: what the config calls that.
+        inner_size: what the config calls the width of the feed-forward layer.
     """
 
     model_type: str
@@ -131,6 +140,12 @@ class Architecture:
     layers: str = "encoder.layer"
     layer: Mapping[str, str]
     activation: str = "hidden_act"
+    inner_size: str = "intermediate_size"
+
+    @property
+    def linears_and_norms(self) -> dict[str, str]:
+        """The modules of a layer that hold weights."""
+        return {name: module for name, module in self.layer.items() if name not in _WITHOUT_WEIGHTS}
 
     def defines(self, kind: type) -> bool:
         """Whether a class is transformers' own of this architecture."""
@@ -183,6 +198,7 @@ DISTILBERT = Architecture(
     layers="transformer.layer",
     layer=_DISTILBERT_LAYER,
     activation="activation",
+    inner_size="hidden_dim",
 )
 BERT = _bert("bert", "BERT", "Bert")
 ROBERTA = _roberta("roberta", "RoBERTa", "Roberta", _module("roberta"))

@@ -14,12 +14,7 @@ from transformers.activations import GELUActivation
 
 from distilbert_fast.engine.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import Int8Linear
-from distilbert_fast.modeling.architectures import (
-    WITHOUT_WEIGHTS,
-    Architecture,
-    architecture_of,
-    head_of,
-)
+from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION, Architecture, architecture_of, head_of
 from distilbert_fast.ops import _check
 
 
@@ -103,36 +98,29 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
             several devices, or on none.
     """
     _check_modules(encoder, caller)
-    embeddings, known = encoder.embeddings, _known(encoder)
     refuse_embeddings(encoder, caller, "model")
-    _check_embeddings(embeddings, caller)
+    _check_embeddings(encoder.embeddings, caller)
     num_heads, head_size = _heads(encoder, caller)
     layers = [_layer(encoder, layer, num_heads) for layer in encoder_layers(encoder)]
     for i, layer in enumerate(layers):
         for name, module in layer._asdict().items():
             if isinstance(module, nn.Module):
                 _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
-    _check_part(embeddings.LayerNorm, "embeddings.LayerNorm", True, caller)
+    modules: Any = dict(encoder.named_modules(remove_duplicate=False))
+    tables = {name: modules.get(path) for name, path in EMBEDDINGS.items()}  # DistilBERT has no token types
+    _check_part(tables["norm"], EMBEDDINGS["norm"], True, caller)
     devices = {str(tensor.device) for tensor in encoder.parameters()}
     if len(devices) > 1 or devices == {"meta"}:
         _check.refuse(caller, "model weights", "on one device", ", ".join(sorted(devices)))
     check_weights(encoder, precision, caller)
-    return EncoderModules(
-        embeddings.word_embeddings,
-        embeddings.position_embeddings,
-        getattr(embeddings, "token_type_embeddings", None),
-        embeddings.LayerNorm,
-        layers,
-        num_heads,
-        head_size,
-        embeddings.padding_idx if known.after_padding else None,
-    )
+    padding_idx = encoder.embeddings.padding_idx if _known(encoder).after_padding else None
+    return EncoderModules(**tables, layers=layers, num_heads=num_heads, head_dim=head_size, padding_idx=padding_idx)
 
 
 def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
     """Raise ValueError for embeddings with more to them than tables that are added and a LayerNorm."""
     config = encoder.config
-    if hasattr(encoder, "embeddings_project"):  # ELECTRA projects after the LayerNorm, which no table can hold
+    if hasattr(encoder, PROJECTION):  # no table can hold it
         expected = f"hidden_size, {config.hidden_size} (embeddings that are projected are not supported)"
         _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
     if getattr(config, "use_task_id", False):  # ERNIE's
@@ -176,7 +164,7 @@ def _heads(encoder: Any, caller: str) -> tuple[int, int]:
         ValueError: layers that differ, scale scores in another way, or are causal.
     """
     config = encoder.config
-    hidden = encoder.embeddings.word_embeddings.weight.shape[1]
+    hidden = encoder.get_input_embeddings().weight.shape[1]
     size = hidden // config.num_attention_heads
     for i, layer in enumerate(encoder_layers(encoder)):
         heads, own_size, scaling, causal = _attention(attention_of(encoder, layer))
@@ -263,6 +251,6 @@ def _class(module: nn.Module) -> str:
 
 
 def _layer(encoder: Any, layer: Any, num_heads: int) -> LayerModules:
-    names = _known(encoder).layer.keys() - set(WITHOUT_WEIGHTS)
     heads = getattr(layer.attention, "heads", range(num_heads))  # fewer where distilbert_fast's own class was pruned
-    return LayerModules(**{name: part(encoder, layer, name) for name in names}, heads=tuple(heads))
+    modules: Any = {name: attrgetter(path)(layer) for name, path in _known(encoder).linears_and_norms.items()}
+    return LayerModules(**modules, heads=tuple(heads))

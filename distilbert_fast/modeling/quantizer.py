@@ -48,6 +48,7 @@ from distilbert_fast.files.schema import (
     validate,
 )
 from distilbert_fast.layers import Int8Linear
+from distilbert_fast.modeling.architectures import PROJECTION
 from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
 
@@ -130,7 +131,7 @@ def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterato
     check_weights(encoder, "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
     words = encoder.get_input_embeddings().weight
-    float_ones = (model.get_output_embeddings(), getattr(encoder, "embeddings_project", None))
+    float_ones = (model.get_output_embeddings(), getattr(encoder, PROJECTION, None))
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or config.skips(name) or module in float_ones or module.weight is words:
             continue
