@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, N tokens, C hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,76 @@ def token_mask(caller: str, attention_mask: torch.Tensor, batch: int, length: in
         _check.refuse(caller, "attention_mask", "a tensor", type(attention_mask).__name__, TypeError)
     if attention_mask.shape != (batch, length):
         _check.refuse(caller, "attention_mask", f"of shape [{batch}, {length}]", list(attention_mask.shape))
+    return is_token(attention_mask)
+
+
+def is_token(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask of any dtype and shape says that a position is a token, as bool; −0.0 says that it is padding."""
     return attention_mask != 0
+
+
+def labels_padding(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:
+    """Whether a loss counts a padded position: labels [B, T], −100 for none, of a mask [B, T]."""
+    if labels.shape != attention_mask.shape:
+        return False  # the model or its loss will refuse
+    return bool((labels.ne(-100) & ~is_token(attention_mask).to(labels.device)).any())
+
+
+def parse_head_mask(
+    caller: str,
+    head_mask: torch.Tensor,
+    num_heads: int,
+    num_layers: int | None,
+    device: torch.device,
+    batch: int | None = None,
+) -> torch.Tensor:
+    """Factors of all heads, on ``device`` and floating-point: [H] for every layer, [L, H], or [L, B, H].
+
+    Args:
+        head_mask: [H], [L, H] or, where a batch is given, the older [L, 1 or B, H, 1, 1], of any real dtype.
+        num_layers: L; None for who does not know, which leaves [H].
+
+    Raises:
+        TypeError, ValueError: no tensor, or one of another shape, by name, as ``caller``.
+    """
+    if not isinstance(head_mask, torch.Tensor):
+        _check.refuse(caller, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
+    shape, by_layer = tuple(head_mask.shape), (num_layers, num_heads)
+    older = () if batch is None else ((num_layers, 1, num_heads, 1, 1), (num_layers, batch, num_heads, 1, 1))
+    if shape not in ((num_heads,), by_layer, *older):
+        expected = f"[{num_heads}], [{num_layers}, {num_heads}] or [{num_layers}, 1 or {batch}, {num_heads}, 1, 1]"
+        if batch is None:
+            expected = f"[{num_heads}] or [{num_layers}, {num_heads}]"
+        _check.refuse(caller, "head_mask", f"of shape {expected}", list(shape))
+    mask = head_mask.to(device, head_mask.dtype if head_mask.is_floating_point() else torch.float32)
+    if mask.dim() < 5:
+        return mask
+    mask = mask.flatten(2)  # [L, 1 or B, H]
+    return mask[:, 0] if mask.shape[1] == 1 else mask
+
+
+def head_masks(
+    caller: str,
+    head_mask: torch.Tensor | None,
+    num_heads: int,
+    kept: Sequence[Sequence[int]],
+    device: torch.device,
+    batch: int | None = None,
+) -> list[torch.Tensor | None]:
+    """For each layer None, [H_l] or [B, H_l]: factors of the heads that are left in it; differentiable in head_mask.
+
+    Args:
+        head_mask: as for ``parse_head_mask``, over the heads of the unpruned model.
+        kept: for each layer the numbers of its heads.
+    """
+    if head_mask is None:
+        return [None] * len(kept)
+    mask = parse_head_mask(caller, head_mask, num_heads, len(kept), device, batch)
+    rows = mask.unbind() if mask.dim() > 1 else [mask] * len(kept)
+    return [
+        row if len(left) == num_heads else row.index_select(-1, torch.tensor(left, dtype=torch.int64, device=device))
+        for row, left in zip(rows, kept, strict=True)
+    ]
 
 
 class Tokens(NamedTuple):
@@ -79,7 +148,7 @@ class Tokens(NamedTuple):
     indices: torch.Tensor | None = None
 
     @classmethod
-    def packed(
+    def unpadded(
         cls, mask: torch.Tensor | None, batch: int, length: int, device: torch.device, count: int | None = None
     ) -> Tokens:
         """Make it from mask [B, T], on ``device`` or on the CPU: tokens are where it is not 0; there are ``count``."""

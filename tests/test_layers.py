@@ -89,7 +89,7 @@ def test_unpad_and_pad_refuse():
 @pytest.mark.parametrize("count", [None, "known"])
 def test_tokens_are_unpads_rows_and_come_back(mask, count):
     x = torch.randn(3, 5, 4)
-    tokens = Tokens.packed(mask, 3, 5, mask.device, None if count is None else int(mask.sum()))
+    tokens = Tokens.unpadded(mask, 3, 5, mask.device, None if count is None else int(mask.sum()))
     rows, cu_seqlens, indices = unpad(x, mask)
     assert torch.equal(tokens.rows(x), rows) and torch.equal(tokens.padded(rows), pad(rows, indices, 3, 5))
     assert torch.equal(tokens.cu_seqlens, cu_seqlens) and torch.equal(tokens.indices, indices)
@@ -97,7 +97,7 @@ def test_tokens_are_unpads_rows_and_come_back(mask, count):
 
 def test_tokens_without_a_mask_are_all():
     x = torch.randn(3, 5, 4)
-    tokens = Tokens.packed(None, 3, 5, x.device)
+    tokens = Tokens.unpadded(None, 3, 5, x.device)
     assert tokens.indices is None and tokens.cu_seqlens.tolist() == [0, 5, 10, 15]
     assert torch.equal(tokens.rows(x), x.flatten(0, 1)) and torch.equal(tokens.padded(x.flatten(0, 1)), x)
 

@@ -313,7 +313,7 @@ class Engine:
         keys = (
             token_mask(OP, attention_mask, batch, length).to(device) if padding and attention_mask is not None else None
         )
-        tokens = Tokens.packed(None if padding else attention_mask, batch, length, device, num_tokens)
+        tokens = Tokens.unpadded(None if padding else attention_mask, batch, length, device, num_tokens)
         ids = tokens.rows(input_ids)  # [N]
 
         def layout() -> Layout:

@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from distilbert_fast.layers import exported, traced
+from distilbert_fast.layers import exported, is_token, parse_head_mask, traced
 from distilbert_fast.modeling.architectures import ARCHITECTURES
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import padded_attention
@@ -87,7 +87,7 @@ def attention_mask(
         return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs)
     if attention_mask is None:
         return None
-    attention_mask = attention_mask != 0
+    attention_mask = is_token(attention_mask)
     return None if not traced(attention_mask) and bool(attention_mask.all()) else attention_mask
 
 
@@ -118,7 +118,7 @@ def attention_forward(
         ValueError: a head_mask that does not fit the model, or a model with separate masks for encoder and
             decoder; probabilities of anything but plain attention.
     """
-    mask = None if head_mask is None else _of_layer(head_mask, module, query)  # [1 or B, H]
+    mask = None if head_mask is None else _of_layer(head_mask, module, query)  # [H] or [B, H]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     variant = getattr(module, "num_key_value_groups", 1) > 1 or any(kwargs.get(n) is not None for n in _VARIANTS)
     plain = not variant and not (causal and attention_mask is None and query.shape[2] > 1)
@@ -131,8 +131,6 @@ def attention_forward(
     by_token = attention_mask is None or attention_mask.dim() == 2
     if plain and by_token and not exported(query) and query.shape == key.shape == value.shape:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
-        if mask is not None and mask.shape[0] == 1:
-            mask = mask[0]
         return padded_attention(q, k, v, attention_mask, mask, dropout, scaling), None
 
     if by_token and attention_mask is not None:
@@ -142,7 +140,7 @@ def attention_forward(
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
-    return (output if mask is None else output * mask[:, None, :, None].to(output.dtype)), None
+    return (output if mask is None else output * mask[..., None, :, None].to(output.dtype)), None
 
 
 def _with_probabilities(
@@ -165,36 +163,28 @@ def _with_probabilities(
             scores = scores + attention_mask
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)  # [B, H, T, T]
     if mask is not None:
-        probabilities = probabilities * mask[:, :, None, None].to(scores.dtype)
+        probabilities = probabilities * mask[..., None, None].to(scores.dtype)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -> torch.Tensor:
-    """The rows [1 or B, H] of head_mask that this layer's heads are multiplied by."""
+    """The factors [H] or [B, H] of this layer's heads."""
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         _check.refuse(NAME, "head_mask", "None for an encoder-decoder model", "a tensor")
-    if not isinstance(head_mask, torch.Tensor):
-        _check.refuse(NAME, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
     batch, heads = query.shape[:2]
     layers = getattr(config, "num_hidden_layers", None)
-    shape = tuple(head_mask.shape)
-    mask = head_mask.to(query.device)
-    if not mask.is_floating_point():
-        mask = mask.float()
-    if shape == (heads,):
-        return mask[None]
-    if shape != (layers, heads) and shape not in ((layers, 1, heads, 1, 1), (layers, batch, heads, 1, 1)):
-        expected = f"of shape [{heads}], [{layers}, {heads}] or [{layers}, 1 or {batch}, {heads}, 1, 1]"
-        _check.refuse(NAME, "head_mask", expected, list(shape))
+    mask = parse_head_mask(NAME, head_mask, heads, layers, query.device, batch)
+    if mask.dim() == 1:
+        return mask
     index = getattr(module, "layer_idx", None)
     if index is None:
         expected = (
             f"of shape [{heads}], since {type(module).__name__} does not know its layer"
             " (distilbert_fast.modeling.attention_interface.number_layers(model) tells it)"
         )
-        _check.refuse(NAME, "head_mask", expected, list(shape))
-    return mask[index].reshape(-1, heads)
+        _check.refuse(NAME, "head_mask", expected, list(head_mask.shape))
+    return mask[index]
 
 
 _KNOWN = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)

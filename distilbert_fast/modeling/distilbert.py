@@ -13,7 +13,7 @@ checkpoints, config, heads, losses and everything built on them stay as they are
 Padded positions: their hidden states are 0, unless something may read them; then all are computed exactly as
 transformers does. That is so with ``keep_padding=True``, ``output_attentions=True``, for question answering (its
 softmax runs over every position), where a label counts a padded position, where a sequence starts with padding
-(heads read position 0), for masks of four dimensions, and while somebody looks (``may_pack``): a hook, a patched
+(heads read position 0), for masks of four dimensions, and while somebody looks (``may_unpad``): a hook, a patched
 forward or a replaced module inside the encoder, and whatever traces or transforms the call (``traced``), whose graph
 must not depend on the data. Called one by one, the modules are transformers'.
 
@@ -35,7 +35,7 @@ from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from distilbert_fast.layers import Tokens, token_mask, traced
+from distilbert_fast.layers import Tokens, labels_padding, token_mask, traced
 from distilbert_fast.modeling import distilbert_modules as modules
 from distilbert_fast.modeling.heads import prune
 from distilbert_fast.ops import _check
@@ -119,7 +119,7 @@ class DistilBertModel(hf.DistilBertModel):
             self._check_inputs(given, input_ids is not None, position_ids)
             if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
                 attention_mask = token_mask(_NAME, attention_mask, *given.shape[:2]).to(given.device)
-            if not asked.get("output_attentions") and modules.may_pack(self):
+            if not asked.get("output_attentions") and modules.may_unpad(self):
                 tokens = _tokens(attention_mask, given, keep_padding or self.always_keep_padding)
         if tokens is None:
             x = self.embeddings(input_ids, inputs_embeds, position_ids)  # [B, T, C]
@@ -175,7 +175,7 @@ def _tokens(mask: torch.Tensor | None, given: torch.Tensor, keep_padding: bool) 
             mask = None
         elif left_padding or keep_padding:
             return None
-    return Tokens.packed(mask, batch, length, given.device) if mask is None or mask.dim() == 2 else None
+    return Tokens.unpadded(mask, batch, length, given.device) if mask is None or mask.dim() == 2 else None
 
 
 _NAME = "DistilBertModel"
@@ -242,12 +242,6 @@ class _Task(nn.Module):
     prune_heads.__doc__ = DistilBertModel.prune_heads.__doc__
 
 
-def _counts_padding(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:
-    if labels.shape != attention_mask.shape:
-        return False  # the model or its loss will refuse
-    return bool((labels.ne(-100) & attention_mask.eq(0).to(labels.device)).any())
-
-
 class _LabelPerToken(_Task):
     def forward(
         self,
@@ -260,7 +254,7 @@ class _LabelPerToken(_Task):
     ) -> Any:
         asked: dict[str, Any] = dict(kwargs)
         if labels is not None and attention_mask is not None and not traced(labels):
-            asked["keep_padding"] = asked.get("keep_padding", False) or _counts_padding(labels, attention_mask)
+            asked["keep_padding"] = asked.get("keep_padding", False) or labels_padding(labels, attention_mask)
         return super().forward(input_ids, attention_mask, inputs_embeds, labels, position_ids, **asked)
 
 

@@ -23,9 +23,8 @@ from transformers.models.distilbert import modeling_distilbert
 from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
-from distilbert_fast.layers import Int8Linear, Tokens, traced
+from distilbert_fast.layers import Int8Linear, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import attention_forward, is_known
-from distilbert_fast.modeling.heads import head_masks
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding
@@ -117,7 +116,7 @@ class DistilBertSelfAttention(hf.DistilBertSelfAttention):
         without_probabilities = function in (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
         is_tensor = isinstance(mask, torch.Tensor)
         if is_tensor and mask.dim() == 2 and function in (attention_forward, flash_attention_forward):
-            by_token = (mask != 0)[:, None, None, :]  # [B, 1, 1, T]
+            by_token = is_token(mask)[:, None, None, :]  # [B, 1, 1, T]
         else:
             by_token = mask
         if function is attention_forward:
@@ -192,7 +191,8 @@ class Transformer(hf.Transformer):
                     _check.refuse("DistilBertModel", "head_mask", expected, type(head_mask).__name__)
         attentions = [block.attention for block in self.layer]
         heads = attentions[0].config.n_heads if attentions else 0
-        return head_masks(head_mask, heads, [attention.heads for attention in attentions], batch, device)
+        kept = [attention.heads for attention in attentions]
+        return head_masks("DistilBertModel", head_mask, heads, kept, device, batch)
 
 
 def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -211,8 +211,8 @@ def _add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.T
 # When padding may be left out ------------------------------------------------------------------------------
 
 
-def may_pack(encoder: Any) -> bool:
-    """Whether nothing of the user's reads or changes the values that the modules of an encoder pass on.
+def may_unpad(encoder: Any) -> bool:
+    """Whether nobody sees, or has put something of his own between, what the modules of an encoder pass on.
 
     That is so where each computes row by row in a forward known here, none is compiled or has a hook that looks, and
     attention is one of transformers' or ours.

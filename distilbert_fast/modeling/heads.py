@@ -1,4 +1,4 @@
-"""Masking and pruning of attention heads in DistilBERT.
+"""Pruning of attention heads in DistilBERT.
 
 Michel, Levy, Neubig: Are Sixteen Heads Really Better than One?, arXiv:1905.10650.
 """
@@ -15,43 +15,6 @@ from distilbert_fast.backends import run_aside
 from distilbert_fast.ops import _check
 
 _NAME = "DistilBertModel"
-
-
-def head_masks(
-    head_mask: torch.Tensor | None, heads: int, kept: Sequence[Sequence[int]], batch: int, device: torch.device
-) -> list[torch.Tensor | None]:
-    """The mask of each layer, for the heads that are left in it.
-
-    Args:
-        head_mask: [H], [L, H] or [L, 1 or B, H, 1, 1] over the heads of the unpruned model, any real dtype.
-        heads: H.
-        kept: for each layer the numbers of its heads.
-
-    Returns:
-        For each layer None, [H_l] or [B, H_l]; differentiable in head_mask.
-    """
-    layers = len(kept)
-    if head_mask is None:
-        return [None] * layers
-    if not isinstance(head_mask, torch.Tensor):
-        _check.refuse(_NAME, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
-    shape = tuple(head_mask.shape)
-    mask = head_mask.to(device)
-    if not mask.is_floating_point():
-        mask = mask.float()
-    if shape == (heads,):
-        rows = [mask] * layers
-    elif shape == (layers, heads):
-        rows = list(mask.unbind())
-    elif shape in ((layers, 1, heads, 1, 1), (layers, batch, heads, 1, 1)):
-        rows = [row[0] if shape[1] == 1 else row for row in mask.flatten(2).unbind()]
-    else:
-        expected = f"of shape [{heads}], [{layers}, {heads}] or [{layers}, 1 or {batch}, {heads}, 1, 1]"
-        _check.refuse(_NAME, "head_mask", expected, list(shape))
-    return [
-        row if len(left) == heads else row.index_select(-1, torch.tensor(left, dtype=torch.int64, device=device))
-        for row, left in zip(rows, kept, strict=True)
-    ]
 
 
 def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
-from distilbert_fast.layers import exported, traced
+from distilbert_fast.layers import exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
 from distilbert_fast.modeling.attention_interface import is_known
@@ -179,7 +179,7 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     if "_accelerator" in vars(self.base_model) and _passes_on(kind):
         kwargs.setdefault("keep_padding", False)
         if labels is not None and mask is not None and labels.shape == mask.shape and not kwargs["keep_padding"]:
-            kwargs["keep_padding"] = traced(labels, mask) or bool(((labels != -100) & (mask == 0)).any())
+            kwargs["keep_padding"] = traced(labels, mask) or labels_padding(labels, mask)
         if reads_first_token(self, kind) and not self.base_model._forward_hooks:
             kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
@@ -327,7 +327,7 @@ def _encode(
 
     keep_padding, num_tokens = False, None
     if attention_mask is not None:
-        padding = _padding(attention_mask != 0)
+        padding = _padding(is_token(attention_mask))
         if padding.none:
             attention_mask = None
         else:
