@@ -234,9 +234,18 @@ class Int8Linear(nn.Module):
         made.weight_scale, made.bias = scale, linear.bias
         return made.train(linear.training)
 
+    @property
+    def codes(self) -> torch.Tensor:
+        """int8 [F, C]."""
+        return self.weight[0]
+
+    def dequantized(self) -> torch.Tensor:
+        """W, float32 [F, C]."""
+        return self.codes * self.weight_scale[:, None]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = _dynamic_int8_linear(rows, self.weight[0], self.weight_scale, self.bias)
+        y = _dynamic_int8_linear(rows, self.codes, self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Int8Linear:

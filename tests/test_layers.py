@@ -1,8 +1,9 @@
-"""Packing of padded batches, and whether a call is traced."""
+"""Padded batches, masks, int8 layers, and whether a call is traced."""
 
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
@@ -12,7 +13,17 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from distilbert_fast.layers import Int8Linear, Tokens, pad, traced, unpad
+from distilbert_fast.layers import (
+    Int8Linear,
+    Tokens,
+    head_masks,
+    is_token,
+    labels_padding,
+    pad,
+    parse_head_mask,
+    traced,
+    unpad,
+)
 
 MASKS = {
     "ragged": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
@@ -160,3 +171,74 @@ def test_torchscripts_onnx_export_of_int8_layers_is_refused(tmp_path):
     model = Int8Linear.from_linear(nn.Linear(8, 6))
     with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="distilbert_fast::dynamic_int8_linear"):
         torch.onnx.export(model, (torch.randn(2, 8),), str(tmp_path / "model.onnx"), dynamo=False)
+
+
+# Masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_what_is_a_token(dtype):
+    mask = torch.tensor([[1, 0, 1]]).to(dtype)
+    assert torch.equal(is_token(mask), torch.tensor([[True, False, True]]))
+    if dtype.is_floating_point:
+        assert is_token(torch.tensor([-0.0, 0.5, -1.0], dtype=dtype)).tolist() == [False, True, True]
+
+
+def test_labels_on_padding():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert not labels_padding(torch.tensor([[1, 2, -100], [-100, -100, -100]]), mask.double())
+    assert labels_padding(torch.tensor([[1, 2, -100], [1, 0, -100]]), mask)
+    assert not labels_padding(torch.tensor([1, 2]), mask)  # of another shape
+
+
+L, B, HEADS = 3, 2, 4
+
+
+@pytest.mark.parametrize("shape", [(HEADS,), (L, HEADS), (L, 1, HEADS, 1, 1), (L, B, HEADS, 1, 1)])
+@pytest.mark.parametrize("kept", [[range(4)] * 3, [[0, 3], [], [2]]], ids=["whole", "pruned"])
+def test_head_masks_of_layers(shape, kept):
+    mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = head_masks("op", mask, HEADS, kept, mask.device, B)
+    every = mask.flatten(2) if len(shape) == 5 else mask.expand(L, HEADS)[:, None]  # [L, 1 or B, H]
+    for row, left, factors in zip(found, kept, every, strict=True):
+        wanted = factors[:, list(left)]
+        assert torch.equal(row, wanted if shape[1:2] == (B,) else wanted[0])
+    found[0].sum().backward()
+    assert mask.grad.count_nonzero() > 0
+
+
+def test_a_head_mask_is_made_floating_point():
+    assert parse_head_mask("op", torch.tensor([1, 0]), 2, 3, torch.device("cpu")).dtype == torch.float32
+    assert head_masks("op", None, 2, [[0], [1]], torch.device("cpu")) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "batch", "error", "message"),
+    [
+        ([1.0], None, TypeError, "op: head_mask must be a tensor, got list"),
+        (torch.ones(3), None, ValueError, "op: head_mask must be of shape [4] or [3, 4], got [3]"),
+        (
+            torch.ones(3, 1, 4, 1, 1),
+            None,
+            ValueError,
+            "op: head_mask must be of shape [4] or [3, 4], got [3, 1, 4, 1, 1]",
+        ),
+        (
+            torch.ones(3, 5, 4, 1, 1),
+            2,
+            ValueError,
+            "op: head_mask must be of shape [4], [3, 4] or [3, 1 or 2, 4, 1, 1], got [3, 5, 4, 1, 1]",
+        ),
+    ],
+)
+def test_head_masks_that_are_refused(mask, batch, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        parse_head_mask("op", mask, 4, 3, torch.device("cpu"), batch)
+
+
+def test_codes_and_what_they_stand_for():
+    linear = nn.Linear(30, 7)
+    layer = Int8Linear.from_linear(linear)
+    assert layer.codes.shape == (7, 30) and layer.codes.data_ptr() == layer.weight.data_ptr()
+    wrong = (layer.dequantized() - linear.weight).abs()
+    assert (wrong <= layer.weight_scale[:, None] * 0.5001).all()

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from distilbert_fast import backends
-from distilbert_fast.engine.op_encoder import OpEncoder
+from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
 
 LARGEST = 16_384  # tokens; beyond that a GPU computes for longer than the host takes to launch
 PADDING = 128  # tokens of an added sequence: short, since attention grows with the square
@@ -50,14 +50,6 @@ def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-class Layout(NamedTuple):
-    """What a call computes beside its ids."""
-
-    positions: torch.Tensor  # [N]
-    types: torch.Tensor | None  # [N], where the model has them
-    cu_seqlens: torch.Tensor  # int32 [B + 1]
-
-
 class Inputs(NamedTuple):
     """What a graph reads: the memory stays, the values change."""
 
@@ -80,7 +72,7 @@ class Device(Protocol):
         """Whether an encoder of this dtype can be captured and replayed now."""
 
     def in_turn(self) -> contextlib.AbstractContextManager[None]:
-        """Work launched inside runs after the work that was launched inside before, in any stream."""
+        """What is launched inside comes after what was launched inside before, in any stream."""
 
     def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
         """Capture ``function`` of the inputs made; called in turn."""
@@ -131,7 +123,7 @@ class _Graph:
         self._regular: tuple[int, int] | None = None  # shape of the batch whose layout the inputs hold
         self._streams: set[torch.cuda.Stream] = set()  # that it ran in
 
-    def fill(self, ids: torch.Tensor, layout: Callable[[], Layout], regular: tuple[int, int] | None) -> None:
+    def fill(self, ids: torch.Tensor, layout: Callable[[], TokenLayout], regular: tuple[int, int] | None) -> None:
         n, inputs = ids.shape[0], self.inputs
         if ids.is_cuda and (stream := torch.cuda.current_stream()) not in self._streams:
             for x in inputs:
@@ -182,7 +174,7 @@ class Graphs:
         self,
         ids: torch.Tensor,
         batch: int,
-        layout: Callable[[], Layout],
+        layout: Callable[[], TokenLayout],
         first: bool = False,
         regular: tuple[int, int] | None = None,
     ) -> torch.Tensor:

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from distilbert_fast import backends
-from distilbert_fast.engine.cuda_graphs import GRAPHS, Graphs, Layout
-from distilbert_fast.engine.native_encoder import PackedEncoder, Room, Shape, pack_linear, static_linear
-from distilbert_fast.engine.op_encoder import OpEncoder
-from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules, pack_layer
-from distilbert_fast.layers import Int8Linear, Tokens, token_mask
+from distilbert_fast.engine import packed_files
+from distilbert_fast.engine.blobs import pack_model, with_static_scales
+from distilbert_fast.engine.cuda_graphs import GRAPHS, Graphs
+from distilbert_fast.engine.native_encoder import PackedEncoder
+from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
+from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules, layer_weights
+from distilbert_fast.layers import Tokens, head_masks, is_token, token_mask
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import TINY, parameter
+from distilbert_fast.ops._rows import TINY
 
 __all__ = ["GRAPHS", "PRECISIONS", "Encoded", "EncoderModules", "Engine", "LayerModules"]
 
@@ -106,8 +107,8 @@ class Engine:
         if not isinstance(graphs, int) or graphs < 0:
             _check.refuse(OP, "graphs", "a number from 0 on", graphs)
         heads = [layer.heads for layer in model.layers]
-        masks = _head_masks(head_mask, model.num_heads, heads, model.word.weight.device)
-        return cls(_pack(model, precision, masks), model, precision, masks, graphs=graphs)
+        masks = head_masks(OP, head_mask, model.num_heads, heads, model.word.weight.device)
+        return cls(pack_model(model, precision, masks), model, precision, masks, graphs=graphs)
 
     @classmethod
     def load(cls, path: str | Path, verify: bool | None = None) -> Engine:
@@ -130,7 +131,7 @@ class Engine:
             OSError: there is no such file, or it may not be read.
             ImportError: the native module is not built.
         """
-        return cls(PackedEncoder.load(path, verify))
+        return cls(packed_files.read(path, verify))
 
     def save(self, path: str | Path) -> None:
         """Write the packed weights, tables included, to a safetensors file with a checksum.
@@ -144,7 +145,7 @@ class Engine:
         """
         if self.packed is None:
             _check.refuse(OP, "model", "one that the C++ encoder takes, to be saved", "another")
-        self.packed.save(path)
+        packed_files.write(self.packed, path)
 
     def calibrated(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Engine:
         """The same int8 weights with static scales for what attention and GELU put out, by the largest values seen.
@@ -160,22 +161,11 @@ class Engine:
             return self._calibrated_ops(batches)
         if model is None or packed.shape.precision != "int8":
             _check.refuse(OP, "model", "an int8 one, not from a file, to be calibrated", "another")
-        dynamic = _pack(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
+        dynamic = pack_model(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
         assert dynamic is not None
         largest = packed.largest()
         _feed(batches, lambda given: dynamic.run(**given, largest=largest), largest)
-        scales: list[tuple[float, float]] = []
-        tensors: dict[str, torch.Tensor] = {}
-        for i, layer in enumerate(model.layers):
-            seen = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
-            linear: Any = layer.ffn_out
-            weight = linear.weight.detach()
-            if weight.dtype == torch.int8:
-                weight = weight[0] * linear.weight_scale[:, None]
-            blob, scale, factors = static_linear(weight, linear.bias, seen[1])
-            tensors |= {f"{i}.ffn_out": blob, f"{i}.ffn_factors": factors}
-            scales.append((float(seen[0].amax()) / 127 if self.heads[i] else 0.0, scale))
-        return Engine(packed.with_scales(scales, tensors), model, self._precision, self._masks)
+        return Engine(with_static_scales(packed, model, largest), model, self._precision, self._masks)
 
     def _calibrated_ops(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Engine:
         """The same for ops: int8 attention and GELU results of a layer get one scale for all channels."""
@@ -210,7 +200,7 @@ class Engine:
             if self._ops is None:
                 model = self._modules()
                 layers = [
-                    pack_layer(layer, model.head_dim, self._precision, mask)
+                    layer_weights(layer, model.head_dim, self._precision, mask)
                     for layer, mask in zip(model.layers, self._masks, strict=True)
                 ]
                 for i, (context, gelu) in enumerate(self._scales):
@@ -264,28 +254,15 @@ class Engine:
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
         """
-        device = self.word.device
-        _check.tensor(OP, "input_ids", input_ids, ("B", "T"), (torch.int64, torch.int32), device)
-        batch, length = input_ids.shape
-        if attention_mask is not None:
-            elsewhere = getattr(attention_mask, "is_cpu", False)
-            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, None if elsewhere else device)
+        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        self._check_inputs(*given)
         _check.choice(OP, "rows", rows, ("all", "first"))
         first = rows == "first"
-        if first and hidden_states:
-            _check.refuse(OP, "hidden_states", "False where only the first rows are wanted", hidden_states)
-        if first and padding:
-            _check.refuse(OP, "padding", "False where only the first rows are wanted", padding)
+        for name, wanted in (("hidden_states", hidden_states), ("padding", padding)):
+            if first and wanted:
+                _check.refuse(OP, name, "False where only the first rows are wanted", wanted)
         padding = padding and attention_mask is not None
-        for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
-            if ids is not None:
-                _check_broadcast(name, ids, input_ids)
-        if token_type_ids is not None and self.token_type is None:
-            _check.refuse(OP, "token_type_ids", "None, this model has no token types", "a tensor")
-        if position_ids is None and self.padding_idx is None and length > self.position.shape[0]:
-            _check.refuse(OP, "input_ids", f"at most {self.position.shape[0]} tokens long", length)
-        masks = _head_masks(head_mask, self.num_heads, self.heads, device)
-        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        masks = head_masks(OP, head_mask, self.num_heads, self.heads, self.word.device)
         if self.packed is not None and backends.forced() in (None, "cpu"):
             states = self.packed.run(*given, masks, hidden_states, padding=padding)
             if first:
@@ -293,6 +270,29 @@ class Engine:
         else:
             states = self._run_ops(*given, masks, hidden_states, first, num_tokens, padding=padding)
         return Encoded(states[-1], tuple(states) if hidden_states else ())
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        device = self.word.device
+        _check.tensor(OP, "input_ids", input_ids, ("B", "T"), _INTEGERS, device)
+        batch, length = input_ids.shape
+        if attention_mask is not None:
+            elsewhere = getattr(attention_mask, "is_cpu", False)
+            _check.tensor(OP, "attention_mask", attention_mask, (batch, length), _MASKS, None if elsewhere else device)
+        for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None:
+                _check.tensor(OP, name, ids, ("B", length), _INTEGERS, device)
+                if ids.shape[0] not in (1, batch):
+                    _check.refuse(OP, name, f"of shape [{batch} or 1, {length}]", list(ids.shape))
+        if token_type_ids is not None and self.token_type is None:
+            _check.refuse(OP, "token_type_ids", "None, this model has no token types", "a tensor")
+        if position_ids is None and self.padding_idx is None and length > self.position.shape[0]:
+            _check.refuse(OP, "input_ids", f"at most {self.position.shape[0]} tokens long", length)
 
     def _run_ops(
         self,
@@ -309,27 +309,15 @@ class Engine:
     ) -> list[torch.Tensor]:
         ops = self._op_encoder()
         batch, length = input_ids.shape
-        device = input_ids.device
-        keys = (
-            token_mask(OP, attention_mask, batch, length).to(device) if padding and attention_mask is not None else None
-        )
-        tokens = Tokens.unpadded(None if padding else attention_mask, batch, length, device, num_tokens)
+        keys = None
+        if padding and attention_mask is not None:
+            keys = token_mask(OP, attention_mask, batch, length).to(input_ids.device)
+            attention_mask = None
+        tokens = Tokens.unpadded(attention_mask, batch, length, input_ids.device, num_tokens)
         ids = tokens.rows(input_ids)  # [N]
 
-        def layout() -> Layout:
-            if position_ids is not None:
-                positions = position_ids.expand(batch, length)
-            elif self.padding_idx is not None:
-                real = input_ids != self.padding_idx
-                positions = real.cumsum(dim=1) * real + self.padding_idx
-            else:
-                positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-            types = None
-            if self.token_type is not None:
-                given = token_type_ids is not None
-                types = tokens.rows(token_type_ids.expand(batch, length)) if given else torch.zeros_like(ids)
-            assert tokens.cu_seqlens is not None
-            return Layout(tokens.rows(positions), types, tokens.cu_seqlens)
+        def layout() -> TokenLayout:
+            return ops.layout(tokens, input_ids, token_type_ids, position_ids)
 
         plain = not (hidden_states or padding) and largest is None and all(mask is None for mask in masks or ())
         if plain and self.graphs is not None and self.graphs.take(ids.shape[0]):
@@ -341,7 +329,8 @@ class Engine:
         return [state[:, None] if first else tokens.padded(state) for state in states]
 
 
-_MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *_check.FLOATS)
+_INTEGERS = (torch.int64, torch.int32)
+_MASKS = (torch.bool, *_INTEGERS, torch.int16, torch.int8, torch.uint8, *_check.FLOATS)
 
 
 def _first_rows(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -349,7 +338,7 @@ def _first_rows(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
     batch, length, hidden = x.shape
     if attention_mask is None or length == 0:
         return x[:, :1] if length > 0 else x.new_zeros(batch, 1, hidden)
-    place = (attention_mask != 0).to(torch.uint8).argmax(dim=1)  # [B]; of a sequence without tokens all rows are 0
+    place = is_token(attention_mask).to(torch.uint8).argmax(dim=1)  # [B]; of a sequence without tokens all rows are 0
     return x[torch.arange(batch, device=x.device), place][:, None]
 
 
@@ -365,82 +354,3 @@ def _feed(
         _check.refuse(OP, "calibration", "at least one batch with a token", "none")
     if not bool(largest.isfinite().all()):
         _check.refuse(OP, "calibration", "batches with finite activations", "others")
-
-
-def _check_broadcast(argument: str, ids: torch.Tensor, input_ids: torch.Tensor) -> None:
-    """Ids of shape [B or 1, T]."""
-    batch, length = input_ids.shape
-    _check.tensor(OP, argument, ids, ("B", length), (torch.int64, torch.int32), input_ids.device)
-    if ids.shape[0] not in (1, batch):
-        _check.refuse(OP, argument, f"of shape [{batch} or 1, {length}]", list(ids.shape))
-
-
-def _head_masks(
-    head_mask: torch.Tensor | None, num_heads: int, heads: Sequence[Sequence[int]], device: torch.device
-) -> list[torch.Tensor | None]:
-    """For each layer the factors [H_l] of the heads that are left in it, or None."""
-    if head_mask is None:
-        return [None] * len(heads)
-    if not isinstance(head_mask, torch.Tensor):
-        _check.refuse(OP, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
-    if tuple(head_mask.shape) not in ((num_heads,), (len(heads), num_heads)):
-        expected = f"of shape [{num_heads}] or [{len(heads)}, {num_heads}]"
-        _check.refuse(OP, "head_mask", expected, list(head_mask.shape))
-    mask = head_mask.to(device, head_mask.dtype if head_mask.is_floating_point() else torch.float32)
-    rows = mask.expand(len(heads), num_heads).unbind()
-    return [row if len(kept) == num_heads else row[list(kept)] for row, kept in zip(rows, heads, strict=True)]
-
-
-def _pack(model: EncoderModules, precision: str | None, masks: Sequence[torch.Tensor | None]) -> PackedEncoder | None:
-    """For the C++ encoder; None if that is not built, or not for this device, these dtypes or a mixture of them."""
-    tables = {"word": model.word, "position": model.position, "token_type": model.token_type}
-    tensors = {name: table.weight.detach() for name, table in tables.items() if table is not None}
-    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors.values())
-    if not known or precision == "fp16" or not backends.availability("cpu").ok:
-        return None
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    tensors |= {"norm.weight": parameter(model.norm.weight.detach()), "norm.bias": parameter(model.norm.bias.detach())}
-    hidden, size = model.word.weight.shape[1], model.head_dim
-    first: Any = model.layers[0].ffn_in if model.layers else None
-    ffn: int = first.weight.shape[-2] if first is not None else 1
-    kinds = {_kind(linear, precision) for layer in model.layers for linear in layer if isinstance(linear, _LINEARS)}
-    kind = kinds.pop() if kinds else "fp32"
-    if kinds or kind is None:
-        return None
-    left = [
-        len(layer.heads) if mask is None else int(mask.count_nonzero())
-        for layer, mask in zip(model.layers, masks, strict=True)
-    ]
-    sizes = [((3 * n * size, hidden), (hidden, n * size), (ffn, hidden), (hidden, ffn)) for n in left]
-    room = Room(kind, [size for layer in sizes for size in layer])
-    heads, eps = [], [model.norm.eps]
-    for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
-        layer = pack_layer(modules, size, precision, mask)
-        for name in ("qkv", "out", "ffn_in", "ffn_out"):
-            linear = getattr(layer, name)
-            blob = room.blob(*linear.weight.shape)
-            tensors[f"{i}.{name}"] = pack_linear(kind, linear.weight, linear.scale, linear.bias, blob)
-        for name in ("attention_norm", "ffn_norm"):
-            norm = getattr(layer, name)
-            tensors |= {
-                f"{i}.{name}.weight": parameter(norm.weight),
-                f"{i}.{name}.bias": parameter(norm.bias),
-            }
-            eps.append(norm.eps)
-        if layer.mask is not None:
-            tensors[f"{i}.mask"] = parameter(layer.mask)
-        heads.append(layer.heads)
-    scales = ((0.0, 0.0),) * len(heads)
-    shape = Shape(kind, hidden, size, model.num_heads, ffn, model.padding_idx, tuple(heads), tuple(eps), scales)
-    return PackedEncoder(shape, tensors)
-
-
-def _kind(linear: Any, precision: str | None) -> str | None:
-    """The dtype in which the C++ encoder holds a layer's weights; None: it has none for them."""
-    if linear.weight.dtype == torch.int8 or precision == "int8":
-        return "int8" if precision in (None, "int8") else None
-    return precision or _KINDS.get(linear.weight.dtype)
-
-
-_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_LINEARS = (nn.Linear, Int8Linear)

@@ -8,24 +8,23 @@ Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from distilbert_fast import backends
+from distilbert_fast.engine.weights import OP
+from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import DTYPE_CODE, parameter
-from distilbert_fast.ops.quantize import quantize
+from distilbert_fast.ops._rows import DTYPE_CODE
 
-OP = "engine"
 FORMAT = "distilbert_fast.encoder.1"
-_WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}
-_NORMS = ("attention_norm", "ffn_norm")
+LAYOUTS = {"int8": 0, "bf16": 1, "fp32": 2}  # the codes of csrc/cpu/gemm.h
+NORMS = ("attention_norm", "ffn_norm")
 
 
-class Shape(NamedTuple):
+class EncoderShape(NamedTuple):
     """The numbers that describe an encoder."""
 
     precision: str  # of the linear layers: "int8", "bf16" or "fp32"
@@ -52,7 +51,7 @@ class PackedEncoder:
         shape: what the tensors are.
         tensors: "word", "position" and, if there is one, "token_type" [rows, C], float32 or bfloat16; "norm.weight"
             and "norm.bias" [C]; for each layer i "i.qkv", "i.out", "i.ffn_in", "i.ffn_out", uint8 blobs of
-            ``pack_linear``, and "i.attention_norm.weight", … float32 [C]; "i.mask" [H_i] where the model was packed
+            blobs.py, and "i.attention_norm.weight", … float32 [C]; "i.mask" [H_i] where the model was packed
             with a head mask that is not only 0 and 1; "i.ffn_factors" where a scale is given for what ffn_out reads:
             what makes GELU's results codes, float32 [F in whole panels]. On the CPU, contiguous.
 
@@ -60,15 +59,15 @@ class PackedEncoder:
         ValueError: a blob of another size than its layer takes.
     """
 
-    def __init__(self, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
         self.shape, self.tensors = shape, tensors
         self.dtype = tensors["word"].dtype  # of what comes out
-        weights = _WEIGHTS[shape.precision]
+        weights = LAYOUTS[shape.precision]
         layers = []
         for i, heads in enumerate(shape.heads):
             h = len(heads)
             linears = [self._linear(f"{i}.{name}", *size) for name, size in shape.linears(h).items()]
-            norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(_NORMS)]
+            norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(NORMS)]
             factors = tensors.get(f"{i}.ffn_factors")
             if factors is not None:
                 _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn),), (torch.float32,))
@@ -83,7 +82,7 @@ class PackedEncoder:
             -1 if shape.padding_idx is None else shape.padding_idx,
             layers,
         )
-        self._mask = self._packed_mask()
+        self._mask = self._fixed_mask()
 
     def _linear(self, name: str, columns: int, depth: int) -> tuple[int, int, int, int]:
         blob = self.tensors[name]
@@ -102,7 +101,7 @@ class PackedEncoder:
         _check.tensor(OP, name, table, ("rows", self.shape.hidden), tuple(DTYPE_CODE))
         return table.data_ptr(), table.shape[0], DTYPE_CODE[table.dtype]
 
-    def _packed_mask(self) -> torch.Tensor | None:
+    def _fixed_mask(self) -> torch.Tensor | None:
         """The factors [L, widest H_i] that the model was packed with, 1 where it was not."""
         layers = range(len(self.shape.heads))
         if not any(f"{i}.mask" in self.tensors for i in layers):
@@ -145,7 +144,7 @@ class PackedEncoder:
         ids = input_ids.contiguous()
         mask = None if attention_mask is None else attention_mask.contiguous()
         if mask is not None and mask.is_floating_point():
-            mask = mask != 0  # −0 has a bit set
+            mask = is_token(mask)  # −0 has a bit set
         types = None if token_type_ids is None else token_type_ids.to(torch.int64).contiguous()
         positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
         factors = self._factors(head_masks)
@@ -188,127 +187,12 @@ class PackedEncoder:
         columns = self._widest * self.shape.head_size + self.shape.ffn
         return torch.zeros(len(self.shape.heads), columns, device="cpu")
 
-    def with_scales(
-        self, scales: Sequence[tuple[float, float]], tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> PackedEncoder:
-        """The same with other scales of what out and ffn_out read, see ``Shape``, and other tensors for some."""
-        return PackedEncoder(self.shape._replace(scales=tuple(scales)), self.tensors | dict(tensors or {}))
-
-    # Files --------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to a safetensors file, see packed_files.py. Raises OSError that names it."""
-        from distilbert_fast.engine import packed_files
-
-        packed_files.write(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path, verify: bool | None = None) -> PackedEncoder:
-        """Map a file of ``save`` into memory; arguments and errors are those of ``Engine.load``."""
-        from distilbert_fast.engine import packed_files
-
-        return packed_files.read(path, verify)
-
 
 def packed_bytes(precision: str, columns: int, depth: int) -> int:
     """Bytes of the blob of a linear layer [columns, depth]."""
-    return backends.cpu().packed_bytes(_WEIGHTS[precision], columns, depth)
+    return backends.cpu().packed_bytes(LAYOUTS[precision], columns, depth)
 
 
 def whole_panels(columns: int) -> int:
     """Columns, those that fill the last panel counted."""
     return -(-columns // 32) * 32
-
-
-def static_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, largest: torch.Tensor
-) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """An int8 linear layer [F, K] whose operand gets one scale, s, for all tokens.
-
-    A few channels of GELU's results are far larger than the others. Each channel k is divided by d_k before it is
-    quantized, and its column of the weights multiplied by it: y = Σ_k (x_k / d_k) · (w_fk · d_k). With α = 0.9 of the
-    range of activations moved into the weights,
-
-        d_k = max|x_k|^α / max|w_k|^(1 − α),      s = max_k (max|x_k| / d_k) / 127.
-
-    Xiao, Lin, Seznec, Wu, Demouth, Han: SmoothQuant, arXiv:2211.10438, §4.
-
-    Args:
-        weight: float [F, K].
-        bias: [F] or None.
-        largest: max|x_k| [K] seen while calibrating.
-
-    Returns:
-        The blob; s; the factors 1 / (s · d_k) that make codes, float32 [K in whole panels].
-    """
-    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was always 0
-    w = weight.to(torch.float32).abs().amax(dim=0)
-    d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
-    scale = float((x / d).max()) / 127
-    codes, rows = quantize(weight.to(torch.float32) * d)
-    factors = torch.zeros(whole_panels(x.shape[0]), device="cpu")
-    factors[: x.shape[0]] = 1 / (scale * d)
-    return pack_linear("int8", codes, rows, bias), scale, factors
-
-
-class Room:
-    """One allocation for all blobs of an encoder, in huge pages: with pages of 4 KiB, reading the weights takes a third
-    longer.
-
-    Args:
-        sizes: [F, K] of the layers it is for.
-    """
-
-    def __init__(self, precision: str, sizes: Sequence[tuple[int, int]]) -> None:
-        self._kind, self._used = _WEIGHTS[precision], 0
-        total = sum(self._bytes(*size) for size in sizes)
-        self._memory = torch.frombuffer(backends.cpu().Buffer(max(total, 1)), dtype=torch.uint8)
-
-    def _bytes(self, columns: int, depth: int) -> int:
-        return -(-backends.cpu().packed_bytes(self._kind, columns, depth) // 64) * 64
-
-    def blob(self, columns: int, depth: int) -> torch.Tensor:
-        """Uninitialised memory for the next layer's blob, from a cache line on."""
-        begin = self._used
-        self._used += self._bytes(columns, depth)
-        return self._memory[begin : begin + backends.cpu().packed_bytes(self._kind, columns, depth)]
-
-
-def pack_linear(
-    precision: str,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    blob: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A linear layer [F, K] as a blob, uint8 [bytes].
-
-    Args:
-        precision: "int8" for codes int8 with scale float32 [F]; "bf16" or "fp32".
-        weight: [F, K], int8, float32 or (for bf16) bfloat16, any strides.
-        bias: [F] or None.
-        blob: where to, from ``Room``; None makes one.
-    """
-    f, k = weight.shape
-    kind = _WEIGHTS[precision]
-    wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
-    if weight.dtype not in wanted:
-        weight = weight.to(wanted[0])
-    scale = None if scale is None else parameter(scale)
-    bias = None if bias is None else parameter(bias)
-    if blob is None:
-        blob = torch.empty(backends.cpu().packed_bytes(kind, f, k), dtype=torch.uint8, device="cpu")
-    backends.cpu().pack_linear(
-        kind,
-        weight.data_ptr(),
-        weight.dtype == torch.float32,
-        weight.stride(0),
-        weight.stride(1),
-        0 if scale is None else scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        f,
-        k,
-        blob.data_ptr(),
-        blob.numel(),
-    )
-    return blob

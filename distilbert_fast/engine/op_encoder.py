@@ -8,12 +8,13 @@ Shapes: B batch, N tokens, C hidden, H heads, D head size, F feed-forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from distilbert_fast.engine.weights import EncoderModules, Layer, Linear, Norm, pack_norm
+from distilbert_fast.engine.weights import EncoderModules, Layer, Linear, Norm, norm_weights
+from distilbert_fast.layers import Tokens
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding, embedding_quantize
 from distilbert_fast.ops.int8_linear import int8_linear
@@ -23,20 +24,51 @@ from distilbert_fast.ops.quantize import quantize
 Codes = tuple[torch.Tensor, torch.Tensor]  # int8 codes [N, C] and their scales [N]
 
 
+class TokenLayout(NamedTuple):
+    """What a call computes beside its ids."""
+
+    positions: torch.Tensor  # [N]
+    types: torch.Tensor | None  # [N], where the model has them
+    cu_seqlens: torch.Tensor  # int32 [B + 1]
+
+
 class OpEncoder:
-    """Packed layers and the tables they share with the model.
+    """The weights of the layers and the tables they share with the model.
 
     Args:
         model: where the tables are.
-        layers: its layers, packed.
+        layers: the weights of its layers.
         dtype: of activations between the linear layers.
     """
 
     def __init__(self, model: EncoderModules, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.word, self.position = model.word.weight.detach(), model.position.weight.detach()
         self.token_type = None if model.token_type is None else model.token_type.weight.detach()
-        self.norm = pack_norm(model.norm)
-        self.layers, self.head_dim, self.dtype = tuple(layers), model.head_dim, dtype
+        self.norm = norm_weights(model.norm)
+        self.padding_idx, self.head_dim = model.padding_idx, model.head_dim
+        self.layers, self.dtype = tuple(layers), dtype
+
+    def layout(
+        self,
+        tokens: Tokens,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> TokenLayout:
+        """Positions and types of a batch's tokens: input_ids [B, T], the others None or [B or 1, T]."""
+        shape = input_ids.shape
+        if position_ids is not None:
+            position_ids = position_ids.expand(shape)
+        elif self.padding_idx is not None:
+            real = input_ids != self.padding_idx
+            position_ids = real.cumsum(dim=1) * real + self.padding_idx
+        else:
+            position_ids = torch.arange(shape[1], device=input_ids.device).expand(shape)
+        positions, types = tokens.rows(position_ids), None
+        if self.token_type is not None:
+            given = token_type_ids is not None
+            types = tokens.rows(token_type_ids.expand(shape)) if given else torch.zeros_like(positions)
+        return TokenLayout(positions, types, tokens.cu_seqlens)
 
     def run(
         self,
@@ -50,7 +82,7 @@ class OpEncoder:
         largest: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Hidden states [N, C] of packed tokens in the dtype of the word table: the last, or the embeddings and the
+        """Hidden states [N, C] of unpadded tokens in the dtype of the word table: the last, or the embeddings and the
         output of each layer.
 
         Args:

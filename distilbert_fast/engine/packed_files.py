@@ -1,8 +1,8 @@
 """Files of packed encoders: safetensors whose metadata say what the tensors are.
 
     format    "distilbert_fast.encoder.1"
-    shape     the fields of ``Shape`` as JSON
-    xxh3      the checksum that files.py describes; files of earlier versions it have none
+    shape     the fields of ``EncoderShape`` as JSON
+    xxh3      the checksum that files/durable.py describes; older files have none
 
 The tensors are those of ``PackedEncoder``, all of them and no others. A file is mapped into memory, so what it holds is
 checked before anything follows a size or an address in it.
@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 
-from distilbert_fast.engine.native_encoder import FORMAT, OP, PackedEncoder, Shape, packed_bytes, whole_panels
+from distilbert_fast.engine.native_encoder import (
+    FORMAT,
+    NORMS,
+    EncoderShape,
+    PackedEncoder,
+    packed_bytes,
+    whole_panels,
+)
+from distilbert_fast.engine.weights import OP
 from distilbert_fast.files.durable import (
     CHECKSUM,
     UNSEALED,
@@ -92,7 +100,7 @@ def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise FileError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
 
 
-def _shape(path: str | Path, metadata: dict[str, str]) -> Shape:
+def _shape(path: str | Path, metadata: dict[str, str]) -> EncoderShape:
     unknown = metadata.keys() - {"format", "shape", CHECKSUM}
     if unknown or "shape" not in metadata:
         refuse_file(path, f"expected the metadata format, shape and {CHECKSUM}, got {', '.join(sorted(metadata))}")
@@ -100,11 +108,11 @@ def _shape(path: str | Path, metadata: dict[str, str]) -> Shape:
     fields["heads"] = tuple(map(tuple, fields["heads"]))
     fields["scales"] = tuple(map(tuple, fields["scales"]))
     fields["eps"] = tuple(map(float, fields["eps"]))
-    return Shape(**fields)
+    return EncoderShape(**fields)
 
 
-def _check_parts(shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse parts that cannot make one encoder: contradicting numbers, missing tensors, unused tensors."""
+def _check_parts(shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse what cannot be of one encoder: numbers that contradict each other, tensors that lack or are too many."""
     layers = len(shape.heads)
     if shape.head_size * shape.num_heads != shape.hidden:
         share = f"{shape.hidden} / {shape.num_heads}, the share of a head"
@@ -135,12 +143,12 @@ def _few(names: Set[str]) -> str:
 
 
 def _expected(
-    shape: Shape, given: dict[str, torch.Tensor]
+    shape: EncoderShape, given: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, tuple[tuple[int | str, ...], tuple[torch.dtype, ...]]]]:
     """Name, shape and dtypes of each tensor; of the optional ones, of those that are there."""
     for name in ("word", "position", *(["token_type"] if "token_type" in given else [])):
         yield name, (("rows", shape.hidden), _TABLES)
-    norms = ["norm", *(f"{i}.{norm}" for i in range(len(shape.heads)) for norm in ("attention_norm", "ffn_norm"))]
+    norms = ["norm", *(f"{i}.{norm}" for i in range(len(shape.heads)) for norm in NORMS)]
     for norm in norms:
         yield f"{norm}.weight", ((shape.hidden,), _VECTORS)
         yield f"{norm}.bias", ((shape.hidden,), _VECTORS)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from distilbert_fast.layers import Int8Linear
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.quantize import quantize
 
@@ -37,6 +38,14 @@ class LayerModules(NamedTuple):
     ffn_norm: nn.LayerNorm
     heads: tuple[int, ...]  # the numbers of the heads that are left, of 0…H-1
 
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        return self.query, self.key, self.value, self.out, self.ffn_in, self.ffn_out
+
+    def heads_under(self, mask: torch.Tensor | None) -> tuple[int, ...]:
+        """The numbers of the heads that a mask [H_l] leaves."""
+        return self.heads if mask is None else tuple(self.heads[i] for i in mask.nonzero().flatten().tolist())
+
 
 class EncoderModules(NamedTuple):
     """The modules of a DistilBERT, BERT or RoBERTa encoder: erf-GELU, LayerNorm after the residual."""
@@ -51,7 +60,7 @@ class EncoderModules(NamedTuple):
     padding_idx: int | None = None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
 
 
-# What they are packed into ----------------------------------------------------------------------------------
+# What it is computed with ------------------------------------------------------------------------------------
 
 
 class Linear(NamedTuple):
@@ -81,39 +90,39 @@ class Layer(NamedTuple):
     gelu_scale: torch.Tensor | None = None  # of what ffn_out reads
 
 
-# Packing ----------------------------------------------------------------------------------------------------
+# How they are made of it ------------------------------------------------------------------------------------
 
 
-def pack_layer(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
-    out, ffn_in, ffn_out = (_pack(linear, precision) for linear in (layer.out, layer.ffn_in, layer.ffn_out))
-    query, key, value = (_pack(linear, precision) for linear in (layer.query, layer.key, layer.value))
-    heads = layer.heads
+def layer_weights(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
+    """One layer in a precision of ``PRECISIONS``, None: as it is, without the heads for which mask [H_l] is 0."""
+    query, key, value, out, ffn_in, ffn_out = (_linear_weights(linear, precision) for linear in layer.linears)
+    heads = layer.heads_under(mask)
     if mask is not None:
         kept = mask.nonzero().flatten()
-        columns = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
-        query, key, value = (_rows(linear, columns) for linear in (query, key, value))
-        out = out._replace(weight=out.weight.index_select(1, columns))
-        heads, mask = tuple(heads[i] for i in kept.tolist()), mask[kept]
+        features = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
+        query, key, value = (_select(linear, features) for linear in (query, key, value))
+        out = out._replace(weight=out.weight.index_select(1, features))
+        mask = mask[kept]
         mask = None if bool((mask == 1).all()) else mask
     return Layer(
         _concatenate(query, key, value),
         out,
-        pack_norm(layer.attention_norm),
+        norm_weights(layer.attention_norm),
         ffn_in,
         ffn_out,
-        pack_norm(layer.ffn_norm),
+        norm_weights(layer.ffn_norm),
         heads,
         mask,
     )
 
 
-def _pack(linear: Any, precision: str | None) -> Linear:
+def _linear_weights(linear: Any, precision: str | None) -> Linear:
     """Weights of one linear layer, shared with the module if it has the precision asked for."""
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if weight.dtype == torch.int8:
+    if isinstance(linear, Int8Linear):
         if precision not in (None, "int8"):
             _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
-        return Linear(weight[0], bias, linear.weight_scale)
+        return Linear(linear.codes.detach(), bias, linear.weight_scale)
     if precision is None:
         return Linear(weight, bias, None)
     if precision == "int8":
@@ -123,8 +132,9 @@ def _pack(linear: Any, precision: str | None) -> Linear:
     return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
 
 
-def _rows(linear: Linear, rows: torch.Tensor) -> Linear:
-    parts: list[Any] = [None if part is None else part.index_select(0, rows) for part in linear]
+def _select(linear: Linear, features: torch.Tensor) -> Linear:
+    """A linear layer that makes only some of its features."""
+    parts: list[Any] = [None if part is None else part.index_select(0, features) for part in linear]
     return Linear(*parts)
 
 
@@ -136,5 +146,5 @@ def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
     return Linear(*joined)
 
 
-def pack_norm(norm: nn.LayerNorm) -> Norm:
+def norm_weights(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)

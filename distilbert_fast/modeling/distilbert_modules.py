@@ -1,7 +1,7 @@
 """The modules inside the drop-in classes' encoder, and when it may leave padding out.
 
 Each is transformers' own with its signature, shapes and types: hidden states [B, T, C], a mask as transformers makes
-it. Ops of ours serve where they compute the same. The encoder also calls its modules in a packed form, which nobody
+it. Ops of ours serve where they compute the same. The encoder also calls its modules in an unpadded form, which nobody
 else may see: hidden states [1, N, C] of the real tokens alone, and ``Tokens`` in place of the mask.
 
 Shapes: B batch, T sequence, N tokens, C hidden, H heads, D head size.
@@ -228,7 +228,7 @@ def may_unpad(encoder: Any) -> bool:
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _HOOKS)
 _ACTIVATIONS: list[Any] = [entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()]
-# Classes that compute each row on its own, or know what packed rows are, and their forward as it is meant.
+# Classes that compute each row on its own, or know what unpadded rows are, and their forward as it is meant.
 _FORWARDS: dict[type, Any] = {
     kind: kind.forward
     for kind in (

@@ -121,7 +121,7 @@ def test_padding_is_cut_into_short_sequences():
     engine.graphs.run(
         torch.zeros(1025, dtype=torch.int64),
         2,
-        lambda: cuda_graphs.Layout(torch.zeros(1025), torch.zeros(1025), torch.tensor([0, 1000, 1025])),
+        lambda: cuda_graphs.TokenLayout(torch.zeros(1025), torch.zeros(1025), torch.tensor([0, 1000, 1025])),
     )
     (_, _, _, cu_seqlens) = engine.graphs._device.filled[0]
     assert cu_seqlens.tolist() == [0, 1000, 1025, 1153, 1280]

@@ -1,0 +1,194 @@
+"""The weights of an encoder laid out for the C++ encoder: each linear layer becomes a blob, uint8 [bytes].
+
+A blob holds panels (csrc/cpu/gemm.h) that every instruction set tier reads alike; tables and norms are shared with the
+model.
+
+Shapes: C hidden, H heads, D head size, F feed-forward; a linear layer is [F, K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distilbert_fast import backends
+from distilbert_fast.engine.native_encoder import (
+    LAYOUTS,
+    NORMS,
+    EncoderShape,
+    PackedEncoder,
+    packed_bytes,
+    whole_panels,
+)
+from distilbert_fast.engine.weights import EncoderModules, layer_weights
+from distilbert_fast.layers import Int8Linear
+from distilbert_fast.ops._rows import parameter
+from distilbert_fast.ops.quantize import quantize
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def pack_model(
+    model: EncoderModules, precision: str | None, masks: Sequence[torch.Tensor | None]
+) -> PackedEncoder | None:
+    """A model for the C++ encoder; None if that is not built, or takes no such device, dtypes or mixture of them.
+
+    Args:
+        precision: as for ``Engine.from_model``.
+        masks: for each layer None or a factor for each of its heads [H_l]; heads with 0 are left out.
+    """
+    tables = {"word": model.word, "position": model.position, "token_type": model.token_type}
+    tensors = {name: table.weight.detach() for name, table in tables.items() if table is not None}
+    known = all(t.device.type == "cpu" and t.dtype in _PRECISIONS for t in tensors.values())
+    if not known or precision == "fp16" or not backends.availability("cpu").ok:
+        return None
+    kinds = {_becomes(linear, precision) for layer in model.layers for linear in layer.linears} or {"fp32"}
+    kind = kinds.pop()
+    if kinds or kind is None:
+        return None
+    ffn_in: Any = model.layers[0].ffn_in if model.layers else None
+    shape = EncoderShape(
+        precision=kind,
+        hidden=model.word.weight.shape[1],
+        head_size=model.head_dim,
+        num_heads=model.num_heads,
+        ffn=1 if ffn_in is None else ffn_in.weight.shape[-2],
+        padding_idx=model.padding_idx,
+        heads=tuple(layer.heads_under(mask) for layer, mask in zip(model.layers, masks, strict=True)),
+        eps=(model.norm.eps, *(getattr(layer, name).eps for layer in model.layers for name in NORMS)),
+        scales=((0.0, 0.0),) * len(model.layers),
+    )
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()} | _norm("norm", model.norm)
+    memory = _Memory(shape)
+    for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
+        layer = layer_weights(modules, model.head_dim, precision, mask)
+        for name, size in shape.linears(len(layer.heads)).items():
+            weight, bias, scale = getattr(layer, name)
+            tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, memory.blob(size))
+        for name in NORMS:
+            tensors |= _norm(f"{i}.{name}", getattr(modules, name))
+        if layer.mask is not None:
+            tensors[f"{i}.mask"] = parameter(layer.mask)
+    return PackedEncoder(shape, tensors)
+
+
+def _becomes(linear: Any, precision: str | None) -> str | None:
+    """The precision of a linear layer's weights in the C++ encoder; None: none that it knows."""
+    if isinstance(linear, Int8Linear) or precision == "int8":
+        return "int8" if precision in (None, "int8") else None
+    return precision or _PRECISIONS.get(linear.weight.dtype)
+
+
+def _norm(name: str, norm: nn.LayerNorm) -> dict[str, torch.Tensor]:
+    return {f"{name}.{part}": parameter(getattr(norm, part).detach()) for part in ("weight", "bias")}
+
+
+def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: torch.Tensor) -> PackedEncoder:
+    """The same int8 encoder with one scale for all tokens of what out and ffn_out read.
+
+    Args:
+        model: what it was packed from.
+        largest: the magnitudes that ``packed.run`` has seen, see ``PackedEncoder.largest``.
+    """
+    tensors, scales = dict(packed.tensors), []
+    for i, (layer, heads) in enumerate(zip(model.layers, packed.shape.heads, strict=True)):
+        context, gelu = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
+        linear: Any = layer.ffn_out
+        weight = linear.dequantized() if isinstance(linear, Int8Linear) else linear.weight.detach()
+        tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = static_linear(weight, linear.bias, gelu)
+        scales.append((float(context.amax()) / 127 if heads else 0.0, scale))
+    return PackedEncoder(packed.shape._replace(scales=tuple(scales)), tensors)
+
+
+def static_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, largest: torch.Tensor
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """An int8 linear layer [F, K] whose operand gets one scale, s, for all tokens.
+
+    A few channels of GELU's results are far larger than the others. Each channel k is divided by d_k before it is
+    quantized, and its column of the weights multiplied by it: y = Σ_k (x_k / d_k) · (w_fk · d_k). With α = 0.9 of the
+    range of activations moved into the weights,
+
+        d_k = max|x_k|^α / max|w_k|^(1 − α),      s = max_k (max|x_k| / d_k) / 127.
+
+    Xiao, Lin, Seznec, Wu, Demouth, Han: SmoothQuant, arXiv:2211.10438, §4.
+
+    Args:
+        weight: float [F, K].
+        bias: [F] or None.
+        largest: max|x_k| [K] seen while calibrating.
+
+    Returns:
+        The blob; s; the factors 1 / (s · d_k) that make codes, float32 [K in whole panels].
+    """
+    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was never seen alive
+    w = weight.to(torch.float32).abs().amax(dim=0)
+    d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
+    scale = float((x / d).max()) / 127
+    codes, scales = quantize(weight.to(torch.float32) * d)
+    factors = torch.zeros(whole_panels(x.shape[0]), device="cpu")
+    factors[: x.shape[0]] = 1 / (scale * d)
+    return pack_linear("int8", codes, scales, bias), scale, factors
+
+
+class _Memory:
+    """One allocation for all blobs of an encoder, in huge pages: weights that stream through the caches cost a third
+    more where each 4 KiB of them is looked up.
+    """
+
+    def __init__(self, shape: EncoderShape) -> None:
+        self._precision, self._used = shape.precision, 0
+        sizes = [size for heads in shape.heads for size in shape.linears(len(heads)).values()]
+        total = sum(map(self._whole_lines, sizes))
+        self._memory = torch.frombuffer(backends.cpu().Buffer(max(total, 1)), dtype=torch.uint8)
+
+    def _whole_lines(self, size: tuple[int, int]) -> int:
+        return -(-packed_bytes(self._precision, *size) // 64) * 64
+
+    def blob(self, size: tuple[int, int]) -> torch.Tensor:
+        """Uninitialised memory for the next layer's blob, from a cache line on."""
+        begin = self._used
+        self._used += self._whole_lines(size)
+        return self._memory[begin : begin + packed_bytes(self._precision, *size)]
+
+
+def pack_linear(
+    precision: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    blob: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer [F, K] as a blob, uint8 [bytes].
+
+    Args:
+        precision: "int8" for codes int8 with scale float32 [F]; "bf16" or "fp32".
+        weight: [F, K], int8, float32 or (for bf16) bfloat16, any strides.
+        bias: [F] or None.
+        blob: where to; None makes one.
+    """
+    f, k = weight.shape
+    wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
+    if weight.dtype not in wanted:
+        weight = weight.to(wanted[0])
+    scale = None if scale is None else parameter(scale)
+    bias = None if bias is None else parameter(bias)
+    if blob is None:
+        blob = torch.empty(packed_bytes(precision, f, k), dtype=torch.uint8, device="cpu")
+    backends.cpu().pack_linear(
+        LAYOUTS[precision],
+        weight.data_ptr(),
+        weight.dtype == torch.float32,
+        weight.stride(0),
+        weight.stride(1),
+        0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        f,
+        k,
+        blob.data_ptr(),
+        blob.numel(),
+    )
+    return blob
