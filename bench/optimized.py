@@ -41,7 +41,7 @@ def gate(rounds: int) -> Table:
         model = make().eval()
         for precision in ("fp32", "int8"):
             accelerator = optimize(model, precision)._accelerator
-            packed, gates, calls = type(accelerator).packed, [], []
+            packed, gates, calls = type(accelerator).current, [], []
 
             def timed(encoder: Any, self: Any = accelerator, packed: Any = packed, gates: Any = gates) -> Any:
                 start = time.perf_counter()
@@ -49,7 +49,7 @@ def gate(rounds: int) -> Table:
                 gates.append(time.perf_counter() - start)
                 return found
 
-            accelerator.packed = timed
+            accelerator.current = timed
             for _ in range(20 * rounds):
                 start = time.perf_counter()
                 model(ids)

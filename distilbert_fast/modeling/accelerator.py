@@ -25,6 +25,11 @@ OP = "optimize"
 _WARY = 64  # calls that compare all bytes after an uncounted write
 
 
+class _Packed(NamedTuple):
+    snapshot: Snapshot  # of what was packed
+    engine: Engine
+
+
 class Accelerator:
     """Packs an encoder when its weights are not those that were packed last.
 
@@ -37,7 +42,7 @@ class Accelerator:
     def __init__(self, precision: str | None, keep_padding: bool | None, graphs: int) -> None:
         self.precision, self.keep_padding, self.graphs = precision, keep_padding, graphs
         self.served, self.fallbacks = 0, Counter[str]()
-        self._packed: tuple[Snapshot, Engine] | None = None
+        self._packed: _Packed | None = None
         self._calibrated = False
         self._suspect = False  # weights may have changed in a way that torch does not count
         self._wary = 0  # how many more calls compare all bytes
@@ -48,8 +53,8 @@ class Accelerator:
 
     @property
     def engine(self) -> Engine | None:
-        """The engine that was packed last."""
-        return None if self._packed is None else self._packed[1]
+        """The one that was packed last."""
+        return None if self._packed is None else self._packed.engine
 
     def suspect(self) -> None:
         """Say that the weights may change now: the encoder trains, or its gradients are wanted."""
@@ -63,7 +68,7 @@ class Accelerator:
             else:
                 self.fallbacks[fallback] += 1
 
-    def pack(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
+    def pack(self, encoder: PreTrainedModel) -> _Packed:
         """Pack the weights that the encoder has now.
 
         Raises:
@@ -78,39 +83,41 @@ class Accelerator:
             self._suspect = False
             snapshot = Snapshot(encoder, _copied(modules), settings(encoder))
             engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
-        self._packed = snapshot, engine
-        return snapshot, engine
+        self._packed = _Packed(snapshot, engine)
+        return self._packed
 
     def calibrate(self, calibration: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Give the packed weights static scales, which they lose when they are packed again."""
         if self._packed is not None:
-            snapshot, engine = self._packed
-            self._packed, self._calibrated = (snapshot, engine.calibrated(calibration)), True
+            self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
+            self._calibrated = True
 
-    def packed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine] | str:
-        """The current weights, packed; or why the encoder's own forward must run."""
+    def current(self, encoder: PreTrainedModel) -> _Packed | str:
+        """The weights that the encoder has now, packed; or why its own forward must run."""
         packed = self._packed
-        if packed is not None and not self._suspect and self._wary == 0:
-            holds, obstacle = packed[0].look(encoder)
-            fingerprint = packed[0].fingerprint
+        if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
+            holds, obstacle = packed.snapshot.look(encoder)
+            fingerprint = packed.snapshot.fingerprint
             if holds and (fingerprint is None or fingerprint.matches_sample(torch.get_num_threads())):
                 return obstacle or packed
         with self._lock:
             packed = self._packed
-            if packed is None or not (packed[0].look(encoder)[0] and self._all_bytes_hold(packed[0])):
+            if packed is None or not (packed.snapshot.look(encoder)[0] and self._all_bytes_hold(packed.snapshot)):
                 try:
                     packed = self._pack_changed(encoder)
                 except (TypeError, ValueError) as error:
                     warn_once(f"the model has changed, transformers' own forward runs: {error}")
                     return str(error)
-            return packed[0].look(encoder)[1] or packed  # what changes from here on shows at the next call
+            return packed.snapshot.look(encoder)[1] or packed  # what changes from here on shows at the next call
 
-    def _pack_changed(self, encoder: PreTrainedModel) -> tuple[Snapshot, Engine]:
+    def _pack_changed(self, encoder: PreTrainedModel) -> _Packed:
         if self._calibrated:
             warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
             self._calibrated = False
         return self.pack(encoder)
 
     def _all_bytes_hold(self, snapshot: Snapshot) -> bool:
+        """Whether no byte has changed; False also where that cannot be seen and the weights are suspect."""
         suspect, self._suspect = self._suspect, False
         self._wary = max(self._wary - 1, 0)
         fingerprint = snapshot.fingerprint
@@ -178,13 +185,11 @@ def explain(model: PreTrainedModel) -> Explanation:
     accelerator: Accelerator | None = vars(model.base_model).get("_accelerator")
     if accelerator is None:
         return Explanation(False, None, 0, {})
-    engine = accelerator.engine
-    words = None
+    engine, words = accelerator.engine, None
     if engine is not None:
-        by = "the C++ encoder" if engine.packed is not None and backends.forced() in (None, "cpu") else "ops"
-        precision = (
-            engine.packed.shape.precision if engine.packed is not None else accelerator.precision or "as the model"
-        )
+        native = engine.packed
+        by = "the C++ encoder" if native is not None and backends.forced() in (None, "cpu") else "ops"
+        precision = native.shape.precision if native is not None else accelerator.precision or "as the model"
         words = f"{precision} by {by} on {engine.word.device}"
     return Explanation(True, words, accelerator.served, dict(accelerator.fallbacks))
 

@@ -50,7 +50,7 @@ def register() -> None:
 def is_known(implementation: str) -> bool:
     """Whether the attention that models find under this name is transformers' own or ours, and nobody else's."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    return implementation == "eager" if function is None else function in _KNOWN
+    return implementation == "eager" if function is None else function in _FUNCTIONS
 
 
 def number_layers(model: Any) -> None:
@@ -187,5 +187,5 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
     return mask[index]
 
 
-_KNOWN = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
+_FUNCTIONS = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
 register()

@@ -17,16 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.layers import exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
-from distilbert_fast.modeling.attention_interface import is_known
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
+from distilbert_fast.modeling.served_calls import FLAGS, why_not
 from distilbert_fast.ops import _check
 
 PACK = "pack_encoder"
@@ -92,12 +91,8 @@ def optimize(
     if precision is not None:
         _check.choice(OP, "precision", precision, tuple(PRECISIONS))
     encoder: Any = find_encoder(model, OP)
-    if keep_padding is None:
-        known = type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
-        asks = reads_padding(model) or getattr(encoder, "always_keep_padding", False)
-        earlier: Accelerator | None = vars(encoder).get("_accelerator")  # of another head of the same encoder, perhaps
-        asks = asks or not (known or model is encoder) or (earlier is not None and earlier.keep_padding)
-        keep_padding = True if asks else None
+    if keep_padding is None and _head_may_read_padding(model, encoder):
+        keep_padding = True
     accelerator = Accelerator(precision, keep_padding, cuda_graphs)
     run_aside(lambda: accelerator.pack(encoder))
     if calibration is not None:
@@ -108,6 +103,17 @@ def optimize(
     if model is not encoder:
         model.__class__ = _with_forward(type(model), _head_forward)
     return model
+
+
+def _head_may_read_padding(model: PreTrainedModel, encoder: Any) -> bool:
+    known = model is encoder or type(model).__module__.split(".")[0] in ("transformers", "distilbert_fast")
+    earlier: Accelerator | None = vars(encoder).get("_accelerator")  # of another head of the same encoder, perhaps
+    return (
+        not known
+        or reads_padding(model)
+        or getattr(encoder, "always_keep_padding", False)
+        or bool(earlier is not None and earlier.keep_padding)
+    )
 
 
 def pack_encoder(
@@ -216,60 +222,6 @@ def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *
     return kind.forward(self, *args, **kwargs)
 
 
-_FLAGS = ("output_attentions", "output_hidden_states")
-_KNOWN = {
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "head_mask",
-    "keep_padding",
-    "first_rows",
-    "return_dict",
-    "use_cache",  # an encoder has no cache
-    "num_items_in_batch",  # for losses
-    "output_router_logits",  # an encoder of these has no router
-    *_FLAGS,
-}
-# Arguments that change what some attention or encoder of transformers computes.
-_VARIANTS = {
-    "inputs_embeds",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "past_key_values",
-    "cache",
-    "is_causal",
-    "softcap",
-    "s_aux",
-    "sliding_window",
-    "seq_idx",
-    *(f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"),
-}
-_OWN_ATTENTIONS = ("sdpa", "eager", "distilbert_fast")  # which ignore every other argument
-
-
-@functools.cache
-def _read_by(attention: str) -> frozenset[str]:
-    """The arguments that an attention reads, by name."""
-    function: Any = ALL_ATTENTION_FUNCTIONS.get("sdpa" if attention == "eager" else attention)
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str | None:
-    """Return an argument of a call that may change the result and that the engine does not know.
-
-    Args:
-        names: the encoder's own; every other one goes to the attention.
-    """
-    for name in given:
-        if name in _KNOWN:
-            continue
-        read = name in names or name in _VARIANTS or attention not in _OWN_ATTENTIONS or name in _read_by(attention)
-        if read:
-            return name
-    return None
-
-
 @torch.compiler.disable
 def _serve(
     self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
@@ -296,58 +248,32 @@ def _serve(
 def _encode(
     self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
 ) -> Any:
-    given = {name: value for name, value in given.items() if value is not None or name in _FLAGS}
-    input_ids, attention_mask, head_mask = map(given.get, ("input_ids", "attention_mask", "head_mask"))
-    attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in _FLAGS)
-    if input_ids is None:
-        return "no input_ids"
-    unknown = _unknown(given, names, self.config._attn_implementation)
-    if unknown is not None:
-        return f"argument {unknown}"
-    if not is_known(self.config._attn_implementation):
-        return f"attention {self.config._attn_implementation!r}"
-    if attentions:
-        return "output_attentions"
-    if not isinstance(hidden_states, (bool, type(None))):
-        return "output_hidden_states of some layers"
-    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
-        return "input_ids and attention_mask that are not [B, T]"
-    if isinstance(head_mask, torch.Tensor) and head_mask.dim() > 2 and honoured:
-        return "a head_mask of more than 2 dimensions"
-    if torch.is_autocast_enabled(input_ids.device.type):
-        return "autocast"
-    packed = accelerator.packed(self)
-    if isinstance(packed, str):
-        return packed
-    snapshot, engine = packed
+    given = {name: value for name, value in given.items() if value is not None or name in FLAGS}
+    attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in FLAGS)
+    refused = why_not(given, names, self.config._attn_implementation, attentions, hidden_states, honoured)
+    current = refused or accelerator.current(self)
+    if isinstance(current, str):
+        return current
+    snapshot, engine = current
+    mask, head_mask = given.get("attention_mask"), given.get("head_mask")
     if torch.is_grad_enabled() and (snapshot.requires_grad() or getattr(head_mask, "requires_grad", False)):
         accelerator.suspect()
         warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
         return "gradients are enabled"
 
-    keep_padding, num_tokens = False, None
-    if attention_mask is not None:
-        padding = _padding(is_token(attention_mask))
-        if padding.none:
-            attention_mask = None
-        else:
-            asked, wanted = given.get("keep_padding"), accelerator.keep_padding
-            if wanted is None:
-                wanted = asked is None and _unknown_reader(self)
-            keep_padding = padding.left or bool(asked) or wanted
-            num_tokens = padding.num_tokens
-            if keep_padding and padding.empty and self.config._attn_implementation == "eager":
-                return "a sequence without tokens, where eager attention attends to padding"
-
+    padding = _NO_PADDING if mask is None else _padding(is_token(mask))
+    keep_padding = not padding.none and (padding.left or _is_read(self, accelerator, given.get("keep_padding")))
+    if keep_padding and padding.empty and self.config._attn_implementation == "eager":
+        return "a sequence without tokens, where eager attention attends to padding"
     encoded = engine.encode(
-        input_ids,
-        attention_mask,
+        given["input_ids"],
+        None if padding.none else mask,
         None if engine.token_type is None else given.get("token_type_ids"),  # transformers ignores them there
         given.get("position_ids"),
         head_mask,
         bool(hidden_states),
         "first" if given.get("first_rows", False) and not (hidden_states or keep_padding) else "all",
-        num_tokens,
+        padding.num_tokens,
         keep_padding,
     )
     output = encoder_output(self, encoded.last)  # [B, T, C] or, the first rows, [B, 1, C]
@@ -355,6 +281,13 @@ def _encode(
         output["hidden_states"] = encoded.hidden_states
     return_dict = given.get("return_dict", getattr(self.config, "return_dict", True))
     return output.to_tuple() if return_dict is False else output
+
+
+def _is_read(encoder: nn.Module, accelerator: Accelerator, asked: bool | None) -> bool:
+    """Whether what an encoder puts out at padding is wanted: by its user, by its caller, who knows, or perhaps."""
+    if accelerator.keep_padding is None and asked is None:
+        return _unknown_reader(encoder)
+    return bool(asked or accelerator.keep_padding)
 
 
 def _unknown_reader(encoder: nn.Module) -> bool:
@@ -380,10 +313,13 @@ class _Padding(NamedTuple):
     num_tokens: int | None  # on a GPU; not needed elsewhere
 
 
+_NO_PADDING = _Padding(True, False, False, None)
+
+
 def _padding(real: torch.Tensor) -> _Padding:
     """Describe the padding around tokens, bool [B, T]."""
     if not real.is_cuda and bool(real.all()):
-        return _Padding(True, False, False, None)
+        return _NO_PADDING
     left, every = (~real[:, :1].any(1)).any(), real.any(1).all()
     if real.is_cuda:  # the host waits once for all answers
         full, starts, tokens, count = torch.stack([real.all(), left, every, real.sum()]).tolist()
