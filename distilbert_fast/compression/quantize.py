@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
-from transformers import PreTrainedModel
-
-from distilbert_fast.modeling.quantizer import Int8Config, quantize_linears
-
-Model = TypeVar("Model", bound=PreTrainedModel)
+from distilbert_fast.modeling.quantizer import Int8Config, Model, quantize_linears
 
 
 def quantize_model(model: Model, heads: bool = False, modules_to_not_convert: Sequence[str] = ()) -> Model:
@@ -34,5 +29,4 @@ def quantize_model(model: Model, heads: bool = False, modules_to_not_convert: Se
             ones, which int8 layers do not compute in; a name in ``modules_to_not_convert`` that no layer has.
     """
     config = Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert))
-    quantize_linears(model, config, "quantize_model")
-    return model
+    return quantize_linears(model, config, "quantize_model")

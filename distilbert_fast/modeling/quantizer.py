@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +55,7 @@ from distilbert_fast.ops import _check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Model = TypeVar("Model", bound="PreTrainedModel")
 METHOD = "distilbert_fast"
 _CONFIG = record(
     {"quant_method": one_of(METHOD)}, {"heads": boolean, "modules_to_not_convert": array(text())}, others=True
@@ -102,8 +103,8 @@ def _part_of(part: str, name: str) -> bool:
     return f".{part}." in f".{name}."
 
 
-def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) -> PreTrainedModel:
-    """Turn the layers that ``config`` selects into ``Int8Linear``, in place, and mark the model as quantized."""
+def quantize_linears(model: Model, config: Int8Config, caller: str) -> Model:
+    """Turn the layers that ``config`` means into ``Int8Linear``, in place, and mark the model as quantized."""
     linears = list(_linears(model, config, caller))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for part in config.modules_to_not_convert:
@@ -113,10 +114,9 @@ def quantize_linears(model: PreTrainedModel, config: Int8Config, caller: str) ->
     for name, linear in made:
         model.set_submodule(name, linear)
     quantizer = Int8Quantizer(config, pre_quantized=True)
-    marked: Any = model
+    marked: Any = _saved_whole(model)
     marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
-    marked.save_pretrained = functools.partial(_save_pretrained, model)
-    model.config.quantization_config = config
+    marked.config.quantization_config = config
     return model
 
 
@@ -137,6 +137,13 @@ def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterato
             continue
         if config.heads or id(module) in inside:
             yield name, module
+
+
+def _saved_whole(model: Model) -> Model:
+    """The model itself, with a ``save_pretrained`` that writes whole files with checksums."""
+    marked: Any = model
+    marked.save_pretrained = functools.partial(_save_pretrained, model)
+    return model
 
 
 def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -195,9 +202,7 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             return quantize_linears(model, self.quantization_config, METHOD)
-        marked: Any = model
-        marked.save_pretrained = functools.partial(_save_pretrained, model)
-        return model
+        return _saved_whole(model)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """What transformers calls before it makes the model: the place to refuse sizes that no file of it has.
