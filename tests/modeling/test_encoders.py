@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from distilbert_fast import optimize, pack_encoder, quantize_model
 from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.distillation.teachers.model import last_attention_inputs
 from distilbert_fast.engine.engine import Engine
+from distilbert_fast.modeling import architectures
 from distilbert_fast.modeling.architectures import (
     ARCHITECTURES,
     architecture_of,
@@ -375,3 +379,31 @@ def test_task_types_are_not_overlooked(calls):  # noqa: F811
     task = torch.ones_like(batch["input_ids"])
     with torch.no_grad(), expect(calls, 0):
         assert_same(ours(**batch, task_type_ids=task), theirs(**batch, task_type_ids=task), rtol=0, atol=0)
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+OWN_ATTRIBUTES = ("architectures.py", "distilbert.py", "distilbert_modules.py", "heads.py")  # the drop-in classes
+PLAIN_WORDS = re.compile("[a-z]+")  # of no one alone: query, dense, output, activation …
+
+
+def names_of_modules():
+    """What only transformers would call a module, by the tables of architectures.py."""
+    paths = [*architectures.EMBEDDINGS.values(), architectures.PROJECTION]
+    for known in ARCHITECTURES.values():
+        paths += [*known.layer.values(), *(path for head in known.heads.values() for path in head.values())]
+    parts = {part for path in paths for part in path.split(".")}
+    return {part for part in parts if not PLAIN_WORDS.fullmatch(part)} - {"LayerNorm", "layer_norm"}  # torch's, ours
+
+
+def test_names_of_modules_stand_once():
+    names = names_of_modules()
+    assert {"word_embeddings", "q_lin", "sa_layer_norm", "pre_classifier", "lm_head", "out_proj"} <= names
+    found = []
+    for path in Path(architectures.__file__).parent.parent.rglob("*.py"):
+        if path.name not in OWN_ATTRIBUTES:
+            for node in ast.walk(ast.parse(path.read_text())):
+                said = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+                if isinstance(said, str) and names & set(said.split(".")):
+                    found.append(f"{path.name}:{node.lineno}: {said}")
+    assert not found
