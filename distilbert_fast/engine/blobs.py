@@ -8,7 +8,8 @@ Shapes: C hidden, H heads, D head size, F feed-forward; a linear layer is [F, K]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,12 +63,12 @@ def pack_model(
         scales=((0.0, 0.0),) * len(model.layers),
     )
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()} | _norm("norm", model.norm)
-    memory = _Memory(shape)
+    memory = _memory(shape)
     for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
         layer = layer_weights(modules, model.head_dim, precision, mask)
-        for name, size in shape.linears(len(layer.heads)).items():
+        for name in shape.linears(len(layer.heads)):
             weight, bias, scale = getattr(layer, name)
-            tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, memory.blob(size))
+            tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, next(memory))
         for name in NORMS:
             tensors |= _norm(f"{i}.{name}", getattr(modules, name))
         if layer.mask is not None:
@@ -134,25 +135,17 @@ def static_linear(
     return pack_linear("int8", codes, scales, bias), scale, factors
 
 
-class _Memory:
-    """One allocation for all blobs of an encoder, in huge pages: weights that stream through the caches cost a third
-    more where each 4 KiB of them is looked up.
+def _memory(shape: EncoderShape) -> Iterator[torch.Tensor]:
+    """Uninitialised memory for each blob of an encoder, from a cache line on.
+
+    It is one allocation, in huge pages: weights that stream through the caches cost a third more where each 4 KiB of
+    them is looked up.
     """
-
-    def __init__(self, shape: EncoderShape) -> None:
-        self._precision, self._used = shape.precision, 0
-        sizes = [size for heads in shape.heads for size in shape.linears(len(heads)).values()]
-        total = sum(map(self._whole_lines, sizes))
-        self._memory = torch.frombuffer(backends.cpu().Buffer(max(total, 1)), dtype=torch.uint8)
-
-    def _whole_lines(self, size: tuple[int, int]) -> int:
-        return -(-packed_bytes(self._precision, *size) // 64) * 64
-
-    def blob(self, size: tuple[int, int]) -> torch.Tensor:
-        """Uninitialised memory for the next layer's blob, from a cache line on."""
-        begin = self._used
-        self._used += self._whole_lines(size)
-        return self._memory[begin : begin + packed_bytes(self._precision, *size)]
+    layers = (shape.linears(len(heads)).values() for heads in shape.heads)
+    sizes = [packed_bytes(shape.precision, *size) for layer in layers for size in layer]
+    starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]
+    memory = torch.frombuffer(backends.cpu().Buffer(max(starts[-1], 1)), dtype=torch.uint8)
+    return (memory[start : start + size] for start, size in zip(starts, sizes, strict=False))
 
 
 def pack_linear(
