@@ -19,7 +19,7 @@ from distilbert_fast.distillation.schedule import bounds, is_zero, plain
 from distilbert_fast.distillation.teachers.model import PRECISIONS
 
 if TYPE_CHECKING:
-    Scheduled = float | str
+    from distilbert_fast.distillation.schedule import Scheduled
 else:
     Scheduled = str  # what HfArgumentParser reads from a command line
 

@@ -14,7 +14,7 @@ class StudentReport:
     Attributes:
         teacher, student: class names.
         num_layers: depth of the student.
-        layers: the teacher's layer behind each layer of the student; empty if the student starts at random.
+        layers: the teacher's layer that each layer of the student starts from; empty if it starts at random.
         copied: each tensor of the student and where it comes from.
         left_out: tensors of the teacher that the student has no place for, whole layers as one entry.
         notes: in what the student differs from its teacher beyond depth.
