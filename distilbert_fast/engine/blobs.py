@@ -77,7 +77,7 @@ def pack_model(
 
 
 def _becomes(linear: Any, precision: str | None) -> str | None:
-    """The precision of a linear layer's weights in the C++ encoder; None: none that it knows."""
+    """The dtype in which the C++ encoder holds a layer's weights; None: it has none for them."""
     if isinstance(linear, Int8Linear) or precision == "int8":
         return "int8" if precision in (None, "int8") else None
     return precision or _PRECISIONS.get(linear.weight.dtype)
@@ -125,7 +125,7 @@ def static_linear(
     Returns:
         The blob; s; the factors 1 / (s · d_k) that make codes, float32 [K in whole panels].
     """
-    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was never seen alive
+    x = largest.clamp(min=float(largest.max()) * 1e-4)  # a channel that was always 0
     w = weight.to(torch.float32).abs().amax(dim=0)
     d = x**0.9 / w.clamp(min=float(w.max()) * 1e-4) ** 0.1
     scale = float((x / d).max()) / 127
@@ -138,8 +138,7 @@ def static_linear(
 def _memory(shape: EncoderShape) -> Iterator[torch.Tensor]:
     """Uninitialised memory for each blob of an encoder, from a cache line on.
 
-    It is one allocation, in huge pages: weights that stream through the caches cost a third more where each 4 KiB of
-    them is looked up.
+    It is one allocation, in huge pages: with pages of 4 KiB, reading the weights takes a third longer.
     """
     layers = (shape.linears(len(heads)).values() for heads in shape.heads)
     sizes = [packed_bytes(shape.precision, *size) for layer in layers for size in layer]

@@ -72,7 +72,7 @@ class Device(Protocol):
         """Whether an encoder of this dtype can be captured and replayed now."""
 
     def in_turn(self) -> contextlib.AbstractContextManager[None]:
-        """What is launched inside comes after what was launched inside before, in any stream."""
+        """Work launched inside runs after the work that was launched inside before, in any stream."""
 
     def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
         """Capture ``function`` of the inputs made; called in turn."""

@@ -53,7 +53,7 @@ class Accelerator:
 
     @property
     def engine(self) -> Engine | None:
-        """The one that was packed last."""
+        """The engine that was packed last."""
         return None if self._packed is None else self._packed.engine
 
     def suspect(self) -> None:

@@ -212,7 +212,7 @@ def _add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.T
 
 
 def may_unpad(encoder: Any) -> bool:
-    """Whether nobody sees, or has put something of his own between, what the modules of an encoder pass on.
+    """Whether nothing of the user's reads or changes the values that the modules of an encoder pass on.
 
     That is so where each computes row by row in a forward known here, none is compiled or has a hook that looks, and
     attention is one of transformers' or ours.

@@ -120,7 +120,7 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
 def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
     """Raise ValueError for embeddings with more to them than tables that are added and a LayerNorm."""
     config = encoder.config
-    if hasattr(encoder, PROJECTION):  # no table can hold it
+    if hasattr(encoder, PROJECTION):  # after the LayerNorm, which no table can hold
         expected = f"hidden_size, {config.hidden_size} (embeddings that are projected are not supported)"
         _check.refuse(caller, f"{owner}.config.embedding_size", expected, config.embedding_size)
     if getattr(config, "use_task_id", False):  # ERNIE's

@@ -52,7 +52,7 @@ def _read_by(attention: str) -> frozenset[str]:
 
 
 def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str | None:
-    """Of the arguments of a call one that may change the result and that the engine does not know.
+    """Return an argument of a call that may change the result and that the engine does not know.
 
     Args:
         names: the encoder's own; every other one goes to the attention.
