@@ -19,11 +19,11 @@ datasets = pytest.importorskip("datasets")
 
 from distilbert_fast.data.corpus import load_corpus  # noqa: E402
 from distilbert_fast.data.masking import MaskedDataset, Masking, pad  # noqa: E402
-from distilbert_fast.distillation import manifest  # noqa: E402
 from distilbert_fast.distillation.teachers import build_cache as building  # noqa: E402
 from distilbert_fast.distillation.teachers.build_cache import build_cache  # noqa: E402
 from distilbert_fast.distillation.teachers.cache import INDEX, SHARD, CachedTeacher  # noqa: E402
 from distilbert_fast.files.durable import FileError  # noqa: E402
+from distilbert_fast.runs import manifest  # noqa: E402
 from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint  # noqa: E402
 from distilbert_fast.runs.training_state import load_state, save_state  # noqa: E402
 
