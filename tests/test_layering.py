@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Other packages that the lower rooms may import, beside the standard library. From modeling/ on there is no limit.
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "files": {"xxhash", "pandas"},
+    "files": {"xxhash", "pandas", "filelock"},
     "backends": {"torch"},
     "ops": {"torch"},
     "layers": {"torch"},

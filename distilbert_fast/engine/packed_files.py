@@ -11,7 +11,7 @@ checked before anything follows a size or an address in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from distilbert_fast.files.durable import (
     UNSEALED,
     FileError,
     check_seal,
+    few,
     refuse_file,
     regular_size,
     replacing,
@@ -127,19 +128,15 @@ def _check_parts(shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
         _check.refuse("shape", "scales", f"0 for {shape.precision}", shape.scales)
     expected = dict(_expected(shape, tensors))
     if lacking := expected.keys() - tensors.keys():
-        raise ValueError(f"it lacks {_few(lacking)}")
+        raise ValueError(f"it lacks {few(sorted(lacking))}")
     if unused := tensors.keys() - expected.keys():
-        raise ValueError(f"it holds what no layer uses: {_few(unused)}")
+        raise ValueError(f"it holds what no layer uses: {few(sorted(unused))}")
     for name, (size, dtypes) in expected.items():
         _check.tensor("tensor", name, tensors[name], size, dtypes)
         if dtypes == _VECTORS and not bool(tensors[name].isfinite().all()):
             _check.refuse("tensor", name, "finite", "NaN or infinite numbers")
     if shape.padding_idx is not None and not shape.padding_idx < len(tensors["position"]):
         _check.refuse("shape", "padding_idx", f"below the {len(tensors['position'])} positions", shape.padding_idx)
-
-
-def _few(names: Set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
 
 
 def _expected(

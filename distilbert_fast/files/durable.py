@@ -1,8 +1,11 @@
-"""Files that are whole or not there, and files that say so when they are not.
+"""Files and directories that are whole or not there, and files that say so when they are not.
 
-What is written goes to a hidden file beside its place, is flushed to disk and renamed: whoever reads sees the old file
-or the new one, also after a crash or on a full disk. What is read must be a regular file (opening a FIFO would wait for
-ever) and is compared with a checksum where one is at hand. ``schema`` reads JSON.
+What is written goes to a hidden name beside its place, is flushed to disk and renamed: whoever reads sees what was
+there before or all that is new, also after a crash or on a full disk. Every attempt uses the same hidden name, so the
+next one removes what a killed one left. ``replacing`` does that for a file, ``building`` for a directory, ``filling``
+for files of a directory that is there; ``lock`` keeps two processes from writing one thing. What is read must be a
+regular file (opening a FIFO would wait for ever) and is compared with a checksum where one is at hand. ``schema`` reads
+JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -17,11 +21,14 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -31,20 +38,10 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _WEIGHTS = "model.safetensors"
-_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EINVAL,
-    errno.ENAMETOOLONG,
-)
+_DISK = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOENT ENOTDIR EISDIR EINVAL ENAMETOOLONG".split()
+}
 
 
 class FileError(ValueError):
@@ -62,6 +59,11 @@ class FileError(ValueError):
 def refuse_file(path: str | os.PathLike[str], reason: str) -> NoReturn:
     """Raise FileError: path, then reason."""
     raise FileError(f"{os.fspath(path)!r}: {reason}", reason)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of the names that a message is about, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -102,6 +104,40 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def flush(directory: Path) -> dict[str, dict[str, Any]]:
+    """Bring all that a directory holds to the disk.
+
+    Returns:
+        {"size": bytes, "sha256": in hexadecimal digits} of each file, by its path in the directory.
+    """
+    entries = {}
+    for path in (directory, *sorted(directory.rglob("*"))):
+        if path.is_file():
+            entries[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        if path.is_file() or path.is_dir():
+            sync(path)
+    return entries
+
+
+def hidden(path: Path, mark: str = "partial") -> Path:
+    """The name beside ``path`` under which it is written."""
+    return path.with_name(f".{path.name}.{mark}")
+
+
+def numbered(path: Path) -> Path:
+    """The first of <path>-1, <path>-2, … that is free."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def lock(path: Path) -> FileLock:
+    """A lock to hold while ``path`` is written. It is a file beside it, which stays."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(hidden(path, "lock"))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], unique: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to, which takes its place, flushed, when the block ends without an error.
@@ -117,8 +153,7 @@ def replacing(path: str | os.PathLike[str], unique: bool = False) -> Iterator[Pa
     place = Path(os.path.realpath(path))
     if place.exists() and not place.is_file():
         raise OSError(errno.EINVAL, "cannot write to what is no regular file", os.fspath(path))
-    number = f".{os.getpid()}-{threading.get_ident()}" if unique else ""
-    partial = place.with_name(f".{place.name}{number}.partial")
+    partial = hidden(place, f"{os.getpid()}-{threading.get_ident()}.partial" if unique else "partial")
     try:
         yield partial
         sync(partial)
@@ -135,6 +170,30 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file at once. Raises OSError that names it; the old file then stays as it was."""
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def building(path: Path, resume: bool = False) -> Iterator[Path]:
+    """A hidden directory beside ``path`` to fill, which takes its place when the block ends without an error. The block
+    flushes what it writes there, by ``flush`` at its end or file by file.
+
+    Args:
+        path: where nothing is.
+        resume: the block goes on with what an earlier attempt left, and where it fails leaves that to the next one.
+            Without it each begins with nothing and leaves nothing.
+    """
+    partial = hidden(path)
+    if partial.exists() and not resume:  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=resume)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -135,6 +135,9 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     return check
 
 
+FILE = record({"size": integer(0), "sha256": text("[0-9a-f]{64}", "a SHA-256")})  # an entry of ``durable.flush``
+
+
 def anything(value: Any, where: str) -> None:
     """Any value that is not nested too deep."""
     level = [value]

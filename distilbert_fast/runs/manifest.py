@@ -1,10 +1,10 @@
 """When a directory, a checkpoint's or a corpus', is complete.
 
-A manifest lies in every one. It is written twice: first to say that saving began, and, once every
-other file is on the disk, to list them with size and SHA-256. The second writing (temporary file, fsync,
-rename, fsync of the directory) is one atomic step: a run killed or a machine stopped before it leaves a
-checkpoint that is known to be half-written, after it one that can be trusted. The manifest holds a checksum of itself;
-those of before it did are still read.
+A manifest lies in every one. A checkpoint, whose place transformers names, is not built under a hidden name: its
+manifest is written twice, first to say that saving began and, once every other file is on the disk, to list them with
+size and SHA-256. The second writing is one atomic step: a run killed or a machine stopped before it leaves a checkpoint
+that is known to be half-written, after it one that can be trusted. The manifest holds a checksum of itself; those of
+before it did are still read.
 """
 
 from __future__ import annotations
@@ -17,37 +17,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distilbert_fast.files.durable import FileError, refuse_file, sha256, sync
-from distilbert_fast.files.schema import (
-    anything,
-    boolean,
-    integer,
-    mapping,
-    one_of,
-    open_sealed,
-    read_json,
-    record,
-    sealed,
-    text,
-    validate,
-)
+from distilbert_fast.files import schema
+from distilbert_fast.files.durable import FileError, flush, numbered, refuse_file, sha256, sync, write_file
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint_manifest.json"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 _FORMAT = 1
-_BEGUN = record({"format": one_of(_FORMAT), "complete": one_of(False)})
-_COMPLETE = record(
+_BEGUN = schema.record({"format": schema.one_of(_FORMAT), "complete": schema.one_of(False)})
+_INSIDE = schema.text(r"(?!/)(?!(.*/)?\.\.(/|$))[^\0]+", "a path in the directory")  # no ".." and not from the root
+_COMPLETE = schema.record(
     {
-        "format": one_of(_FORMAT),
-        "complete": boolean,
-        "settings": mapping(anything),
-        "files": mapping(
-            record({"size": integer(0), "sha256": text("[0-9a-f]{64}", "a SHA-256")}),
-            # of a path inside: no ".." and not from the root
-            text(r"(?!/)(?!(.*/)?\.\.(/|$))[^\0]+", "a path in the directory"),
-        ),
+        "format": schema.one_of(_FORMAT),
+        "complete": schema.boolean,
+        "settings": schema.mapping(schema.anything),
+        "files": schema.mapping(schema.FILE, _INSIDE),
     }
 )
 
@@ -66,24 +51,13 @@ def complete(checkpoint: Path, settings: dict[str, Any]) -> None:
     Raises:
         RuntimeError: a pickle file is among them.
     """
-    pickles = sorted(file.name for file in _files(checkpoint) if file.suffix in _PICKLES)
-    if pickles:
-        raise RuntimeError(f"{checkpoint}: a checkpoint must hold no pickle file, got {', '.join(pickles)}")
-    files = {}
-    for file in _files(checkpoint):
-        sync(file)
-        files[file.relative_to(checkpoint).as_posix()] = {
-            "size": file.stat().st_size,
-            "sha256": sha256(file),
-        }
-    for directory in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint.parent):
-        sync(directory)
-    new = checkpoint / f"{MANIFEST}.new"
-    whole = sealed({"format": _FORMAT, "complete": True, "settings": settings, "files": files})
-    new.write_text(json.dumps(whole, indent=1))
-    sync(new)
-    os.replace(new, checkpoint / MANIFEST)
-    sync(checkpoint)
+    if pickles := _pickles(checkpoint):
+        raise RuntimeError(f"{checkpoint}: a checkpoint must hold no pickle file, got {pickles}")
+    files = flush(checkpoint)
+    files.pop(MANIFEST, None)
+    sync(checkpoint.parent)
+    whole = schema.sealed({"format": _FORMAT, "complete": True, "settings": settings, "files": files})
+    write_file(checkpoint / MANIFEST, json.dumps(whole, indent=1).encode())
 
 
 def fault(checkpoint: Path, contents: bool = True) -> str | None:
@@ -163,10 +137,7 @@ def make_room(checkpoint: Path) -> None:
     if _written_here(checkpoint):
         remove(checkpoint)
     else:
-        number = 1
-        while (aside := checkpoint.with_name(f"{checkpoint.name}.replaced-{number}")).exists():
-            number += 1
-        checkpoint.rename(aside)
+        aside = checkpoint.rename(numbered(checkpoint.with_name(f"{checkpoint.name}.replaced")))
         logger.warning("%s was not written here; it is now %s", checkpoint, aside)
 
 
@@ -219,17 +190,17 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         refuse_file(checkpoint, "it is not a directory")
     path = checkpoint / MANIFEST
     if not path.is_file():
-        pickles = sorted(file.name for file in _files(checkpoint) if file.suffix in _PICKLES)
-        held = f"; it holds pickle files, which are never loaded: {', '.join(pickles)}" if pickles else ""
+        pickles = _pickles(checkpoint)
+        held = f"; it holds pickle files, which are never loaded: {pickles}" if pickles else ""
         refuse_file(checkpoint, f"it has no {MANIFEST}{held}")
     try:
-        found = read_json(path)
+        found = schema.read_json(path)
         if not isinstance(found, dict):
             refuse_file(path, "not an object")
         if found.get("format", _FORMAT) != _FORMAT:
             refuse_file(checkpoint, f"its manifest has format {found['format']!r}, this version reads {_FORMAT}")
-        found = open_sealed(found, path)
-        validate(found, path, _BEGUN if found.get("complete") is False else _COMPLETE)
+        found = schema.open_sealed(found, path)
+        schema.validate(found, path, _BEGUN if found.get("complete") is False else _COMPLETE)
     except FileError as error:
         if str(path) not in str(error):
             raise
@@ -239,6 +210,5 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def _files(checkpoint: Path) -> list[Path]:
-    """Every file of a checkpoint but its manifest."""
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST)
+def _pickles(checkpoint: Path) -> str:
+    return ", ".join(sorted(path.name for path in checkpoint.rglob("*") if path.suffix in _PICKLES and path.is_file()))

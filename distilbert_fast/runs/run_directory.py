@@ -7,38 +7,28 @@ The same job run again skips what is complete. Nothing that the job did not make
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilbert_fast.files.durable import FileError, sha256, sync, write_file
-from distilbert_fast.files.schema import (
-    Check,
-    anything,
-    integer,
-    mapping,
-    open_sealed,
-    read_json,
-    record,
-    sealed,
-    text,
-    validate,
-)
+from distilbert_fast.files import durable, schema
+from distilbert_fast.files.durable import FileError, write_file
+from distilbert_fast.files.schema import Check
 
 STAGE_FILE = "stage.json"
-_ENTRY = record({"size": integer(0), "sha256": text("[0-9a-f]{64}", "a SHA-256")})
-_OBJECT = mapping(anything)
+_OBJECT = schema.mapping(schema.anything)
 
 
 def _entry(value: Any, where: str) -> None:
     """Size and SHA-256 of a file; of a stage that an earlier version made its size alone."""
-    (integer(0) if isinstance(value, int) else _ENTRY)(value, where)
+    (schema.integer(0) if isinstance(value, int) else schema.FILE)(value, where)
 
 
-_STAGE = record({"files": mapping(_entry), "result": _OBJECT})
+_STAGE = schema.record({"files": schema.mapping(_entry), "result": _OBJECT})
 _PLACE = "stage"  # the key under which what is sealed keeps which stage of which run it is; an earlier version did not
 
 
@@ -84,13 +74,13 @@ class RunDirectory:
         self._run = hashlib.sha256(said.encode()).hexdigest()
 
     def __enter__(self) -> RunDirectory:
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         if self.path.exists() and not self.path.is_dir():
             raise StageError(f"{self.job}: output: {str(self.path)!r} is a file, expected a directory")
         self._new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / f".{self.job}.lock")
+        self._lock = durable.lock(self.path / self.job)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -125,27 +115,23 @@ class RunDirectory:
         there = self._read(marker, _OBJECT) if marker.is_file() else None
         if there == self.settings:
             return
-        partial = (f".{name}.partial" for name in (self._marker, *self.names))  # of a run that was killed
-        ours = {self._marker, f".{self.job}.lock", *partial, *self.shared}
+        begun = [durable.hidden(self.path / name).name for name in (self._marker, *self.names)]  # by a killed run
+        ours = {self._marker, Path(self._lock.lock_file).name, *begun, *self.shared}
         others = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
         if there is not None:
             keys = [key for key in {**there, **self.settings} if there.get(key) != self.settings.get(key)]
             changes = ", ".join(f"{key}: {there.get(key)} there, {self.settings.get(key)} given" for key in keys)
             what = f"holds a {self.job} with other settings ({changes})"
         else:
-            what = f"already holds {_few(others)}, which no {self.job} made"
+            what = f"already holds {durable.few(list(map(repr, others)))}, which no {self.job} made"
         refused = others if there is None else self._started()  # a job that came to nothing is in nobody's way
         if refused and not self.overwrite:
             raise StageError(
                 f"{self.job}: output: {str(self.path)!r} {what}; choose another directory, or give --overwrite to "
                 "move what is in the way to previous-<n>/ in it"
             )
-        in_the_way = [name for name in self.names if (self.path / name).exists()]
-        if in_the_way:
-            number = 1
-            while (self.path / f"previous-{number}").exists():
-                number += 1
-            previous = self.path / f"previous-{number}"
+        if in_the_way := [name for name in self.names if (self.path / name).exists()]:
+            previous = durable.numbered(self.path / "previous")
             previous.mkdir()
             for name in in_the_way:
                 (self.path / name).rename(previous / name)
@@ -163,34 +149,20 @@ class RunDirectory:
         Raises StageError when the complete directory no longer holds what the stage put there, byte for byte, or is
         another stage's.
         """
-        final, partial = self.path / name, self.path / f".{name}.partial"
+        final = self.path / name
         record = final / STAGE_FILE
         if record.is_file():
             stage = self._read(record, _STAGE, name)
-            self._validate(stage["result"], record, check, "result")
+            with self._refusing():
+                schema.validate(stage["result"], record, check, "result")
             for file, entry in stage["files"].items():
                 self._check(final, file, entry)
             return stage["result"]
         if final.exists():
             raise StageError(f"{self.job}: {str(final)!r} is in the way: this job did not make it; move it away")
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        try:
+        with durable.building(final) as partial:
             result = build(partial)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path in files:
-            sync(path)
-        entries = {
-            path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
-            for path in files
-        }
-        write_json(partial / STAGE_FILE, self._sealed({"files": entries, "result": result}, name))
-        partial.rename(final)
-        sync(self.path)
+            write_json(partial / STAGE_FILE, self._sealed({"files": durable.flush(partial), "result": result}, name))
         return json.loads(json.dumps(result))
 
     def _check(self, final: Path, name: str, entry: Any) -> None:
@@ -200,40 +172,36 @@ class RunDirectory:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             fault = f"expected the {size} bytes that this job wrote, got {'no file' if found is None else found}"
-        elif digest is not None and sha256(file) != digest:
+        elif digest is not None and durable.sha256(file) != digest:
             fault = "its contents are not what this job wrote: they do not fit their checksum"
         else:
             return
         raise StageError(f"{self.job}: {str(file)!r}: {fault}; move {str(final)!r} away to have it made again")
 
     def _sealed(self, value: Mapping[str, Any], name: str) -> dict[str, Any]:
-        return sealed({**value, _PLACE: {"name": name, "run": self._run}})
+        return schema.sealed({**value, _PLACE: {"name": name, "run": self._run}})
 
     def _read(self, path: Path, check: Check, name: str | None = None) -> Any:
         """A JSON file of the job's, checked; without its checksum and, of the stage `name`, its place."""
-        try:
-            value = open_sealed(read_json(path), path)
-        except FileError as error:
-            raise self._damaged(error) from error
-        if name is not None and isinstance(value, dict) and _PLACE in value:
-            place = {"name": name, "run": self._run}
-            found = value.pop(_PLACE)
-            if found != place:
+        with self._refusing():
+            value = schema.open_sealed(schema.read_json(path), path)
+            if name is not None and isinstance(value, dict) and _PLACE in value:
+                found = value.pop(_PLACE)
                 given = found.get("name") if isinstance(found, dict) else found
-                what = f"that of {given!r}" if given != name else "that of another run"
-                reason = f"expected the stage {name!r} of this run, got {what}"
-                raise self._damaged(FileError(f"{str(path)!r}: {reason}", reason))
-        self._validate(value, path, check)
+                if found != {"name": name, "run": self._run}:
+                    what = f"that of {given!r}" if given != name else "that of another run"
+                    durable.refuse_file(path, f"expected the stage {name!r} of this run, got {what}")
+            schema.validate(value, path, check)
         return value
 
-    def _validate(self, value: Any, path: Path, check: Check, called: str = "") -> None:
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Raise StageError for a file that is damaged."""
         try:
-            validate(value, path, check, called)
+            yield
         except FileError as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: FileError) -> StageError:
-        return StageError(f"{self.job}: {error}; move it away to have it made again", error.reason)
+            message = f"{self.job}: {error}; move it away to have it made again"
+            raise StageError(message, error.reason) from error
 
     def result(self, name: str, compute: Callable[[], Mapping[str, Any]], check: Check = _OBJECT) -> dict[str, Any]:
         """The stage whose result is the JSON file `name`: what `compute` returns, now or in an earlier run.
@@ -267,7 +235,3 @@ def _as_compared(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file at once: readers see the old file or the new one, also after a crash or on a full disk."""
     write_file(path, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

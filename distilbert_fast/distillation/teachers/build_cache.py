@@ -38,19 +38,7 @@ from distilbert_fast.distillation.teachers.cache import (
 )
 from distilbert_fast.distillation.teachers.effect import teacher_effect
 from distilbert_fast.distillation.teachers.model import Batch, ModelTeacher, Projection, full
-from distilbert_fast.files.durable import (
-    CHECKSUM,
-    UNSEALED,
-    FileError,
-    check_seal,
-    raise_disk_error,
-    refuse_file,
-    regular_size,
-    replacing,
-    seal,
-    sync,
-    write_file,
-)
+from distilbert_fast.files import durable
 from distilbert_fast.files.schema import anything, mapping, read_json
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
@@ -104,8 +92,6 @@ def build_cache(
         ValueError, TypeError: an argument out of range; a directory that holds something else, by name.
         OSError: the disk is too small or full; the shards that are whole are kept.
     """
-    from filelock import FileLock
-
     if isinstance(teacher, PreTrainedModel):
         teacher = ModelTeacher(teacher)
     projection = vocabulary_head(teacher.model, OP).projection
@@ -139,28 +125,24 @@ def build_cache(
     }
     datasets = [*map(dataset.at_epoch, range(epochs)), *([] if held_out is None else [held_out])]
     path = Path(directory).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with durable.lock(path):
         if manifest.fault(path, contents=False) is None:
             refuse_other_key(OP, path, key_of(manifest.settings_of(path)), key)
             return path
         if path.exists():
             _check.refuse(OP, "directory", "a new one, or a complete cache", path)
-        partial = path.with_name(f".{path.name}.partial")
-        _begin(partial, key)
-        parts = _plan(partial, key, datasets)
-        _check_disk(partial, key, parts)
-        try:
-            _write_shards(key, teacher, parts, batch_size)
-            rows = _write_index(parts)
-            manifest.complete(partial, {"key": key, "rows": rows})
-        except Exception as error:
-            raise_disk_error(
-                error, f"{OP}: could not write {partial}", "the next build continues from its whole shards"
-            )
-            raise
-        partial.rename(path)
-        sync(path.parent)
+        with durable.building(path, resume=True) as partial:
+            _begin(partial, key)
+            parts = _plan(partial, key, datasets)
+            _check_disk(partial, key, parts)
+            try:
+                _write_shards(key, teacher, parts, batch_size)
+                rows = _write_index(parts)
+                manifest.complete(partial, {"key": key, "rows": rows})
+            except Exception as error:
+                kept = "the next build continues from its whole shards"
+                durable.raise_disk_error(error, f"{OP}: could not write {partial}", kept)
+                raise
     return path
 
 
@@ -195,16 +177,16 @@ def cache_report(
 
 
 def _begin(partial: Path, key: dict[str, Any]) -> None:
-    """Make the directory, or continue an unfinished one with the same key."""
+    """Begin with an empty directory, or continue an unfinished one with the same key."""
     begun = partial / _KEY
     if begun.exists():
         refuse_other_key(f"{OP} (delete it to start again)", partial, read_json(begun, mapping(anything)), key)
         for file in (*partial.glob(".*.partial"), *partial.glob("*.new")):  # files that were being written
             file.unlink()
     else:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial)
         manifest.begin(partial)
-        write_file(begun, json.dumps(key).encode())
+        durable.write_file(begun, json.dumps(key).encode())
 
 
 class _Part(NamedTuple):
@@ -243,9 +225,9 @@ def _write_shards(key: dict[str, Any], teacher: ModelTeacher, parts: Sequence[_P
         for part in parts:
             if not part.file.exists():
                 made = _shard(key, teacher, part, batch_size)
-                with replacing(part.file) as new:
-                    save_file(made, str(new), {CHECKSUM: UNSEALED})
-                    seal(new)
+                with durable.replacing(part.file) as new:
+                    save_file(made, str(new), {durable.CHECKSUM: durable.UNSEALED})
+                    durable.seal(new)
             bar.update(len(part.examples))
 
 
@@ -307,14 +289,14 @@ def _read_shard(file: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         FileError: it is damaged.
     """
-    regular_size(file)
+    durable.regular_size(file)
     try:
         with safe_open(str(file), framework="pt") as shard:
-            check_seal(file, (shard.metadata() or {}).get(CHECKSUM))
+            durable.check_seal(file, (shard.metadata() or {}).get(durable.CHECKSUM))
             return shard.get_tensor("key").numpy(), shard.get_tensor("rows").numpy()
-    except (FileError, SafetensorError) as error:
-        reason = error.reason if isinstance(error, FileError) else error
-        refuse_file(file, f"{reason}; delete it to have it made again")
+    except (durable.FileError, SafetensorError) as error:
+        reason = error.reason if isinstance(error, durable.FileError) else error
+        durable.refuse_file(file, f"{reason}; delete it to have it made again")
 
 
 def _row_bytes(key: dict[str, Any]) -> int:
