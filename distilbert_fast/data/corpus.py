@@ -1,6 +1,6 @@
 """The corpus of a distillation by masked language modelling: read, tokenized and packed once, then memory-mapped.
 
-``load_corpus`` reads text with `datasets`, makes rows of it (rows.py) and keeps them as Arrow files in
+``load_corpus`` reads text with `datasets`, makes rows of it (packing.py) and keeps them as Arrow files in
 
     cache_dir/<fingerprint>/    [train.arrow]  [holdout.arrow]  token_counts.npy  checkpoint_manifest.json
 
@@ -17,31 +17,33 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from distilbert_fast.data.rows import Filter, Flat, Layout, Pieces, Report, join
+from distilbert_fast.data.packing import CorpusReport, Flat, LineTokenizer, RowFilter, RowFormat, join
 from distilbert_fast.data.text_sources import Texts
-from distilbert_fast.files.durable import sync
+from distilbert_fast.files.durable import building, lock
 from distilbert_fast.files.schema import integer, record, validate
 from distilbert_fast.ops._check import choice, refuse
 from distilbert_fast.runs import manifest
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of what is cached; a change of rows.py that changes rows raises it
+_FORMAT = 1  # of what is cached; a change of packing.py that changes rows raises it
 _COUNTS = "token_counts.npy"
 _CHUNK = 20_000  # pieces that are joined at once, so also the most rows that an Arrow record batch has
 _STREAM_CHUNK = 1_000  # texts that are tokenized at once
-_SETTINGS = record({"report": record({field.name: integer(0) for field in fields(Report)})})  # of a cache's manifest
+_REPORT = record({field.name: integer(0) for field in fields(CorpusReport)})
+_SETTINGS = record({"report": _REPORT})  # of a cache's manifest
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Corpus:
     train: datasets.Dataset | datasets.IterableDataset
     holdout: datasets.Dataset | datasets.IterableDataset | None
     token_counts: np.ndarray | None = None
-    report: Report | None = None
+    report: CorpusReport | None = None
     fingerprint: str | None = None
     path: Path | None = None
 
@@ -133,13 +135,12 @@ def load_corpus(
     sep = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     if cls is None or sep is None:
         refuse("load_corpus", "tokenizer", "one with tokens that open and close a sequence", type(tokenizer).__name__)
-    layout = Layout(cls, sep, max_length, packing, "uint16" if len(tokenizer) <= 2**16 else "int32")
-    keep = Filter(min_length, max_unknown, tokenizer.unk_token_id, holdout, seed if holdout else 0)
+    form = RowFormat(cls, sep, max_length, packing, "uint16" if len(tokenizer) <= 2**16 else "int32")
+    keep = RowFilter(min_length, max_unknown, tokenizer.unk_token_id, holdout, seed if holdout else 0)
     texts = Texts(source, text_column, split, across_lines=packing == "full_sentences")
-    if streaming:
-        train, held_out = (_stream(texts, tokenizer, layout, keep, part) for part in (0, 1))
-        if not head:
-            return Corpus(train, held_out if holdout else None)
+    recipe = _Recipe(texts, tokenizer, form, keep)
+    if streaming and not head:
+        return Corpus(_stream(recipe, 0), _stream(recipe, 1) if holdout else None)
     if cache_dir is None:
         refuse("load_corpus", "cache_dir", "given unless streaming", None)
     settings = {
@@ -147,98 +148,106 @@ def load_corpus(
         "source": [head, *texts.sizes()] if streaming else texts.identity(num_proc or 1),
         "text_column": text_column,
         "tokenizer": _tokenizer_hash(tokenizer),
-        "layout": asdict(layout),
+        "layout": asdict(form),
         "filter": asdict(keep),
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir).resolve() / fingerprint
     if manifest.fault(path) is not None:
-        if streaming:
-            _build(path, lambda directory: _write_head(directory, texts, tokenizer, layout, keep, head))
-        else:
-            _build(path, lambda directory: _write(directory, texts, tokenizer, layout, keep, num_proc))
-    return replace(_open(path), train=train) if streaming else _open(path)
+        _build(path, recipe, head, num_proc)
+    corpus = _open(path)
+    return replace(corpus, train=_stream(recipe, 0)) if streaming else corpus
 
 
-def _build(path: Path, write: Callable[[Path], Report]) -> None:
-    """Make the directory ``path``, which ``write`` fills, unless another process does so first."""
-    from filelock import FileLock
+class _Recipe(NamedTuple):
+    """What rows are made of, and how."""
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    texts: Texts
+    tokenizer: Any
+    form: RowFormat
+    keep: RowFilter
+
+
+def _build(path: Path, recipe: _Recipe, head: int, num_proc: int | None) -> None:
+    """Make a corpus' directory unless another process does so first."""
+    with lock(path):
         reason = manifest.fault(path)
         if reason is None:
             return
         if path.exists():
             logger.warning("load_corpus: making %s again: %s", path, reason)
             manifest.make_room(path)
-        if partial.exists():  # a killed build left it
-            shutil.rmtree(partial)
-        try:
-            manifest.begin(partial)
-            report = write(partial)
+        with building(path) as partial:
+            report = _write(partial, recipe, head, num_proc)
             manifest.complete(partial, {"report": asdict(report)})
-            partial.rename(path)
-            logger.info("load_corpus: made %s: %s", path, report)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync(path.parent)
+        logger.info("load_corpus: made %s: %s", path, report)
 
 
-def _write(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, num_proc: int | None) -> Report:
-    """Fill a directory with the files of a corpus."""
-    work = directory / "work"
-    work.mkdir()
-    table = texts.open(work, num_proc)
-    pieces = table.rows.with_format("arrow").map(
-        Pieces(tokenizer, table.column, table.documents, layout),
-        batched=True,
-        remove_columns=table.rows.column_names,
-        num_proc=num_proc,
-        cache_file_name=str(work / "pieces.arrow"),
-        new_fingerprint="pieces",  # `datasets` need not hash the tokenizer
-        desc="Tokenizing",
-    )
-    report = Report(texts=len(table.rows) - table.added)
-    chunks = (Flat.of(chunk["input_ids"]) for chunk in pieces.iter(_CHUNK))
-    splits = (keep(rows, report) for rows in join(chunks, layout))
-    _store(directory, ("train", "holdout") if keep.holdout > 0 else ("train",), splits, layout, len(tokenizer))
+def _write(directory: Path, recipe: _Recipe, head: int, num_proc: int | None) -> CorpusReport:
+    """Fill a directory with the files of a corpus: with all rows, or with what the first ``head`` of a stream tell."""
+    report = CorpusReport()
+    held_out = ["holdout"] if recipe.keep.holdout > 0 else []
+    if head:
+        _store(directory, held_out, _first(head, recipe, report), recipe)
+    else:
+        work = directory / "work"
+        work.mkdir()
+        _store(directory, ["train", *held_out], _splits(recipe, report, work, num_proc), recipe)
+        shutil.rmtree(work)
     if report.kept == 0:
-        raise ValueError(f"load_corpus: source must hold rows that pass the filters, got none: {report}")
-    shutil.rmtree(work)
+        where = "begin with" if head else "hold"
+        raise ValueError(f"load_corpus: source must {where} rows that pass the filters, got none: {report}")
     return report
 
 
-def _write_head(directory: Path, texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, head: int) -> Report:
-    """Fill a directory with what the first rows of a stream tell."""
-    report = Report()
-
-    def first() -> Iterator[tuple[Flat, Flat]]:
-        for split in _splits(texts, tokenizer, layout, keep, report):
-            yield split
-            if report.kept + report.held_out >= head:
-                return
-
-    _store(directory, ("holdout",) if keep.holdout > 0 else (), first(), layout, len(tokenizer))
-    if report.kept == 0:
-        raise ValueError(f"load_corpus: source must begin with rows that pass the filters, got none: {report}")
-    return report
+def _first(head: int, recipe: _Recipe, report: CorpusReport) -> Iterator[tuple[Flat, Flat]]:
+    """The first rows of a stream: ``head`` of them, and those that are made together with the last."""
+    for split in _splits(recipe, report):
+        yield split
+        if report.kept + report.held_out >= head:
+            return
 
 
-def _store(
-    directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], layout: Layout, vocabulary: int
-) -> None:
+def _splits(
+    recipe: _Recipe, report: CorpusReport, work: Path | None = None, num_proc: int | None = None
+) -> Iterator[tuple[Flat, Flat]]:
+    """Rows to train on and held-out ones, chunk by chunk: of a stream, or of a table that is tokenized in ``work``."""
+    table = recipe.texts.open(work, num_proc, streaming=work is None)
+    tokenizer = LineTokenizer(recipe.tokenizer, table.column, table.documents, recipe.form)
+    texts = table.rows.with_format("arrow")
+
+    def counted(batch: pa.Table) -> pa.Table:
+        report.texts += len(batch)
+        return tokenizer(batch)
+
+    if work is None:
+        pieces = map(counted, texts.iter(_STREAM_CHUNK))
+    else:
+        report.texts = len(table.rows) - table.added
+        tokenized = texts.map(
+            tokenizer,
+            batched=True,
+            remove_columns=table.rows.column_names,
+            num_proc=num_proc,
+            cache_file_name=str(work / "pieces.arrow"),
+            new_fingerprint="pieces",  # `datasets` need not hash the tokenizer
+            desc="Tokenizing",
+        )
+        pieces = tokenized.iter(_CHUNK)
+    chunks = (Flat.of(chunk["input_ids"]) for chunk in pieces)
+    return (recipe.keep(rows, report) for rows in join(chunks, recipe.form))
+
+
+def _store(directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], recipe: _Recipe) -> None:
     """Write rows to train on, held-out ones, or both, and how often each id stands in the former."""
     import pyarrow as pa
 
-    counts = np.zeros(vocabulary, np.int64)  # [V]
-    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(layout.dtype)), "length": pa.int32()})
+    counts = np.zeros(len(recipe.tokenizer), np.int64)  # [V]
+    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(recipe.form.dtype)), "length": pa.int32()})
     with ExitStack() as files:
         writers = {part: files.enter_context(pa.ipc.new_stream(directory / f"{part}.arrow", schema)) for part in parts}
         for split in splits:
-            counts += np.bincount(split[0].ids, minlength=vocabulary)
+            counts += np.bincount(split[0].ids, minlength=len(counts))
             for part, flat in zip(("train", "holdout"), split, strict=True):
                 if part in writers:
                     columns = [flat.to_arrow(), flat.lengths.astype(np.int32)]
@@ -258,38 +267,24 @@ def _open(path: Path) -> Corpus:
 
     settings = manifest.settings_of(path)
     validate(settings, path / manifest.MANIFEST, _SETTINGS, "settings")
-    report = Report(**settings["report"])
+    report = CorpusReport(**settings["report"])
     return Corpus(part("train"), part("holdout"), np.load(path / _COUNTS), report, path.name, path)
 
 
-def _stream(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, part: int) -> datasets.IterableDataset:
+def _stream(recipe: _Recipe, part: int) -> datasets.IterableDataset:
     """The rows that ``_write`` would write into its train (0) or holdout (1) file, made while they are asked for."""
     import datasets
 
     features = datasets.Features(
-        {"input_ids": datasets.Sequence(datasets.Value(layout.dtype)), "length": datasets.Value("int32")}
+        {"input_ids": datasets.Sequence(datasets.Value(recipe.form.dtype)), "length": datasets.Value("int32")}
     )
-    arguments = {"texts": texts, "tokenizer": tokenizer, "layout": layout, "keep": keep, "part": part}
-    return datasets.IterableDataset.from_generator(_rows, features, arguments)
+    return datasets.IterableDataset.from_generator(_rows, features, {"recipe": recipe, "part": part})
 
 
-def _rows(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, part: int) -> Iterator[dict[str, Any]]:
-    for split in _splits(texts, tokenizer, layout, keep, Report()):
+def _rows(recipe: _Recipe, part: int) -> Iterator[dict[str, Any]]:
+    for split in _splits(recipe, CorpusReport()):
         for row in split[part].split():
             yield {"input_ids": row, "length": len(row)}
-
-
-def _splits(texts: Texts, tokenizer: Any, layout: Layout, keep: Filter, report: Report) -> Iterator[tuple[Flat, Flat]]:
-    """Rows of a stream to train on and held-out ones, as it is read."""
-    table = texts.open(streaming=True)
-    pieces = Pieces(tokenizer, table.column, table.documents, layout)
-
-    def chunks() -> Iterator[Flat]:
-        for batch in table.rows.with_format("arrow").iter(_STREAM_CHUNK):
-            report.texts += len(batch)
-            yield Flat.of(pieces(batch)["input_ids"])
-
-    return (keep(rows, report) for rows in join(chunks(), layout))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from distilbert_fast.data import IGNORED
-from distilbert_fast.data.rows import Flat
+from distilbert_fast.data.packing import Flat
 from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:

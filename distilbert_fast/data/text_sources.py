@@ -35,7 +35,7 @@ _LOOKED_AT = 100  # of them, for their names
 _COLUMNS = ("text", "sentence")  # what a column of texts is called
 
 
-class Table(NamedTuple):
+class OpenTexts(NamedTuple):
     """Texts that were opened.
 
     Attributes:
@@ -110,7 +110,7 @@ class Texts:
         files = sorted(file for file in Path(self.name).rglob("*") if file.is_file())
         return [(file.relative_to(self.name).as_posix(), file) for file in files]
 
-    def open(self, work: Path | None = None, num_proc: int | None = None, streaming: bool = False) -> Table:
+    def open(self, work: Path | None = None, num_proc: int | None = None, streaming: bool = False) -> OpenTexts:
         """Open the source.
 
         Args:
@@ -128,7 +128,7 @@ class Texts:
             return self._objects(num_proc, how)
         rows = self._rows(num_proc, how) if self.files else self._data_set(how)
         column = self._chosen(rows.column_names or list(next(iter(rows), {})))
-        return Table(rows.select_columns(column), column, documents=True)
+        return OpenTexts(rows.select_columns(column), column, documents=True)
 
     def _chosen(self, names: Sequence[str]) -> str:
         """The column of the texts."""
@@ -177,7 +177,7 @@ class Texts:
         named = [name or f"Unnamed: {at}" for at, name in enumerate(found)]  # as pandas calls a column without a name
         return datasets.Features({name: datasets.Value("string") for name in named})
 
-    def _objects(self, num_proc: int | None, how: dict[str, Any]) -> Table:
+    def _objects(self, num_proc: int | None, how: dict[str, Any]) -> OpenTexts:
         import datasets
 
         _, options = READERS[".jsonl"]
@@ -191,9 +191,9 @@ class Texts:
         texts.column = column = self._chosen([*names])
         features = datasets.Features({column: datasets.Value("string")})
         rows = rows.map(texts, batched=True, with_indices=True, remove_columns=[_LINE], features=features, **several)
-        return Table(rows, column, documents=True)
+        return OpenTexts(rows, column, documents=True)
 
-    def _lines(self, how: dict[str, Any]) -> Table:
+    def _lines(self, how: dict[str, Any]) -> OpenTexts:
         import datasets
 
         reader, options = READERS[".txt"]
@@ -201,7 +201,7 @@ class Texts:
         how = how | options | {"features": features}
         files = self._not_empty()
         if not self.across_lines:
-            return Table(self._read(reader, data_files=files, split="train", **how), "text", documents=False)
+            return OpenTexts(self._read(reader, data_files=files, split="train", **how), "text", documents=False)
         for file in files:  # one that has such ends has them from its beginning on
             with open(file, "rb") as stream:
                 odd = odd_line_end(stream.read(_HEAD).decode("utf-8-sig", "replace"))
@@ -214,7 +214,7 @@ class Texts:
         end = datasets.Dataset.from_dict({"text": [""]}, features=features)
         ended = end.to_iterable_dataset() if how["streaming"] else end
         rows = datasets.concatenate_datasets([part for file in each.values() for part in (file, ended)])
-        return Table(rows, "text", documents=False, added=len(files))
+        return OpenTexts(rows, "text", documents=False, added=len(files))
 
     def _not_empty(self) -> list[str]:
         """An empty file holds no text, which `datasets` takes for a fault; of Parquet it is one."""

@@ -20,7 +20,7 @@ pyarrow = pytest.importorskip("pyarrow")
 from distilbert_fast.data import corpus as data  # noqa: E402
 from distilbert_fast.data.corpus import load_corpus  # noqa: E402
 from distilbert_fast.data.masking import MaskedDataset, MaskedStream, Masking  # noqa: E402
-from distilbert_fast.data.rows import Flat, Layout, join  # noqa: E402
+from distilbert_fast.data.packing import Flat, RowFormat, join  # noqa: E402
 from distilbert_fast.runs import manifest  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -113,7 +113,7 @@ def test_join_does_not_show_chunks():
         ]
         got = [
             row.tolist()
-            for rows in join(flat, Layout(1, 2, max_length, "full_sentences", "uint16"))
+            for rows in join(flat, RowFormat(1, 2, max_length, "full_sentences", "uint16"))
             for row in rows.split()
         ]
         assert got == joined(documents, 1, 2, max_length)

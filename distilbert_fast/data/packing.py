@@ -2,10 +2,10 @@
 
 Three steps over Arrow columns and flat numpy arrays, so that once tokenized no id is a Python object again:
 
-1. ``Pieces``: texts → pieces of at most max_length − 2 ids; an empty piece ends a document. It looks at each text
-   alone, so any number of processes give the same pieces.
+1. ``LineTokenizer``: texts → pieces of at most max_length − 2 ids; an empty piece ends a document. It looks at each
+   text alone, so any number of processes give the same pieces.
 2. ``join``: pieces → rows [CLS] … [SEP], in one pass through the corpus; how it is cut into chunks does not show.
-3. ``Filter``: drops rows that are short or mostly unknown, and counts what it dropped.
+3. ``RowFilter``: drops rows that are short or mostly unknown, and counts what it dropped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Flat(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowFormat:
     """How rows are made of pieces.
 
     Attributes:
@@ -66,18 +66,18 @@ class Layout:
     dtype: str
 
 
-class Pieces:
+class LineTokenizer:
     """Tokenizes a table of texts into a table of pieces; a line of a text gives one, or several if it is over-long.
 
     Args:
         tokenizer: a fast one.
         column: of the texts.
         documents: True: each text is a document. False: each is a line, and one without text ends a document.
-        layout: of the rows to come.
+        form: of the rows to come.
     """
 
-    def __init__(self, tokenizer: Any, column: str, documents: bool, layout: Layout) -> None:
-        self.tokenizer, self.column, self.documents, self.layout = tokenizer, column, documents, layout
+    def __init__(self, tokenizer: Any, column: str, documents: bool, form: RowFormat) -> None:
+        self.tokenizer, self.column, self.documents, self.form = tokenizer, column, documents, form
 
     def __call__(self, table: pa.Table) -> pa.Table:
         import pyarrow as pa
@@ -94,36 +94,36 @@ class Pieces:
         ids = self.tokenizer(
             lines, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
-        room = self.layout.max_length - 2
+        room = self.form.max_length - 2
         pieces = [
             of_line[at : at + room]
             for line, of_line in zip(lines, ids, strict=True)
             if of_line or not line  # a line of nothing but control characters has no tokens and ends nothing
             for at in range(0, max(len(of_line), 1), room)
         ]
-        return pa.table({"input_ids": pa.array(pieces, pa.list_(pa.from_numpy_dtype(self.layout.dtype)))})
+        return pa.table({"input_ids": pa.array(pieces, pa.list_(pa.from_numpy_dtype(self.form.dtype)))})
 
 
-def join(pieces: Iterable[Flat], layout: Layout) -> Iterator[Flat]:
+def join(pieces: Iterable[Flat], form: RowFormat) -> Iterator[Flat]:
     """Rows of pieces, in order.
 
     "lines": a piece a row. "full_sentences": as many pieces as fit, across documents, with ``sep`` between two
     documents (RoBERTa's FULL-SENTENCES, Liu et al. 2019, section 4.2); no piece is cut.
     """
-    if layout.packing == "lines":
+    if form.packing == "lines":
         for chunk in pieces:
             chunk = chunk.where(chunk.lengths > 0)
             ends = np.cumsum(chunk.lengths)
-            yield _wrap(chunk.ids, ends - chunk.lengths, ends, layout)
+            yield _wrap(chunk.ids, ends - chunk.lengths, ends, form)
         return
-    room = layout.max_length - 2
-    row = np.empty(0, layout.dtype)  # the row that has begun
+    room = form.max_length - 2
+    row = np.empty(0, form.dtype)  # the row that has begun
     ended = True  # whether the last piece ended a document: another end adds nothing then
     for chunk in pieces:
         ends = chunk.lengths == 0
         again = ends & np.append(ended, ends[:-1])
         lengths, ends = chunk.lengths[~again], ends[~again]
-        stream = np.concatenate([row, np.insert(chunk.ids, np.cumsum(lengths)[ends], layout.sep)])
+        stream = np.concatenate([row, np.insert(chunk.ids, np.cumsum(lengths)[ends], form.sep)])
         starts, stops = [], []
         first, at = 0, len(row)  # in stream: where the row begins and where its next piece would
         for length, end in zip((lengths + ends).tolist(), ends.tolist(), strict=True):
@@ -135,13 +135,13 @@ def join(pieces: Iterable[Flat], layout: Layout) -> Iterator[Flat]:
             if end and at - first == 1:
                 first = at  # nor does a row open with a document's end
             ended = end
-        yield _wrap(stream, np.array(starts, np.int64), np.array(stops, np.int64), layout)
+        yield _wrap(stream, np.array(starts, np.int64), np.array(stops, np.int64), form)
         row = stream[first:]
     if len(row):
-        yield _wrap(row, np.array([0]), np.array([len(row) - ended]), layout)
+        yield _wrap(row, np.array([0]), np.array([len(row) - ended]), form)
 
 
-def _wrap(stream: np.ndarray, starts: np.ndarray, stops: np.ndarray, layout: Layout) -> Flat:
+def _wrap(stream: np.ndarray, starts: np.ndarray, stops: np.ndarray, form: RowFormat) -> Flat:
     """Make the rows [cls, *stream[start:stop], sep]."""
     lengths = stops - starts + 2
     ends = np.cumsum(lengths)
@@ -149,14 +149,14 @@ def _wrap(stream: np.ndarray, starts: np.ndarray, stops: np.ndarray, layout: Lay
     source = np.arange(lengths.sum()) + np.repeat(starts - begins - 1, lengths)  # one before start to stop
     inside = np.ones(len(source), bool)
     inside[begins] = inside[ends - 1] = False
-    ids = np.empty(len(source), layout.dtype)
-    ids[begins], ids[ends - 1] = layout.cls, layout.sep
+    ids = np.empty(len(source), form.dtype)
+    ids[begins], ids[ends - 1] = form.cls, form.sep
     ids[inside] = stream[source[inside]]
     return Flat(ids, lengths)
 
 
 @dataclass
-class Report:
+class CorpusReport:
     """How many texts and rows of a corpus were read, dropped and kept.
 
     Attributes:
@@ -181,7 +181,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Filter:
+class RowFilter:
     """Which rows are kept, and which are held out.
 
     Attributes:
@@ -197,7 +197,7 @@ class Filter:
     holdout: float
     seed: int
 
-    def __call__(self, rows: Flat, report: Report) -> tuple[Flat, Flat]:
+    def __call__(self, rows: Flat, report: CorpusReport) -> tuple[Flat, Flat]:
         """Return the rows to train on and the held-out ones; count them in ``report``."""
         long_enough = rows.lengths >= self.min_length
         known = np.ones(len(rows.lengths), bool)
