@@ -9,25 +9,23 @@ What transformers' own Trainer does, and what is done here instead:
 - resuming a run that is finished trains one step more, if max_steps lies inside an epoch: here none;
 - rotation deletes the old checkpoint before it is known that the new one is whole: here after;
 - resumed inside an epoch, length-grouped batches come in another order than the epoch began with: here not;
-- callbacks begin anew in a resumed run, so that early stopping comes later: here they go on;
+- callbacks begin again in a resumed run, so that early stopping comes later: here they go on;
 - in several processes, length-grouped batches are of a length in each process alone: here in all;
 - evaluation draws from the random generators, so that evaluating more often changes the model: here not;
 - a dataset's ``set_epoch`` is not always called, by several processes and in resumed epochs: here in every epoch;
 - a stream that ends inside of an optimizer step leaves its gradients to the next one, and a run resumed after its first
-  end reads on from the wrong place: here a stream is read over and over as if it never ended (see ``_Endless``);
+  end reads on from the wrong place: here a stream restarts when exhausted (see ``_Endless``);
 - of a stream one process reads for all, whose batches must then be of one width: here each process reads it.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +38,7 @@ from transformers.trainer_utils import TrainOutput
 from distilbert_fast.files.durable import FileError, filling, raise_disk_error
 from distilbert_fast.runs import manifest
 from distilbert_fast.runs.manifest import newest_complete_checkpoint
+from distilbert_fast.runs.resume_settings import as_json, changes, describe_arguments, describe_dataset, describe_model
 from distilbert_fast.runs.training_state import load_state, random_state, save_state, set_random_state
 
 if TYPE_CHECKING:
@@ -50,99 +49,10 @@ __all__ = ["ResumableTrainer", "ResumeError", "newest_complete_checkpoint"]
 _OPTIMIZER = "optimizer.safetensors"
 _SCALER = "scaler.safetensors"
 _RANDOM = "random_state_{rank}.safetensors"
-_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "warmup_ratio",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-    "seed",
-    "data_seed",
-    "train_sampling_strategy",
-    "group_by_length",
-    "dataloader_drop_last",
-    "world_size",
-)
-_CONFIG_IGNORED = ("transformers_version", "_name_or_path", "problem_type", "use_cache")
 
 
 class ResumeError(FileError):
     """A checkpoint that training cannot go on from, or is not asked to."""
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """The order that another sampler draws, made a function of seed and epoch alone.
-
-    Args:
-        sampler: draws from torch's default generator, as Trainer's do.
-        seed: of the run.
-        epoch: called at the start of an epoch, for its number.
-    """
-
-    def __init__(self, sampler: torch.utils.data.Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, epoch
-
-    def __iter__(self) -> Iterator[int]:
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed * 1_000_003 + self.epoch())
-        try:
-            order = list(self.sampler)
-        finally:
-            torch.set_rng_state(state)
-        return iter(order)
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-
-class _Endless(torch.utils.data.IterableDataset[Any]):
-    """A stream that begins anew, as its next epoch, where it ends.
-
-    Trainer, which does not know its length, takes all of it for one epoch: each optimizer step then has all its
-    batches, and its number tells what was read before.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        stream = copy.copy(self.stream)
-        for name, value in vars(stream).items():
-            if isinstance(value, torch.Tensor) and value.is_shared():
-                setattr(stream, name, value.clone())  # its epoch: workers come to their ends at different times
-        for epoch in itertools.count():
-            if hasattr(stream, "set_epoch"):
-                stream.set_epoch(epoch)
-            empty = True
-            for row in stream:
-                empty = False
-                yield row
-            if empty:
-                return
-
-
-class _SetEpoch(TrainerCallback):
-    def __init__(self, dataset: Callable[[], Any]) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if hasattr(dataset := self.dataset(), "set_epoch"):
-            dataset.set_epoch(int(state.epoch or 0))
 
 
 class ResumableTrainer(Trainer):
@@ -159,15 +69,13 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for setting, on in (
-            ("fsdp", self.is_fsdp_enabled),
-            ("deepspeed", self.is_deepspeed_enabled),
-            ("save_only_model", self.args.save_only_model),
-        ):
-            if on:
-                raise ValueError(
-                    f"{type(self).__name__}: args.{setting} must be off, got {getattr(self.args, setting)}"
-                )
+        refused = {
+            "fsdp": self.is_fsdp_enabled,
+            "deepspeed": self.is_deepspeed_enabled,
+            "save_only_model": self.args.save_only_model,
+        }
+        for name in (name for name, on in refused.items() if on):
+            raise ValueError(f"{type(self).__name__}: args.{name} must be off, got {getattr(self.args, name)}")
         if self.accelerator.dispatch_batches is None:
             self.accelerator.dataloader_config.dispatch_batches = False
         self.args.restore_callback_states_from_checkpoint = True
@@ -199,7 +107,7 @@ class ResumableTrainer(Trainer):
         """
         if trial is not None:
             raise ValueError(f"{type(self).__name__}: train: hyperparameter search is not supported")
-        self._settings = _plain(self.resume_settings())
+        self._settings = as_json(self.resume_settings())
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint is not None and (done := self._take_finished(checkpoint)) is not None:
             return done
@@ -215,32 +123,11 @@ class ResumableTrainer(Trainer):
 
         How often to log, evaluate and save may change between a run and its continuation.
         """
-        settings = {f"args.{name}": getattr(self.args, name, None) for name in _SETTINGS}
-        settings["model"] = describe_model(self.model)
-        settings["train_dataset"] = _describe_dataset(self.train_dataset)
-        return settings
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer; the random generators are left as they were found."""
-        state = random_state(self.args.device)
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            set_random_state(state, self.args.device)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, but a file that is there is replaced only by a whole one, and nothing is pickled.
-
-        Raises:
-            OSError: the disk is full or cannot be written; the old files are untouched.
-        """
-        if _internal_call:
-            return super().save_model(output_dir, _internal_call=True)
-        try:
-            return super().save_model(output_dir)
-        except Exception as error:
-            raise_disk_error(error, f"could not save {output_dir or self.args.output_dir}", "the old files are kept")
-            raise
+        return {
+            **describe_arguments(self.args),
+            "model": describe_model(self.model),
+            "train_dataset": describe_dataset(self.train_dataset),
+        }
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """Path of the checkpoint to go on from, checked; None to start."""
@@ -248,38 +135,25 @@ class ResumableTrainer(Trainer):
         newest = newest_complete_checkpoint(output_dir)
         if asked is None or asked is False:
             checkpoint = None
-        elif asked == "auto":
+        elif asked is True or asked == "auto":
             checkpoint = newest
-        elif asked is True:
-            if newest is None:
+            if asked is True and newest is None:
                 raise ResumeError(f"train: resume_from_checkpoint is True, but {output_dir} has no complete checkpoint")
-            checkpoint = newest
         else:
             checkpoint = os.fspath(asked)
-            reason = manifest.fault(Path(checkpoint))
-            if reason is not None:
+            if (reason := manifest.fault(Path(checkpoint))) is not None:
                 raise ResumeError(f"train: cannot resume from {checkpoint}: {reason}")
         if newest is not None and (checkpoint is None or not Path(checkpoint).samefile(newest)):
             raise ResumeError(
                 f"train: {output_dir} already holds {Path(newest).name}, complete; "
                 f'pass resume_from_checkpoint="auto" to go on from it, or choose another output_dir'
             )
-        if checkpoint is not None:
-            self._refuse_other_settings(checkpoint)
-        return checkpoint
-
-    def _refuse_other_settings(self, checkpoint: str) -> None:
-        old, now = manifest.settings_of(Path(checkpoint)), self._settings
-        changed = [
-            f"{name} was {json.dumps(old.get(name))}, is {json.dumps(now.get(name))}"
-            for name in sorted({*old, *now})
-            if old.get(name) != now.get(name)
-        ]
-        if changed:
+        if checkpoint is not None and (changed := changes(manifest.settings_of(Path(checkpoint)), self._settings)):
             raise ResumeError(
-                f"train: {checkpoint} was written with other settings: {'; '.join(changed)}; "
+                f"train: {checkpoint} was written with other settings: {changed}; "
                 "resume with the old ones, or choose another output_dir to start anew"
             )
+        return checkpoint
 
     def _take_finished(self, checkpoint: str) -> TrainOutput | None:
         """Load a checkpoint that has no step left to train; None if it has. Trainer would take one step more."""
@@ -299,33 +173,7 @@ class ResumableTrainer(Trainer):
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer; of a stream, without an end."""
-        stream = self.train_dataset
-        if not isinstance(stream, torch.utils.data.IterableDataset) or hasattr(stream, "__len__"):
-            return super().get_train_dataloader()
-        self.train_dataset = _Endless(stream)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stream
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
-            # Trainer would read every row to learn its length
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            sampler: Any = LengthGroupedSampler(batch, lengths=dataset.lengths)
-        else:
-            sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.batch_size *= self.args.world_size  # the rows of an optimizer step, however it is shared
-        if sampler is None or hasattr(sampler, "set_epoch"):  # the latter is repeatable by itself
-            return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
-
-    # What Trainer calls to write and read a checkpoint ------------------------------------------------------
+    # A checkpoint, written and read where Trainer calls for it --------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         path = self._output_dir / f"checkpoint-{self.state.global_step}"
@@ -351,6 +199,20 @@ class ResumableTrainer(Trainer):
             best = self.state.best_model_checkpoint
             manifest.rotate(path.parent, self._save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, but a file that is there is replaced only by a whole one, and nothing is pickled.
+
+        Raises:
+            OSError: the disk is full or cannot be written; the old files are untouched.
+        """
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call=True)
+        try:
+            return super().save_model(output_dir)
+        except Exception as error:
+            raise_disk_error(error, f"could not save {output_dir or self.args.output_dir}", "the old files are kept")
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the model beside its place, bring it to the disk, then move it there file by file."""
@@ -393,39 +255,98 @@ class ResumableTrainer(Trainer):
             path = Path(checkpoint, _RANDOM.format(rank=self.args.process_index))
             set_random_state(load_state(path), self.args.device)
 
+    # The order of the data, and random numbers ------------------------------------------------------------------------
 
-def describe_model(model: Any, weights: bool = False) -> dict[str, Any]:
-    """Class, settings and shapes of a model, with a digest of its weights if asked for; JSON types."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if weights:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = model.config.to_diff_dict() if hasattr(model, "config") else {}
-    return {
-        "class": type(model).__name__,
-        "config": {name: value for name, value in config.items() if name not in _CONFIG_IGNORED},
-        "tensors": digest.hexdigest()[:16],
-    }
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; of a stream, without an end."""
+        stream = self.train_dataset
+        if not isinstance(stream, torch.utils.data.IterableDataset) or hasattr(stream, "__len__"):
+            return super().get_train_dataloader()
+        self.train_dataset = _Endless(stream)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            # Trainer would read every row to learn its length
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            sampler: Any = LengthGroupedSampler(batch, lengths=dataset.lengths)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size  # the rows of an optimizer step, however it is shared
+        if sampler is None or hasattr(sampler, "set_epoch"):  # the latter is repeatable by itself
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; the random generators are left as they were found."""
+        state = random_state(self.args.device)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            set_random_state(state, self.args.device)
 
 
-def _describe_dataset(dataset: Any) -> dict[str, Any] | None:
-    """Length and the dataset's own fingerprint; or, where reading a row is repeatable, a digest of up to 64 rows."""
-    if dataset is None or not hasattr(dataset, "__len__"):
-        return None
-    described: dict[str, Any] = {"rows": len(dataset)}
-    if hasattr(dataset, "fingerprint"):
-        return described | {"fingerprint": dataset.fingerprint}
-    if hasattr(dataset, "with_format"):  # a datasets.Dataset: its stored rows, behind any transform
-        dataset = dataset.with_format(None)
-    elif not isinstance(dataset, Sequence):
-        return described
-    rows = [dataset[i] for i in range(0, len(dataset), -(-len(dataset) // 64) or 1)]
-    described["sample"] = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    return described
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """The order that another sampler draws, made a function of seed and epoch alone.
+
+    Args:
+        sampler: draws from torch's default generator, as Trainer's do.
+        seed: of the run.
+        epoch: called at the start of an epoch, for its number.
+    """
+
+    def __init__(self, sampler: torch.utils.data.Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(self.seed * 1_000_003 + self.epoch())
+        try:
+            order = list(self.sampler)
+        finally:
+            torch.set_rng_state(state)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will read back from JSON; what is None is left out, so that a setting may be added later."""
-    given = {name: entry for name, entry in value.items() if entry is not None}
-    return json.loads(json.dumps(given, default=str))
+class _Endless(torch.utils.data.IterableDataset[Any]):
+    """A stream that restarts when exhausted, as its next epoch.
+
+    Trainer, which does not know its length, takes all of it for one epoch: each optimizer step then has all its
+    batches, and its number tells what was read before.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = copy.copy(self.stream)
+        for name, value in vars(stream).items():
+            if isinstance(value, torch.Tensor) and value.is_shared():
+                setattr(stream, name, value.clone())  # its epoch: workers come to their ends at different times
+        for epoch in itertools.count():
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(epoch)
+            empty = True
+            for row in stream:
+                empty = False
+                yield row
+            if empty:
+                return
+
+
+class _SetEpoch(TrainerCallback):
+    def __init__(self, dataset: Callable[[], Any]) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if hasattr(dataset := self.dataset(), "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))

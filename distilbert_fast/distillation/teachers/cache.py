@@ -38,7 +38,7 @@ from distilbert_fast.files.durable import FileError
 from distilbert_fast.ops._check import refuse
 from distilbert_fast.ops.linear_topk_kl_div import linear_topk_kl_div
 from distilbert_fast.runs import manifest
-from distilbert_fast.runs.resumable_trainer import describe_model
+from distilbert_fast.runs.resume_settings import describe_model
 
 OP = "CachedTeacher"
 FORMAT = 1

@@ -26,7 +26,7 @@ from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.linear_kl_div import linear_kl_div
-from distilbert_fast.runs.resumable_trainer import describe_model
+from distilbert_fast.runs.resume_settings import describe_model
 
 logger = logging.getLogger(__name__)
 
