@@ -78,7 +78,7 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
 
 
 def file_fault(checkpoint: Path, name: str, entry: dict[str, Any], contents: bool = True) -> str | None:
-    """Why one file is not what its entry among ``files_of`` says; None if it is."""
+    """Return why a file fails verification against its entry among ``files_of``, or None."""
     file = checkpoint / name
     try:
         if not file.is_file():

@@ -46,7 +46,7 @@ class RunDirectory:
         names: the entries that the job will write there.
         overwrite: where the directory holds something else under those names, move that to `previous-<n>/` in it
             instead of refusing. An unfinished run of the same settings is continued, not moved.
-        shared: entries that serve a run of any settings, such as a cache: they stay and are in nobody's way.
+        shared: entries that serve a run of any settings, such as a cache: kept, and ignored by the conflict check.
 
     Use as a context manager: it holds a lock, so that a second run of the job is refused meanwhile.
 
@@ -124,7 +124,7 @@ class RunDirectory:
             what = f"holds a {self.job} with other settings ({changes})"
         else:
             what = f"already holds {durable.few(list(map(repr, others)))}, which no {self.job} made"
-        refused = others if there is None else self._started()  # a job that came to nothing is in nobody's way
+        refused = others if there is None else self._started()  # what came to nothing is no conflict
         if refused and not self.overwrite:
             raise StageError(
                 f"{self.job}: output: {str(self.path)!r} {what}; choose another directory, or give --overwrite to "
