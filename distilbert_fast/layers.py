@@ -259,7 +259,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-@function("dynamic_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+@function()
 def _dynamic_int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

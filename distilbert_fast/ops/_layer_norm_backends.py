@@ -2,117 +2,113 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _rows
+from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._rows import Outputs
 from distilbert_fast.ops.quantize import quantize_torch
 
-
-def _sum_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+OP = "layer_norm"
 
 
-def forward_like(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Memory for y, μ and rstd; a fake, so with all arguments of forward."""
-    y = _rows.empty_like(x, _sum_dtype(x, residual))
-    return y, *_rows.statistics_like(y, keep)
+class Call(NamedTuple):
+    """All arguments of forward."""
+
+    x: torch.Tensor  # [N, C]
+    weight: torch.Tensor  # [C]
+    bias: torch.Tensor  # [C]
+    residual: torch.Tensor | None  # [N, C]
+    out_scale: torch.Tensor | None  # of the codes: float32 [] or [N], or each row's own
+    eps: float
+    keep: str  # beside y: "nothing", "statistics" for backward, or "codes"
 
 
-def quantize_like(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Memory for y, its codes and their scales."""
-    y = _rows.empty_like(x, _sum_dtype(x, residual))
-    return y, *_rows.codes_like(y, out_scale)
+class Gradient(NamedTuple):
+    """All arguments of backward."""
+
+    dy: torch.Tensor  # [N, C]
+    x: torch.Tensor  # [N, C]
+    weight: torch.Tensor  # [C]
+    residual: torch.Tensor | None  # [N, C]
+    mean: torch.Tensor  # [N]
+    rstd: torch.Tensor  # [N]
 
 
-def backward_like(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _dtypes(call: Call | Gradient) -> tuple[torch.dtype, ...]:
+    x, residual = call.x.dtype, call.residual
+    return (x, call.weight.dtype) if residual is None else (x, call.weight.dtype, residual.dtype)
+
+
+def _sum_dtype(call: Call | Gradient) -> torch.dtype:
+    """That of y."""
+    x, residual = call.x.dtype, call.residual
+    return x if residual is None else torch.promote_types(x, residual.dtype)
+
+
+def forward_like(call: Call) -> Outputs:
+    """Memory for y and for what is kept."""
+    return _rows.normalized_like(_rows.empty_like(call.x, _sum_dtype(call)), call)
+
+
+@operator("layer_norm_forward", forward_like)
+def forward(call: Call) -> Outputs:
+    """y [N, C], and what ``keep`` names: μ [N] and rstd [N]; or codes int8 [N, C] and the scales found [N], none, [0],
+    where one was given; or [0] and [0]."""
+    return FORWARD[backends.select(OP, call.x.device, *_dtypes(call))](call)
+
+
+def backward_like(call: Gradient) -> Outputs:
     """Memory for dh, dw and db."""
-    dh = _rows.empty_like(x, _sum_dtype(x, residual))
-    return dh, mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
+    c = call.x.shape[1]
+    return _rows.empty_like(call.x, _sum_dtype(call)), call.mean.new_empty(c), call.mean.new_empty(c)
+
+
+@operator("layer_norm_backward", backward_like)
+def backward(call: Gradient) -> Outputs:
+    """dh [N, C] in the dtype of y; dw [C] and db [C] in that of the statistics."""
+    return BACKWARD[backends.select_backward(OP, call.x.device, *_dtypes(call))](call)
 
 
 # torch ------------------------------------------------------------------------------------------------------
 
 
-def _add(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    h = x.to(_rows.accumulation_dtype(_sum_dtype(x, residual)))
-    return h if residual is None else h + residual
+def _add(call: Call | Gradient) -> tuple[torch.Tensor, torch.dtype]:
+    """x + residual in the dtype of the arithmetic, and the dtype of y."""
+    dtype = _sum_dtype(call)
+    h = call.x.to(_rows.accumulation_dtype(dtype))
+    return (h if call.residual is None else h + call.residual), dtype
 
 
-def normalize(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm of h [N, C] in its dtype, μ [N] and rstd [N]: torch's fused kernel, Welford's variance."""
-    y, mean, rstd = torch.native_layer_norm(h, h.shape[1:], weight.to(h.dtype), bias.to(h.dtype), eps)
-    return y, mean.view(-1), rstd.view(-1)
+def normalize(h: torch.Tensor, dtype: torch.dtype, call: Any) -> Outputs:
+    """What ``forward`` gives for h [N, C], the sum; y in a dtype: torch's fused kernel, Welford's variance."""
+    y, mean, rstd = torch.native_layer_norm(h, h.shape[1:], call.weight.to(h.dtype), call.bias.to(h.dtype), call.eps)
+    if call.keep == "codes":
+        return y.to(dtype), *quantize_torch(y, call.out_scale)
+    if call.keep == "statistics":
+        return y.to(dtype), mean.view(-1), rstd.view(-1)
+    return y.to(dtype), mean.new_empty(0), mean.new_empty(0)
 
 
-def normalize_backward(
-    dy: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def normalize_backward(h: torch.Tensor, call: Any) -> Outputs:
     """dh [N, C], dw [C] and db [C] of ``normalize``, in the dtype of h."""
-    weight = weight.to(h.dtype)
+    weight, mean, rstd = call.weight.to(h.dtype), call.mean[:, None], call.rstd[:, None]
     return torch.ops.aten.native_layer_norm_backward(
-        dy.to(h.dtype), h, h.shape[1:], mean[:, None], rstd[:, None], weight, weight, [True, True, True]
+        call.dy.to(h.dtype), h, h.shape[1:], mean, rstd, weight, weight, [True, True, True]
     )  # it asks for the bias, but only for its dtype
 
 
-def _forward_torch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, mean, rstd = normalize(_add(x, residual), weight, bias, eps)
-    y = y.to(_sum_dtype(x, residual))
-    return (y, mean, rstd) if keep else (y, mean.new_empty(0), mean.new_empty(0))
+def _forward_torch(call: Call) -> Outputs:
+    return normalize(*_add(call), call)
 
 
-def _forward_quantize_torch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, _, _ = normalize(_add(x, residual), weight, bias, eps)
-    return y.to(_sum_dtype(x, residual)), *quantize_torch(y, out_scale)
-
-
-def _backward_torch(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dh, dweight, dbias = normalize_backward(dy, _add(x, residual), weight, mean, rstd)
-    return dh.to(_sum_dtype(x, residual)), dweight, dbias
+def _backward_torch(call: Gradient) -> Outputs:
+    h, dtype = _add(call)
+    dh, dweight, dbias = normalize_backward(h, call)
+    return dh.to(dtype), dweight, dbias
 
 
 # cpu --------------------------------------------------------------------------------------------------------
@@ -125,186 +121,92 @@ def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int,
     return *first, residual.data_ptr(), residual.stride(0), _rows.DTYPE_CODE[residual.dtype], x.shape[0]
 
 
-def _forward_cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, mean, rstd = forward_like(x, weight, bias, residual, eps, keep)
-    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
-    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
-    out = _rows.normalized(weight, bias, eps, y, mean, rstd)
+def _forward_cpu(call: Call) -> Outputs:
+    outputs = forward_like(call)
+    x, residual = _rows.rows(call.x), _rows.rows(call.residual)
+    weight, bias = _rows.parameter(call.weight), _rows.parameter(call.bias)
+    out = _rows.normalized(weight, bias, call, outputs)
     backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
-    return y, mean, rstd
+    return outputs
 
 
-def _forward_quantize_cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, y_q, found = quantize_like(x, weight, bias, residual, eps, out_scale)
-    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
-    weight, bias = _rows.parameter(weight), _rows.parameter(bias)
-    out = _rows.normalized(weight, bias, eps, y, codes=_rows.codes(y_q, out_scale, found))
-    backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
-    return y, y_q, found
-
-
-def _backward_cpu(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dh, dweight, dbias = backward_like(dy, x, weight, residual, mean, rstd)
-    x, residual = _rows.rows(x), None if residual is None else _rows.rows(residual)
-    dy, weight = _rows.rows(dy.to(dh.dtype)), _rows.parameter(weight)
-    gradient = _rows.gradient(dy, weight, mean, rstd, dh)
+def _backward_cpu(call: Gradient) -> Outputs:
+    dh, dweight, dbias = backward_like(call)
+    x, residual = _rows.rows(call.x), _rows.rows(call.residual)
+    dy, weight = _rows.rows(call.dy.to(dh.dtype)), _rows.parameter(call.weight)
+    gradient = _rows.gradient(dy, weight, call.mean, call.rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().layer_norm_backward(*_sum_arguments(x, residual), gradient, *pointers, torch.get_num_threads())
     return dh, dweight, dbias
 
 
-# gpu --------------------------------------------------------------------------------------------------------
-
-
-def _terms(x: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [_rows.rows(x), None if residual is None else _rows.rows(residual)]
-
+# triton -----------------------------------------------------------------------------------------------------
 
 _NO_IDS = (None, None)
 
 
-def _forward_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def normalize_triton(terms: Any, ids: Any, call: Any, outputs: Outputs) -> Outputs:
+    """Fill the outputs with what ``forward`` gives for the sum of terms, gathered by ids where these are given."""
     from distilbert_fast.kernels import layer_norm as kernels
 
-    y, mean, rstd = forward_like(x, weight, bias, residual, eps, keep)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    kept = (mean, rstd) if keep else ()
-    kernels.normalize_fwd(_terms(x, residual), _NO_IDS, weight, bias, eps, y, *kept)
-    return y, mean, rstd
+    y, first, second = outputs
+    kept: dict[str, Any] = {}
+    if call.keep == "statistics":
+        kept = dict(mean=first, rstd=second)
+    elif call.keep == "codes":
+        kept = dict(y_q=first, scale=call.out_scale, found=second)
+    kernels.normalize_fwd(terms, ids, call.weight.contiguous(), call.bias.contiguous(), call.eps, y, **kept)
+    return outputs
 
 
-def _forward_quantize_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _terms(call: Call | Gradient) -> list[torch.Tensor | None]:
+    return [_rows.rows(call.x), _rows.rows(call.residual)]
+
+
+def _forward_triton(call: Call) -> Outputs:
+    return normalize_triton(_terms(call), _NO_IDS, call, forward_like(call))
+
+
+def _backward_triton(call: Gradient) -> Outputs:
     from distilbert_fast.kernels import layer_norm as kernels
 
-    y, y_q, found = quantize_like(x, weight, bias, residual, eps, out_scale)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    terms = _terms(x, residual)
-    kernels.normalize_fwd(terms, _NO_IDS, weight, bias, eps, y, y_q=y_q, scale=out_scale, found=found)
-    return y, y_q, found
-
-
-def _backward_triton(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from distilbert_fast.kernels import layer_norm as kernels
-
-    dh, dweight, dbias = backward_like(dy, x, weight, residual, mean, rstd)
-    terms = _terms(x, residual)
-    kernels.normalize_bwd(_rows.rows(dy), terms, _NO_IDS, weight.contiguous(), mean, rstd, dh, dweight, dbias)
-    return dh, dweight, dbias
+    outputs = backward_like(call)
+    kept = call.weight.contiguous(), call.mean, call.rstd
+    kernels.normalize_bwd(_rows.rows(call.dy), _terms(call), _NO_IDS, *kept, *outputs)
+    return outputs
 
 
 # cuda: forward only -----------------------------------------------------------------------------------------
 
 
-def _cuda(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    y: torch.Tensor,
-    statistics: tuple[int, int] = (0, 0),
-    codes: tuple[int, int, int, int] = (0, 0, 0, 0),
-) -> None:
-    """y [N, C], and where addresses are given μ and rstd; codes, scales to write, scales to read and their stride."""
-    x = _rows.rows(x.to(y.dtype))
-    residual = None if residual is None else _rows.rows(residual.to(y.dtype))
+def _forward_cuda(call: Call) -> Outputs:
+    outputs = y, first, second = forward_like(call)
+    x = _rows.rows(call.x.to(y.dtype))
+    residual = None if call.residual is None else _rows.rows(call.residual.to(y.dtype))
+    weight, bias, scale = call.weight, call.bias, call.out_scale
     if weight.dtype == bias.dtype == y.dtype:
         weight, bias = weight.contiguous(), bias.contiguous()
     else:
         weight, bias = _rows.parameter(weight), _rows.parameter(bias)
+    statistics, codes = (first.data_ptr(), second.data_ptr()), (0, 0, 0, 0)
+    if call.keep == "codes":  # their address, that of scales to write, those to read and their stride
+        scale = None if scale is None else scale.contiguous()
+        read = (0, 0) if scale is None else (scale.data_ptr(), 1 if scale.dim() else 0)
+        statistics, codes = (0, 0), (first.data_ptr(), 0 if scale is not None else second.data_ptr(), *read)
     backends.cuda().layer_norm(
         *(x.data_ptr(), x.stride(0)),
         *((0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
         backends.CUDA_DTYPE[y.dtype],
         *(weight.data_ptr(), bias.data_ptr(), backends.CUDA_DTYPE[weight.dtype]),
         *x.shape,
-        eps,
+        call.eps,
         y.data_ptr(),
         *statistics,
         *codes,
         *backends.device_and_stream(x.device),
     )
-
-
-def _forward_cuda(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, mean, rstd = forward_like(x, weight, bias, residual, eps, keep)
-    statistics = (mean.data_ptr(), rstd.data_ptr()) if keep else (0, 0)
-    _cuda(x, weight, bias, residual, eps, y, statistics)
-    return y, mean, rstd
-
-
-def _forward_quantize_cuda(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, y_q, found = quantize_like(x, weight, bias, residual, eps, out_scale)
-    if out_scale is None:
-        scales = (found.data_ptr(), 0, 0)
-    else:
-        out_scale = out_scale.contiguous()
-        scales = (0, out_scale.data_ptr(), 1 if out_scale.dim() else 0)
-    _cuda(x, weight, bias, residual, eps, y, codes=(y_q.data_ptr(), *scales))
-    return y, y_q, found
+    return outputs
 
 
 FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}
-FORWARD_QUANTIZE = {
-    "torch": _forward_quantize_torch,
-    "cpu": _forward_quantize_cpu,
-    "triton": _forward_quantize_triton,
-    "cuda": _forward_quantize_cuda,
-}
 BACKWARD = {"torch": _backward_torch, "cpu": _backward_cpu, "triton": _backward_triton}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch._C import (
@@ -79,15 +79,17 @@ def _only_places_tensors() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function on tensors as ``torch.ops.distilbert_fast.<name>``.
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function on tensors as ``torch.ops.distilbert_fast.<name>``, with the schema of its annotations.
 
     Args:
-        schema: torch.library schema, ``name(Tensor x, ...) -> ...``. The first argument must be a tensor.
+        name: of the registered op.
         fake: same signature; makes empty outputs of the right shape, dtype, strides and device.
 
-    The decorated function takes positional arguments and sees no autograd: it is called inside the forward or
-    backward of a torch.autograd.Function, or where no gradient is wanted. What it is called with lies in memory.
+    The decorated function takes positional arguments. Its first may be an op's call record, a NamedTuple, whose fields
+    are then the first arguments of the registered op; the very first of these is a tensor. It sees no autograd: it is
+    called inside the forward or backward of a torch.autograd.Function, or where no gradient is wanted. What it is
+    called with lies in memory.
 
     Raises, when called:
         TypeError, ValueError: a tensor that no dispatcher can lay out in memory: sparse, quantized, or freed.
@@ -95,30 +97,69 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        nonlocal name
+        record: Any = next(iter(get_type_hints(kernel).values()))
+        fields = len(record._fields) if hasattr(record, "_fields") else 0
+        schema = name if "(" in name else _schema(name, kernel)
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,)).split("::")[-1]
+
+        def given(args: Sequence[Any]) -> Sequence[Any]:
+            return (record(*args[:fields]), *args[fields:]) if fields else args
 
         def served(*args: Any) -> Any:
             require_memory(name, zip(names, args, strict=False))
-            return kernel(*args)
+            return kernel(*given(args))
 
         LIBRARY.impl(name, served, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"distilbert_fast::{name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"distilbert_fast::{name}", lambda *args: fake(*given(args)), lib=LIBRARY)
         opaque = getattr(torch.ops.distilbert_fast, name).default
         names = [argument.name for argument in opaque._schema.arguments]
         types = [str(argument.type) for argument in opaque._schema.arguments]
         tensors = 1 + max(i for i, kind in enumerate(types) if "Tensor" in kind)
 
         def call(*args: Any) -> Any:
-            if is_eager(args[:tensors]):
+            flat = (*args[0], *args[1:]) if fields else args
+            if is_eager(flat[:tensors]):
                 return kernel(*args)
             if not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
-                _refuse_tangents(name, args)
-            return opaque(*args)
+                _refuse_tangents(name, flat)
+            return opaque(*flat)
 
         call.__doc__ = kernel.__doc__
         return call
 
     return register
+
+
+_TYPES = {torch.Tensor: "Tensor", torch.dtype: "ScalarType", int: "int", float: "float", bool: "bool", str: "str"}
+
+
+def _schema(name: str, python: Callable[..., Any]) -> str:
+    """The torch.library schema of a function: a record's fields one by one, Tensor where a number may stand for one."""
+    hints = get_type_hints(python)
+    arguments = []
+    for parameter in inspect.signature(python).parameters.values():
+        kind: Any = hints[parameter.name]
+        if hasattr(kind, "_fields"):
+            arguments += [f"{_type(field)} {key}" for key, field in get_type_hints(kind).items()]
+        else:
+            default = parameter.default
+            text = str(default)[6:] if isinstance(default, torch.dtype) else repr(default)
+            value = "" if default is inspect.Parameter.empty else f"={text}"
+            arguments.append(f"{_type(kind)} {parameter.name}{value}")
+    return f"{name}({', '.join(arguments)}) -> {_type(hints['return'])}"
+
+
+def _type(kind: Any) -> str:
+    parts = get_args(kind)
+    if not parts:
+        return _TYPES[kind]
+    if get_origin(kind) is list:
+        return f"{_type(parts[0])}[]"
+    if get_origin(kind) is tuple:
+        return f"({', '.join(map(_type, parts))})"
+    some = [part for part in parts if part is not type(None)]
+    return _type(torch.Tensor if torch.Tensor in some else some[0]) + "?" * (type(None) in parts)
 
 
 def _each_tensor(named: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -148,12 +189,13 @@ def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
             raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented; use backward")
 
 
-def function(schema: str, casts: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def function(casts: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a whole public function as ``torch.ops.distilbert_fast.<name>``, which tracers of Python calls record.
 
     Args:
-        schema: torch.library schema of its arguments; a number where that says Tensor is a scale.
         casts: whether it asks torch.autocast for a dtype, which a recorded call would ask again when it is run.
+
+    Its schema is that of its annotations; a number where that says Tensor is a scale.
 
     Raises, when traced:
         RuntimeError: a function that casts, inside torch.autocast.
@@ -161,7 +203,8 @@ def function(schema: str, casts: bool = False) -> Callable[[Callable[P, R]], Cal
     """
 
     def register(python: Callable[P, R]) -> Callable[P, R]:
-        name = LIBRARY.define(schema).split("::")[-1]
+        name = python.__name__.lstrip("_")
+        LIBRARY.define(_schema(name, python))
 
         def recorded(*args: Any) -> Any:
             made: Any = python(*args)  # type: ignore[call-arg]

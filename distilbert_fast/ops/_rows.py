@@ -4,10 +4,15 @@ are handed to their CPU kernels: neighbours inside a row touch, parameters are f
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 
 from distilbert_fast.ops import _check
 
+X = TypeVar("X", torch.Tensor, torch.Tensor | None)
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 TINY = 2.0**-126  # the smallest normal float32: the reciprocal of any scale from here up is finite
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -17,9 +22,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy."""
-    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+def rows(x: X) -> X:
+    """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy. None is None."""
+    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -27,15 +32,20 @@ def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def statistics_like(y: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for μ and rstd of y [N, C] before it was normalized: [N] each, or [0] if they are not kept."""
-    n, dtype = y.shape[0] if keep else 0, accumulation_dtype(y.dtype)
-    return y.new_empty(n, dtype=dtype), y.new_empty(n, dtype=dtype)
-
-
 def codes_like(y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the int8 codes of y [N, C], and for the scales found [N]: none, [0], where one is given."""
     return empty_like(y, torch.int8), y.new_empty(y.shape[0] if scale is None else 0, dtype=torch.float32)
+
+
+def normalized_like(y: torch.Tensor, call: Any) -> Outputs:
+    """y [N, C] and memory for what a call keeps of its normalization, else [0] and [0].
+
+    "statistics": μ [N] and rstd [N] for backward. "codes": those of ``codes_like``.
+    """
+    if call.keep == "codes":
+        return y, *codes_like(y, call.out_scale)
+    n, dtype = y.shape[0] if call.keep == "statistics" else 0, accumulation_dtype(y.dtype)
+    return y, y.new_empty(n, dtype=dtype), y.new_empty(n, dtype=dtype)
 
 
 def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -90,19 +100,15 @@ def codes(x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor) ->
     return x_q.data_ptr(), c, 0, 0, scale.data_ptr(), scale.stride(0) if scale.dim() else 0
 
 
-def normalized(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    y: torch.Tensor,
-    mean: torch.Tensor | None = None,
-    rstd: torch.Tensor | None = None,
-    codes: tuple[int, int, int, int, int, int] = NO_CODES,
-) -> tuple[object, ...]:
-    """Normalized of csrc/cpu/ops/rows.h, with y [N, C] contiguous and no second y."""
+def normalized(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Outputs) -> tuple[object, ...]:
+    """Normalized of csrc/cpu/ops/rows.h, with the ``normalized_like`` of a call, and no second y."""
+    y, first, second = outputs
     c = y.shape[1]
-    statistics = (0, 0) if mean is None or rstd is None else (mean.data_ptr(), rstd.data_ptr())
-    return c, weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr(), c, DTYPE_CODE[y.dtype], 0, 0, *statistics, codes
+    if call.keep == "codes":
+        kept: tuple[object, ...] = 0, 0, codes(first, call.out_scale, second)
+    else:
+        kept = first.data_ptr(), second.data_ptr(), NO_CODES
+    return c, weight.data_ptr(), bias.data_ptr(), call.eps, y.data_ptr(), c, DTYPE_CODE[y.dtype], 0, 0, *kept
 
 
 def gradient(

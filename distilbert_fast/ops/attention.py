@@ -39,11 +39,7 @@ from distilbert_fast.ops._rows import accumulation_dtype, rows
 PADDED = "padded_attention"
 
 
-@function(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? head_mask=None, float dropout_p=0.0,"
-    " float? scale=None) -> Tensor",
-    casts=True,
-)
+@function(casts=True)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,11 +77,7 @@ def attention(
     return _attention(OP, ("N", "H", "D"), batch, q, k, v, cu_seqlens, None, head_mask, dropout_p, scale)
 
 
-@function(
-    "padded_attention(Tensor q, Tensor k, Tensor v, Tensor? attention_mask=None, Tensor? head_mask=None,"
-    " float dropout_p=0.0, float? scale=None) -> Tensor",
-    casts=True,
-)
+@function(casts=True)
 def padded_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -22,7 +22,7 @@ from distilbert_fast.ops._operator import function, operator
 OP = "codebook_linear"
 
 
-@function("codebook_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None) -> Tensor", casts=True)
+@function(casts=True)
 def codebook_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

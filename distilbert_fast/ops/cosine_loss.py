@@ -21,7 +21,7 @@ OP = "cosine_loss"
 EPSILON = 1e-12
 
 
-@function("cosine_loss(Tensor student, Tensor teacher, Tensor? mask=None, str reduction='mean') -> Tensor")
+@function()
 def cosine_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,

@@ -16,29 +16,16 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._embedding_backends import (
-    BACKWARD,
-    FORWARD,
-    FORWARD_QUANTIZE,
-    OP,
-    QUANTIZE,
-    backward_like,
-    forward_like,
-    quantize_like,
-)
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._embedding_backends import OP, QUANTIZE, Call, Gradient, backward, forward
+from distilbert_fast.ops._operator import function
 from distilbert_fast.ops._rows import as_scale
 from distilbert_fast.ops.layer_norm import layer_norm_reference
 
 _INTEGERS = (torch.int64, torch.int32)
 
 
-@function(
-    "embedding(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12) -> Tensor"
-)
+@function()
 def embedding(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -81,14 +68,10 @@ def embedding(
     )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, bias, *tables)):
         return _Embedding.apply(weight, bias, eps, *ids, *tables)
-    return _forward(weight, bias, ids, tables, eps, False)[0]
+    return forward(Call(weight, bias, ids, tables, None, eps, "nothing"))[0]
 
 
-@function(
-    "embedding_quantize(Tensor input_ids, Tensor position_ids, Tensor word, Tensor position, Tensor weight,"
-    " Tensor bias, Tensor? token_type_ids=None, Tensor? token_type=None, float eps=1e-12, Tensor? out_scale=None)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+@function()
 def embedding_quantize(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -124,7 +107,7 @@ def embedding_quantize(
     if out_scale is not None:
         out_scale = as_scale(QUANTIZE, "out_scale", out_scale, input_ids).detach()
     tables = [table.detach() for table in tables]
-    y, y_q, found = _forward_quantize(weight.detach(), bias.detach(), ids, tables, eps, out_scale)
+    y, y_q, found = forward(Call(weight.detach(), bias.detach(), ids, tables, out_scale, eps, "codes"))
     return y, y_q, found if out_scale is None else out_scale
 
 
@@ -185,7 +168,7 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, weight: torch.Tensor, bias: torch.Tensor, eps: float, *ids_and_tables: torch.Tensor
     ) -> torch.Tensor:
         ids, tables = _halves(ids_and_tables)
-        y, mean, rstd = _forward(weight, bias, ids, tables, eps, True)
+        y, mean, rstd = forward(Call(weight, bias, ids, tables, None, eps, "statistics"))
         ctx.save_for_backward(weight, mean, rstd, *ids_and_tables)
         ctx.bias_dtype = bias.dtype
         return y
@@ -196,7 +179,7 @@ class _Embedding(torch.autograd.Function):
         weight, mean, rstd, *ids_and_tables = ctx.saved_tensors
         ids, tables = _halves(ids_and_tables)
         wanted = list(ctx.needs_input_grad[-len(tables) :])
-        dweight, dbias, dtables = _backward(dy, weight, ids, tables, mean, rstd, wanted)
+        dweight, dbias, dtables = backward(Gradient(dy, weight, ids, tables, mean, rstd, wanted))
         gradients = [dtable if want else None for dtable, want in zip(dtables, wanted, strict=True)]
         return dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, *(None for _ in ids), *gradients
 
@@ -204,59 +187,3 @@ class _Embedding(torch.autograd.Function):
 def _halves(ids_and_tables: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     half = len(ids_and_tables) // 2
     return list(ids_and_tables[:half]), list(ids_and_tables[half:])
-
-
-def _select(weight: torch.Tensor, tables: list[torch.Tensor]) -> str:
-    return backends.select(OP, weight.device, weight.dtype, *(table.dtype for table in tables))
-
-
-@operator(
-    "embedding_forward(Tensor weight, Tensor bias, Tensor[] ids, Tensor[] tables, float eps, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
-    forward_like,
-)
-def _forward(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    ids: list[torch.Tensor],
-    tables: list[torch.Tensor],
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [N, C], and what backward needs if ``keep``: μ [N] and rstd [N]; else [0] and [0]."""
-    return FORWARD[_select(weight, tables)](weight, bias, ids, tables, eps, keep)
-
-
-@operator(
-    "embedding_quantize_forward(Tensor weight, Tensor bias, Tensor[] ids, Tensor[] tables, float eps,"
-    " Tensor? out_scale) -> (Tensor, Tensor, Tensor)",
-    quantize_like,
-)
-def _forward_quantize(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    ids: list[torch.Tensor],
-    tables: list[torch.Tensor],
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [N, C], its codes [N, C], and the scales found [N]: none, [0], where one was given."""
-    return FORWARD_QUANTIZE[_select(weight, tables)](weight, bias, ids, tables, eps, out_scale)
-
-
-@operator(
-    "embedding_backward(Tensor dy, Tensor weight, Tensor[] ids, Tensor[] tables, Tensor mean, Tensor rstd,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor[])",
-    backward_like,
-)
-def _backward(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    ids: list[torch.Tensor],
-    tables: list[torch.Tensor],
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    wanted: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """dweight [C] and dbias [C] in the dtype of the statistics; of each table its gradient, or [0, C]."""
-    return BACKWARD[_select(weight, tables)](dy, weight, ids, tables, mean, rstd, wanted)

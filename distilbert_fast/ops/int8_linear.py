@@ -25,10 +25,7 @@ _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUTPUT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
-@function(
-    "int8_linear(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias=None, str? activation=None,"
-    " Tensor? residual=None, Tensor? out_scale=None, ScalarType out_dtype=float32) -> Tensor"
-)
+@function()
 @torch.no_grad()
 def int8_linear(
     x_q: torch.Tensor,

@@ -19,10 +19,7 @@ from distilbert_fast.ops._operator import function, is_eager, operator
 OP = "kl_div"
 
 
-@function(
-    "kl_div(Tensor student, Tensor teacher, float temperature=1.0, Tensor? mask=None, str reduction='mean',"
-    " bool recompute=False) -> Tensor"
-)
+@function()
 def kl_div(
     student: torch.Tensor,
     teacher: torch.Tensor,

@@ -15,23 +15,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._layer_norm_backends import (
-    BACKWARD,
-    FORWARD,
-    FORWARD_QUANTIZE,
-    backward_like,
-    forward_like,
-    quantize_like,
-)
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._layer_norm_backends import OP, Call, Gradient, backward, forward
+from distilbert_fast.ops._operator import function
 from distilbert_fast.ops._rows import as_scale
 
-OP = "layer_norm"
 
-
-@function("layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None, float eps=1e-12) -> Tensor")
+@function()
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -58,17 +48,15 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    _check_arguments(OP, x, weight, bias, residual, eps)
+    call = Call(x, weight, bias, residual, None, eps, "nothing")
+    _check_arguments(OP, call)
     wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
     if torch.is_grad_enabled() and (wanted or (residual is not None and residual.requires_grad)):
-        return _LayerNorm.apply(x, weight, bias, residual, eps)
-    return _forward(x, weight, bias, residual, eps, False)[0]
+        return _LayerNorm.apply(*call)
+    return forward(call)[0]
 
 
-@function(
-    "layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None, float eps=1e-12,"
-    " Tensor? out_scale=None) -> (Tensor, Tensor, Tensor)"
-)
+@function()
 def layer_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -93,12 +81,13 @@ def layer_norm_quantize(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    _check_arguments("layer_norm_quantize", x, weight, bias, residual, eps)
+    call = Call(x, weight, bias, residual, None, eps, "codes")
+    _check_arguments("layer_norm_quantize", call)
     if out_scale is not None:
         out_scale = as_scale("layer_norm_quantize", "out_scale", out_scale, x).detach()
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     residual = None if residual is None else residual.detach()
-    y, y_q, found = _forward_quantize(x, weight, bias, residual, eps, out_scale)
+    y, y_q, found = forward(Call(x, weight, bias, residual, out_scale, eps, "codes"))
     return y, y_q, found if out_scale is None else out_scale
 
 
@@ -116,14 +105,8 @@ def layer_norm_reference(
     return centred * rstd * weight + bias
 
 
-def _check_arguments(
-    op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-) -> None:
+def _check_arguments(op: str, call: Call) -> None:
+    x, weight, bias, residual, _, eps, _ = call
     _check.tensor(op, "x", x, ("N", "C"))
     _check.tensor(op, "weight", weight, (x.shape[1],), device=x.device)
     _check.tensor(op, "bias", bias, (x.shape[1],), device=x.device)
@@ -134,80 +117,18 @@ def _check_arguments(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        residual: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        y, mean, rstd = _forward(x, weight, bias, residual, eps, True)
-        ctx.save_for_backward(x, weight, residual, mean, rstd)
-        ctx.bias_dtype = bias.dtype
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        call = Call(*arguments)._replace(keep="statistics")
+        y, mean, rstd = forward(call)
+        ctx.save_for_backward(call.x, call.weight, call.residual, mean, rstd)
+        ctx.bias_dtype = call.bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, residual, mean, rstd = ctx.saved_tensors
-        dh, dweight, dbias = _backward(dy, x, weight, residual, mean, rstd)
-        dresidual = None if residual is None else dh.to(residual.dtype)
-        return dh.to(x.dtype), dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), dresidual, None
-
-
-def _select(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, backward: bool = False) -> str:
-    select = backends.select_backward if backward else backends.select
-    dtypes = (x.dtype, weight.dtype) if residual is None else (x.dtype, weight.dtype, residual.dtype)
-    return select(OP, x.device, *dtypes)
-
-
-@operator(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
-    forward_like,
-)
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [N, C], and what backward needs if ``keep``: μ [N] and rstd [N]; else [0] and [0]."""
-    return FORWARD[_select(x, weight, residual)](x, weight, bias, residual, eps, keep)
-
-
-@operator(
-    "layer_norm_quantize_forward(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps,"
-    " Tensor? out_scale) -> (Tensor, Tensor, Tensor)",
-    quantize_like,
-)
-def _forward_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    out_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [N, C], its codes [N, C], and the scales found [N]: none, [0], where one was given."""
-    return FORWARD_QUANTIZE[_select(x, weight, residual)](x, weight, bias, residual, eps, out_scale)
-
-
-@operator(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor rstd)"
-    " -> (Tensor, Tensor, Tensor)",
-    backward_like,
-)
-def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dh [N, C] in the dtype of y; dw [C] and db [C] in that of the statistics."""
-    return BACKWARD[_select(x, weight, residual, backward=True)](dy, x, weight, residual, mean, rstd)
+        call = Gradient(dy, *ctx.saved_tensors)
+        dh, dweight, dbias = backward(call)
+        dresidual = None if call.residual is None else dh.to(call.residual.dtype)
+        dx, dweight = dh.to(call.x.dtype), dweight.to(call.weight.dtype)
+        return dx, dweight, dbias.to(ctx.bias_dtype), dresidual, None, None, None

@@ -33,11 +33,7 @@ from distilbert_fast.ops.linear import operands
 OP = "linear_kl_div"
 
 
-@function(
-    "linear_kl_div(Tensor h_s, Tensor W_s, Tensor? b_s, Tensor h_t, Tensor W_t, Tensor? b_t, float temperature=1.0,"
-    " Tensor? kd_mask=None, Tensor? labels=None, int ignore_index=-100) -> (Tensor, Tensor)",
-    casts=True,
-)
+@function(casts=True)
 def linear_kl_div(
     h_s: torch.Tensor,
     W_s: torch.Tensor,

@@ -47,11 +47,7 @@ from distilbert_fast.ops.linear import operands, product_into
 OP = "linear_topk_kl_div"
 
 
-@function(
-    "linear_topk_kl_div(Tensor h, Tensor W, Tensor? b, Tensor ids, Tensor log_p, Tensor log_tail,"
-    " float temperature=1.0, Tensor? kd_mask=None, Tensor? labels=None, int ignore_index=-100) -> (Tensor, Tensor)",
-    casts=True,
-)
+@function(casts=True)
 def linear_topk_kl_div(
     h: torch.Tensor,
     W: torch.Tensor,

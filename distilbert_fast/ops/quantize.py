@@ -17,7 +17,7 @@ from distilbert_fast.ops._rows import TINY, as_scale
 OP = "quantize"
 
 
-@function("quantize(Tensor x, Tensor? scale=None) -> (Tensor, Tensor)")
+@function()
 def quantize(x: torch.Tensor, scale: float | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of the rows of x, and the scale that undoes them.
 

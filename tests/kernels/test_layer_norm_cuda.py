@@ -38,8 +38,8 @@ def check(x, weight, bias, residual, eps=1e-12):
         if dtype:
             given = [None if tensor is None else tensor.to(dtype) for tensor in given]
         *tensors, upstream = given
-        y, mean, rstd = forward(*tensors, eps, True)
-        return y, *op._backward_torch(upstream, tensors[0], tensors[1], tensors[3], mean, rstd)
+        y, mean, rstd = forward(op.Call(*tensors, None, eps, "statistics"))
+        return y, *op._backward_torch(op.Gradient(upstream, tensors[0], tensors[1], tensors[3], mean, rstd))
 
     ours, torchs, exact = (
         results(op._forward_cuda),
@@ -49,7 +49,7 @@ def check(x, weight, bias, residual, eps=1e-12):
     for name, *three in zip(("y", "dh", "dweight", "dbias"), ours, torchs, exact, strict=True):
         assert three[0].dtype == three[1].dtype
         assert_twice_rule(*three, name)
-    alone, *nothing = op._forward_cuda(x, weight, bias, residual, eps, False)
+    alone, *nothing = op._forward_cuda(op.Call(x, weight, bias, residual, None, eps, "nothing"))
     assert torch.equal(alone, ours[0]) and not any(kept.numel() for kept in nothing)
 
 
@@ -81,7 +81,7 @@ def test_variance_survives_a_large_mean(offset):
 def test_a_constant_row_gives_the_bias(c):
     x, weight, bias, _ = arguments(4, c)
     x[:] = torch.tensor([0.0, 2.5, -1024.0, 3e8])[:, None]
-    y, _, rstd = op._forward_cuda(x, weight, bias, None, 1e-12, True)
+    y, _, rstd = op._forward_cuda(op.Call(x, weight, bias, None, None, 1e-12, "statistics"))
     assert torch.equal(y[:3], bias.expand(3, c)) and rstd.isfinite().all()
 
 
@@ -92,8 +92,9 @@ def test_more_rows_than_blocks_take_at_once(emulated):
 
 
 def quantized(tensors, out_scale=None):
-    y, y_q, found = op._forward_quantize_cuda(*tensors, 1e-12, out_scale)
-    torch.testing.assert_close(y, op._forward_cuda(*tensors, 1e-12, False)[0], rtol=0, atol=0, equal_nan=True)
+    y, y_q, found = op._forward_cuda(op.Call(*tensors, out_scale, 1e-12, "codes"))
+    alone = op._forward_cuda(op.Call(*tensors, None, 1e-12, "nothing"))[0]
+    torch.testing.assert_close(y, alone, rtol=0, atol=0, equal_nan=True)
     return y, y_q, found
 
 
@@ -113,7 +114,7 @@ def test_codes_and_scales_are_bit_for_bit_those_of_the_float32_result(c):
 def test_codes_are_of_the_result_before_it_is_rounded(dtype, c):
     """Half a code from the exact result, as no codes of a rounded one are."""
     tensors = arguments(5, c, dtype)
-    exact = op._forward_torch(*(tensor.double() for tensor in tensors), 1e-12, False)[0]
+    exact = op._forward_torch(op.Call(*(tensor.double() for tensor in tensors), None, 1e-12, "nothing"))[0]
     _, y_q, scale = quantized(tensors)
     assert ((exact / scale[:, None] - y_q).abs() <= 0.5001).all()
 
@@ -148,13 +149,10 @@ def test_any_layout(layout, dtype, c):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_byte_behind_a_tensor_is_touched(fenced, monkeypatch, dtype, c):
     tensors = [fenced(tensor) for tensor in arguments(3, c, dtype, dtype)]
-    for name in ("forward_like", "quantize_like"):
-        fake = getattr(op, name)
-        monkeypatch.setattr(
-            op, name, lambda *given, fake=fake: tuple(fenced(x) if x.numel() else x for x in fake(*given))
-        )
+    like = op.forward_like
+    monkeypatch.setattr(op, "forward_like", lambda call: tuple(fenced(x) if x.numel() else x for x in like(call)))
     quantized(tensors)
-    op._forward_cuda(*tensors, 1e-12, True)
+    op._forward_cuda(op.Call(*tensors, None, 1e-12, "statistics"))
 
 
 @pytest.mark.parametrize("n, c", [(0, 5), (5, 0), (0, 0)])
@@ -178,9 +176,9 @@ def test_backward_is_another_backends(monkeypatch):
             y.backward(residual)
     finally:
         backends._choose.cache_clear()
-    want, mean, rstd = op._forward_cuda(x, weight, bias, residual, 1e-12, True)
+    want, mean, rstd = op._forward_cuda(op.Call(x, weight, bias, residual, None, 1e-12, "statistics"))
     assert torch.equal(y, want)
-    dh, _, _ = op._backward_torch(residual, x, weight, residual, mean, rstd)
+    dh, _, _ = op._backward_torch(op.Gradient(residual, x, weight, residual, mean, rstd))
     torch.testing.assert_close(leaf.grad, dh)
 
 

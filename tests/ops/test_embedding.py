@@ -228,11 +228,11 @@ def test_registered_ops():
     ids, (word, position, weight, bias, token_type) = make_ids(5, 9), make_tables(9, 7, torch.bfloat16)
     mean, rstd, dy = torch.randn(5), torch.rand(5), logits(5, 7, torch.bfloat16)
     tables = [lay_out(word, "transposed"), position.float(), token_type]
-    for count, keep, scale in ((2, True, None), (3, False, torch.tensor(0.1))):
+    for count, keep, scale in ((2, "statistics", None), (3, "nothing", torch.tensor(0.1))):
         given = weight, bias, ids[:count], tables[:count]
-        torch.library.opcheck(ops.embedding_forward.default, (*given, 1e-12, keep))
-        torch.library.opcheck(ops.embedding_quantize_forward.default, (*given, 1e-12, scale))
-        wanted = [keep, True, False][:count]
+        torch.library.opcheck(ops.embedding_forward.default, (*given, None, 1e-12, keep))
+        torch.library.opcheck(ops.embedding_forward.default, (*given, scale, 1e-12, "codes"))
+        wanted = [keep == "statistics", True, False][:count]
         torch.library.opcheck(ops.embedding_backward.default, (dy, weight, *given[2:], mean, rstd, wanted))
 
 

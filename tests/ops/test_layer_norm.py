@@ -294,7 +294,7 @@ def test_native_gradients_fill_their_memory_and_no_more(c, dtype, native_tier):
     x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments(n, c, dtype))
     dy = logits(n, c, dtype, seed=9)
     want = results(layer_norm, [x, weight.float(), bias.float(), residual], dy)
-    _, mean, rstd = torch.ops.distilbert_fast.layer_norm_forward(x, weight, bias, residual, 1e-12, True)
+    _, mean, rstd = torch.ops.distilbert_fast.layer_norm_forward(x, weight, bias, residual, None, 1e-12, "statistics")
     weight, code = weight.float(), [torch.float32, torch.bfloat16].index(dtype)
     frames = [torch.full((size + 2 * edge,), 77, dtype=kind) for size, kind in ((n * c, dtype), (c, torch.float32))]
     frames.append(frames[1].clone())
@@ -363,9 +363,9 @@ def test_registered_ops():
     x, weight, bias, residual = arguments(5, 7, torch.bfloat16)
     x = lay_out(x, "transposed")
     mean, rstd, dy = torch.randn(5), torch.rand(5), lay_out(residual, "strided_columns")
-    for added, keep, scale in ((None, True, None), (residual.float(), False, torch.tensor(0.1))):
-        torch.library.opcheck(ops.layer_norm_forward.default, (x, weight, bias, added, 1e-12, keep))
-        torch.library.opcheck(ops.layer_norm_quantize_forward.default, (x, weight, bias, added, 1e-12, scale))
+    for added, keep, scale in ((None, "statistics", None), (residual.float(), "nothing", torch.tensor(0.1))):
+        torch.library.opcheck(ops.layer_norm_forward.default, (x, weight, bias, added, None, 1e-12, keep))
+        torch.library.opcheck(ops.layer_norm_forward.default, (x, weight, bias, added, scale, 1e-12, "codes"))
         torch.library.opcheck(ops.layer_norm_backward.default, (dy, x, weight, added, mean, rstd))
 
 
