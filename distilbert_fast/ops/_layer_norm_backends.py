@@ -86,11 +86,12 @@ def _add(call: Call | Gradient) -> tuple[torch.Tensor, torch.dtype]:
 def normalize(h: torch.Tensor, dtype: torch.dtype, call: Any) -> Outputs:
     """What ``forward`` gives for h [N, C], the sum; y in a dtype: torch's fused kernel, Welford's variance."""
     y, mean, rstd = torch.native_layer_norm(h, h.shape[1:], call.weight.to(h.dtype), call.bias.to(h.dtype), call.eps)
+    rounded = y.to(dtype)
     if call.keep == "codes":
-        return y.to(dtype), *quantize_torch(y, call.out_scale)
+        return rounded, *quantize_torch(y, call.out_scale)
     if call.keep == "statistics":
-        return y.to(dtype), mean.view(-1), rstd.view(-1)
-    return y.to(dtype), mean.new_empty(0), mean.new_empty(0)
+        return rounded, mean.view(-1), rstd.view(-1)
+    return _rows.normalized_like(rounded, call)
 
 
 def normalize_backward(h: torch.Tensor, call: Any) -> Outputs:

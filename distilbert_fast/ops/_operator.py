@@ -117,10 +117,10 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         types = [str(argument.type) for argument in opaque._schema.arguments]
         tensors = 1 + max(i for i, kind in enumerate(types) if "Tensor" in kind)
 
-        def call(*args: Any) -> Any:
-            flat = (*args[0], *args[1:]) if fields else args
+        def call(first: Any, *others: Any) -> Any:
+            flat = (*first, *others) if fields else (first, *others)
             if is_eager(flat[:tensors]):
-                return kernel(*args)
+                return kernel(first, *others)
             if not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
                 _refuse_tangents(name, flat)
             return opaque(*flat)

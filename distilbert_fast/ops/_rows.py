@@ -44,8 +44,9 @@ def normalized_like(y: torch.Tensor, call: Any) -> Outputs:
     """
     if call.keep == "codes":
         return y, *codes_like(y, call.out_scale)
-    n, dtype = y.shape[0] if call.keep == "statistics" else 0, accumulation_dtype(y.dtype)
-    return y, y.new_empty(n, dtype=dtype), y.new_empty(n, dtype=dtype)
+    if call.keep == "statistics":
+        return y, *(y.new_empty(y.shape[0], dtype=accumulation_dtype(y.dtype)) for _ in range(2))
+    return y, y.new_empty(0), y.new_empty(0)
 
 
 def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

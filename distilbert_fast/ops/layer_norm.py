@@ -48,12 +48,11 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    call = Call(x, weight, bias, residual, None, eps, "nothing")
-    _check_arguments(OP, call)
+    _check_arguments(OP, x, weight, bias, residual, eps)
     wanted = x.requires_grad or weight.requires_grad or bias.requires_grad
     if torch.is_grad_enabled() and (wanted or (residual is not None and residual.requires_grad)):
-        return _LayerNorm.apply(*call)
-    return forward(call)[0]
+        return _LayerNorm.apply(x, weight, bias, residual, eps)
+    return forward(Call(x, weight, bias, residual, None, eps, "nothing"))[0]
 
 
 @function()
@@ -81,8 +80,7 @@ def layer_norm_quantize(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    call = Call(x, weight, bias, residual, None, eps, "codes")
-    _check_arguments("layer_norm_quantize", call)
+    _check_arguments("layer_norm_quantize", x, weight, bias, residual, eps)
     if out_scale is not None:
         out_scale = as_scale("layer_norm_quantize", "out_scale", out_scale, x).detach()
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
@@ -105,8 +103,7 @@ def layer_norm_reference(
     return centred * rstd * weight + bias
 
 
-def _check_arguments(op: str, call: Call) -> None:
-    x, weight, bias, residual, _, eps, _ = call
+def _check_arguments(op: str, x: torch.Tensor, weight: Any, bias: Any, residual: Any, eps: Any) -> None:
     _check.tensor(op, "x", x, ("N", "C"))
     _check.tensor(op, "weight", weight, (x.shape[1],), device=x.device)
     _check.tensor(op, "bias", bias, (x.shape[1],), device=x.device)
@@ -117,11 +114,11 @@ def _check_arguments(op: str, call: Call) -> None:
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        call = Call(*arguments)._replace(keep="statistics")
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, residual: Any, eps: float) -> torch.Tensor:
+        call = Call(x, weight, bias, residual, None, eps, "statistics")
         y, mean, rstd = forward(call)
-        ctx.save_for_backward(call.x, call.weight, call.residual, mean, rstd)
-        ctx.bias_dtype = call.bias.dtype
+        ctx.save_for_backward(x, weight, residual, mean, rstd)
+        ctx.bias_dtype = bias.dtype
         return y
 
     @staticmethod
@@ -131,4 +128,4 @@ class _LayerNorm(torch.autograd.Function):
         dh, dweight, dbias = backward(call)
         dresidual = None if call.residual is None else dh.to(call.residual.dtype)
         dx, dweight = dh.to(call.x.dtype), dweight.to(call.weight.dtype)
-        return dx, dweight, dbias.to(ctx.bias_dtype), dresidual, None, None, None
+        return dx, dweight, dbias.to(ctx.bias_dtype), dresidual, None
