@@ -100,7 +100,10 @@ def cuda() -> Any:
     return _cuda
 
 
-# The codes by which native CUDA entries know a dtype.
+# The codes by which native entries know a dtype: enum DType of csrc/cpu/rows.h (enum Output of csrc/cpu/gemm.h has int8
+# too) and of csrc/cuda/common.cuh.
+CPU_FLOATS = (torch.float32, torch.bfloat16)
+CPU_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 CUDA_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 

@@ -17,7 +17,6 @@ from distilbert_fast import backends
 from distilbert_fast.engine.weights import OP
 from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import DTYPE_CODE
 
 FORMAT = "distilbert_fast.encoder.1"
 LAYOUTS = {"int8": 0, "bf16": 1, "fp32": 2}  # the codes of csrc/cpu/gemm.h
@@ -98,8 +97,8 @@ class PackedEncoder:
         table = self.tensors.get(name)
         if table is None:
             return 0, 0, 0
-        _check.tensor(OP, name, table, ("rows", self.shape.hidden), tuple(DTYPE_CODE))
-        return table.data_ptr(), table.shape[0], DTYPE_CODE[table.dtype]
+        _check.tensor(OP, name, table, ("rows", self.shape.hidden), backends.CPU_FLOATS)
+        return table.data_ptr(), table.shape[0], backends.CPU_DTYPE[table.dtype]
 
     def _fixed_mask(self) -> torch.Tensor | None:
         """The factors [L, widest H_i] that the model was packed with, 1 where it was not."""
@@ -165,7 +164,7 @@ class PackedEncoder:
             0 if factors is None else factors.data_ptr(),
             self._widest,
             outputs[-1].data_ptr(),
-            DTYPE_CODE[self.dtype],
+            backends.CPU_DTYPE[self.dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
             0 if largest is None else largest.data_ptr(),
             torch.get_num_threads(),

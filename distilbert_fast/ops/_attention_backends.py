@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import DTYPE_CODE, accumulation_dtype
+from distilbert_fast.ops._rows import accumulation_dtype
 
 OP = "attention"
 CUDA_HEAD_SIZE = 128  # the largest in csrc/cuda
@@ -230,7 +230,7 @@ def _call_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Cal
     cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
     return (
         *(_heads_argument(x) for x in (q, k, v)),
-        DTYPE_CODE[q.dtype],
+        backends.CPU_DTYPE[q.dtype],
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         q.shape[1] if cu_seqlens is None else 0,
@@ -262,7 +262,7 @@ def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) 
     call = _in_order(call)
     o = torch.empty(q.shape, dtype=q.dtype)
     backends.cpu().attention_forward(
-        *_call_arguments(q, k, v, call), _heads_argument(o), DTYPE_CODE[o.dtype], torch.get_num_threads()
+        *_call_arguments(q, k, v, call), _heads_argument(o), backends.CPU_DTYPE[o.dtype], torch.get_num_threads()
     )
     return o
 

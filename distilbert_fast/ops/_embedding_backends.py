@@ -132,7 +132,7 @@ _NO_LOOKUP = (0, False, 0, 0, 0, 0)
 def _lookups(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int, int]]:
     """The three Lookups of csrc/cpu/ops/rows.h."""
     lookups = [
-        (i.data_ptr(), i.dtype == torch.int64, t.data_ptr(), t.shape[0], t.stride(0), _rows.DTYPE_CODE[t.dtype])
+        (i.data_ptr(), i.dtype == torch.int64, t.data_ptr(), t.shape[0], t.stride(0), backends.CPU_DTYPE[t.dtype])
         for i, t in zip(ids, tables, strict=True)
     ]
     return lookups if len(lookups) == 3 else [*lookups, _NO_LOOKUP]

@@ -116,10 +116,10 @@ def _backward_torch(call: Gradient) -> Outputs:
 
 
 def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, ...]:
-    first = x.data_ptr(), x.stride(0), _rows.DTYPE_CODE[x.dtype]
+    first = x.data_ptr(), x.stride(0), backends.CPU_DTYPE[x.dtype]
     if residual is None:
         return *first, 0, 0, 0, x.shape[0]
-    return *first, residual.data_ptr(), residual.stride(0), _rows.DTYPE_CODE[residual.dtype], x.shape[0]
+    return *first, residual.data_ptr(), residual.stride(0), backends.CPU_DTYPE[residual.dtype], x.shape[0]
 
 
 def _forward_cpu(call: Call) -> Outputs:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from distilbert_fast import backends
-from distilbert_fast.ops._rows import DTYPE_CODE
 from distilbert_fast.ops._vocabulary_losses import (
     Call,
     CpuChunks,
@@ -22,7 +21,8 @@ from distilbert_fast.ops._vocabulary_losses import (
     torch_cross_entropy,
     torch_projection,
 )
-from distilbert_fast.ops.kl_div import _forward as _kl_div_forward
+from distilbert_fast.ops.kl_div import Call as KLDivCall
+from distilbert_fast.ops.kl_div import forward as _kl_div_forward
 from distilbert_fast.ops.linear import product_into
 
 
@@ -50,7 +50,7 @@ def _forward_torch(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
         if len(part) > 0:
             t = F.linear(h_t[part].to(W_t.dtype), W_t, b_t)
             keep = "gradient" if wanted else "none"
-            row_losses, kept = _kl_div_forward(s[: len(part)], t, None, call.temperature, False, keep)
+            row_losses, kept = _kl_div_forward(KLDivCall(s[: len(part)], t, None, call.temperature, False, keep))
             kl = row_losses.sum()
             kl_gradient = kept if wanted else kl_gradient
         return Losses(kl, kl_gradient, *torch_cross_entropy(s, targets, kl.dtype, wanted))
@@ -73,7 +73,7 @@ def _forward_cpu(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
         s = product_into(memory.logits[:r], h, call.W, call.b)
         if r_kl > 0:
             product_into(teacher[:r_kl], h_t[part], W_t, b_t)
-        dtypes = DTYPE_CODE[s.dtype], DTYPE_CODE[teacher.dtype]
+        dtypes = backends.CPU_DTYPE[s.dtype], backends.CPU_DTYPE[teacher.dtype]
         shape = r, r_kl, v, call.temperature
         kernel = partial(backends.cpu().linear_kl_div, s.data_ptr(), teacher.data_ptr(), *dtypes, *shape)
         return memory.losses(kernel, r, r_kl, targets)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from distilbert_fast.backends import CPU_DTYPE
 from distilbert_fast.ops import _check
 
 X = TypeVar("X", torch.Tensor, torch.Tensor | None)
@@ -25,6 +26,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def rows(x: X) -> X:
     """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy. None is None."""
     return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+
+
+def whole(call: Any) -> Any:
+    """The same call on ``student`` and ``teacher`` whose rows are whole, and on a contiguous ``mask``."""
+    student, teacher, mask = rows(call.student), rows(call.teacher), call.mask
+    mask = None if mask is None else mask.contiguous()
+    if student is call.student and teacher is call.teacher and mask is call.mask:
+        return call
+    return call._replace(student=student, teacher=teacher, mask=mask)
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -82,8 +92,6 @@ def count(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
 
 # Arguments of the CPU kernels ------------------------------------------------------------------------------------
 
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def parameter(x: torch.Tensor) -> torch.Tensor:
     """x [C] as contiguous float32."""
@@ -109,7 +117,7 @@ def normalized(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Out
         kept: tuple[object, ...] = 0, 0, codes(first, call.out_scale, second)
     else:
         kept = first.data_ptr(), second.data_ptr(), NO_CODES
-    return c, weight.data_ptr(), bias.data_ptr(), call.eps, y.data_ptr(), c, DTYPE_CODE[y.dtype], 0, 0, *kept
+    return c, weight.data_ptr(), bias.data_ptr(), call.eps, y.data_ptr(), c, CPU_DTYPE[y.dtype], 0, 0, *kept
 
 
 def gradient(
@@ -117,6 +125,6 @@ def gradient(
 ) -> tuple[int, ...]:
     """NormalizedGradient of csrc/cpu/ops/rows.h, with dh [N, C] contiguous."""
     return (
-        *(dh.shape[1], dy.data_ptr(), dy.stride(0), DTYPE_CODE[dy.dtype]),
-        *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), DTYPE_CODE[dh.dtype]),
+        *(dh.shape[1], dy.data_ptr(), dy.stride(0), CPU_DTYPE[dy.dtype]),
+        *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), CPU_DTYPE[dh.dtype]),
     )

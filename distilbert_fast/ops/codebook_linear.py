@@ -104,7 +104,7 @@ def _forward_fake(
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-@operator("codebook_linear_forward(Tensor x, Tensor codes, Tensor codebook, Tensor? bias) -> Tensor", _forward_fake)
+@operator("codebook_linear_forward", _forward_fake)
 def _forward(x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y [N, F]."""
     _check_range(codes, codebook)
@@ -121,11 +121,7 @@ def _backward_fake(
     )
 
 
-@operator(
-    "codebook_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor codebook, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-)
+@operator("codebook_linear_backward", _backward_fake)
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, wanted: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

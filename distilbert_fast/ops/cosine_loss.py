@@ -8,7 +8,7 @@ distilled version of BERT, arXiv:1910.01108.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -54,7 +54,7 @@ def cosine_loss(
         _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
-        rows, _ = _forward(student, teacher, mask)
+        rows, _ = _forward(Call(student, teacher, mask))
         return _rows.reduce(rows, mask, reduction)
     return _CosineLoss.apply(student, teacher, mask, reduction)
 
@@ -76,10 +76,8 @@ def cosine_loss_reference(
 
 class _CosineLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, reduction: str
-    ) -> torch.Tensor:
-        rows, stats = _forward(student, teacher, mask)
+    def forward(ctx: Any, student: Any, teacher: Any, mask: Any, reduction: str) -> torch.Tensor:
+        rows, stats = _forward(Call(student, teacher, mask))
         ctx.reduction = reduction
         ctx.save_for_backward(student, teacher, mask, stats)
         return _rows.reduce(rows, mask, reduction)
@@ -90,62 +88,65 @@ class _CosineLoss(torch.autograd.Function):
         student, teacher, mask, stats = ctx.saved_tensors
         if ctx.reduction == "mean":
             dloss = dloss / _rows.count(student, mask)
-        dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats)
+        dstudent = _backward(Gradient(student, teacher, mask, dloss.expand(student.shape[0]), stats))
         return dstudent, None, None, None
 
 
-def _forward_fake(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    n, dtype = student.shape[0], _rows.accumulation_dtype(student.dtype)
-    return student.new_empty(n, dtype=dtype), student.new_empty((n, 3), dtype=dtype)
+# The record of a call, its fakes and registered ops ------------------------------------------------------------
 
 
-@operator(
-    "cosine_loss_forward(Tensor student, Tensor teacher, Tensor? mask) -> (Tensor, Tensor)",
-    _forward_fake,
-)
-def _forward(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Call(NamedTuple):
+    """All arguments of forward."""
+
+    student: torch.Tensor  # [N, C]
+    teacher: torch.Tensor  # [N, C]
+    mask: torch.Tensor | None  # bool [N]
+
+
+class Gradient(NamedTuple):
+    """All arguments of backward."""
+
+    student: torch.Tensor  # [N, C]
+    teacher: torch.Tensor  # [N, C]
+    mask: torch.Tensor | None  # bool [N]
+    drows: torch.Tensor  # [N], the upstream gradient of each row
+    stats: torch.Tensor  # [N, 3]
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _select(call: Call | Gradient) -> str:
+    return backends.select(OP, call.student.device, call.student.dtype, call.teacher.dtype)
+
+
+def _forward_like(call: Call) -> Pair:
+    n, dtype = call.student.shape[0], _rows.accumulation_dtype(call.student.dtype)
+    return call.student.new_empty(n, dtype=dtype), call.student.new_empty((n, 3), dtype=dtype)
+
+
+@operator("cosine_loss_forward", _forward_like)
+def _forward(call: Call) -> Pair:
     """Row losses [N], and (c, a, b) of each row [N, 3] for backward."""
-    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    return _FORWARD[name](_rows.rows(student), _rows.rows(teacher), mask)
+    return _FORWARD[_select(call)](_rows.whole(call))
 
 
-def _backward_fake(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-) -> torch.Tensor:
-    return _rows.empty_like(student, student.dtype)
+def _backward_like(call: Gradient) -> torch.Tensor:
+    return _rows.empty_like(call.student, call.student.dtype)
 
 
-@operator(
-    "cosine_loss_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor drows, Tensor stats) -> Tensor",
-    _backward_fake,
-)
-def _backward(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-) -> torch.Tensor:
+@operator("cosine_loss_backward", _backward_like)
+def _backward(call: Gradient) -> torch.Tensor:
     """Gradient [N, C] from the upstream gradient of each row [N]."""
-    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    drows = drows.to(_rows.accumulation_dtype(student.dtype)).contiguous()
-    return _BACKWARD[name](_rows.rows(student), _rows.rows(teacher), mask, drows, stats)
+    drows = call.drows.to(_rows.accumulation_dtype(call.student.dtype)).contiguous()
+    return _BACKWARD[_select(call)](_rows.whole(call)._replace(drows=drows))
 
 
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_torch(call: Call) -> Pair:
+    student, teacher, mask = call
     dtype = _rows.accumulation_dtype(student.dtype)
     s, t = student.to(dtype), teacher.to(dtype)
     a = (s.square().sum(dim=1) + EPSILON).rsqrt()
@@ -157,13 +158,8 @@ def _forward_torch(
     return rows, torch.stack([c, a, b], dim=1)
 
 
-def _backward_torch(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-) -> torch.Tensor:
+def _backward_torch(call: Gradient) -> torch.Tensor:
+    student, teacher, mask, drows, stats = call
     c, a, b = stats.unbind(dim=1)  # [N] each
     scale = a * drows
     dstudent = student * (scale * a * c)[:, None] - teacher * (scale * b)[:, None]
@@ -175,65 +171,47 @@ def _backward_torch(
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _pair_arguments(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, ...]:
+def _pair_arguments(call: Call | Gradient) -> tuple[int, ...]:
+    student, teacher, mask = call[:3]
     return (
         *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
-        *(_rows.DTYPE_CODE[student.dtype], _rows.DTYPE_CODE[teacher.dtype]),
+        *(backends.CPU_DTYPE[student.dtype], backends.CPU_DTYPE[teacher.dtype]),
         0 if mask is None else mask.data_ptr(),
         student.shape[1],
     )
 
 
-def _forward_cpu(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = None if mask is None else mask.contiguous()
-    loss, stats = _forward_fake(student, teacher, mask)
-    pair = _pair_arguments(student, teacher, mask)
-    pointers = loss.data_ptr(), stats.data_ptr()
-    backends.cpu().cosine_loss_forward(pair, loss.shape[0], *pointers, torch.get_num_threads())
+def _forward_cpu(call: Call) -> Pair:
+    loss, stats = _forward_like(call)
+    arguments = _pair_arguments(call), loss.shape[0], loss.data_ptr(), stats.data_ptr()
+    backends.cpu().cosine_loss_forward(*arguments, torch.get_num_threads())
     return loss, stats
 
 
-def _backward_cpu(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-) -> torch.Tensor:
-    mask = None if mask is None else mask.contiguous()
-    dstudent = _backward_fake(student, teacher, mask, drows, stats)
-    pair = _pair_arguments(student, teacher, mask)
-    pointers = drows.data_ptr(), stats.data_ptr(), dstudent.data_ptr()
-    backends.cpu().cosine_loss_backward(pair, drows.shape[0], *pointers, torch.get_num_threads())
+def _backward_cpu(call: Gradient) -> torch.Tensor:
+    dstudent = _backward_like(call)
+    pointers = call.drows.data_ptr(), call.stats.data_ptr(), dstudent.data_ptr()
+    arguments = _pair_arguments(call), dstudent.shape[0], *pointers
+    backends.cpu().cosine_loss_backward(*arguments, torch.get_num_threads())
     return dstudent
 
 
-# gpu -----------------------------------------------------------------------------------------------------------
+# triton --------------------------------------------------------------------------------------------------------
 
 
-def _forward_triton(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_triton(call: Call) -> Pair:
     from distilbert_fast.kernels import cosine_loss as kernels
 
-    loss, stats = _forward_fake(student, teacher, mask)
-    kernels.cosine_loss_fwd(student, teacher, mask, EPSILON, loss, stats)
+    loss, stats = _forward_like(call)
+    kernels.cosine_loss_fwd(*call, EPSILON, loss, stats)
     return loss, stats
 
 
-def _backward_triton(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-) -> torch.Tensor:
+def _backward_triton(call: Gradient) -> torch.Tensor:
     from distilbert_fast.kernels import cosine_loss as kernels
 
-    dstudent = _backward_fake(student, teacher, mask, drows, stats)
-    kernels.cosine_loss_bwd(student, teacher, mask, drows, stats, dstudent)
+    dstudent = _backward_like(call)
+    kernels.cosine_loss_bwd(*call, dstudent)
     return dstudent
 
 

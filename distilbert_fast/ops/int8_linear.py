@@ -9,6 +9,8 @@ Hendrycks, Gimpel: Gaussian Error Linear Units, arXiv:1606.08415.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from distilbert_fast import backends
@@ -22,7 +24,6 @@ from distilbert_fast.ops.quantize import quantize_reference
 OP = "int8_linear"
 MAX_COLUMNS = 2**31 // 128**2 - 1  # 131071 products of −128 by −128 still fit in int32
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OUTPUT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @function()
@@ -79,7 +80,7 @@ def int8_linear(
     if out_scale is not None:
         out_scale = as_scale(OP, "out_scale", out_scale, x_q)
     _check.choice(OP, "out_dtype", out_dtype, _OUT_DTYPES)
-    return _forward(x_q, x_scale, w_q, w_scale, bias, activation == "gelu", residual, out_scale, out_dtype)
+    return _forward(Call(x_q, x_scale, w_q, w_scale, bias, activation == "gelu", residual, out_scale, out_dtype))
 
 
 def int8_linear_reference(
@@ -100,40 +101,30 @@ def int8_linear_reference(
     return y if residual is None else y + residual
 
 
-def _forward_fake(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    return x_q.new_empty((x_q.shape[0], w_q.shape[0]), dtype=out_dtype if out_scale is None else torch.int8)
+class Call(NamedTuple):
+    """All arguments of forward."""
+
+    x_q: torch.Tensor  # int8 [N, C]
+    x_scale: torch.Tensor  # float32 [N] or []
+    w_q: torch.Tensor  # int8 [F, C]
+    w_scale: torch.Tensor  # float32 [F]
+    bias: torch.Tensor | None  # [F]
+    gelu: bool
+    residual: torch.Tensor | None  # [N, F]
+    out_scale: torch.Tensor | None  # float32 [N] or []
+    out_dtype: torch.dtype
 
 
-@operator(
-    "int8_linear_forward(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, bool gelu,"
-    " Tensor? residual, Tensor? out_scale, ScalarType out_dtype) -> Tensor",
-    _forward_fake,
-)
-def _forward(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def _forward_fake(call: Call) -> torch.Tensor:
+    dtype = call.out_dtype if call.out_scale is None else torch.int8
+    return call.x_q.new_empty((call.x_q.shape[0], call.w_q.shape[0]), dtype=dtype)
+
+
+@operator("int8_linear_forward", _forward_fake)
+def _forward(call: Call) -> torch.Tensor:
     """y [N, F] in out_dtype, or its codes if there is an out_scale."""
-    floats = (tensor.dtype for tensor in (bias, residual) if tensor is not None)
-    name = backends.select(OP, x_q.device, out_dtype, *floats)
-    return _FORWARD[name](x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    floats = (tensor.dtype for tensor in (call.bias, call.residual) if tensor is not None)
+    return _FORWARD[backends.select(OP, call.x_q.device, call.out_dtype, *floats)](call)
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -153,17 +144,8 @@ def accumulate(x_q: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
     return acc
 
 
-def _forward_torch(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def _forward_torch(call: Call) -> torch.Tensor:
+    x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype = call
     y = accumulate(x_q, w_q).to(torch.float32)  # [N, F]
     y *= x_scale[:, None] if x_scale.dim() else x_scale
     y *= w_scale
@@ -179,23 +161,13 @@ def _forward_torch(
 # cpu --------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+def _forward_cpu(call: Call) -> torch.Tensor:
+    x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, _ = call
+    y = _forward_fake(call)
     blob = packed_int8(w_q)
     w_scale = w_scale.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    residual = _rows.rows(residual)
     backends.cpu().int8_linear(
         x_q.data_ptr(),
         *x_q.stride(),
@@ -213,7 +185,7 @@ def _forward_cpu(
         0 if residual is None else residual.stride(0),
         residual is not None and residual.dtype == torch.bfloat16,
         y.data_ptr(),
-        _OUTPUT_CODE[y.dtype],
+        backends.CPU_DTYPE[y.dtype],
         0 if out_scale is None else out_scale.data_ptr(),
         out_scale.stride(0) if out_scale is not None and out_scale.dim() else 0,
         torch.get_num_threads(),
@@ -224,21 +196,11 @@ def _forward_cpu(
 # triton -----------------------------------------------------------------------------------------------------
 
 
-def _forward_triton(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def _forward_triton(call: Call) -> torch.Tensor:
     from distilbert_fast.kernels import int8_linear as kernels
 
-    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
-    kernels.int8_linear(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, y)
+    y = _forward_fake(call)
+    kernels.int8_linear(*call[:-1], y)
     return y
 
 
@@ -255,19 +217,10 @@ def _scale_arguments(scale: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if scale is None else (scale.data_ptr(), 1 if scale.dim() else 0)
 
 
-def _forward_cuda(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_q: torch.Tensor,
-    w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    y = _forward_fake(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
-    x_q, w_q, residual = _rows.rows(x_q), _rows.rows(w_q), None if residual is None else _rows.rows(residual)
+def _forward_cuda(call: Call) -> torch.Tensor:
+    x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, _ = call
+    y = _forward_fake(call)
+    x_q, w_q, residual = _rows.rows(x_q), _rows.rows(w_q), _rows.rows(residual)
     x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     out_scale = None if out_scale is None else out_scale.contiguous()

@@ -7,7 +7,7 @@ Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -60,7 +60,7 @@ def kl_div(
         _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
-        rows, _ = _forward(student, teacher, mask, temperature, reduction == "mean", "none")
+        rows, _ = forward(Call(student, teacher, mask, temperature, reduction == "mean", "none"))
         return _rows.reduce(rows, mask, reduction)
     keep = "stats" if recompute or student.dtype == torch.float16 else "gradient"
     return _KLDiv.apply(student, teacher, mask, temperature, reduction, keep)
@@ -85,15 +85,9 @@ def kl_div_reference(
 class _KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        temperature: float,
-        reduction: str,
-        keep: str,
+        ctx: Any, student: Any, teacher: Any, mask: Any, temperature: float, reduction: str, keep: str
     ) -> torch.Tensor:
-        rows, kept = _forward(student, teacher, mask, temperature, reduction == "mean", keep)
+        rows, kept = forward(Call(student, teacher, mask, temperature, reduction == "mean", keep))
         ctx.temperature, ctx.reduction, ctx.keep = temperature, reduction, keep
         if keep == "gradient":
             ctx.save_for_backward(kept)
@@ -116,13 +110,46 @@ class _KLDiv(torch.autograd.Function):
             student, teacher, mask, stats = ctx.saved_tensors
             if ctx.reduction == "mean":
                 dloss = dloss / _rows.count(student, mask)
-            dstudent = _backward(student, teacher, mask, dloss.expand(student.shape[0]), stats, ctx.temperature)
+            drows = dloss.expand(student.shape[0])
+            dstudent = _backward(Gradient(student, teacher, mask, drows, stats, ctx.temperature))
         return dstudent, None, None, None, None, None
 
 
 def _is_one(dloss: torch.Tensor) -> bool:
     """True only where the value can be read for free: a real CPU scalar."""
     return is_eager((dloss,)) and dloss.device.type == "cpu" and bool(dloss == 1)
+
+
+# The record of a call, its fakes and registered ops ------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """All arguments of forward."""
+
+    student: torch.Tensor  # [N, V]
+    teacher: torch.Tensor  # [N, V]
+    mask: torch.Tensor | None  # bool [N]
+    temperature: float
+    mean: bool  # whether the kept gradient is divided by the count of rows
+    keep: str  # for backward: "gradient" [N, V], "stats" [N, 4] or "none"
+
+
+class Gradient(NamedTuple):
+    """All arguments of backward."""
+
+    student: torch.Tensor  # [N, V]
+    teacher: torch.Tensor  # [N, V]
+    mask: torch.Tensor | None  # bool [N]
+    drows: torch.Tensor  # [N], the upstream gradient of each row
+    stats: torch.Tensor  # [N, 4]
+    temperature: float
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _select(call: Call | Gradient) -> str:
+    return backends.select(OP, call.student.device, call.student.dtype, call.teacher.dtype)
 
 
 def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
@@ -133,66 +160,38 @@ def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
     """
     if keep == "gradient":
         return _rows.empty_like(student, student.dtype)
-    return student.new_empty(
-        (student.shape[0], 4 if keep == "stats" else 0), dtype=_rows.accumulation_dtype(student.dtype)
-    )
+    shape = student.shape[0], 4 if keep == "stats" else 0
+    return student.new_empty(shape, dtype=_rows.accumulation_dtype(student.dtype))
 
 
-def _forward_fake(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return student.new_empty(student.shape[0], dtype=_rows.accumulation_dtype(student.dtype)), _kept_like(student, keep)
+def _forward_like(call: Call) -> Pair:
+    student = call.student
+    rows = student.new_empty(student.shape[0], dtype=_rows.accumulation_dtype(student.dtype))
+    return rows, _kept_like(student, call.keep)
 
 
-@operator(
-    "kl_div_forward(Tensor student, Tensor teacher, Tensor? mask, float temperature, bool mean, str keep)"
-    " -> (Tensor, Tensor)",
-    _forward_fake,
-)
-def _forward(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradient_like(call: Gradient) -> torch.Tensor:
+    return _kept_like(call.student, "gradient")
+
+
+@operator("kl_div_forward", _forward_like)
+def forward(call: Call) -> Pair:
     """Row losses [N] and what ``keep`` asks for; the kept gradient is already divided by the count if ``mean``."""
-    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    return _FORWARD[name](_rows.rows(student), _rows.rows(teacher), mask, temperature, mean, keep)
+    return _FORWARD[_select(call)](_rows.whole(call))
 
 
-def _backward_fake(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    return _kept_like(student, "gradient")
-
-
-@operator(
-    "kl_div_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor drows, Tensor stats, float temperature)"
-    " -> Tensor",
-    _backward_fake,
-)
-def _backward(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+@operator("kl_div_backward", _gradient_like)
+def _backward(call: Gradient) -> torch.Tensor:
     """Gradient [N, V] from the saved statistics and the upstream gradient of each row [N]."""
-    name = backends.select(OP, student.device, student.dtype, teacher.dtype)
-    drows = drows.to(_rows.accumulation_dtype(student.dtype)).contiguous()
-    return _BACKWARD[name](_rows.rows(student), _rows.rows(teacher), mask, drows, stats, temperature)
+    drows = call.drows.to(_rows.accumulation_dtype(call.student.dtype)).contiguous()
+    return _BACKWARD[_select(call)](_rows.whole(call)._replace(drows=drows))
 
 
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_torch(call: Call) -> Pair:
+    student, teacher, mask, temperature, mean, keep = call
     dtype = _rows.accumulation_dtype(student.dtype)
     s, t = student.to(dtype), teacher.to(dtype)
     rows = kl_div_reference(s, t, temperature, mask, "none")
@@ -202,7 +201,7 @@ def _forward_torch(
     if keep == "stats":
         return rows, stats
     drows = torch.ones_like(rows) / (_rows.count(rows, mask) if mean else 1)
-    return rows, _backward_torch(student, teacher, mask, drows, stats, temperature)
+    return rows, _backward_torch(Gradient(student, teacher, mask, drows, stats, temperature))
 
 
 def _statistics(x: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -210,14 +209,8 @@ def _statistics(x: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.cat([m, torch.exp((x - m) / temperature).sum(dim=1, keepdim=True)], dim=1)  # [N, 2]
 
 
-def _backward_torch(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+def _backward_torch(call: Gradient) -> torch.Tensor:
+    student, teacher, mask, drows, stats, temperature = call
     dtype = _rows.accumulation_dtype(student.dtype)
     m_s, z_s, m_t, z_t = stats.split(1, dim=1)  # [N, 1] each
     p_s = torch.exp((student.to(dtype) - m_s) / temperature) / z_s
@@ -228,137 +221,81 @@ def _backward_torch(
     return dstudent.to(student.dtype)
 
 
-# cpu -----------------------------------------------------------------------------------------------------------
+# cpu and cuda --------------------------------------------------------------------------------------------------
 
 
-def _logits_arguments(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, codes: dict[torch.dtype, int]
-) -> tuple[int, ...]:
+def _logits_arguments(call: Call | Gradient, codes: dict[torch.dtype, int]) -> tuple[Any, ...]:
     """What all native entries begin with."""
+    student, teacher, mask = call[:3]
     return (
-        student.data_ptr(),
-        teacher.data_ptr(),
-        student.stride(0),
-        teacher.stride(0),
-        codes[student.dtype],
-        codes[teacher.dtype],
-        0 if mask is None else mask.data_ptr(),
-        student.shape[0],
-        student.shape[1],
+        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
+        *(codes[student.dtype], codes[teacher.dtype]),
+        *(0 if mask is None else mask.data_ptr(), *student.shape, call.temperature),
     )
 
 
-def _forward_cpu(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = None if mask is None else mask.contiguous()
+def _kept_addresses(call: Call, kept: torch.Tensor) -> tuple[int, int]:
+    """Of the statistics and of the gradient."""
+    return kept.data_ptr() if call.keep == "stats" else 0, kept.data_ptr() if call.keep == "gradient" else 0
+
+
+def _forward_cpu(call: Call) -> Pair:
+    student, keep = call.student, call.keep
     rows = student.new_empty(student.shape[0], dtype=torch.float32)
     kept = backends.empty_cpu(student) if keep == "gradient" else _kept_like(student, keep)
-    backends.cpu().kl_div_forward(
-        *_logits_arguments(student, teacher, mask, _rows.DTYPE_CODE),
-        temperature,
-        mean,
-        rows.data_ptr(),
-        kept.data_ptr() if keep == "stats" else 0,
-        kept.data_ptr() if keep == "gradient" else 0,
-        torch.get_num_threads(),
-    )
+    arguments = *_logits_arguments(call, backends.CPU_DTYPE), call.mean, rows.data_ptr(), *_kept_addresses(call, kept)
+    backends.cpu().kl_div_forward(*arguments, torch.get_num_threads())
     return rows, kept
 
 
-def _backward_cpu(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    mask = None if mask is None else mask.contiguous()
-    dstudent = backends.empty_cpu(student)
-    backends.cpu().kl_div_backward(
-        *_logits_arguments(student, teacher, mask, _rows.DTYPE_CODE),
-        temperature,
-        drows.data_ptr(),
-        stats.data_ptr(),
-        dstudent.data_ptr(),
-        torch.get_num_threads(),
-    )
+def _backward_cpu(call: Gradient) -> torch.Tensor:
+    dstudent = backends.empty_cpu(call.student)
+    pointers = call.drows.data_ptr(), call.stats.data_ptr(), dstudent.data_ptr()
+    arguments = *_logits_arguments(call, backends.CPU_DTYPE), *pointers
+    backends.cpu().kl_div_backward(*arguments, torch.get_num_threads())
     return dstudent
 
 
-# gpu -----------------------------------------------------------------------------------------------------------
+def _forward_cuda(call: Call) -> Pair:
+    rows, kept = _forward_like(call)
+    scale = _scale(rows, call)
+    pointers = scale.data_ptr(), rows.data_ptr(), *_kept_addresses(call, kept)
+    arguments = *_logits_arguments(call, backends.CUDA_DTYPE), *pointers
+    backends.cuda().kl_div_forward(*arguments, *backends.device_and_stream(rows.device))
+    return rows, kept
 
 
-def _scale(rows: torch.Tensor, mask: torch.Tensor | None, mean: bool) -> torch.Tensor:
+def _backward_cuda(call: Gradient) -> torch.Tensor:
+    dstudent = _gradient_like(call)
+    pointers = call.drows.data_ptr(), call.stats.data_ptr(), dstudent.data_ptr()
+    arguments = *_logits_arguments(call, backends.CUDA_DTYPE), *pointers
+    backends.cuda().kl_div_backward(*arguments, *backends.device_and_stream(dstudent.device))
+    return dstudent
+
+
+def _scale(rows: torch.Tensor, call: Call) -> torch.Tensor:
     """1 / count as a float32 scalar on the device: the host never waits to learn it."""
     ones = torch.ones((), dtype=torch.float32, device=rows.device)
-    return ones / _rows.count(rows, mask) if mean else ones
+    return ones / _rows.count(rows, call.mask) if call.mean else ones
 
 
-def _forward_triton(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+# triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(call: Call) -> Pair:
     from distilbert_fast.kernels import kl_div as kernels
 
-    rows, kept = _forward_fake(student, teacher, mask, temperature, mean, keep)
-    stats = kept if keep == "stats" else None
-    gradient = kept if keep == "gradient" else None
-    kernels.kl_div_fwd(student, teacher, mask, _scale(rows, mask, mean), temperature, rows, stats, gradient)
+    rows, kept = _forward_like(call)
+    stats, gradient = kept if call.keep == "stats" else None, kept if call.keep == "gradient" else None
+    kernels.kl_div_fwd(*call[:3], _scale(rows, call), call.temperature, rows, stats, gradient)
     return rows, kept
 
 
-def _backward_triton(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+def _backward_triton(call: Gradient) -> torch.Tensor:
     from distilbert_fast.kernels import kl_div as kernels
 
-    dstudent = _kept_like(student, "gradient")
-    kernels.kl_div_bwd(student, teacher, mask, drows, stats, temperature, dstudent)
-    return dstudent
-
-
-def _forward_cuda(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, temperature: float, mean: bool, keep: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = None if mask is None else mask.contiguous()
-    rows, kept = _forward_fake(student, teacher, mask, temperature, mean, keep)
-    scale = _scale(rows, mask, mean)
-    backends.cuda().kl_div_forward(
-        *_logits_arguments(student, teacher, mask, backends.CUDA_DTYPE),
-        temperature,
-        scale.data_ptr(),
-        rows.data_ptr(),
-        kept.data_ptr() if keep == "stats" else 0,
-        kept.data_ptr() if keep == "gradient" else 0,
-        *backends.device_and_stream(student.device),
-    )
-    return rows, kept
-
-
-def _backward_cuda(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    drows: torch.Tensor,
-    stats: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    mask = None if mask is None else mask.contiguous()
-    dstudent = _kept_like(student, "gradient")
-    backends.cuda().kl_div_backward(
-        *_logits_arguments(student, teacher, mask, backends.CUDA_DTYPE),
-        temperature,
-        drows.data_ptr(),
-        stats.data_ptr(),
-        dstudent.data_ptr(),
-        *backends.device_and_stream(student.device),
-    )
+    dstudent = _gradient_like(call)
+    kernels.kl_div_bwd(*call, dstudent)
     return dstudent
 
 

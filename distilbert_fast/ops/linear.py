@@ -24,7 +24,6 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast, enabled
 from distilbert_fast.ops._operator import is_eager, operator, require_memory
-from distilbert_fast.ops._rows import DTYPE_CODE
 
 OP = "linear"
 
@@ -93,7 +92,7 @@ def _product_fake(
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@operator("linear_product(Tensor a, Tensor b, Tensor? bias, ScalarType? dtype=None) -> Tensor", _product_fake)
+@operator("linear_product", _product_fake)
 def product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -146,7 +145,7 @@ def _is_ours(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
         return False
     given = [x for x in tensors if x is not None]
     dtypes = {dtype, *(x.dtype for x in given)}
-    if not dtypes.issubset(DTYPE_CODE) or any(x.device.type != "cpu" for x in given):
+    if not dtypes.issubset(backends.CPU_FLOATS) or any(x.device.type != "cpu" for x in given):
         return False
     if torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16():
         return False
@@ -157,7 +156,11 @@ def _is_widened(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
     """Whether a product of these, of such a result, is one of float32 since torch has no fast one of bfloat16."""
     given = [x for x in tensors if x is not None]
     dtypes = {dtype, *(x.dtype for x in given)}
-    if torch.bfloat16 not in dtypes or not dtypes.issubset(DTYPE_CODE) or any(x.device.type != "cpu" for x in given):
+    if (
+        torch.bfloat16 not in dtypes
+        or not dtypes.issubset(backends.CPU_FLOATS)
+        or any(x.device.type != "cpu" for x in given)
+    ):
         return False
     return backends.forced() in (None, "cpu") and not _torch_multiplies_bfloat16()
 
@@ -176,17 +179,17 @@ def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: to
     a, b, bias = _touching(a), _touching(b), None if bias is None else bias.float().contiguous()
     backends.cpu().linear_product(
         a.data_ptr(),
-        DTYPE_CODE[a.dtype],
+        backends.CPU_DTYPE[a.dtype],
         *a.stride(),
         b.data_ptr(),
-        DTYPE_CODE[b.dtype],
+        backends.CPU_DTYPE[b.dtype],
         *b.stride(),
         0 if bias is None else bias.data_ptr(),
         a.shape[0],
         b.shape[0],
         a.shape[1],
         out.data_ptr(),
-        DTYPE_CODE[out.dtype],
+        backends.CPU_DTYPE[out.dtype],
         add,
         torch.get_num_threads(),
     )

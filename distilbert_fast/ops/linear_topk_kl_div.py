@@ -25,7 +25,6 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
 from distilbert_fast.ops._operator import function, is_eager, operator
-from distilbert_fast.ops._rows import DTYPE_CODE
 from distilbert_fast.ops._vocabulary_losses import (
     Call,
     CpuChunks,
@@ -243,7 +242,7 @@ def _forward_cpu(h: torch.Tensor, call: Call, defer: bool) -> Result:
         of_teacher = call.teacher.of(part, v, torch.float32)
         s = product_into(memory.logits[:r], x, call.W, call.b)
         pointers = (y.data_ptr() for y in of_teacher)
-        shape = DTYPE_CODE[s.dtype], r, r_kl, v, call.temperature
+        shape = backends.CPU_DTYPE[s.dtype], r, r_kl, v, call.temperature
         kernel = partial(backends.cpu().linear_topk_kl_div, s.data_ptr(), *shape, *pointers, k)
         return memory.losses(kernel, r, r_kl, targets)
 

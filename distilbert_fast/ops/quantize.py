@@ -66,7 +66,7 @@ def _forward_fake(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Te
     return _rows.codes_like(x, scale)
 
 
-@operator("quantize_forward(Tensor x, Tensor? scale) -> (Tensor, Tensor)", _forward_fake)
+@operator("quantize_forward", _forward_fake)
 def _forward(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [N, C], and the scales found [N]: none, [0], where one was given."""
     return _FORWARD[backends.select(OP, x.device, x.dtype)](x, scale)
@@ -90,7 +90,7 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
     backends.cpu().quantize(
         x.data_ptr(),
         x.stride(0),
-        _rows.DTYPE_CODE[x.dtype],
+        backends.CPU_DTYPE[x.dtype],
         n,
         c,
         _rows.codes(x_q, scale, found),

@@ -27,7 +27,7 @@ def codes(rows: int, c: int, seed: int = 0) -> torch.Tensor:
 
 
 def run(x_q, x_scale, w_q, w_scale, bias=None, gelu=False, residual=None, out_scale=None, out_dtype=torch.float32):
-    return op._forward_cuda(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype)
+    return op._forward_cuda(op.Call(x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, out_dtype))
 
 
 def accumulators(x_q, w_q):

@@ -25,23 +25,23 @@ def emulated(cuda_on_cpu):
 def run(student, teacher, temperature=1.0, mask=None, mean=True):
     """Row losses, the gradient of the forward pass, and that of the backward pass from saved statistics."""
     arguments = (student, teacher, mask, temperature, mean)
-    rows, gradient = op._forward_cuda(*arguments, "gradient")
-    rows_again, stats = op._forward_cuda(*arguments, "stats")
-    rows_alone, _ = op._forward_cuda(*arguments, "none")
+    rows, gradient = op._forward_cuda(op.Call(*arguments, "gradient"))
+    rows_again, stats = op._forward_cuda(op.Call(*arguments, "stats"))
+    rows_alone, _ = op._forward_cuda(op.Call(*arguments, "none"))
     assert torch.equal(rows, rows_again) or rows.isnan().any()
     assert torch.equal(rows, rows_alone) or rows.isnan().any()
     drows = torch.ones(student.shape[0]) / (_rows.count(rows, mask) if mean else 1)
-    return rows, gradient, op._backward_cuda(student, teacher, mask, drows, stats, temperature)
+    return rows, gradient, op._backward_cuda(op.Gradient(student, teacher, mask, drows, stats, temperature))
 
 
 def exact(student, teacher, temperature=1.0, mask=None, mean=True):
-    rows, gradient = op._forward_torch(student.double(), teacher.double(), mask, temperature, mean, "gradient")
+    rows, gradient = op._forward_torch(op.Call(student.double(), teacher.double(), mask, temperature, mean, "gradient"))
     return rows, gradient
 
 
 def check(student, teacher, temperature=1.0, mask=None, mean=True):
     rows, gradient, recomputed = run(student, teacher, temperature, mask, mean)
-    torchs_rows, torchs_gradient = op._forward_torch(student, teacher, mask, temperature, mean, "gradient")
+    torchs_rows, torchs_gradient = op._forward_torch(op.Call(student, teacher, mask, temperature, mean, "gradient"))
     exact_rows, exact_gradient = exact(student, teacher, temperature, mask, mean)
     assert_twice_rule(rows, torchs_rows, exact_rows, "loss")
     assert_twice_rule(gradient, torchs_gradient, exact_gradient, "gradient")
