@@ -19,8 +19,11 @@ CUDA_HEAD_SIZE = 128  # the largest in csrc/cuda
 
 
 class Call(NamedTuple):
-    """All arguments but q, k, v: [N, H, D] with cu_seqlens, [B, T, H, D] without."""
+    """All arguments: q, k, v [N, H, D] with cu_seqlens, [B, T, H, D] without."""
 
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
     cu_seqlens: torch.Tensor | None  # int32 [B + 1]
     attention_mask: torch.Tensor | None  # bool [B, T]
     head_mask: torch.Tensor | None  # [B, H] in the dtype of the arithmetic
@@ -30,14 +33,20 @@ class Call(NamedTuple):
     dm: bool  # the gradient of the head mask is wanted, even where the mask is 0
 
 
-def gradients_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
+Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def gradients_like(call: Call) -> Gradients:
     """Memory for dq, dk, dv, and dm [B, H], or [0, 0] if it is not wanted."""
-    shape = call.head_mask.shape if call.head_mask is not None and call.dm else (0, 0)
-    return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+    q, shape = call.q, call.head_mask.shape if call.head_mask is not None and call.dm else (0, 0)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    return dq, dk, dv, q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
-def kept_like(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_like(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for what forward keeps on a GPU: the output before the head mask if dm is wanted, and m and 1 / Z."""
+    q = call.q
     stats = q.new_empty((2, q.shape[-2], math.prod(q.shape[:-2])), dtype=torch.float32)
     return q.new_empty(q.shape if call.dm else 0), stats
 
@@ -123,8 +132,9 @@ def _runs(q: torch.Tensor, call: Call) -> Iterator[tuple[slice, slice, torch.Ten
             yield slice(begin, b), slice(start, end), mask[begin:b, start:end] if holes else None
 
 
-def _tiles(q: torch.Tensor, call: Call, scores: int | None) -> Iterator[_Tile]:
+def _tiles(call: Call, scores: int | None) -> Iterator[_Tile]:
     """What has to be computed, in tiles of about that many scores; None = as large as they come."""
+    q = call.q
     for sequences, tokens, keys in _runs(q, call):
         count = sequences.stop - sequences.start
         length = tokens.stop - tokens.start
@@ -148,11 +158,12 @@ def _tiles(q: torch.Tensor, call: Call, scores: int | None) -> Iterator[_Tile]:
             yield _Tile(some, place, length, head if live is None else live[head], part)
 
 
-def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+def _forward_torch(call: Call) -> torch.Tensor:
+    q, k, v = call[:3]
     o = q.new_zeros(q.shape)
     drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
     # Backward has to find again what is dropped here, tile by tile, so dropout wants its tiles.
-    for tile in _tiles(q, call, None if drop is None else _scores(q)):
+    for tile in _tiles(call, None if drop is None else _scores(q)):
         q_t, k_t, v_t = tile.read(q), tile.read(k), tile.read(v)
         if drop is None:
             o_t = F.scaled_dot_product_attention(q_t, k_t, v_t, attn_mask=tile.attended(), scale=call.scale)
@@ -164,18 +175,11 @@ def _forward_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     return o
 
 
-def _backward_torch(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    _o: torch.Tensor,
-    _stats: torch.Tensor,
-    call: Call,
-) -> tuple[torch.Tensor, ...]:
-    dq, dk, dv, dm = (x.zero_() for x in gradients_like(q, call))
+def _backward_torch(call: Call, do: torch.Tensor, _o: torch.Tensor, _stats: torch.Tensor) -> Gradients:
+    q, k, v = call[:3]
+    dq, dk, dv, dm = (x.zero_() for x in gradients_like(call))
     drop = None if call.seed is None else _Dropout(call.seed, call.dropout_p)
-    for tile in _tiles(q, call, _scores(q)):
+    for tile in _tiles(call, _scores(q)):
         q_t, k_t, v_t, g = (tile.read(x).to(accumulation_dtype(q.dtype)) for x in (q, k, v, do))  # [b, h, t, D]
         p = _probabilities(q_t, k_t, tile, call.scale)
         dp = g @ v_t.mT  # [b, h, t, t]
@@ -225,9 +229,9 @@ def _heads_argument(x: torch.Tensor) -> tuple[int, ...]:
     return x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1]
 
 
-def _call_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Any, ...]:
+def _call_arguments(call: Call) -> tuple[Any, ...]:
     """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
-    cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
+    q, k, v, cu_seqlens, mask, head_mask = call[:6]
     return (
         *(_heads_argument(x) for x in (q, k, v)),
         backends.CPU_DTYPE[q.dtype],
@@ -258,28 +262,20 @@ def _in_order(call: Call) -> Call:
     )
 
 
-def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+def _forward_cpu(call: Call) -> torch.Tensor:
     call = _in_order(call)
-    o = torch.empty(q.shape, dtype=q.dtype)
+    o = torch.empty(call.q.shape, dtype=call.q.dtype)
     backends.cpu().attention_forward(
-        *_call_arguments(q, k, v, call), _heads_argument(o), backends.CPU_DTYPE[o.dtype], torch.get_num_threads()
+        *_call_arguments(call), _heads_argument(o), backends.CPU_DTYPE[o.dtype], torch.get_num_threads()
     )
     return o
 
 
-def _backward_cpu(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    _o: torch.Tensor,
-    _stats: torch.Tensor,
-    call: Call,
-) -> tuple[torch.Tensor, ...]:
+def _backward_cpu(call: Call, do: torch.Tensor, _o: torch.Tensor, _stats: torch.Tensor) -> Gradients:
     call = _in_order(call)
-    dq, dk, dv, dm = gradients_like(q, call)
+    dq, dk, dv, dm = gradients_like(call)
     backends.cpu().attention_backward(
-        *_call_arguments(q, k, v, call),
+        *_call_arguments(call),
         *(_heads_argument(x) for x in (do, dq, dk, dv)),
         dm.data_ptr() if call.dm else 0,
         torch.get_num_threads(),
@@ -290,55 +286,45 @@ def _backward_cpu(
 # gpu -----------------------------------------------------------------------------------------------------------
 
 
-def _ready(q: torch.Tensor, call: Call) -> Call:
+def _ready(call: Call) -> Call:
     """The same call in order; its offsets are checked where nobody waits for them, in Triton's interpreter."""
-    if call.cu_seqlens is not None and q.device.type == "cpu":
-        _offsets(call.cu_seqlens, q.shape[0])
+    if call.cu_seqlens is not None and call.q.device.type == "cpu":
+        _offsets(call.cu_seqlens, call.q.shape[0])
     return _in_order(call)
 
 
-def _forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+def _forward_triton(call: Call) -> torch.Tensor:
     from distilbert_fast.kernels import attention as kernels
 
-    o = q.new_empty(q.shape)
-    kernels.attention_fwd(q, k, v, *_ready(q, call)[:6], o)
+    o = call.q.new_empty(call.q.shape)
+    kernels.attention_fwd(*_ready(call)[:9], o)
     return o
 
 
-def _forward_keeping_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_keeping_triton(call: Call) -> Forward:
     from distilbert_fast.kernels import attention as kernels
 
-    o = q.new_empty(q.shape)
-    unmasked, stats = kept_like(q, call)
-    kernels.attention_fwd(q, k, v, *_ready(q, call)[:6], o, unmasked if call.dm else None, stats)
+    o = call.q.new_empty(call.q.shape)
+    unmasked, stats = kept_like(call)
+    kernels.attention_fwd(*_ready(call)[:9], o, unmasked if call.dm else None, stats)
     return o, unmasked, stats
 
 
-def _backward_triton(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    stats: torch.Tensor,
-    call: Call,
-) -> tuple[torch.Tensor, ...]:
+def _backward_triton(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
     from distilbert_fast.kernels import attention_backward as kernels
 
     if stats.shape[0] == 0:  # another backend served forward
-        o, unmasked, stats = _forward_keeping_triton(q, k, v, call)
+        o, unmasked, stats = _forward_keeping_triton(call)
         o = unmasked if call.dm else o
-    dq, dk, dv, dm = gradients_like(q, call)
+    dq, dk, dv, dm = gradients_like(call)
     delta = stats.new_empty(stats.shape[1:])
-    kernels.attention_bwd(do, q, k, v, o, stats, *_ready(q, call)[:6], dq, dk, dv, dm if call.dm else None, delta)
+    kernels.attention_bwd(do, *call[:3], o, stats, *_ready(call)[3:9], dq, dk, dv, dm if call.dm else None, delta)
     return dq, dk, dv, dm
 
 
-def _cuda_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Any, ...]:
+def _cuda_arguments(call: Call) -> tuple[Any, ...]:
     """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
-    cu_seqlens, mask, head_mask = call.cu_seqlens, call.attention_mask, call.head_mask
+    q, k, v, cu_seqlens, mask, head_mask = call[:6]
     return (
         *(_heads_argument(x) for x in (q, k, v)),
         backends.CUDA_DTYPE[q.dtype],
@@ -358,60 +344,45 @@ def _cuda_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Cal
 
 
 def _launch_forward_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    call: Call,
-    unmasked: torch.Tensor | None = None,
-    stats: torch.Tensor | None = None,
+    call: Call, unmasked: torch.Tensor | None = None, stats: torch.Tensor | None = None
 ) -> torch.Tensor:
-    call = _ready(q, call)
-    o = q.new_empty(q.shape)
+    call = _ready(call)
+    o = call.q.new_empty(call.q.shape)
     backends.cuda().attention_forward(
-        _cuda_arguments(q, k, v, call),
+        _cuda_arguments(call),
         _heads_argument(o),
         (0, 0, 0, 0) if unmasked is None else _heads_argument(unmasked),
         0 if stats is None else stats.data_ptr(),
-        *backends.device_and_stream(q.device),
+        *backends.device_and_stream(call.q.device),
     )
     return o
 
 
-def _forward_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
-    return _launch_forward_cuda(q, k, v, call)
+def _forward_cuda(call: Call) -> torch.Tensor:
+    return _launch_forward_cuda(call)
 
 
-def _forward_keeping_cuda(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    unmasked, stats = kept_like(q, call)
-    return _launch_forward_cuda(q, k, v, call, unmasked if call.dm else None, stats), unmasked, stats
+def _forward_keeping_cuda(call: Call) -> Forward:
+    unmasked, stats = kept_like(call)
+    return _launch_forward_cuda(call, unmasked if call.dm else None, stats), unmasked, stats
 
 
-def _backward_cuda(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    stats: torch.Tensor,
-    call: Call,
-) -> tuple[torch.Tensor, ...]:
-    call = _ready(q, call)
+def _backward_cuda(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
+    call = _ready(call)
     if stats.shape[0] == 0:  # another backend served forward
-        o, unmasked, stats = _forward_keeping_cuda(q, k, v, call)
+        o, unmasked, stats = _forward_keeping_cuda(call)
         o = unmasked if call.dm else o
-    gradients = gradients_like(q, call)
+    gradients = gradients_like(call)
     r = stats.new_empty(stats.shape[1:])  # [H, N]
     backends.cuda().attention_backward(
-        _cuda_arguments(q, k, v, call),
+        _cuda_arguments(call),
         _heads_argument(do),
         _heads_argument(o),
         stats.data_ptr(),
         r.data_ptr(),
         *(_heads_argument(x) for x in gradients[:3]),
         gradients[3].data_ptr() if call.dm else 0,
-        *backends.device_and_stream(q.device),
+        *backends.device_and_stream(call.q.device),
     )
     return gradients
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from distilbert_fast import backends
 from distilbert_fast.ops._vocabulary_losses import (
-    Call,
     CpuChunks,
     Losses,
     Result,
+    any_gradient,
     by_chunks,
     cpu_plan,
     plan,
@@ -25,24 +25,47 @@ from distilbert_fast.ops.kl_div import Call as KLDivCall
 from distilbert_fast.ops.kl_div import forward as _kl_div_forward
 from distilbert_fast.ops.linear import product_into
 
+OP = "linear_kl_div"
 
-class Teacher(NamedTuple):
-    """``Call.teacher`` of this op."""
 
-    h: torch.Tensor  # [N, C_t]
-    W: torch.Tensor  # [V, C_t]
-    b: torch.Tensor | None  # [V]
+class Call(NamedTuple):
+    """All arguments, and which of the student's gradients are wanted."""
+
+    h_s: torch.Tensor  # [N, C_s]
+    W_s: torch.Tensor  # [V, C_s]
+    b_s: torch.Tensor | None  # [V]
+    h_t: torch.Tensor  # [N, C_t]
+    W_t: torch.Tensor  # [V, C_t]
+    b_t: torch.Tensor | None  # [V]
+    kd_mask: torch.Tensor | None  # bool [N]
+    labels: torch.Tensor | None  # int64 [N]
+    temperature: float
+    ignore_index: int
+    dh: bool
+    dW: bool
+    db: bool
+    mean: bool = True
+
+    @property
+    def h(self) -> torch.Tensor:  # as _vocabulary_losses.py calls the student's
+        return self.h_s
+
+    @property
+    def W(self) -> torch.Tensor:
+        return self.W_s
+
+    @property
+    def b(self) -> torch.Tensor | None:
+        return self.b_s
 
 
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
-    begun = plan(h_s, call, defer)
-    W, b = torch_projection(h_s, call.W, call.b)
-    h_t = call.teacher.h
-    W_t, b_t = torch_projection(*call.teacher)
-    wanted = call.any_gradient
+def _forward_torch(call: Call, defer: bool) -> Result:
+    begun = plan(call, defer)
+    h_t, wanted = call.h_t, any_gradient(call)
+    (W, b), (W_t, b_t) = torch_projection(*call[:3]), torch_projection(*call[3:6])
 
     def losses(h: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         s = F.linear(h, W, b)  # [R, V]
@@ -55,17 +78,17 @@ def _forward_torch(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
             kl_gradient = kept if wanted else kl_gradient
         return Losses(kl, kl_gradient, *torch_cross_entropy(s, targets, kl.dtype, wanted))
 
-    return by_chunks(losses, h_s, W, call, begun)
+    return by_chunks(OP, losses, W, call, begun)
 
 
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
+def _forward_cpu(call: Call, defer: bool) -> Result:
     """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
-    begun = cpu_plan(h_s, call, defer)
-    memory, v = CpuChunks(h_s, call, begun), call.W.shape[0]
-    h_t, W_t, b_t = call.teacher
+    begun = cpu_plan(call, defer)
+    memory, v = CpuChunks(call, begun), call.W.shape[0]
+    h_t, W_t, b_t = call[3:6]
     teacher = backends.empty_cpu(h_t.new_empty((begun.largest, v)))
 
     def losses(h: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
@@ -78,22 +101,22 @@ def _forward_cpu(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
         kernel = partial(backends.cpu().linear_kl_div, s.data_ptr(), teacher.data_ptr(), *dtypes, *shape)
         return memory.losses(kernel, r, r_kl, targets)
 
-    return by_chunks(losses, h_s, call.W, call, begun)
+    return by_chunks(OP, losses, call.W, call, begun)
 
 
 # gpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_triton(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
+def _forward_triton(call: Call, defer: bool) -> Result:
     """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
     teacher's, which nobody reads again, the cross-entropy's over the student's.
     """
     from distilbert_fast.kernels import linear_kl_div as kernels
 
-    begun = plan(h_s, call, defer)
-    h_t, _, b_t = call.teacher
-    W, W_t = call.W.to(projection_dtype(h_s)), call.teacher.W.to(projection_dtype(h_t))
-    v, wanted, rows, width = W.shape[0], call.any_gradient, begun.largest, kernels.width(W.shape[0])
+    begun = plan(call, defer)
+    h_t, b_t = call.h_t, call.b_t
+    W, W_t = call.W.to(projection_dtype(call.h)), call.W_t.to(projection_dtype(h_t))
+    v, wanted, rows, width = W.shape[0], any_gradient(call), begun.largest, kernels.width(W.shape[0])
     student, teacher = W.new_empty((rows, width)), W_t.new_empty((rows, width))
     bias_s, bias_t = kernels.padded_bias(call.b, W, v), kernels.padded_bias(b_t, W_t, v)
     kl_gradient = teacher if W_t.dtype == W.dtype else W.new_empty((rows if wanted else 0, width))
@@ -115,7 +138,7 @@ def _forward_triton(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
             nothing if dce is None else dce[:, :v],
         )
 
-    return by_chunks(losses, h_s, W, call, begun)
+    return by_chunks(OP, losses, W, call, begun)
 
 
 FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}

@@ -97,11 +97,9 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        nonlocal name
         record: Any = next(iter(get_type_hints(kernel).values()))
         fields = len(record._fields) if hasattr(record, "_fields") else 0
-        schema = name if "(" in name else _schema(name, kernel)
-        name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,)).split("::")[-1]
+        LIBRARY.define(_schema(name, kernel), tags=(torch.Tag.pt2_compliant_tag,))
 
         def given(args: Sequence[Any]) -> Sequence[Any]:
             return (record(*args[:fields]), *args[fields:]) if fields else args
@@ -137,17 +135,21 @@ _TYPES = {torch.Tensor: "Tensor", torch.dtype: "ScalarType", int: "int", float: 
 def _schema(name: str, python: Callable[..., Any]) -> str:
     """The torch.library schema of a function: a record's fields one by one, Tensor where a number may stand for one."""
     hints = get_type_hints(python)
-    arguments = []
-    for parameter in inspect.signature(python).parameters.values():
-        kind: Any = hints[parameter.name]
+    returned = hints.pop("return")
+    defaults = {name: x.default for name, x in inspect.signature(python).parameters.items()}
+    arguments: list[str] = []
+
+    def add(name: str, kind: Any, default: Any) -> None:
+        text = str(default)[6:] if isinstance(default, torch.dtype) else repr(default)
+        arguments.append(f"{_type(kind)} {name}" + ("" if default is inspect.Parameter.empty else f"={text}"))
+
+    for argument, kind in hints.items():
         if hasattr(kind, "_fields"):
-            arguments += [f"{_type(field)} {key}" for key, field in get_type_hints(kind).items()]
+            for field, of_field in get_type_hints(kind).items():
+                add(field, of_field, kind._field_defaults.get(field, inspect.Parameter.empty))
         else:
-            default = parameter.default
-            text = str(default)[6:] if isinstance(default, torch.dtype) else repr(default)
-            value = "" if default is inspect.Parameter.empty else f"={text}"
-            arguments.append(f"{_type(kind)} {parameter.name}{value}")
-    return f"{name}({', '.join(arguments)}) -> {_type(hints['return'])}"
+            add(argument, kind, defaults[argument])
+    return f"{name}({', '.join(arguments)}) -> {_type(returned)}"
 
 
 def _type(kind: Any) -> str:

@@ -55,7 +55,8 @@ def normalized_like(y: torch.Tensor, call: Any) -> Outputs:
     if call.keep == "codes":
         return y, *codes_like(y, call.out_scale)
     if call.keep == "statistics":
-        return y, *(y.new_empty(y.shape[0], dtype=accumulation_dtype(y.dtype)) for _ in range(2))
+        n, dtype = y.shape[0], accumulation_dtype(y.dtype)
+        return y, y.new_empty(n, dtype=dtype), y.new_empty(n, dtype=dtype)
     return y, y.new_empty(0), y.new_empty(0)
 
 

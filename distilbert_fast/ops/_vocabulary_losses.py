@@ -7,7 +7,7 @@ their gradients; all else is the same for every backend and for either kind of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,37 +18,33 @@ from distilbert_fast.ops._autocast import as_written
 from distilbert_fast.ops._rows import accumulation_dtype
 from distilbert_fast.ops.linear import product, product_into
 
+# The record of a call of either op, which says of its teacher what it needs.
+#   h [N, C], W [V, C], b [V] or None: the student's.        kd_mask: bool [N] or None      labels: int64 [N] or None
+#   temperature, ignore_index, mean: whether losses are divided by the counts of their rows
+#   dh, dW, db: which of the student's gradients are wanted
+Call: TypeAlias = Any
 
-class Call(NamedTuple):
-    """All arguments but the student's hidden states h [N, C], and which of the student's gradients are wanted."""
 
-    op: str
-    W: torch.Tensor  # [V, C]
-    b: torch.Tensor | None  # [V]
-    teacher: Any  # tensors, as the op takes them
-    kd_mask: torch.Tensor | None  # bool [N]
-    labels: torch.Tensor | None  # int64 [N]
-    temperature: float
-    ignore_index: int
-    dh: bool
-    dW: bool
-    db: bool
-
-    @property
-    def any_gradient(self) -> bool:
-        return self.dh or self.dW or self.db
+def any_gradient(call: Call) -> bool:
+    return call.dh or call.dW or call.db
 
 
 def check_rows(
-    op: str, h: torch.Tensor, kd_mask: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: object
+    op: str,
+    h: torch.Tensor,
+    kd_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: object,
+    reduction: object,
 ) -> None:
-    """Check what says which rows count; the values of labels come later, see ``check_range``."""
+    """Check what says which rows count, and how they are reduced; values of labels come later: ``check_range``."""
     if kd_mask is not None:
         _check.tensor(op, "kd_mask", kd_mask, h.shape[:1], (torch.bool,), h.device)
     if labels is not None:
         _check.tensor(op, "labels", labels, h.shape[:1], (torch.int64,), h.device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         _check.refuse(op, "ignore_index", "an integer", type(ignore_index).__name__, TypeError)
+    _check.choice(op, "reduction", reduction, ("mean", "sum"))
 
 
 def check_range(op: str, argument: str, x: torch.Tensor, v: int, otherwise: str = "") -> None:
@@ -65,11 +61,14 @@ def projection_dtype(h: torch.Tensor) -> torch.dtype:
     return torch.float32 if h.dtype == torch.float16 else h.dtype
 
 
-def outputs_like(h: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def outputs_like(call: Call) -> Outputs:
     """Memory for kl, ce, and of the gradients that are wanted those of the sums of row losses: of the KL and, with
     labels, of the cross-entropy: dh [1 or 2, N, C], dW [1 or 2, V, C], db [1 or 2, V].
     """
-    losses, dtype = (1 if call.labels is None else 2), accumulation_dtype(h.dtype)
+    h, losses, dtype = call.h, (1 if call.labels is None else 2), accumulation_dtype(call.h.dtype)
     (n, c), v = h.shape, call.W.shape[0]
     return (
         h.new_empty((), dtype=dtype),
@@ -111,14 +110,14 @@ class Chunk(NamedTuple):
 # What a backend gives: the outputs. Or, where it may defer the products with gradients and one chunk holds all rows:
 # that chunk, and outputs without gradients. The chunk's gradients of logits are smaller than a dW for each loss, and by
 # the time of backward the upstream gradients are known, so the two losses' are one matrix before they are multiplied.
-Result = tuple[tuple[torch.Tensor, ...], Chunk | None]
+Result = tuple[Outputs, Chunk | None]
 
 
 class Plan(NamedTuple):
     """What a backend begins with."""
 
     counted: Counted
-    outputs: tuple[torch.Tensor, ...]  # memory for ``outputs_like``
+    outputs: Outputs  # memory for ``outputs_like``
     chunk: int  # rows of every chunk but the last
     defer: bool  # whether the gradients are in fact deferred
 
@@ -137,9 +136,9 @@ def chunk_rows(v: int, device: torch.device) -> int:
     return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
 
 
-def _counted(h: torch.Tensor, call: Call) -> Counted:
+def _counted(call: Call) -> Counted:
     """In an order in which the rows of either loss are neighbours in every chunk."""
-    n, device, kd_mask, labels = h.shape[0], h.device, call.kd_mask, call.labels
+    n, device, kd_mask, labels = call.h.shape[0], call.h.device, call.kd_mask, call.labels
     if kd_mask is None and labels is None:
         return Counted(torch.arange(n, device=device), n, n)
     distilled = torch.ones(n, dtype=torch.bool, device=device) if kd_mask is None else kd_mask
@@ -150,14 +149,14 @@ def _counted(h: torch.Tensor, call: Call) -> Counted:
     return Counted(kind.argsort(stable=True)[: alone + both + rest], alone, alone + both)
 
 
-def plan(h: torch.Tensor, call: Call, defer: bool) -> Plan:
-    counted, chunk = _counted(h, call), chunk_rows(call.W.shape[0], h.device)
-    defer = defer and call.any_gradient and 0 < len(counted.rows) <= chunk
+def plan(call: Call, defer: bool) -> Plan:
+    counted, chunk = _counted(call), chunk_rows(call.W.shape[0], call.h.device)
+    defer = defer and any_gradient(call) and 0 < len(counted.rows) <= chunk
     held = call._replace(dh=False, dW=False, db=False) if defer else call
-    return Plan(counted, outputs_like(h, held), chunk, defer)
+    return Plan(counted, outputs_like(held), chunk, defer)
 
 
-def by_chunks(losses_of_chunk: LossesOfChunk, h: torch.Tensor, W: torch.Tensor, call: Call, plan: Plan) -> Result:
+def by_chunks(op: str, losses_of_chunk: LossesOfChunk, W: torch.Tensor, call: Call, plan: Plan) -> Result:
     """Fill the outputs. W: the student's, as ``product`` takes it."""
     kl, ce, dh_sum, dW_sum, db_sum = plan.outputs
     for x in (kl, ce, dh_sum, db_sum):
@@ -181,9 +180,9 @@ def by_chunks(losses_of_chunk: LossesOfChunk, h: torch.Tensor, W: torch.Tensor, 
     for begin in range(0, len(rows), plan.chunk):
         chunk = rows[begin : begin + plan.chunk]
         part, targeted = chunk[: max(0, end_kl - begin)], chunk[max(0, first_label - begin) :]
-        x = h[chunk].to(projection_dtype(h))  # [R, C]
+        x = call.h[chunk].to(projection_dtype(call.h))  # [R, C]
         targets = chunk[:0] if call.labels is None else call.labels[targeted]
-        check_range(call.op, "labels", targets, v, f" or ignore_index = {call.ignore_index}")
+        check_range(op, "labels", targets, v, f" or ignore_index = {call.ignore_index}")
         losses = losses_of_chunk(x, part, targets)
         kl += losses.kl
         ce += losses.ce
@@ -195,8 +194,9 @@ def by_chunks(losses_of_chunk: LossesOfChunk, h: torch.Tensor, W: torch.Tensor, 
     for loss, some in enumerate(begun):
         if not some:
             dW_sum[loss].zero_()
-    kl /= max(1, end_kl)
-    ce /= max(1, len(rows) - first_label)
+    if call.mean:
+        kl /= max(1, end_kl)
+        ce /= max(1, len(rows) - first_label)
     return plan.outputs, deferred
 
 
@@ -228,9 +228,9 @@ class CpuChunks:
     They write the gradient of the KL over the logits, that of the cross-entropy beside them.
     """
 
-    def __init__(self, h: torch.Tensor, call: Call, plan: Plan) -> None:
-        rows, v = plan.largest, call.W.shape[0]
-        self.wanted = call.any_gradient
+    def __init__(self, call: Call, plan: Plan) -> None:
+        h, rows, v = call.h, plan.largest, call.W.shape[0]
+        self.wanted = any_gradient(call)
         self.logits = backends.empty_cpu(h.new_empty((rows, v)))
         self.ce_gradient = h.new_empty((rows if self.wanted and call.labels is not None else 0, v))
         self.kl, self.ce = (h.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -249,23 +249,21 @@ class CpuChunks:
         )
 
 
-def cpu_plan(h: torch.Tensor, call: Call, defer: bool) -> Plan:
+def cpu_plan(call: Call, defer: bool) -> Plan:
     """``plan``, with the memory of dW kept from step to step."""
-    begun = plan(h, call, defer)
-    outputs = begun.outputs
-    return begun._replace(outputs=(*outputs[:3], backends.empty_cpu(outputs[3]), outputs[4]))
+    begun = plan(call, defer)
+    kl, ce, dh, dW, db = begun.outputs
+    return begun._replace(outputs=(kl, ce, dh, backends.empty_cpu(dW), db))
 
 
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
-def save(
-    ctx: Any, h: torch.Tensor, call: Call, outputs: tuple[torch.Tensor, ...], chunk: Chunk | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def save(ctx: Any, call: Call, outputs: Outputs, chunk: Chunk | None) -> tuple[torch.Tensor, torch.Tensor]:
     """In the forward of an op's Function: keep what ``gradients`` needs; kl and ce."""
     kl, ce, *sums = outputs
-    ctx.ignore_index, ctx.shape = call.ignore_index, h.shape
-    ctx.dtypes = h.dtype, call.W.dtype, None if call.b is None else call.b.dtype
+    ctx.ignore_index, ctx.mean, ctx.shape = call.ignore_index, call.mean, call.h.shape
+    ctx.dtypes = call.h.dtype, call.W.dtype, None if call.b is None else call.b.dtype
     ctx.single = chunk is not None
     if chunk is not None:
         (rows, ctx.first_label, ctx.end_kl), x, losses = chunk
@@ -282,9 +280,9 @@ def gradients(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> list[torch.Tens
             some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
             return [None if x is None else x.to(dtype) for x, dtype in some]
     kd_mask, labels, *sums = ctx.saved_tensors
-    weights = [dkl / _rows.count(sums[0][0], kd_mask)]
+    weights = [dkl / _rows.count(sums[0][0], kd_mask) if ctx.mean else dkl]
     if labels is not None:
-        weights.append(dce / _rows.count(labels, labels != ctx.ignore_index))
+        weights.append(dce / _rows.count(labels, labels != ctx.ignore_index) if ctx.mean else dce)
     return [
         _weighted(weights, x).to(dtype) if wanted else None
         for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
@@ -295,10 +293,12 @@ def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[to
     """dh [N, C], dW [V, C], db [V]: the two losses' gradients are one matrix before anything is multiplied."""
     W, rows, h, kl, ce = ctx.saved_tensors
     r, v = len(rows), len(W)
+    if ctx.mean:
+        dkl, dce = dkl / max(ctx.end_kl, 1), dce / max(r - ctx.first_label, 1)
     G = kl.new_empty((r, max(v, kl.stride(0))))[:, :v]  # [R, V], its rows as far apart as those of the logits
-    torch.mul(kl, dkl / max(ctx.end_kl, 1), out=G[: ctx.end_kl])
+    torch.mul(kl, dkl, out=G[: ctx.end_kl])
     G[ctx.end_kl :] = 0
-    G[ctx.first_label :].addcmul_(ce, (dce / max(r - ctx.first_label, 1)).to(G.dtype))
+    G[ctx.first_label :].addcmul_(ce, dce.to(G.dtype))
     wanted, dtype = ctx.needs_input_grad, _rows.accumulation_dtype(h.dtype)
     yield h.new_zeros(ctx.shape).index_copy_(0, rows, product(G, W.t(), None)) if wanted[0] else None
     yield product(G.t(), h.t(), None, dtype) if wanted[1] else None

@@ -27,6 +27,8 @@ from distilbert_fast.ops._attention_backends import (
     FORWARD_KEEPING,
     OP,
     Call,
+    Forward,
+    Gradients,
     backend_of,
     gradients_like,
     kept_like,
@@ -128,20 +130,9 @@ def attention_reference(
     return torch.cat(outputs)
 
 
-def _attention(
-    op: str,
-    shape: tuple[str, ...],
-    batch: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    head_mask: torch.Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-) -> torch.Tensor:
+def _attention(op: str, shape: tuple[str, ...], batch: int, q: Any, k: Any, v: Any, *others: Any) -> torch.Tensor:
     """Both forms: [N, H, D] with cu_seqlens, or [B, T, H, D] with or without an attention mask."""
+    cu_seqlens, attention_mask, head_mask, dropout_p, scale = others
     _check.tensor(op, "q", q, shape)
     q, k, v = autocast(q.device, q, k, v)
     for name, x in (("k", k), ("v", v)):
@@ -165,106 +156,77 @@ def _attention(
     # The seed stays on the device: the kernels read it there, and a captured graph draws a new one each time.
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
     differentiable = [x for x in (q, k, v, head_mask) if x is not None and x.requires_grad]
+    call = Call(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, False)
     if not (torch.is_grad_enabled() and differentiable):
-        return _forward(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, False)
-    return _Attention.apply(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale)
+        return _forward(call)
+    return _Attention.apply(*call)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        head_mask: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        dropout_p: float,
-        scale: float,
-    ) -> torch.Tensor:
-        ctx.dropout_p, ctx.scale = dropout_p, scale
-        ctx.dm = head_mask is not None and ctx.needs_input_grad[5]
-        call = (cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, ctx.dm)
-        o, unmasked, stats = _forward_keeping(q, k, v, *call)
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        """Arguments: those of ``Call``."""
+        dm = arguments[5] is not None and ctx.needs_input_grad[5]
+        call = Call(*(*arguments[:-1], dm))
+        ctx.numbers = call[7:]
+        o, unmasked, stats = _forward_keeping(call)
         nothing_kept = stats.shape[0] == 0
-        ctx.save_for_backward(q, k, v, unmasked if ctx.dm or nothing_kept else o, stats, *call[:4])
+        ctx.save_for_backward(*call[:7], unmasked if dm or nothing_kept else o, stats)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dq, dk, dv, dm = _backward(do, *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.dm)
-        return dq, dk, dv, None, None, dm if ctx.dm else None, None, None, None
+        *tensors, o, stats = ctx.saved_tensors
+        call = Call(*(*tensors, *ctx.numbers))
+        dq, dk, dv, dm = _backward(call, do, o, stats)
+        return dq, dk, dv, None, None, dm if call.dm else None, None, None, None, None
 
 
-_CALL = (
-    "Tensor? cu_seqlens, Tensor? attention_mask, Tensor? head_mask, Tensor? seed, float dropout_p, float scale, bool dm"
-)
+def _whole(call: Call) -> Call:
+    """The same call, the last dimensions of whose q, k and v touch."""
+    q, k, v = rows(call.q), rows(call.k), rows(call.v)
+    return call if q is call.q and k is call.k and v is call.v else call._replace(q=q, k=k, v=v)
 
 
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
-    return q.new_empty(q.shape)
+def _forward_like(call: Call) -> torch.Tensor:
+    return call.q.new_empty(call.q.shape)
 
 
-@operator(f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> Tensor", _forward_fake)
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> torch.Tensor:
+@operator("attention_forward", _forward_like)
+def _forward(call: Call) -> torch.Tensor:
     """The output, contiguous."""
-    kernel = FORWARD[backend_of(q)]
-    with as_written(q.device):
-        return kernel(rows(q), rows(k), rows(v), Call(*call))
+    kernel = FORWARD[backend_of(call.q)]
+    with as_written(call.q.device):
+        return kernel(_whole(call))
 
 
-def _forward_keeping_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
-    keeps = q.device.type != "meta" and backend_of(q) in FORWARD_KEEPING
-    return q.new_empty(q.shape), *(kept_like(q, Call(*call)) if keeps else nothing_like(q))
+def _forward_keeping_like(call: Call) -> Forward:
+    keeps = call.q.device.type != "meta" and backend_of(call.q) in FORWARD_KEEPING
+    return _forward_like(call), *(kept_like(call) if keeps else nothing_like(call.q))
 
 
-@operator(
-    f"attention_forward_keeping(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)",
-    _forward_keeping_fake,
-)
-def _forward_keeping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+@operator("attention_forward_keeping", _forward_keeping_like)
+def _forward_keeping(call: Call) -> Forward:
     """The output, and for backward, where its backend reads them: the output before the head mask, if dm is wanted,
     and the softmax statistics float32 [2, H, N]. Else both are empty."""
-    kernel = FORWARD_KEEPING.get(backend_of(q))
+    kernel = FORWARD_KEEPING.get(backend_of(call.q))
     if kernel is None:
-        return _forward(q, k, v, *call), *nothing_like(q)
-    with as_written(q.device):
-        return kernel(rows(q), rows(k), rows(v), Call(*call))
+        return _forward(call), *nothing_like(call.q)
+    with as_written(call.q.device):
+        return kernel(_whole(call))
 
 
-def _backward_fake(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    stats: torch.Tensor,
-    *call: Any,
-) -> tuple[torch.Tensor, ...]:
-    return gradients_like(q, Call(*call))
+def _backward_like(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
+    return gradients_like(call)
 
 
-@operator(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_CALL})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_fake,
-)
-def _backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    stats: torch.Tensor,
-    *call: Any,
-) -> tuple[torch.Tensor, ...]:
+@operator("attention_backward", _backward_like)
+def _backward(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
     """dq, dk, dv, and the gradient of the head mask [B, H] if it is wanted, else nothing [0, 0].
 
-    o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else behind it.
+    o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else after it.
     """
-    kernel = BACKWARD[backend_of(q)]
-    with as_written(q.device):
-        return kernel(rows(do), rows(q), rows(k), rows(v), o, stats, Call(*call))
+    kernel = BACKWARD[backend_of(call.q)]
+    with as_written(call.q.device):
+        return kernel(_whole(call), rows(do), o, stats)

@@ -9,7 +9,7 @@ Han, Mao, Dally: Deep Compression, arXiv:1510.00149, section 3.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -59,7 +59,7 @@ def codebook_linear(
     differentiable = (x, codebook) if bias is None else (x, codebook, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         return _CodebookLinear.apply(x, codes, codebook, bias)
-    return _forward(x, codes, codebook, bias)
+    return _forward(Call(x, codes, codebook, bias))
 
 
 def codebook_linear_reference(
@@ -74,19 +74,39 @@ def codebook_linear_reference(
 
 class _CodebookLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, codes, codebook)
-        return _forward(x, codes, codebook, bias)
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        """Arguments: those of ``Call``."""
+        ctx.save_for_backward(*arguments[:3])
+        return _forward(Call(*arguments))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, codes, codebook = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad)
-        dx, dcodebook, dbias = _backward(dy, x, codes, codebook, [wanted[0], wanted[2], wanted[3]])
-        return dx if wanted[0] else None, None, dcodebook if wanted[2] else None, dbias if wanted[3] else None
+        x, _, codebook, bias = ctx.needs_input_grad
+        dx, dcodebook, dbias = _backward(Gradient(*(dy, *ctx.saved_tensors, [x, codebook, bias])))
+        return dx if x else None, None, dcodebook if codebook else None, dbias if bias else None
+
+
+class Call(NamedTuple):
+    """All arguments of forward."""
+
+    x: torch.Tensor  # [N, C]
+    codes: torch.Tensor  # uint8 [F, C]
+    codebook: torch.Tensor  # [K]
+    bias: torch.Tensor | None  # [F]
+
+
+class Gradient(NamedTuple):
+    """All arguments of backward."""
+
+    dy: torch.Tensor  # [N, F]
+    x: torch.Tensor  # [N, C]
+    codes: torch.Tensor  # uint8 [F, C]
+    codebook: torch.Tensor  # [K]
+    wanted: list[bool]  # which of dx, dcodebook, dbias
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _check_range(codes: torch.Tensor, codebook: torch.Tensor) -> None:
@@ -98,35 +118,27 @@ def _check_range(codes: torch.Tensor, codebook: torch.Tensor) -> None:
             _check.refuse(OP, "codes", f"in [0, {k}), the values of codebook", highest)
 
 
-def _forward_fake(
-    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]))
+def _forward_like(call: Call) -> torch.Tensor:
+    return call.x.new_empty((call.x.shape[0], call.codes.shape[0]))
 
 
-@operator("codebook_linear_forward", _forward_fake)
-def _forward(x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@operator("codebook_linear_forward", _forward_like)
+def _forward(call: Call) -> torch.Tensor:
     """y [N, F]."""
-    _check_range(codes, codebook)
-    return _FORWARD[backends.select(OP, x.device, x.dtype)](x, codes, codebook, bias)
+    _check_range(call.codes, call.codebook)
+    return _FORWARD[backends.select(OP, call.x.device, call.x.dtype)](call)
 
 
-def _backward_fake(
-    dy: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, wanted: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty(x.shape if wanted[0] else (0,)),
-        x.new_empty(codebook.shape[0] if wanted[1] else 0),
-        x.new_empty(codes.shape[0] if wanted[2] else 0),
-    )
+def _backward_like(call: Gradient) -> Gradients:
+    x, shapes = call.x, (call.x.shape, call.codebook.shape, call.codes.shape[:1])
+    dx, dcodebook, dbias = (x.new_empty(shape if want else 0) for shape, want in zip(shapes, call.wanted, strict=True))
+    return dx, dcodebook, dbias
 
 
-@operator("codebook_linear_backward", _backward_fake)
-def _backward(
-    dy: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, wanted: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@operator("codebook_linear_backward", _backward_like)
+def _backward(call: Gradient) -> Gradients:
     """dx [N, C], dcodebook [K] and dbias [F], each [0] if not wanted."""
-    return _BACKWARD[backends.select(OP, x.device, x.dtype)](dy, x, codes, codebook, wanted)
+    return _BACKWARD[backends.select(OP, call.x.device, call.x.dtype)](call)
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -136,16 +148,13 @@ def _look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return codebook.index_select(0, codes.reshape(-1).int()).view(codes.shape)  # [F, C]
 
 
-def _forward_torch(
-    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    with as_written(x.device):
-        return torch.nn.functional.linear(x, _look_up(codes, codebook), bias)
+def _forward_torch(call: Call) -> torch.Tensor:
+    with as_written(call.x.device):
+        return torch.nn.functional.linear(call.x, _look_up(call.codes, call.codebook), call.bias)
 
 
-def _backward_torch(
-    dy: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, wanted: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_torch(call: Gradient) -> Gradients:
+    dy, x, codes, codebook, wanted = call
     dx, dcodebook, dbias = (x.new_empty(0) for _ in wanted)
     with as_written(x.device):
         if wanted[0]:

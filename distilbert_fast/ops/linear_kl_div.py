@@ -24,13 +24,11 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
-from distilbert_fast.ops._linear_kl_div_backends import FORWARD, Teacher
+from distilbert_fast.ops._linear_kl_div_backends import FORWARD, OP, Call
 from distilbert_fast.ops._operator import function, is_eager, operator
-from distilbert_fast.ops._vocabulary_losses import Call, Result, check_rows, gradients, outputs_like, save
+from distilbert_fast.ops._vocabulary_losses import Outputs, Result, check_rows, gradients, outputs_like, save
 from distilbert_fast.ops.kl_div import kl_div_reference
 from distilbert_fast.ops.linear import operands
-
-OP = "linear_kl_div"
 
 
 @function(casts=True)
@@ -45,6 +43,7 @@ def linear_kl_div(
     kd_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL to the teacher's soft targets and cross-entropy to labels, each on rows of its own.
 
@@ -58,6 +57,7 @@ def linear_kl_div(
         labels: int64 [N] in [0, V), or ignore_index where the row does not count for the cross-entropy. None =
             no row counts. On CUDA a label out of range is a device assertion.
         ignore_index: the label of rows without one.
+        reduction: "mean" of each loss over the rows that it counts, or their "sum".
 
     Returns:
         (kl, ce), two scalars, float32 (float64 if the student is). No counted row: 0, gradient 0.
@@ -87,13 +87,15 @@ def linear_kl_div(
     if b_t is not None:
         _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype, *kept), device)
     _check.positive(OP, "temperature", temperature)
-    check_rows(OP, h_s, kd_mask, labels, ignore_index)
+    check_rows(OP, h_s, kd_mask, labels, ignore_index, reduction)
     h_t, W_t, b_t = h_t.detach(), W_t.detach(), None if b_t is None else b_t.detach()
     student = [x for x in (h_s, W_s, b_s) if x is not None and x.requires_grad]
     call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, float(temperature), ignore_index
+    mean = reduction == "mean"
     if not (torch.is_grad_enabled() and student):
-        return _forward(*call, False, False, False)[:2]
-    return _LinearKLDiv.apply(*call)
+        kl, ce, *_ = _forward(Call(*(*call, False, False, False, mean)))
+        return kl, ce
+    return _LinearKLDiv.apply(*call, mean)
 
 
 def linear_kl_div_reference(
@@ -107,51 +109,37 @@ def linear_kl_div_reference(
     kd_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of ``linear_kl_div`` in differentiable torch, both logits stored."""
     s, t = F.linear(h_s, W_s, b_s), F.linear(h_t, W_t, b_t).detach()  # [N, V]
-    kl = kl_div_reference(s, t, temperature, kd_mask)
+    kl = kl_div_reference(s, t, temperature, kd_mask, reduction)
     if labels is None:
         return kl, s.new_zeros(())
     ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
-    return kl, ce / (labels != ignore_index).sum().clamp(min=1)
+    return kl, ce / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else ce
 
 
 class _LinearKLDiv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_s: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments: those of ``_call`` but the last three."""
-        arguments += ctx.needs_input_grad[:3]
-        call = _call(*arguments)
-        result = _kernel(h_s, call, True) if is_eager((h_s, *arguments)) else (_forward(h_s, *arguments), None)
-        return save(ctx, h_s, call, *result)
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments: those of ``Call`` but dh, dW and db."""
+        call = Call(*(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1]))
+        return save(ctx, call, *(_kernel(call, True) if is_eager(call) else (_forward(call), None)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *gradients(ctx, dkl, dce), *[None] * 7
+        return *gradients(ctx, dkl, dce), *[None] * 8
 
 
-def _call(W: torch.Tensor, b: torch.Tensor | None, h_t: Any, W_t: Any, b_t: Any, *others: Any) -> Call:
-    return Call(OP, W, b, Teacher(h_t, W_t, b_t), *others)
-
-
-def _forward_fake(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
-    return outputs_like(h_s, _call(*call))
-
-
-@operator(
-    "linear_kl_div_forward(Tensor h_s, Tensor W_s, Tensor? b_s, Tensor h_t, Tensor W_t, Tensor? b_t,"
-    " Tensor? kd_mask, Tensor? labels, float temperature, int ignore_index, bool dh, bool dW, bool db)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-def _forward(h_s: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+@operator("linear_kl_div_forward", outputs_like)
+def _forward(call: Call) -> Outputs:
     """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
-    return _kernel(h_s, _call(*call), False)[0]
+    return _kernel(call, False)[0]
 
 
-def _kernel(h_s: torch.Tensor, call: Call, defer: bool) -> Result:
-    kernel = FORWARD[backends.select(OP, h_s.device, h_s.dtype, call.teacher.h.dtype)]
-    with as_written(h_s.device):
-        return kernel(h_s, call, defer)
+def _kernel(call: Call, defer: bool) -> Result:
+    kernel = FORWARD[backends.select(OP, call.h.device, call.h.dtype, call.h_t.dtype)]
+    with as_written(call.h.device):
+        return kernel(call, defer)

@@ -26,10 +26,11 @@ from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, enabled
 from distilbert_fast.ops._operator import function, is_eager, operator
 from distilbert_fast.ops._vocabulary_losses import (
-    Call,
     CpuChunks,
     Losses,
+    Outputs,
     Result,
+    any_gradient,
     by_chunks,
     check_range,
     check_rows,
@@ -58,6 +59,7 @@ def linear_topk_kl_div(
     kd_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL to a teacher's k most likely tokens and the mass of all others, and cross-entropy to labels.
 
@@ -71,7 +73,7 @@ def linear_topk_kl_div(
         temperature: τ > 0 of both sides of the KL; the cross-entropy has none.
         kd_mask: bool [N], True = the row counts for the KL. None counts all. The other rows of ids, log_p and log_tail
             are not read.
-        labels, ignore_index: as in ``linear_kl_div``.
+        labels, ignore_index, reduction: as in ``linear_kl_div``.
 
     Returns:
         (kl, ce), two scalars, float32 (float64 if the student is). No counted row: 0, gradient 0.
@@ -94,13 +96,15 @@ def linear_topk_kl_div(
     _check.tensor(OP, "log_p", log_p, ids.shape, device=device)
     _check.tensor(OP, "log_tail", log_tail, (n,), device=device)
     _check.positive(OP, "temperature", temperature)
-    check_rows(OP, h, kd_mask, labels, ignore_index)
+    check_rows(OP, h, kd_mask, labels, ignore_index, reduction)
     student = [x for x in (h, W, b) if x is not None and x.requires_grad]
     of_teacher = ids, log_p.detach(), log_tail.detach()
     call = h, W, b, *of_teacher, kd_mask, labels, float(temperature), ignore_index
+    mean = reduction == "mean"
     if not (torch.is_grad_enabled() and student):
-        return _forward(*call, False, False, False)[:2]
-    return _LinearTopKKLDiv.apply(*call)
+        kl, ce, *_ = _forward(Call(*(*call, False, False, False, mean)))
+        return kl, ce
+    return _LinearTopKKLDiv.apply(*call, mean)
 
 
 def linear_topk_kl_div_reference(
@@ -114,6 +118,7 @@ def linear_topk_kl_div_reference(
     kd_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of ``linear_topk_kl_div`` in differentiable torch, all logits stored."""
     s = F.linear(h, W, b)  # [N, V]
@@ -124,87 +129,87 @@ def linear_topk_kl_div_reference(
     if ids.shape[1] < W.shape[0]:
         kl = kl + torch.where(log_tail == -torch.inf, 0.0, log_tail.exp() * (log_tail - log_q_tail))
     counted = torch.ones_like(kl, dtype=torch.bool) if kd_mask is None else kd_mask
-    kl = temperature**2 * kl[counted].sum() / counted.sum().clamp(min=1)
+    kl = temperature**2 * kl[counted].sum()
+    if reduction == "mean":
+        kl = kl / counted.sum().clamp(min=1)
     if labels is None:
         return kl, s.new_zeros(())
     ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
-    return kl, ce / (labels != ignore_index).sum().clamp(min=1)
+    return kl, ce / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else ce
+
+
+class Call(NamedTuple):
+    """All arguments, and which of the student's gradients are wanted."""
+
+    h: torch.Tensor  # [N, C]
+    W: torch.Tensor  # [V, C]
+    b: torch.Tensor | None  # [V]
+    ids: torch.Tensor  # int64 [N, k]
+    log_p: torch.Tensor  # [N, k]
+    log_tail: torch.Tensor  # [N]
+    kd_mask: torch.Tensor | None  # bool [N]
+    labels: torch.Tensor | None  # int64 [N]
+    temperature: float
+    ignore_index: int
+    dh: bool
+    dW: bool
+    db: bool
+    mean: bool = True
+
+    def targets(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids, log_p and log_tail of places [R], contiguous and in range, the logarithms in a dtype."""
+        ids = self.ids[rows]
+        check_range(OP, "ids", ids, self.W.shape[0])
+        return ids, self.log_p[rows].to(dtype), self.log_tail[rows].to(dtype)
 
 
 class _LinearTopKKLDiv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments: those of ``_call`` but the last three."""
-        arguments += ctx.needs_input_grad[:3]
-        call = _call(*arguments)
-        result = _kernel(h, call, True) if is_eager((h, *arguments)) else (_forward(h, *arguments), None)
-        return save(ctx, h, call, *result)
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments: those of ``Call`` but dh, dW and db."""
+        call = Call(*(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1]))
+        return save(ctx, call, *(_kernel(call, True) if is_eager(call) else (_forward(call), None)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *gradients(ctx, dkl, dce), *[None] * 7
+        return *gradients(ctx, dkl, dce), *[None] * 8
 
 
-class Targets(NamedTuple):
-    """``Call.teacher`` of this op, or the same of some rows."""
-
-    ids: torch.Tensor  # [N, k]
-    log_p: torch.Tensor  # [N, k]
-    log_tail: torch.Tensor  # [N]
-
-    def of(self, rows: torch.Tensor, v: int, dtype: torch.dtype) -> Targets:
-        """Those of places [R], contiguous and in range, the logarithms in a dtype."""
-        ids = self.ids[rows]
-        check_range(OP, "ids", ids, v)
-        return Targets(ids, self.log_p[rows].to(dtype), self.log_tail[rows].to(dtype))
-
-
-def _call(W: torch.Tensor, b: torch.Tensor | None, ids: Any, log_p: Any, log_tail: Any, *others: Any) -> Call:
-    return Call(OP, W, b, Targets(ids, log_p, log_tail), *others)
-
-
-def _forward_fake(h: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
-    return outputs_like(h, _call(*call))
-
-
-@operator(
-    "linear_topk_kl_div_forward(Tensor h, Tensor W, Tensor? b, Tensor ids, Tensor log_p, Tensor log_tail,"
-    " Tensor? kd_mask, Tensor? labels, float temperature, int ignore_index, bool dh, bool dW, bool db)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-def _forward(h: torch.Tensor, *call: Any) -> tuple[torch.Tensor, ...]:
+@operator("linear_topk_kl_div_forward", outputs_like)
+def _forward(call: Call) -> Outputs:
     """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
-    return _kernel(h, _call(*call), False)[0]
+    return _kernel(call, False)[0]
 
 
-def _kernel(h: torch.Tensor, call: Call, defer: bool) -> Result:
-    kernel = _FORWARD[backends.select(OP, h.device, h.dtype)]
-    with as_written(h.device):
-        return kernel(h, call, defer)
+def _kernel(call: Call, defer: bool) -> Result:
+    kernel = _FORWARD[backends.select(OP, call.h.device, call.h.dtype)]
+    with as_written(call.h.device):
+        return kernel(call, defer)
 
 
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(h: torch.Tensor, call: Call, defer: bool) -> Result:
-    begun = plan(h, call, defer)
-    W, b = torch_projection(h, call.W, call.b)
-    wanted, tau = call.any_gradient, call.temperature
+def _forward_torch(call: Call, defer: bool) -> Result:
+    begun = plan(call, defer)
+    W, b = torch_projection(*call[:3])
+    wanted, tau = any_gradient(call), call.temperature
 
     def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         s = F.linear(x, W, b)  # [R, V]
         dtype = begun.outputs[0].dtype
         z = s[: len(part)].to(dtype) / tau  # [R_kl, V]
-        kl, G = _divergence(z, call.teacher.of(part, len(W), dtype), wanted)
+        kl, G = _divergence(z, call.targets(part, dtype), wanted)
         kl_gradient = s[:0] if G is None else G.mul_(tau).to(s.dtype)
         return Losses(tau**2 * kl, kl_gradient, *torch_cross_entropy(s, targets, dtype, wanted))
 
-    return by_chunks(losses, h, W, call, begun)
+    return by_chunks(OP, losses, W, call, begun)
 
 
-def _divergence(z: torch.Tensor, teacher: Targets, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _divergence(
+    z: torch.Tensor, teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor], gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The KL summed over R rows, and its gradient for the student's logits over τ, z [R, V], written over these."""
     ids, log_p, log_tail = teacher
     p, p_tail = log_p.exp(), log_tail.exp()
@@ -232,21 +237,21 @@ def _terms(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(h: torch.Tensor, call: Call, defer: bool) -> Result:
+def _forward_cpu(call: Call, defer: bool) -> Result:
     """The logits of every chunk stand in the same memory, and gradients are written over them."""
-    begun = cpu_plan(h, call, defer)
-    memory, v, k = CpuChunks(h, call, begun), call.W.shape[0], call.teacher.ids.shape[1]
+    begun = cpu_plan(call, defer)
+    memory, v, k = CpuChunks(call, begun), call.W.shape[0], call.ids.shape[1]
 
     def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         r, r_kl = len(x), len(part)
-        of_teacher = call.teacher.of(part, v, torch.float32)
+        of_teacher = call.targets(part, torch.float32)
         s = product_into(memory.logits[:r], x, call.W, call.b)
         pointers = (y.data_ptr() for y in of_teacher)
         shape = backends.CPU_DTYPE[s.dtype], r, r_kl, v, call.temperature
         kernel = partial(backends.cpu().linear_topk_kl_div, s.data_ptr(), *shape, *pointers, k)
         return memory.losses(kernel, r, r_kl, targets)
 
-    return by_chunks(losses, h, call.W, call, begun)
+    return by_chunks(OP, losses, call.W, call, begun)
 
 
 _FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}

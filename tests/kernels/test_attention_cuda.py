@@ -165,8 +165,8 @@ def test_nothing_to_attend_to(shape, tokens):
 def launch(module, x, cu_seqlens, head_mask=None, dm=None):
     """Both passes past the checks of the op; x: q, k, v, do, o, unmasked, dq, dk, dv of [N, H, D]."""
     n, heads = x["q"].shape[:2]
-    call = op.Call(cu_seqlens, None, head_mask, None, 0.0, 0.5, dm is not None)
-    arguments = op._cuda_arguments(x["q"], x["k"], x["v"], call)
+    call = op.Call(x["q"], x["k"], x["v"], cu_seqlens, None, head_mask, None, 0.0, 0.5, dm is not None)
+    arguments = op._cuda_arguments(call)
     at = {name: op._heads_argument(tensor) for name, tensor in x.items()}
     stats, r = torch.full((4, heads, n), 77.0), torch.empty(heads, n)
     module.attention_forward(arguments, at["o"], at.get("unmasked", (0, 0, 0, 0)), stats[1].data_ptr(), 0, 0)
@@ -204,14 +204,15 @@ def test_no_byte_behind_a_tensor_is_touched(form, size, fenced, monkeypatch):
     mask = torch.arange(70).expand(2, 70) < torch.tensor([[70], [69]])
     where = (None, fenced(mask)) if form == "padded" else (fenced(cumulated((70, 0, 70))), None)
     head_mask = fenced(torch.tensor([[0.5, 2.0]] * (2 if form == "padded" else 3)))
-    call = op.Call(*where, head_mask, fenced(torch.tensor([5])), 0.1, 0.5, True)
+    seed = fenced(torch.tensor([5]))
     q, k, v, do = (fenced(projection(140, 2, size, BF16, seed)[:, 0].contiguous()) for seed in range(4))
     if form == "padded":
         q, k, v, do = (x.unflatten(0, (2, 70)) for x in (q, k, v, do))
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *x, **rest: fenced(new_empty(*x, **rest)))
-    _, *kept = op._forward_keeping_cuda(q, k, v, call)
-    for gradient in op._backward_cuda(do, q, k, v, *kept, call):
+    call = op.Call(q, k, v, *where, head_mask, seed, 0.1, 0.5, True)
+    _, *kept = op._forward_keeping_cuda(call)
+    for gradient in op._backward_cuda(call, do, *kept):
         assert gradient.isfinite().all()
 
 
@@ -339,13 +340,13 @@ def test_a_seed_drops_the_same_as_on_the_cpu(form, p):
         q, k, v, do = (x.unflatten(0, (2, t)) for x in (q, k, v, do))
     head_mask = torch.tensor([0.5, 2.0]).expand(2, 2)
     for seed in (2**63 - 2, 0):
-        call = op.Call(*where, head_mask, torch.tensor([seed]), p, 0.1, True)
-        o, *kept = op._forward_keeping_cuda(q, k, v, call)
-        cpus = op._forward_cpu(q, k, v, call)
+        call = op.Call(q, k, v, *where, head_mask, torch.tensor([seed]), p, 0.1, True)
+        o, *kept = op._forward_keeping_cuda(call)
+        cpus = op._forward_cpu(call)
         assert torch.equal(o == 0, cpus == 0) and (o == 0).any()
         torch.testing.assert_close(o, cpus, rtol=2e-2, atol=1e-3)
-    gradients = op._backward_cuda(do, q, k, v, *kept, call)
-    for x, y in zip(gradients, op._backward_cpu(do, q, k, v, *kept, call), strict=True):
+    gradients = op._backward_cuda(call, do, *kept)
+    for x, y in zip(gradients, op._backward_cpu(call, do, *kept), strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
 
 
@@ -356,10 +357,10 @@ def test_a_seed_drops_the_same_as_on_the_cpu(form, p):
 def test_forward_on_another_backend(dm):
     cu_seqlens, do = cumulated((20, 70)), projection(90, 2, 8, FP16, 1)[:, 0]
     (q, k, v), head_mask = projection(90, 2, 8, FP16).unbind(1), torch.tensor([[0.0, 2.0], [1.0, 0.5]])
-    call = op.Call(cu_seqlens, None, head_mask, None, 0.0, 0.5, dm)
-    o, *kept = op._forward_keeping_cuda(q, k, v, call)
-    expected = op._backward_cuda(do, q, k, v, *(kept if dm else (o, kept[1])), call)
-    for x, y in zip(op._backward_cuda(do, q, k, v, *op.nothing_like(q), call), expected, strict=True):
+    call = op.Call(q, k, v, cu_seqlens, None, head_mask, None, 0.0, 0.5, dm)
+    o, *kept = op._forward_keeping_cuda(call)
+    expected = op._backward_cuda(call, do, *(kept if dm else (o, kept[1])))
+    for x, y in zip(op._backward_cuda(call, do, *op.nothing_like(q)), expected, strict=True):
         assert torch.equal(x, y)
 
 

@@ -345,8 +345,9 @@ def dropped_everything(backend, x, where, p, seed, device):
     q, k, v, do = (y.to(device) for y in x)
     call = (*where, head_mask, torch.tensor([seed], device=device), p, 0.5, True)
     with distilbert_fast.backend(backend):
-        o, unmasked, stats = op._forward_keeping(q, k, v, *call)
-        return [y.cpu() for y in (o, *op._backward(do, q, k, v, unmasked, stats, *call))]
+        call = op.Call(q, k, v, *call)
+        o, unmasked, stats = op._forward_keeping(call)
+        return [y.cpu() for y in (o, *op._backward(call, do, unmasked, stats))]
 
 
 @both_tiles
@@ -411,7 +412,7 @@ def test_opcheck(form):
     o, unmasked, stats = ops.attention_forward_keeping.default(q, k, v, *call)
     assert torch.equal(o, ops.attention_forward.default(q, k, v, *call))
     assert stats.shape == (2, 2, 8) and unmasked.shape == (q.shape if dm else (0,))
-    backward = (torch.randn(q.shape, device=DEVICE), q, k, v, unmasked if dm else o, stats, *call)
+    backward = (q, k, v, *call, torch.randn(q.shape, device=DEVICE), unmasked if dm else o, stats)
     torch.library.opcheck(ops.attention_backward.default, backward)
 
 

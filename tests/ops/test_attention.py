@@ -464,7 +464,7 @@ def test_opcheck(form):
         torch.library.opcheck(ops.attention_forward_keeping.default, (q, k, v, *call))
         _, unmasked, stats = ops.attention_forward_keeping.default(q, k, v, *call)
         do = torch.randn(q.shape)
-        torch.library.opcheck(ops.attention_backward.default, (do, q, k, v, unmasked, stats, *call))
+        torch.library.opcheck(ops.attention_backward.default, (q, k, v, *call, do, unmasked, stats))
 
 
 def counting_backend():

@@ -408,6 +408,24 @@ def test_chunks_of_the_real_vocabulary():
     )
 
 
+@pytest.mark.parametrize("counted", ["some", "all", "none"])
+def test_sums(chunk, counted):
+    """Losses and gradients that are not divided by the counts of rows, whatever the chunks."""
+    tensors, (kd_mask, labels) = sides(9, 7, dtype=torch.float64), rows(9, 7)
+    if counted != "some":
+        kd_mask = torch.full_like(kd_mask, counted == "all")
+        labels = labels.clamp(min=0) if counted == "all" else torch.full_like(labels, IGNORE)
+    call = 2.0, None if counted == "all" else kd_mask, labels
+    found = results(linear_kl_div, tensors, *call, weights=(3.0, 0.7), reduction="sum")
+    close(found, results(linear_kl_div_reference, tensors, *call, weights=(3.0, 0.7), reduction="sum"))
+    means = linear_kl_div(*tensors, *call)
+    counts = int(kd_mask.sum()), int((labels != IGNORE).sum())
+    close(found[:2], [mean * count for mean, count in zip(means, counts, strict=True)])
+    close(linear_kl_div(*tensors, *call, reduction="sum"), found[:2])
+    compiled = torch.compile(linear_kl_div, backend="aot_eager", fullgraph=True)
+    close(results(compiled, tensors, *call, weights=(3.0, 0.7), reduction="sum"), found)
+
+
 # torch's own machinery ---------------------------------------------------------------------------------------
 
 
@@ -560,6 +578,7 @@ BAD = [
         "labels must be in [0, V = 7) or ignore_index = -1, got -100",
     ),
     (call(ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType"),
+    (call(reduction="none"), ValueError, "reduction must be one of 'mean', 'sum', got 'none'"),
 ]
 
 

@@ -341,6 +341,21 @@ def test_memory_is_that_of_a_chunk(monkeypatch):
     assert [shape for shape in made if 33 in shape] == [(1, 33, 6), (8, 33)]
 
 
+@pytest.mark.parametrize("counted", ["some", "none"])
+def test_sums(chunk, counted):
+    """Losses and gradients that are not divided by the counts of rows, whatever the chunks."""
+    tensors, of_teacher, (kd_mask, labels) = student(9, 7), targets(9, 7, 3, 2.0)[0], rows(9, 7)
+    if counted == "none":
+        kd_mask, labels = torch.zeros_like(kd_mask), torch.full_like(labels, IGNORE)
+    call = *of_teacher, 2.0, kd_mask, labels
+    found = results(linear_topk_kl_div, tensors, *call, reduction="sum")
+    close(found, results(linear_topk_kl_div_reference, tensors, *call, reduction="sum"))
+    means = linear_topk_kl_div(*tensors, *call)
+    counts = int(kd_mask.sum()), int((labels != IGNORE).sum())
+    close(found[:2], [mean * count for mean, count in zip(means, counts, strict=True)])
+    close(linear_topk_kl_div(*tensors, *call, reduction="sum"), found[:2])
+
+
 # torch's own machinery ---------------------------------------------------------------------------------------
 
 
@@ -408,6 +423,7 @@ def test_autocast_is_that_of_a_product():
             r"labels must be in [0, V = 5) or ignore_index = -100, got 5",
         ),
         ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an integer, got float"),
+        ({"reduction": "none"}, ValueError, r"reduction must be one of 'mean', 'sum', got 'none'"),
     ],
 )
 def test_bad_input(changed, error, message, forced):

@@ -77,8 +77,8 @@ class TopK(NamedTuple):
         if projection.out_features != self.vocabulary:
             refuse(OP, "model", f"one with the {self.vocabulary} tokens of the cache", projection.out_features)
         targets = self.ids, self.log_p, self.log_tail
-        kl, ce = linear_topk_kl_div(h, projection.weight, projection.bias, *targets, temperature, kd_mask, labels)
-        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
+        of_student = h, projection.weight, projection.bias
+        return linear_topk_kl_div(*of_student, *targets, temperature, kd_mask, labels, IGNORED, "sum")
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
         raise ValueError(f"{OP}: mse needs all logits, which a cache does not hold")

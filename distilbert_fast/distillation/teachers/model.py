@@ -101,10 +101,8 @@ class Projection(NamedTuple):
     def losses(
         self, h: Tensor, projection: torch.nn.Linear, temperature: float, kd_mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        kl, ce = linear_kl_div(
-            h, projection.weight, projection.bias, self.h, self.W, self.b, temperature, kd_mask, labels
-        )
-        return kl * kd_mask.sum(), ce * (labels != IGNORED).sum()
+        of_student = h, projection.weight, projection.bias
+        return linear_kl_div(*of_student, *self, temperature, kd_mask, labels, IGNORED, "sum")
 
     def squared_error(self, h: Tensor, projection: torch.nn.Linear) -> Tensor:
         total = h.new_zeros(())
