@@ -33,11 +33,12 @@ help: ## print this
 demo: $(DEMO) ## distil, quantize and speed up a real BERT; ARGS go to `distilbert-fast demo`
 	$(PY) -m distilbert_fast demo $(ARGS)
 
-test: $(TEST) ## run the tests; ARGS go to pytest
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(TEST) ## run the tests, of emulators and of kills some cases; ARGS go to pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-all: $(TEST) ## run the tests, and with TRANSFORMERS_TESTS=DIR, a checkout of transformers, its tests with our code
-	TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test-all: export DISTILBERT_FAST_TESTS = all
+test-all: export TRANSFORMERS_TESTS := $(abspath $(TRANSFORMERS_TESTS))
+test-all: test ## run every case, and with TRANSFORMERS_TESTS=DIR, a checkout of transformers, its tests with our code
 
 check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -m ruff check .
