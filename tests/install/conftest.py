@@ -6,12 +6,14 @@ import fcntl
 import importlib.util
 import shutil
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from install.commands import copy_checkout, succeed
+from cases import WHOLE
+from install.commands import ROOT, copy_checkout, succeed
 
 
 class Built(NamedTuple):
@@ -26,6 +28,16 @@ def build_tools():
     missing = [name for name in ("build", "ninja", "pybind11", "setuptools") if not importlib.util.find_spec(name)]
     if missing or not shutil.which("g++"):
         pytest.skip(f"not here: {', '.join(missing) or 'g++'}")
+
+
+def share_objects(tree: Path) -> None:
+    """Let a build compile only what is not as the checkout's own build found it."""
+    name = f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    if (ROOT / "build" / name).is_dir():
+        shutil.copytree(ROOT / "build" / name, tree / "build" / name)
+    for path in (tree / "build" / name).rglob("*.o"):
+        if not (tree / path.relative_to(tree / "build" / name).with_suffix("")).exists():
+            path.unlink()  # of a source that is no more
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +57,8 @@ def built(build_tools, tmp_path_factory, worker_id) -> Built:
             with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
                 archive.extractall(folder / "sdist", filter="data")
             tree = next((folder / "sdist").iterdir())
+            if not WHOLE:
+                share_objects(tree)
             succeed(*python, "build", "--no-isolation", "--wheel", "-o", folder, cwd=tree, DISTILBERT_FAST_CUDA="0")
             pip = (*python, "pip", "install", "--no-deps", "--no-index", "--target", folder / "site.new")
             succeed(*pip, next(folder.glob("*.whl")), cwd=folder)
