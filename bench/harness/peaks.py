@@ -46,8 +46,17 @@ def fastest(call: Call) -> float:
 def product_rate(
     unit: str, shapes: Iterable[tuple[int, int, int]], device: torch.device, seconds: Callable[[Call], float]
 ) -> float:
-    """Operations a second of the fastest product [M, K] x [K, N]; ``seconds`` times a call."""
-    return max(2 * m * n * k / seconds(product(unit, m, n, k, device)) for m, n, k in shapes)
+    """Operations a second of the fastest product [M, K] x [K, N]; ``seconds`` times a call.
+
+    Where a call took longer than SECONDS, the shapes after it would say the same, but in minutes.
+    """
+    rate = 0.0
+    for m, n, k in shapes:
+        taken = seconds(product(unit, m, n, k, device))
+        rate = max(rate, 2 * m * n * k / taken)
+        if taken > SECONDS:
+            break
+    return rate
 
 
 def product(unit: str, m: int, n: int, k: int, device: torch.device) -> Call:
