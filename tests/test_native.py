@@ -309,7 +309,7 @@ def test_subnormals_survive_import():
     """A module linked with fast-math flushes them in the whole process (CTranslate2#1018)."""
     code = "import torch, numpy; from distilbert_fast import backends; backends.cpu(); "
     code += "x = numpy.float32(1e-40) * numpy.float32(0.5); assert x > 0, x"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_import_is_light():
@@ -318,7 +318,7 @@ def test_import_is_light():
     code += "distilbert_fast.kl_div; "
     code += "heavy = {'transformers', 'datasets', 'matplotlib', 'accelerate', 'torchmetrics', 'rich', 'triton'}; "
     code += "import torch; torch_itself = {m for m in heavy if m in sys.modules}; assert not torch_itself, torch_itself"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_every_public_name_resolves():

@@ -22,7 +22,7 @@ def ways(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ways")
     command = [sys.executable, "-m", "distillation.ddp_runs", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return {
         name: (

@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("launch")
     command = [sys.executable, "-m", "distillation.launch_runs", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return directory, json.loads(done.stdout.splitlines()[-1])
 

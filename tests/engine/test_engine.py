@@ -282,7 +282,7 @@ def test_weights_are_shared_where_nothing_needs_packing():
 
 def test_works_without_transformers():
     code = "import sys; import distilbert_fast.engine.engine; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------
