@@ -55,7 +55,7 @@ def forked(make):
     model = make()
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # ends a child that waits for threads that are not there
+        signal.alarm(300)  # ends a child that waits for threads that are not there
         try:
             plain = pruned() if "pruned" in text else load()
             found = predict(model)
@@ -101,12 +101,19 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def ended(directories):
+    """How the one process of all kinds ended: what it said, and the kinds that it came through."""
+    script = SCRIPT
+    for kind, cases in CASES.items():
+        script += f"directory = {str(directories[kind])!r}\n"
+        for module, name, modes in cases:
+            script += f"module, name = {module}, {name!r}\nrun({[LOAD[mode] for mode in modes]!r})\n"
+        script += f"print({kind!r}, flush=True)\n"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=1800)
+
+
 @pytest.mark.parametrize("kind", CASES)
-def test_a_forked_child_predicts(directories, kind):
-    script = SCRIPT + f"directory = {str(directories[kind])!r}\n"
-    for module, name, modes in CASES[kind]:
-        script += f"module, name = {module}, {name!r}\nrun({[LOAD[mode] for mode in modes]!r})\n"
-    script += "print('done')\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "done"
+def test_a_forked_child_predicts(ended, kind):
+    assert kind in ended.stdout.split(), ended.stderr[-3000:]
+    assert ended.returncode == 0 or kind != list(CASES)[-1], ended.stderr[-3000:]
