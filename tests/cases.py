@@ -23,7 +23,7 @@ def many(small: T, whole: T) -> T:
     return whole if WHOLE else small
 
 
-def covering(cases: Sequence[Mapping[str, int]], seed: int = 0) -> list[int]:
+def covering(cases: Sequence[Mapping[str, int | str]], seed: int = 0) -> list[int]:
     """Which of the cases, each a {parameter: value}, have every value of every parameter between them."""
     order = random.Random(seed).sample(range(len(cases)), len(cases))
     unseen = {pair for case in cases for pair in case.items()}

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -65,6 +66,26 @@ def build() -> Path:
     built = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", BUILD], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return target
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m have chosen
+def pytest_collection_modifyitems(config, items):
+    """Of a test in an emulator, ``make test`` runs cases with every value of every parameter, but not all pairs."""
+    if cases.WHOLE or torch.cuda.is_available():
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.path.stem.endswith(("_triton", "_cuda")) and item.path.parent == Path(__file__).parent:
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = set()
+    for group in groups.values():
+        if hasattr(group[0], "callspec"):
+            given = [{name: repr(value) for name, value in item.callspec.params.items()} for item in group]
+            chosen = cases.covering(given)
+            left |= {item for place, item in enumerate(group) if place not in chosen}
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_graphs import eager, recorded
+from engine.test_cuda_graphs import eager, recorded
 from tiny_encoder import MASK, V, make, reference
 
 import distilbert_fast
