@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hurried
 import places
 import pytest
 import torch
@@ -38,6 +39,16 @@ def forgotten_compilations():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def short_clocks():
+    """Jobs time their models in one turn."""
+    from distilbert_fast.evaluation import speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "time_calls", hurried.one_turn)
+        yield
 
 
 @pytest.fixture(params=places.TIERS)

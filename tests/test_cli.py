@@ -20,6 +20,7 @@ import distilbert_fast
 from distilbert_fast import backends
 from distilbert_fast.cli import app
 
+pytestmark = pytest.mark.usefixtures("short_clocks")
 ROOT = str(Path(__file__).parent.parent)
 
 

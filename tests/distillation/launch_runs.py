@@ -25,13 +25,10 @@ import torch
 import transformers
 from demo_input import bert, sentences, tsv
 from distillation.runs import child, together, wait
+from hurried import before_forks
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distilbert_fast.compression import quantize  # noqa: F401  imported before the forks: each would take seconds
-from distilbert_fast.data import corpus, masking  # noqa: F401
 from distilbert_fast.data.tasks import load_task
-from distilbert_fast.distillation import student, trainer  # noqa: F401
-from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
 from distilbert_fast.jobs import distill as distill_recipes
 from distilbert_fast.jobs.distill import Recipe, Training, distill
 from distilbert_fast.jobs.mlm import MlmJob
@@ -147,6 +144,7 @@ def full(*arguments: Any) -> None:
 
 def main(directory: Path) -> dict[str, Any]:
     logging.getLogger("distilbert_fast").setLevel(logging.ERROR)
+    before_forks()
     gc.freeze()  # or every run would collect again and again what was imported
     torch.set_num_threads(1)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

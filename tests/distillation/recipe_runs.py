@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python -m distillation.recipe_runs DIR
 
-runs each kind to its end in DIR/KIND/whole, and in DIR/KIND/killed-0, … under SIGKILL at 20 random moments: by turns
+runs each kind to its end in DIR/KIND/whole, and in DIR/KIND/killed-0, … under SIGKILL at random moments: by turns
 before one of its steps of writing and after some time, at the latest where a stage ends, so that it dies in every one.
 It prints in which.
 """
@@ -22,20 +22,19 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from cases import many
 from demo_input import bert, sentences, tsv
 from distillation.runs import child, die_at_call, wait
+from hurried import before_forks
 
-from distilbert_fast.compression import quantize  # noqa: F401  imported before the forks: each would take seconds
-from distilbert_fast.data import corpus, masking  # noqa: F401
 from distilbert_fast.data.tasks import load_task
-from distilbert_fast.distillation import student, trainer  # noqa: F401
-from distilbert_fast.evaluation import distillation_report, speed  # noqa: F401
 from distilbert_fast.jobs.distill import Recipe, Training, distill
 from distilbert_fast.jobs.mlm import MlmJob
 from distilbert_fast.jobs.task import TaskJob
 
 COMPARED = {"mlm": "random-init", "task": "without-teacher"}
-MOMENTS = 20
+MOMENTS = many(4, 20)
+STAGES = {"data", "teacher", "student"}  # in which each job dies
 
 
 def run(kind: str, inputs: Path, output: Path) -> None:
@@ -58,7 +57,7 @@ def die(kind: str, inputs: Path, chance: random.Random) -> list[str]:
     longest = time.monotonic() - start
     at: list[str] = []
     runs = 0
-    while len(at) < MOMENTS:
+    while len(at) < MOMENTS or STAGES - set(at):
         output = inputs / kind / f"killed-{runs}"
         target = stage(kind, output)
         by_writing, number, seconds = len(at) % 2 == 0, chance.randint(1, 12), chance.uniform(0, longest)
@@ -94,6 +93,7 @@ def stage(kind: str, output: Path) -> str:
 
 
 def main(directory: Path) -> None:
+    before_forks()
     torch.set_num_threads(1)
     assert wait(child(lambda: bert(directory / "bert", hidden_dropout_prob=0.1)))
     (directory / "text.txt").write_text("\n".join(sentence for sentence, _ in sentences(300, seed=3)))

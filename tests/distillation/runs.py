@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers.trainer
+from cases import many
 from distillation import tiny
 
 from distilbert_fast.distillation.trainer import DistillationTrainer
@@ -79,7 +80,7 @@ def child(work: Callable[[], Any]) -> int:
         torch.set_num_threads(1)
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)
-        signal.alarm(300)  # a run that hangs is one that failed
+        signal.alarm(900)  # a run that hangs is one that failed
         _kept = work()  # torch may hang when it takes down what tied processes together
         code = 0
     except BaseException:
@@ -123,7 +124,7 @@ def kill(directory: Path, seed: int = 0) -> dict[str, int]:
     """SIGKILL soon after a checkpoint was begun, then at random steps of saving; resume until the end is reached."""
     chance = random.Random(seed)
     killed = {"time": 0, "saving": 0}
-    for begun in (2, 4, 6, 8):
+    for begun in many((2, 6), (2, 4, 6, 8)):
         process = child(lambda: train(directory / "time"))
         while not (directory / "time" / f"checkpoint-{begun}").exists():
             assert os.waitpid(process, os.WNOHANG) == (0, 0), "the run failed"
@@ -139,7 +140,7 @@ def kill(directory: Path, seed: int = 0) -> dict[str, int]:
 
     ended = False
     while not ended:
-        number = chance.randint(3, 40) if killed["saving"] < 6 else 10**9
+        number = chance.randint(3, 40) if killed["saving"] < many(3, 6) else 10**9
         process = child(lambda number=number: dying(number))
         ended = wait(process)
         killed["saving"] += not ended

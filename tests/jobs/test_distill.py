@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import many
 from demo_input import bert, sentences, tsv
 from safetensors.torch import load_file
 
@@ -32,6 +33,7 @@ from distilbert_fast.jobs.task import TaskJob
 from distilbert_fast.runs.processes import ProcessError, Processes, launcher
 from distilbert_fast.runs.run_directory import StageError
 
+pytestmark = pytest.mark.usefixtures("short_clocks")
 FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
 TEACHING = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=1e-2)
 
@@ -360,13 +362,14 @@ def test_a_cached_teacher_teaches_as_one_that_runs(ablation, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_ends_with_the_same_models(tmp_path):
+    """At fewer by `make test`."""
     command = [sys.executable, "-m", "distillation.recipe_runs", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     died = json.loads(done.stdout.splitlines()[-1])
     for kind in ("mlm", "task"):
-        assert len(died[kind]) == 20
+        assert len(died[kind]) >= many(4, 20)
         assert {"data", "teacher", "student"} <= set(died[kind])
         whole = tmp_path / kind / "whole"
         models = json.loads((whole / "report.json").read_text())["models"]

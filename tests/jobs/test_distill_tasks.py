@@ -23,6 +23,7 @@ from distilbert_fast.jobs.task import RegressionJob, TaskJob
 from distilbert_fast.jobs.tokens import TokensJob
 from distilbert_fast.modeling.loading import load_with_head
 
+pytestmark = pytest.mark.usefixtures("short_clocks")
 FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
 TEACHING = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=1e-2)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cases import many
 from distillation import tiny
 from safetensors.torch import load_file
 
@@ -75,14 +76,15 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "distillation.runs", str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return directory, json.loads(done.stdout)
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_bytes_of_one_that_was_not(runs):
     directory, told = runs
-    assert told["killed"]["time"] >= 3 and told["killed"]["saving"] >= 4  # one may have been quicker
+    kills = told["killed"]
+    assert kills["time"] >= many(1, 3) and kills["saving"] >= many(2, 4)  # one may have been quicker
     for name in ("time", "saving"):
         assert names(directory / name) == ["checkpoint-10", "checkpoint-12"]
         for file in ("model.safetensors", "optimizer.safetensors", "random_state_0.safetensors"):
