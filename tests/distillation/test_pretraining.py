@@ -66,20 +66,27 @@ def train(corpus, output_dir, architecture="distilbert", resume=None, **settings
     return trainer, before, trainer.evaluate()
 
 
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """Where a run from its first step to its last was, its trainer, and evaluations before and after."""
+    path = tmp_path_factory.mktemp("whole")
+    return path, *train(corpus, path)
+
+
 @pytest.mark.parametrize("architecture", ["distilbert", "roberta"])
-def test_a_student_learns_from_text(corpus, tmp_path, architecture):
-    trainer, before, after = train(corpus, tmp_path, architecture)
+def test_a_student_learns_from_text(corpus, tmp_path, whole, architecture):
+    trainer, before, after = whole[1:] if architecture == "distilbert" else train(corpus, tmp_path, architecture)
     for name in ("loss", "mlm", "cos"):
         assert after[f"eval_{name}"] < before[f"eval_{name}"], name
     assert int(trainer.train_dataset._epoch) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_inside_an_epoch_it_ends_with_the_same_weights(corpus, tmp_path, workers):
-    whole, _, evaluated = train(corpus, tmp_path / "whole")
-    step = whole.state.global_step // 2
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
-    resumed, _, again = train(corpus, tmp_path / "resumed", resume="auto", dataloader_num_workers=workers)
-    for name, tensor in whole.model.state_dict().items():
+def test_resumed_inside_an_epoch_it_ends_with_the_same_weights(corpus, tmp_path, whole, workers):
+    path, trainer, _, evaluated = whole
+    step = trainer.state.global_step // 2
+    shutil.copytree(path / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    resumed, _, again = train(corpus, tmp_path, resume="auto", dataloader_num_workers=workers)
+    for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     assert again["eval_loss"] == evaluated["eval_loss"]
