@@ -100,10 +100,9 @@ class Snapshot:
         modules = (root, *self._inner)
         hooks = [found for module in self._inner for found in (_hooks(module), _pre_hooks(module))]
         dictionaries = [*map(vars, modules), *(home for m in modules for home in _homes(m)), *hooks, *_GLOBAL_HOOKS]
-        attributes: list[tuple[Any, str, Any]] = [(kind, "forward", _forward(kind)) for kind in self._kinds]
-        attributes += [(module, "__dict__", vars(module)) for module in self._inner]
+        forwards = [(kind, "forward", _forward(kind)) for kind in self._kinds]
         try:
-            watched = ([(live, dict(live)) for live in dictionaries], self._inner, attributes, self._tensors)
+            watched = ([(live, dict(live)) for live in dictionaries], self._inner, forwards, self._tensors)
             return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched, None)
         except (TypeError, ValueError):
             return None

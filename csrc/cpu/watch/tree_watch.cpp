@@ -1,5 +1,7 @@
 #include "cpu/watch/tree_watch.h"
 
+#include <utility>
+
 #include "cpu/check.h"
 
 namespace distilbert_fast {
@@ -35,18 +37,25 @@ TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vec
     }
     dictionaries_.push_back({dictionary, 0});  // compared at the first call, whatever its tag is
   }
-  for (PyObject* object : objects) classes_.emplace_back(object, Py_TYPE(object));
+  for (PyObject* object : objects) {
+    PyObject** place = _PyObject_GetDictPtr(object);
+    objects_.push_back({object, Py_TYPE(object), place, place == nullptr ? nullptr : *place});
+  }
   for (PyObject* tensor : tensors) tensors_.emplace_back(tensor);
 }
 
 bool TreeWatch::holds() {
   for (const Watched& watched : dictionaries_) __builtin_prefetch(watched.dictionary.live);
-  for (const auto& [object, kind] : classes_) __builtin_prefetch(object);
+  for (const Object& object : objects_) {
+    __builtin_prefetch(object.object);
+    __builtin_prefetch(object.place);
+  }
   for (const Attribute& attribute : attributes_) __builtin_prefetch(attribute.owner);
   for (const TorchTensor& tensor : tensors_) tensor.prefetch();
 
-  for (const auto& [object, kind] : classes_) {
-    if (Py_TYPE(object) != kind) return false;
+  for (const Object& object : objects_) {
+    if (Py_TYPE(object.object) != object.kind) return false;
+    if (object.place != nullptr && *object.place != object.attributes) return false;
   }
   for (auto& [dictionary, tag] : dictionaries_) {
     const uint64_t now = tag_of(dictionary.live);

@@ -8,7 +8,6 @@
 #include <Python.h>
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "cpu/watch/torch_tensor.h"
@@ -30,8 +29,8 @@ class TreeWatch {
   TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vector<PyObject*>& objects,
             std::vector<Attribute> attributes, const std::vector<PyObject*>& tensors);
 
-  // Whether every dictionary has the entries of its copy, every object the class that it had, every attribute its
-  // value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
+  // Whether every dictionary has the entries of its copy, every object the class and the __dict__ that it had, every
+  // attribute its value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
   bool holds();
 
  private:
@@ -40,8 +39,15 @@ class TreeWatch {
     uint64_t tag;  // CPython's, which each change of the dictionary changes; 0 where it has none
   };
 
+  struct Object {
+    PyObject* object;
+    PyTypeObject* kind;
+    PyObject** place;  // where it keeps its __dict__; null if it has none
+    PyObject* attributes;
+  };
+
   std::vector<Watched> dictionaries_;
-  std::vector<std::pair<PyObject*, PyTypeObject*>> classes_;
+  std::vector<Object> objects_;
   std::vector<Attribute> attributes_;
   std::vector<TorchTensor> tensors_;
 };
