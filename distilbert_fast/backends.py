@@ -33,7 +33,7 @@ if os.environ.get("DISTILBERT_FAST_LOG", "0") not in ("", "0"):  # calls and fal
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 # The kernels that exist beside the torch reference: op -> dtype names each takes, in order of preference per
-# device. The first entry that can run here serves; `torch` stands behind all of them. Where a backend has only the
+# device. The first entry that can run here serves; where none can, `torch` does. Where a backend has only the
 # forward of an op, backward has an entry of its own.
 _FLOAT = ("float32", "bfloat16", "float16")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -83,7 +83,7 @@ def empty_cpu(like: torch.Tensor) -> torch.Tensor:
     """Uninitialised contiguous memory of the shape and dtype of ``like``.
 
     Where it is large it comes from the native module, which keeps such blocks (the newest 256 MiB) when their tensors
-    die: an output that is made anew every step costs no page faults but the first time.
+    die: an output that each step makes again costs page faults the first time only.
     """
     size = like.numel() * like.element_size()
     if size < _LARGE_BYTES:

@@ -101,10 +101,10 @@ class Job(Protocol):
 
     @property
     def streaming(self) -> bool:
-        """Whether its rows come from a stream, which is read over and over; then nobody knows their number."""
+        """Whether its rows come from a stream, which restarts when exhausted and whose length is unknown."""
 
     def meet(self, classes: Sequence[str], kept: bool) -> None:
-        """Learn what the teacher calls its classes, before all else; ``kept``: a head that it has stays as it is."""
+        """Reorder labels to match the teacher, before all else; ``kept``: a head that it has stays as it is."""
 
     def describe(self) -> dict[str, Any]:
         """The data, for reports; "name" among them. What decides the result is all here."""

@@ -3,8 +3,8 @@
     y = x Wᵀ + b        dx = dy W        dW = dyᵀ x        db = Σ dy
 
 torch leaves float32 products on a CPU to MKL, which does not use the whole width of AMD's vector units. Under autocast
-to bfloat16 it writes a copy of each weight before its products, and a copy of each weight's gradient behind them. Here
-weights are packed anew with every call, into the cache of the thread that multiplies with them, and rounded on the way;
+to bfloat16 it writes a copy of each weight before its products, and a copy of each weight's gradient after them. Here
+weights are packed again at every call, into the cache of the thread that multiplies with them, and rounded on the way;
 gradients are written as they are summed, in float32.
 
 Where a processor has no instructions for bfloat16 and no AVX-512, torch multiplies it number by number, several times
