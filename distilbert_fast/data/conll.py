@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from distilbert_fast.files.text import lines, odd_line_end
+from distilbert_fast.files.text import lines, refuse_odd_line_ends
 
 _KEY_AND_VALUE = re.compile(r"# +[\w.:-]+ *=|#[\w.:-]+ += ")  # `# sent_id = 1`
 _DOCUMENT = re.compile(r"#(begin|end) document\b")  # of CoNLL-2012
@@ -29,10 +29,7 @@ def read_conll(source: str, text: str) -> Tagged:
     before a sentence are skipped: lines that begin with # and are no row of the file. Raises ValueError, which begins
     with `source`, with the line's number.
     """
-    if (odd := odd_line_end(text)) is not None:
-        raise ValueError(
-            f"{source}: line {odd}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
-        )
+    refuse_odd_line_ends(source, text)
     if (at := re.search("[\r\n]\ufeff", text)) is not None:
         number = len(lines(text[: at.end()]))
         raise ValueError(f"{source}: line {number}: expected a mark (BOM) at the file's beginning alone, got one here")

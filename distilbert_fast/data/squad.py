@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from distilbert_fast.data.tables import file_name
+from distilbert_fast.data.tables import file_name, is_held_out
 from distilbert_fast.files.text import lone_surrogate, read_text, shortened
 from distilbert_fast.ops._check import refuse
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LONGEST = 30  # tokens of an answer
-EVAL_PERCENT = 10  # of a file's contexts when no evaluation file is given
-
 
 _T = TypeVar("_T")
 _KINDS: dict[type, str] = {list: "a list", str: "a text", int: "an integer", bool: "true or false"}
@@ -62,7 +60,7 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
 
     Args:
         data: a .json file of SQuAD 1.1's form.
-        eval_data: another. Without it, the questions of about EVAL_PERCENT % of the contexts of ``data`` are held
+        eval_data: another. Without it, the questions of about 10 % of the contexts of ``data`` are held
             out, chosen by the context's hash.
 
     Raises:
@@ -75,8 +73,7 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
         return train, _read("eval_data", Path(eval_data))
     parts: dict[bool, list[Question]] = {False: [], True: []}
     for row in train.rows:
-        share = int.from_bytes(hashlib.sha256(row.context.encode()).digest()[:8], "big") % 100
-        parts[share < EVAL_PERCENT].append(row)
+        parts[is_held_out(row.context)].append(row)
     if not all(parts.values()):
         raise ValueError("load_squad: data: expected enough contexts to hold some out, got too few; give eval_data")
     return Questions(train.name, tuple(parts[False])), Questions(train.name, tuple(parts[True]))

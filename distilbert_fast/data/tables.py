@@ -6,20 +6,30 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet
 
-from distilbert_fast.files.text import check_file, json_object, lines, read_text, refuse_twice
+from distilbert_fast.files.text import (
+    check_file,
+    json_object,
+    lines,
+    lone_surrogate,
+    read_text,
+    refuse_twice,
+    shortened,
+)
 
 FORMATS = {".tsv": "TSV", ".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 EVAL_PERCENT = 10  # of a file's rows when no evaluation file is given
 EVAL_SPLITS = ("validation", "validation_matched", "test")  # of a hub data set, the best first
+
+_Row = TypeVar("_Row", bound=tuple[Sequence[str], Any])  # the texts of a row, and what they are labelled with
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Table:
         class_names: of columns whose numbers stand for names, as `datasets` writes them to Parquet.
     """
 
-    columns: Mapping[str, list[Any]]
+    columns: Mapping[str, Sequence[Any]]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -69,12 +79,11 @@ def _parquet(path: Path) -> Table:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"its metadata 'huggingface' are none of `datasets`: {reason}") from error
-    names = {name: class_names(feature) for name, feature in features.items()}
+    names = _named_classes(features)
     for name, found in names.items():
-        if found and not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+        if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
             raise ValueError(f"its metadata 'huggingface': expected names of the classes of {name!r}, got {found!r}")
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    return Table(columns, {name: found for name, found in names.items() if found})
+    return Table({name: table[name].to_pylist() for name in table.column_names}, names)
 
 
 def _jsonl(text: str) -> Table:
@@ -119,10 +128,10 @@ def _separated(kind: str, text: str) -> Table:
     return Table({name or f"Unnamed: {at}": cells[at] for at, name in enumerate(names)})
 
 
-def class_names(feature: Any) -> Sequence[str] | None:
-    """The names that the numbers of a column, or of lists in it, stand for; `feature` is of `datasets`."""
-    names: Sequence[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
-    return names
+def _named_classes(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """The names that the numbers of columns, or of lists in them, stand for; `features` are those of `datasets`."""
+    names = {name: getattr(getattr(of, "feature", of), "names", None) for name, of in features.items()}
+    return {name: found for name, found in names.items() if found}
 
 
 def as_written(cell: object) -> str | None:
@@ -139,7 +148,7 @@ def file_name(path: Path) -> str:
     return "/".join(path.resolve().parts[-2:])
 
 
-def hub_splits(op: str, name: str, known: str = "") -> Any:
+def hub_splits(op: str, name: str, known: str = "") -> dict[str, Table]:
     """The splits of a hub data set, "owner/set" or "owner/set/config", with one called train.
 
     `known`: another meaning of the name, for the message of the ValueError if it is not on the hub.
@@ -163,7 +172,36 @@ def hub_splits(op: str, name: str, known: str = "") -> Any:
         ) from error
     if "train" not in splits:
         raise ValueError(f"{op}: name: {name!r} has no split train; its splits: {', '.join(splits)}")
-    return splits
+    return {
+        split: Table({column: rows[column] for column in rows.column_names}, _named_classes(rows.features))
+        for split, rows in splits.items()
+    }
+
+
+def check_sources(op: str, data: Any, eval_data: Any, max_train_rows: int | None) -> None:
+    if max_train_rows is not None and max_train_rows < 2:
+        raise ValueError(f"{op}: max_train_rows: expected at least 2, got {max_train_rows}")
+    if data is None and eval_data is not None:
+        raise ValueError(f"{op}: eval_data: given without data")
+
+
+def text_of(row: str, cell: object, expected: str, name: str) -> str:
+    """A cell that must hold a text or a number, as text. Raises ValueError, which begins with `row`."""
+    text = as_written(cell)
+    if text is None or (half := lone_surrogate(text)) is not None:
+        raise ValueError(f"{row}: expected {expected}, got {shortened(cell) if text is None else half}")
+    if not text.strip():
+        raise ValueError(f"{row} has an empty {name}")
+    return text
+
+
+def refuse_unknown(op: str, what: str, unknown: Collection[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a label or tag that the evaluation split alone has."""
+    if unknown:
+        raise ValueError(
+            f"{op}: the evaluation split has the {what} {min(unknown)!r}, which the training split has not; its "
+            f"{what}s: {', '.join(map(repr, known))}"
+        )
 
 
 def hashed(text: str) -> int:
@@ -177,6 +215,30 @@ def is_held_out(text: str) -> bool:
 def folded(texts: Sequence[str]) -> str:
     """Map texts that differ only in case and spaces to the same string."""
     return "\0".join(" ".join(text.lower().split()) for text in texts)
+
+
+def hold_out(op: str, rows: Sequence[_Row], what: str) -> tuple[list[_Row], list[_Row]]:
+    """Rows to train on and about EVAL_PERCENT % of the distinct ones to evaluate on, chosen by the hash of their texts.
+
+    Raises ValueError where there are too few of them; `what` is what users call them.
+    """
+    parts: dict[bool, list[_Row]] = {False: [], True: []}
+    for row in rows:
+        parts[is_held_out(folded(row[0]))].append(row)
+    if not all(parts.values()):
+        raise ValueError(
+            f"{op}: data: expected enough distinct {what} to hold some out for evaluation, got "
+            f"{len({folded(texts) for texts, _ in rows})}; give eval_data"
+        )
+    return parts[False], parts[True]
+
+
+def limited(rows: list[_Row], most: int | None) -> list[_Row]:
+    """So many of the rows, chosen by the hash of texts and place, in their order; all when None."""
+    if most is None or most >= len(rows):
+        return rows
+    chosen = sorted(range(len(rows)), key=lambda i: hashed("\0".join([*rows[i][0], str(i)])))[:most]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def class_order(

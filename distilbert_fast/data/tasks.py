@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -15,24 +15,28 @@ from typing import TYPE_CHECKING, Any
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
     FORMATS,
+    Table,
     as_written,
-    class_names,
+    check_sources,
     class_order,
     file_name,
     folded,
-    hashed,
+    hold_out,
     hub_splits,
-    is_held_out,
+    limited,
     names_in_order,
     read_table,
+    refuse_unknown,
+    text_of,
 )
-from distilbert_fast.files.text import check_file, lone_surrogate, shortened
+from distilbert_fast.files.text import check_file, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from distilbert_fast.data.sentences import Text
 
+OP = "load_task"
 BUILT_IN = "stdlib-docs"
 SENTENCE = ("sentence",)
 # Columns of pairs, as GLUE's data sets have them.
@@ -88,7 +92,7 @@ class Task:
 
     def for_classes(self, names: Sequence[str], kept: bool) -> Task:
         """The same task, its classes numbered as a teacher numbers its own; see `class_order`."""
-        order = class_order("load_task", self.label_names, names, kept)
+        order = class_order(OP, self.label_names, names, kept)
         if order is None:
             return self
         train, held_out = (
@@ -135,8 +139,7 @@ def load_task(
             regression, or one with a fraction for classes; an evaluation label unknown to the training split; a name
             that is neither built in nor on the hub.
     """
-    if max_train_rows is not None and max_train_rows < 2:
-        raise ValueError(f"load_task: max_train_rows: expected at least 2, got {max_train_rows}")
+    check_sources(OP, data, eval_data, max_train_rows)
     if data is not None:
         train, columns, names = _read_file("data", Path(data), regression)
         held_out = None
@@ -144,59 +147,53 @@ def load_task(
             held_out, others, _ = _read_file("eval_data", Path(eval_data), regression)
             if others != columns:
                 raise ValueError(
-                    f"load_task: eval_data: expected the columns of data, {' and '.join(columns)}, got "
+                    f"{OP}: eval_data: expected the columns of data, {' and '.join(columns)}, got "
                     f"{' and '.join(others)}"
                 )
-        task = _task(name or file_name(Path(data)), train, held_out, columns, regression, names)
-    elif eval_data is not None:
-        raise ValueError("load_task: eval_data: given without data")
+        name = name or file_name(Path(data))
     elif name is None or name == BUILT_IN:
         if regression:
-            raise ValueError(f"load_task: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
-        task = _stdlib_docs()
+            raise ValueError(f"{OP}: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
+        name, columns = BUILT_IN, SENTENCE
+        train, held_out, names = _stdlib_docs()
     elif Path(name).suffix.lower() in FORMATS:
-        raise ValueError(f"load_task: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
+        raise ValueError(f"{OP}: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
     else:
-        task = _from_hub(name, regression)
-    if max_train_rows is not None and max_train_rows < len(task.train):
-        hashes = [hashed("\0".join([*texts, str(i)])) for i, (texts, _) in enumerate(task._rows(task.train))]
-        order = sorted(range(len(hashes)), key=hashes.__getitem__)
-        task = dataclasses.replace(task, train=task.train.select(sorted(order[:max_train_rows])))
-    return task
+        train, held_out, columns, names = _from_hub(name, regression)
+        regression = regression or isinstance(train[0][1], float)
+    return _task(name, train, held_out, columns, regression, names, max_train_rows)
 
 
-def _stdlib_docs() -> Task:
+def _stdlib_docs() -> tuple[list[Row], list[Row], tuple[str, ...]]:
     from distilbert_fast.data import stdlib_docs
 
-    names = tuple(stdlib_docs.LIBRARIES)
     rows: dict[bool, list[Row]] = {False: [], True: []}
     for passage in stdlib_docs.passages():
-        rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), names.index(passage.library)))
-    return Task(BUILT_IN, _dataset(rows[False], SENTENCE), _dataset(rows[True], SENTENCE), names)
+        rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), passage.library))
+    return rows[False], rows[True], tuple(stdlib_docs.LIBRARIES)
 
 
 def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...], Sequence[str] | None]:
     """The rows of one file, labels as written or numbers; the columns of their texts; the names of its classes."""
     if path.is_file() and path.suffix.lower() not in FORMATS:
-        raise ValueError(f"load_task: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
-    check_file("load_task", argument, path)
-    table = read_table("load_task", argument, path)
+        raise ValueError(f"{OP}: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
+    check_file(OP, argument, path)
+    table = read_table(OP, argument, path)
+    source = f"{OP}: {argument}: {str(path)!r}"
     columns = _text_columns([*table.columns])
     missing = [column for column in (*columns, "label") if column not in table.columns]
     if missing:
         found = ", ".join(table.columns)
         raise ValueError(
-            f"load_task: {argument}: {str(path)!r} has no column {' and no column '.join(missing)}; "
+            f"{source} has no column {' and no column '.join(missing)}; "
             f"its columns: {found if len(found) <= 99 else f'{found[:99]}… (its first line must name them)'}"
         )
     if len(table) == 0:
-        raise ValueError(f"load_task: {argument}: {str(path)!r} holds no rows")
-    texts = [table.columns[column] for column in columns]
-    names = table.class_names.get("label")
-    rows = _rows(f"{argument}: {str(path)!r}", columns, texts, table.columns["label"], regression, names)
+        raise ValueError(f"{source} holds no rows")
+    rows = _rows(source, table, columns, regression)
     if not rows:
-        raise ValueError(f"load_task: {argument}: {str(path)!r} has no row with a label")
-    return rows, columns, names
+        raise ValueError(f"{source} has no row with a label")
+    return rows, columns, table.class_names.get("label")
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -206,24 +203,19 @@ def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
     return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
 
 
-def _rows(
-    source: str,
-    columns: Sequence[str],
-    texts: Sequence[Iterable[object]],
-    labels: Iterable[object],
-    regression: bool,
-    names: Sequence[str] | None,
-) -> list[Row]:
-    """The rows of texts [columns][N] and labels [N]: texts as they are; for a regression labels are floats.
+def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -> list[Row]:
+    """The texts of these columns as they are, with their labels; for a regression labels are floats.
 
-    Labels that are numbers with `names` become these, and rows with NO_LABEL are left out.
+    Labels that are numbers of named classes become these names, and rows with NO_LABEL are left out.
     """
     rows: list[Row] = []
-    for number, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
+    names = table.class_names.get("label")
+    texts = [table.columns[column] for column in columns]
+    for number, (*cells, given) in enumerate(zip(*texts, table.columns["label"], strict=True), start=1):
         if names and given == NO_LABEL:
             continue
-        row = f"load_task: {source}: row {number}"
-        found = tuple(_text(row, column, cell) for column, cell in zip(columns, cells, strict=True))
+        row = f"{source}: row {number}"
+        found = tuple(text_of(row, cell, f"a text as {name}", name) for name, cell in zip(columns, cells, strict=True))
         label = _label(row, given)
         value = _number(label)
         if regression:
@@ -244,22 +236,11 @@ def _rows(
     return rows
 
 
-def _text(row: str, column: str, cell: object) -> str:
-    text = as_written(cell)
-    if text is None:
-        raise ValueError(f"{row}: expected a text as {column}, got {shortened(cell)}")
-    if not text.strip():
-        raise ValueError(f"{row} has an empty {column}")
-    if (half := lone_surrogate(text)) is not None:
-        raise ValueError(f"{row}: expected a text as {column}, got {half}")
-    return text
-
-
 def _label(row: str, cell: object) -> str:
     """Check that a cell holds one label. A list holds several, also where a CSV file has it as text."""
     if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
         raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
-    return _text(row, "label", cell).strip()
+    return text_of(row, cell, "a text as label", "label").strip()
 
 
 def _number(label: str) -> float | None:
@@ -271,31 +252,28 @@ def _number(label: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _from_hub(name: str, regression: bool) -> Task:
-    splits = hub_splits("load_task", name, f"the built-in task {BUILT_IN!r}")
-    names = splits["train"].column_names
+def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None, tuple[str, ...], Sequence[str] | None]:
+    """Rows to train and to evaluate on; what their columns are to be called; the names of the classes."""
+    splits = hub_splits(OP, name, f"the built-in task {BUILT_IN!r}")
+    names = [*splits["train"].columns]
     columns = reading = _text_columns(names)
     if columns == SENTENCE and "sentence" not in names:
         reading = ("text",)
     if not {*reading, "label"} <= set(names):
         raise ValueError(
-            f"load_task: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
+            f"{OP}: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
             f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
         )
-    label = splits["train"].features["label"]
-    regression = regression or str(getattr(label, "dtype", "")).startswith("float")
-    train = _labelled(name, splits["train"], reading, regression)
+    regression = regression or any(isinstance(label, float) for label in splits["train"].columns["label"])
+
+    def labelled(split: str) -> list[Row]:  # GLUE keeps the labels of its test splits to itself
+        return _rows(f"{OP}: name: {name!r}", splits[split], reading, regression)
+
+    train = labelled("train")
     if not train:
-        raise ValueError(f"load_task: name: {name!r} has no row with a label in its split train")
-    held_out = (_labelled(name, splits[split], reading, regression) for split in EVAL_SPLITS if split in splits)
-    return _task(name, train, next(filter(None, held_out), None), columns, regression, class_names(label))
-
-
-def _labelled(name: str, split: Dataset, columns: Sequence[str], regression: bool) -> list[Row]:
-    """The rows of a split of the hub that have a label; GLUE keeps those of its test splits to itself."""
-    texts = [split[column] for column in columns]
-    names = class_names(split.features["label"])
-    return _rows(f"name: {name!r}", columns, texts, split["label"], regression, names)
+        raise ValueError(f"{OP}: name: {name!r} has no row with a label in its split train")
+    held_out = next(filter(None, (labelled(split) for split in EVAL_SPLITS if split in splits)), None)
+    return train, held_out, columns, splits["train"].class_names.get("label")
 
 
 def _task(
@@ -305,40 +283,31 @@ def _task(
     columns: tuple[str, ...],
     regression: bool,
     class_names: Sequence[str] | None,
+    max_train_rows: int | None,
 ) -> Task:
     """Classes are in the order of `class_names`, where there is one."""
     labels = {label for _, label in train}
     if len(labels) < 2:
         what = "numbers" if regression else "classes"
-        raise ValueError(f"load_task: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
+        raise ValueError(f"{OP}: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
     if not regression and not class_names:
         _refuse_numbers(labels)
     if held_out is None:
-        chosen = [is_held_out(folded(texts)) for texts, _ in train]
-        held_out = [row for row, out in zip(train, chosen, strict=True) if out]
-        train = [row for row, out in zip(train, chosen, strict=True) if not out]
-        if not held_out or not train:
-            what = "sentences" if len(columns) == 1 else "pairs"
-            raise ValueError(
-                f"load_task: data: expected enough distinct {what} to hold some out for evaluation, got "
-                f"{len({folded(texts) for texts, _ in [*train, *held_out]})}; give eval_data"
-            )
+        train, held_out = hold_out(OP, train, "sentences" if len(columns) == 1 else "pairs")
     if regression:
         if len(numbers := {label for _, label in held_out}) < 2:
             raise ValueError(
-                f"load_task: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
+                f"{OP}: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
             )
-        return Task(name, _dataset(train, columns), _dataset(held_out, columns), (), columns)
+        return Task(name, _dataset(limited(train, max_train_rows), columns), _dataset(held_out, columns), (), columns)
     labels = {label for _, label in train}
-    alien = sorted({label for _, label in held_out} - labels)
-    if alien:
-        raise ValueError(
-            f"load_task: the evaluation split has the label {alien[0]!r}, which the training split has not; "
-            f"its labels: {', '.join(map(repr, _label_order(labels)))}"
-        )
+    refuse_unknown(OP, "label", {label for _, label in held_out} - labels, _label_order(labels))
     names = tuple(name for name in class_names if name in labels) if class_names else _label_order(labels)
     index = {label: i for i, label in enumerate(names)}
-    splits = [_dataset([(texts, index[label]) for texts, label in rows], columns) for rows in (train, held_out)]
+    splits = [
+        _dataset([(texts, index[label]) for texts, label in rows], columns)
+        for rows in (limited(train, max_train_rows), held_out)
+    ]
     return Task(name, splits[0], splits[1], names, columns)
 
 
@@ -352,11 +321,11 @@ def _refuse_numbers(labels: set[str]) -> None:
         number = _number(label)
         other = label if number is None else written.setdefault(number, label)
         if other != label and not (label.isdecimal() and other.isdecimal()):
-            raise ValueError(f"load_task: data: expected one way to write a class, got {other!r} and {label!r}")
+            raise ValueError(f"{OP}: data: expected one way to write a class, got {other!r} and {label!r}")
     numbers = [_number(label) for label in labels]
     if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
         raise ValueError(
-            f"load_task: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
+            f"{OP}: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
             "a regression, or give the classes other names"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distilbert_fast.files.durable import regular_size, sha256
-from distilbert_fast.files.text import column_names, json_object, lone_surrogate, odd_line_end
+from distilbert_fast.files.text import column_names, json_object, lone_surrogate, refuse_odd_line_ends
 from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
@@ -204,12 +204,8 @@ class Texts:
             return OpenTexts(self._read(reader, data_files=files, split="train", **how), "text", documents=False)
         for file in files:  # one that has such ends has them from its beginning on
             with open(file, "rb") as stream:
-                odd = odd_line_end(stream.read(_HEAD).decode("utf-8-sig", "replace"))
-            if odd is not None:
-                raise ValueError(
-                    f"load_corpus: cannot read {file!r}: line {odd}: expected lines that end with LF, CRLF or CR, got "
-                    "a CR beside a line end"
-                )
+                head = stream.read(_HEAD).decode("utf-8-sig", "replace")
+            refuse_odd_line_ends(f"load_corpus: cannot read {file!r}", head)
         each = self._read(reader, data_files={f"file{i}": file for i, file in enumerate(files)}, **how)
         end = datasets.Dataset.from_dict({"text": [""]}, features=features)
         ended = end.to_iterable_dataset() if how["streaming"] else end

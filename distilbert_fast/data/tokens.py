@@ -24,19 +24,20 @@ from distilbert_fast.data import IGNORED
 from distilbert_fast.data.conll import Tagged, read_conll
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
-    as_written,
-    class_names,
+    Table,
+    check_sources,
     class_order,
     file_name,
-    folded,
-    hashed,
+    hold_out,
     hub_splits,
-    is_held_out,
+    limited,
     names_in_order,
     read_table,
+    refuse_unknown,
+    text_of,
 )
 from distilbert_fast.data.tags import Scheme, is_outside, odd_one, scheme_of
-from distilbert_fast.files.text import lone_surrogate, read_text, shortened
+from distilbert_fast.files.text import read_text, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,8 +121,7 @@ def load_tokens(
             tags that are numbers without names; tags of which only some mark entities, or types that differ in case
             alone; an evaluation tag of a kind that the training split has not; a name that is not on the hub.
     """
-    if max_train_rows is not None and max_train_rows < 2:
-        raise ValueError(f"{OP}: max_train_rows: expected at least 2, got {max_train_rows}")
+    check_sources(OP, data, eval_data, max_train_rows)
     names: Sequence[str] | None = None
     found: list[Tagged]  # for training and, if there are others, for evaluation
     if data is not None:
@@ -129,8 +129,6 @@ def load_tokens(
         found = [_read_file(argument, path) for argument, path in given]
         sources = [f"{argument}: {str(path)!r}" for argument, path in given]
         name = name or file_name(Path(data))
-    elif eval_data is not None:
-        raise ValueError(f"{OP}: eval_data: given without data")
     elif name is None:
         raise ValueError(f"{OP}: data: expected a file, or the name of a hub data set, got neither")
     else:
@@ -144,27 +142,15 @@ def load_tokens(
                 f"{OP}: {source}: {tagged.places[odd]}: expected tags such as B-PER, I-PER and O, got {odd!r} among "
                 f"{', '.join(map(repr, sorted(used - {odd})[:9]))}"
             )
-    train, held_out = found[0].rows, found[1].rows if len(found) > 1 else None
-    if held_out is None:
-        chosen = [is_held_out(folded(words)) for words, _ in train]
-        held_out = [row for row, out in zip(train, chosen, strict=True) if out]
-        train = [row for row, out in zip(train, chosen, strict=True) if not out]
-        if not held_out or not train:
-            count = len({folded(words) for words, _ in [*train, *held_out]})
-            raise ValueError(
-                f"{OP}: data: expected enough distinct sentences to hold some out for evaluation, got {count}; give "
-                "eval_data"
-            )
+    train, held_out = (of.rows for of in found) if len(found) > 1 else hold_out(OP, found[0].rows, "sentences")
     if names is None:
         names = _tag_names(*({tag for _, tags in rows for tag in tags} for rows in (train, held_out)))
     if len(names) < 2:
         raise ValueError(f"{OP}: data: expected at least 2 tags, got only {names[0]!r}")
-    if max_train_rows is not None:
-        order = sorted(range(len(train)), key=lambda i: hashed("\0".join([*train[i][0], str(i)])))
-        train = [train[i] for i in sorted(order[:max_train_rows])]
     index = {tag: i for i, tag in enumerate(names)}
     splits = [
-        tuple(Sentence(words, tuple(index[tag] for tag in tags)) for words, tags in of) for of in (train, held_out)
+        tuple(Sentence(words, tuple(index[tag] for tag in tags)) for words, tags in rows)
+        for rows in (limited(train, max_train_rows), held_out)
     ]
     return TagTask(name, splits[0], splits[1], tuple(names))
 
@@ -175,14 +161,12 @@ def _read_file(argument: str, path: Path) -> Tagged:
         tagged = read_conll(source, read_text(OP, argument, path))
     else:
         table = read_table(OP, argument, path)
-        column = _columns(source, [*table.columns])
-        tagged = _sentences(source, table.columns["tokens"], table.columns[column], table.class_names.get(column))
+        tagged = _sentences(source, table, _tag_column(source, [*table.columns]))
     _refuse_numbers(source, tagged)
     return tagged
 
 
-def _columns(source: str, names: Sequence[str]) -> str:
-    """The column of the tags."""
+def _tag_column(source: str, names: Sequence[str]) -> str:
     column = next((column for column in TAG_COLUMNS if column in names), None)
     if column is None or "tokens" not in names:
         raise ValueError(
@@ -191,18 +175,17 @@ def _columns(source: str, names: Sequence[str]) -> str:
     return column
 
 
-def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Sequence[str] | None) -> Tagged:
-    """Make sentences of lists of words and of tags, texts or numbers. `names`, if given, name the numbers."""
+def _sentences(source: str, table: Table, column: str) -> Tagged:
+    """Make sentences of lists of words and of tags, texts or numbers that have names."""
     tagged = Tagged()
-    for number, row in enumerate(zip(words, tags, strict=True), start=1):
+    names = table.class_names.get(column)
+    for number, row in enumerate(zip(table.columns["tokens"], table.columns[column], strict=True), start=1):
         place = f"{source}: row {number}"
         if not all(isinstance(of, list) for of in row) or len(row[0]) != len(row[1]):
             found = " and ".join(f"{len(of)}" if isinstance(of, list) else shortened(of) for of in row)
             raise ValueError(f"{place}: expected lists of as many tokens as tags, got {found}")
-        found_words = tuple(_cell(place, cell) for cell in row[0])
-        found_tags = tuple(
-            _named(place, tag, names) if names is not None else _cell(place, tag).strip() for tag in row[1]
-        )
+        cells = [text_of(place, cell, "texts as tokens and tags", "token or tag") for cell in row[0]]
+        found_words, found_tags = tuple(cells), tuple(_tag(place, tag, names) for tag in row[1])
         if found_words:
             tagged.rows.append((found_words, found_tags))
         for tag in found_tags:
@@ -212,19 +195,12 @@ def _sentences(source: str, words: Iterable[Any], tags: Iterable[Any], names: Se
     return tagged
 
 
-def _named(place: str, tag: Any, names: Sequence[str]) -> str:
+def _tag(place: str, tag: Any, names: Sequence[str] | None) -> str:
+    if names is None:
+        return text_of(place, tag, "texts as tokens and tags", "token or tag").strip()
     if not isinstance(tag, int) or isinstance(tag, bool) or not 0 <= tag < len(names):
         raise ValueError(f"{place}: expected tags 0 to {len(names) - 1}, got {shortened(tag)}")
     return names[tag]
-
-
-def _cell(place: str, cell: object) -> str:
-    text = as_written(cell)
-    if text is None or (half := lone_surrogate(text)) is not None:
-        raise ValueError(f"{place}: expected texts as tokens and tags, got {shortened(cell) if text is None else half}")
-    if not text.strip():
-        raise ValueError(f"{place} has an empty token or tag")
-    return text
 
 
 def _refuse_numbers(source: str, tagged: Tagged) -> None:
@@ -238,15 +214,13 @@ def _refuse_numbers(source: str, tagged: Tagged) -> None:
 def _from_hub(name: str) -> tuple[list[Tagged], Sequence[str] | None]:
     splits = hub_splits(OP, name)
     source = f"{OP}: name: {name!r}"
-    column = _columns(source, splits["train"].column_names)
-    names = class_names(splits["train"].features[column])
+    column = _tag_column(source, [*splits["train"].columns])
     held_out = next((split for split in EVAL_SPLITS if split in splits), None)
-    parts = [splits[part] for part in ("train", held_out) if part]
-    found = [_sentences(source, split["tokens"], split[column], names) for split in parts]
+    found = [_sentences(source, splits[part], column) for part in ("train", held_out) if part]
     if column == "ner_tags":
         for tagged in found:
             _refuse_numbers(source, tagged)
-    return found, names
+    return found, splits["train"].class_names.get(column)
 
 
 def _tag_names(known: set[str], used: set[str]) -> list[str]:
@@ -257,12 +231,7 @@ def _tag_names(known: set[str], used: set[str]) -> list[str]:
         return tag if scheme is None else scheme.split(tag)[1]
 
     kinds = {kind(tag) for tag in known if not is_outside(tag)}
-    alien = sorted(tag for tag in used if kind(tag) not in kinds and not is_outside(tag))
-    if alien:
-        raise ValueError(
-            f"{OP}: the evaluation split has the tag {alien[0]!r}, which the training split has not; its tags: "
-            f"{', '.join(map(repr, sorted(known)))}"
-        )
+    refuse_unknown(OP, "tag", {tag for tag in used if kind(tag) not in kinds and not is_outside(tag)}, sorted(known))
     if all(_NUMBER.fullmatch(tag) for tag in known | used):
         return sorted(known | used, key=int)
     return sorted(known | used, key=lambda tag: (not is_outside(tag), kind(tag), tag))

@@ -70,13 +70,16 @@ def lines(text: str) -> list[str]:
     return _LINE_END.split(text)
 
 
-def odd_line_end(text: str) -> int | None:
-    """The number of the first line that a CR beside a line end follows, CR CR LF or LF CR, as damaged files have them.
+def refuse_odd_line_ends(source: str, text: str) -> None:
+    """Raise ValueError for a CR beside a line end, CR CR LF or LF CR, as damaged files have them.
 
-    Each is a blank line if CR ends one; None if there is no such line.
+    Each would be a blank line, since CR ends one. The message begins with `source`.
     """
-    found = _ODD_LINE_END.search(text)
-    return None if found is None else len(lines(text[: found.start()]))
+    if found := _ODD_LINE_END.search(text):
+        line = len(lines(text[: found.start()]))
+        raise ValueError(
+            f"{source}: line {line}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
+        )
 
 
 def column_names(table: Any, **dialect: Any) -> list[str]:
