@@ -181,7 +181,7 @@ class Task(TaskCommand):
 
     def objective(self, job: Job) -> dict[str, Any]:
         settings = super().objective(job)
-        if job.regression:  # type: ignore[attr-defined]  # squared errors have no temperature
+        if job.regression:  # squared errors have no temperature
             del settings["temperature"]
         return settings
 

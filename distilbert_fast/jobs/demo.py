@@ -24,6 +24,7 @@ from distilbert_fast.jobs.flow import (
     console,
     find_teacher,
     refused,
+    require,
     save,
     training_arguments,
 )
@@ -109,14 +110,12 @@ def demo(
         loaded = load_task(task, data, eval_data, max_train_rows)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(str(error)) from error
-    if loaded.regression:
-        raise RecipeError(
-            "demo: task: expected classes as labels, got numbers, which are for `distilbert-fast distill`"
-        )
+    got = "numbers, which are for `distilbert-fast distill`"
+    require(not loaded.regression, "demo: task", "classes as labels", got)
     source = find_teacher(teacher)
     job = TaskJob(loaded, training.max_length)
     try:
-        job.meet(class_names(source), kept=training.teacher_epochs == 0)
+        job.match_classes(class_names(source), kept=training.teacher_epochs == 0)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     settings = {
@@ -179,11 +178,8 @@ class _Demo(Flow):
             teacher, *_ = self.load(self.source, self.training.teacher_epochs > 0, **self.job.config)
             student, _ = student_from_teacher(teacher)
         positions = student.config.max_position_embeddings
-        if self.training.max_length > positions:
-            raise RecipeError(
-                f"demo: max_length: expected at most {positions}, the positions that the teacher knows, got "
-                f"{self.training.max_length}"
-            )
+        expected, length = f"at most {positions}, the positions that the teacher knows", self.training.max_length
+        require(length <= positions, "demo: max_length", expected, length)
         minutes = self._seconds(teacher, student) / 60
         about = "less than a minute" if minutes < 1 else f"about {math.ceil(minutes)} minutes"
         self.say(f"this will take {about}, going by a few steps taken just now")
@@ -194,10 +190,10 @@ class _Demo(Flow):
         from distilbert_fast.modeling.training import for_training
         from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
 
-        rows = sorted(self.job.rows(), key=lambda row: len(row["input_ids"]))
+        rows = sorted(self.job.train_rows, key=lambda row: len(row["input_ids"]))
         size = min(self.training.batch_size, len(rows))
         first = (len(rows) - size) // 2
-        batch = dict(self.job.collator()(rows[first : first + size]).to(teacher.device))
+        batch = dict(self.job.collator(rows[first : first + size]).to(teacher.device))
         batch.pop("token_type_ids", None)  # which the student does not read
         calls = {TEACHER: call_seconds(teacher, batch), STUDENT: call_seconds(student, batch)}
         seconds = 0.0
@@ -315,10 +311,9 @@ class _Demo(Flow):
         }
 
     def _train(self, trainer_class: Any, **arguments: Any) -> dict[str, Any]:
-        parts = {"data_collator": self.job.collator(), "processing_class": self.job.tokenizer}
-        trainer = trainer_class(train_dataset=self.job.rows(), **parts, **arguments)
-        made, result = self.train(trainer)
-        return made | {"train_loss": result.training_loss}
+        parts = {"data_collator": self.job.collator, "processing_class": self.job.tokenizer}
+        trainer = trainer_class(train_dataset=self.job.train_rows, **parts, **arguments)
+        return self.train(trainer)
 
     def _save(self, path: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Save, read back, and compare what both predict on the evaluation split."""
@@ -336,11 +331,11 @@ class _Demo(Flow):
 
 def _check(training: DemoTraining) -> None:
     for field, least in (("teacher_epochs", 0), ("student_epochs", 1), ("batch_size", 1), ("max_length", 4)):
-        if getattr(training, field) < least:
-            raise RecipeError(f"demo: {field}: expected at least {least}, got {getattr(training, field)}")
+        given = getattr(training, field)
+        require(given >= least, f"demo: {field}", f"at least {least}", given)
     for field in ("teacher_lr", "student_lr"):
-        if not 0 < getattr(training, field) < math.inf:
-            raise RecipeError(f"demo: {field}: expected a finite number above 0, got {getattr(training, field)}")
+        given = getattr(training, field)
+        require(0 < given < math.inf, f"demo: {field}", "a finite number above 0", given)
 
 
 def _describe(task: Task) -> dict[str, Any]:

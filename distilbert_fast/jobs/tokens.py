@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.job import LABELS_ALONE, TASK_VARIANTS, Metric, classes_of_head
+from distilbert_fast.jobs.job import Job, Metric, classes_of_head
 
 if TYPE_CHECKING:
     from distilbert_fast.data.tokens import TagTask
     from distilbert_fast.evaluation.speed import Batch
 
 
-class TokensJob:
+class TokensJob(Job):
     """Token classification: entities, or any tags of words; see `load_tokens` for the data, `Pieces` for its rows."""
 
-    kind, name, head, streaming = "task", "tokens", "TokenClassification", False
-    teacher_epochs = 3.0
-    untaught = LABELS_ALONE
-    variants = TASK_VARIANTS
+    kind, name, head = "task", "tokens", "TokenClassification"
 
     def __init__(self, task: TagTask, max_length: int = 128) -> None:
         self.task, self.max_length = task, max_length
@@ -48,7 +45,7 @@ class TokensJob:
     def config(self) -> Mapping[str, Any]:
         return classes_of_head(self.task.tag_names)
 
-    def meet(self, classes: Sequence[str], kept: bool) -> None:
+    def match_classes(self, classes: Sequence[str], kept: bool) -> None:
         self.task = self.task.for_classes(classes, kept)
 
     def describe(self) -> dict[str, Any]:
@@ -64,27 +61,18 @@ class TokensJob:
         }
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        from distilbert_fast.data.tokens import Pieces
-
-        self.tokenizer = tokenizer
-        self._train = Pieces(self.task, self.task.train, tokenizer, self.max_length)
-        self._held = Pieces(self.task, self.task.eval, tokenizer, self.max_length)
-
-    def rows(self) -> Any:
-        return self._train.rows
-
-    def collator(self) -> Any:
         from transformers import DataCollatorForTokenClassification
 
-        return DataCollatorForTokenClassification(self.tokenizer)
+        from distilbert_fast.data.tokens import Pieces
+
+        self.train_rows = Pieces(self.task, self.task.train, tokenizer, self.max_length).rows
+        self._eval = Pieces(self.task, self.task.eval, tokenizer, self.max_length)
+        self.collator = DataCollatorForTokenClassification(tokenizer)
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
         from distilbert_fast.evaluation.metrics import tag_scores
 
-        return tag_scores(self._held, model, teacher)
-
-    def timed(self, model: Any) -> Any:
-        return model
+        return tag_scores(self._eval, model, teacher)
 
     def batches(self, size: int, rows: int) -> Sequence[Batch]:
-        return self._held.batches(size, rows)
+        return self._eval.batches(size, rows)
