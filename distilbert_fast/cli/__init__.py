@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from distilbert_fast.cli import distill
-from distilbert_fast.cli.command import RunCommand, add
+from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs import demo as recipes
 
@@ -116,21 +116,9 @@ Interrupt it whenever you like: the same command continues where it was.
 class Demo(RunCommand):
     """See `help` above."""
 
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
-    ] = None
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="TSV, CSV, JSONL or Parquet with the columns sentence and label, or a pair's, as for distill task.",
-        ),
-    ] = None
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data is held out."),
-    ] = None
+    task: TaskName = None
+    data: TaskFile = None
+    eval_data: EvalFile = None
     max_train_rows: Annotated[
         int | None,
         typer.Option(help=f"Train on this many rows only; by default {recipes.ROWS} of stdlib-docs, or all."),
@@ -139,11 +127,11 @@ class Demo(RunCommand):
         _STEPS.teacher_epochs
     )
     student_epochs: Annotated[int, typer.Option(help="Passes of distillation.")] = _STEPS.student_epochs
-    batch_size: Annotated[int, typer.Option(help="Sentences a training step.")] = _STEPS.batch_size
-    max_length: Annotated[int, typer.Option(help="Tokens a sentence; longer ones are cut.")] = _STEPS.max_length
+    batch_size: Annotated[int, typer.Option(help="Sentences of a training step.")] = _STEPS.batch_size
+    max_length: Annotated[int, typer.Option(help="Tokens of a sentence; longer ones are cut.")] = _STEPS.max_length
     teacher_lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = _STEPS.teacher_lr
     student_lr: Annotated[float, typer.Option(help="Peak learning rate of the distillation.")] = _STEPS.student_lr
-    seed: Annotated[int, typer.Option(help="Of the new head, the batches and dropout.")] = _STEPS.seed
+    seed: Annotated[int, typer.Option(help="Seed of the new head, the batches and dropout.")] = _STEPS.seed
 
     def run(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

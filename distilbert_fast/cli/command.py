@@ -13,10 +13,28 @@ import typer
 
 from distilbert_fast.cli.errors import plain_errors
 
+# Options of several commands.
+TaskName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
+]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="TSV, CSV, JSONL or Parquet with the columns sentence and label; for pairs sentence1 and sentence2, "
+        "question1 and question2, premise and hypothesis, or question and sentence.",
+    ),
+]
+EvalFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data is held out."),
+]
+
 
 @dataclasses.dataclass(kw_only=True)
 class RunCommand(ABC):
-    """What starts from a teacher, may be interrupted, and leaves models and a report in a directory."""
+    """A command that starts from a teacher, may be interrupted, and leaves models and a report in a directory."""
 
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
@@ -31,7 +49,7 @@ class RunCommand(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Do it; what a user can mend is an error of the package's own."""
+        """Do the work. Raises an error of the package's own for what a user can mend."""
 
 
 Command = TypeVar("Command", bound=RunCommand)
@@ -58,24 +76,16 @@ def add(
 
 
 def _parameters(command: type[RunCommand], defaults: dict[str, Any]) -> list[inspect.Parameter]:
-    """Of a function with the options of a command, panel by panel."""
-    hints, fields = get_type_hints(command, include_extras=True), {f.name: f for f in dataclasses.fields(command)}
-    names = dict.fromkeys(name for part in command.__mro__ for name in inspect.get_annotations(part))
-    panels: dict[str, int] = {}
-    for part in reversed(command.__mro__):
-        for name in inspect.get_annotations(part):
-            panels.setdefault(_panel(hints[name]), len(panels))
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
-            annotation=hints[name],
+    """The options of a command as a function's parameters: panel by panel, in each those of the class itself first."""
+    hints = get_type_hints(command, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(command)}  # those of base classes first
+    panels = {name: hints[name].__metadata__[0].rich_help_panel for name in fields}
+    order = list(dict.fromkeys(panels.values()))
+    parameters = []
+    for name in dict.fromkeys(name for part in command.__mro__ for name in inspect.get_annotations(part)):
+        default = defaults.get(name, fields[name].default)
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
         )
-        for name in sorted(names, key=lambda name: panels[_panel(hints[name])])
-        for default in [defaults.get(name, fields[name].default)]
-    ]
-
-
-def _panel(hint: Any) -> str:
-    return hint.__metadata__[0].rich_help_panel or ""
+    return sorted(parameters, key=lambda parameter: order.index(panels[parameter.name]))

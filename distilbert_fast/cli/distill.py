@@ -1,4 +1,4 @@
-"""`distilbert-fast distill mlm|task|tokens|qa`: in what each of them differs from the others."""
+"""`distilbert-fast distill mlm|task|tokens|qa`: the options that only one of them has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distilbert_fast.cli.command import add
+from distilbert_fast.cli.command import TaskFile, TaskName, add
 from distilbert_fast.cli.distill_options import DistillCommand, TaskCommand, in_losses, in_teaching
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Mlm(DistillCommand):
         typer.Option(metavar="FILES", help=".txt, .jsonl, .parquet, .csv or .tsv; a glob; or a hub data set."),
     ]
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None
-    split: Annotated[str, typer.Option(help="Of a data set.")] = "train"
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train"
     packing: Annotated[
         str, typer.Option(help="full_sentences fills rows with sentences, lines makes a row of each.")
     ] = "full_sentences"
@@ -73,7 +73,7 @@ class Mlm(DistillCommand):
         typer.Option(
             "--streaming",
             help="Read the corpus while training, again and again, and keep nothing of it but the first rows held out. "
-            "Needs --max-steps, and --teacher-steps for a teacher without its head; goes without --teacher-cache.",
+            "Needs --max-steps, and --teacher-steps for a teacher without its head; cannot be used with --teacher-cache.",
         ),
     ] = False
     holdout: Annotated[
@@ -83,7 +83,7 @@ class Mlm(DistillCommand):
     smoothing: Annotated[
         float,
         typer.Option(
-            help="How much tokens that are rare (of a stream, in its first 50,000 rows) are masked more often; 0: not."
+            help="How much more often rare tokens are masked (for a stream, rare in its first 50,000 rows); 0: no more."
         ),
     ] = 0.7
     alpha_ce: Annotated[str, in_losses(help="KL to the teacher's vocabulary.")] = "5.0"
@@ -95,15 +95,18 @@ class Mlm(DistillCommand):
     kd_positions: Annotated[str, in_losses(help="KL over real tokens, or masked ones.")] = "real"
     hidden_loss: Annotated[str, in_losses(help="mse or cosine.")] = "mse"
     layer_map: Annotated[str, in_losses(help="0:1,1:3,… for --alpha-hidden; by default even.")] = ""
-    relation_heads: Annotated[int, in_losses(help="0: the teacher's.")] = 0
+    relation_heads: Annotated[int, in_losses(help="Heads of --alpha-relation; 0: as many as the teacher has.")] = 0
     teacher_cache: Annotated[
         int,
         in_teaching(
             metavar="K",
-            help="Run it once and keep its K likeliest tokens a row on disk, the rest as one number; 0: do not.",
+            help="Run the teacher once and keep its K likeliest tokens of each row on disk, the rest as one number; "
+            "0: run it beside the student.",
         ),
     ] = 0
-    train_body: Annotated[bool, in_teaching("--train-body", help="Train all of it, not the new head alone.")] = False
+    train_body: Annotated[bool, in_teaching("--train-body", help="Train the teacher whole, not only its new head.")] = (
+        False
+    )
 
     def job(self) -> Job:
         from distilbert_fast.jobs.mlm import MlmJob
@@ -149,18 +152,8 @@ Numbers instead of classes, such as how alike two sentences are:
 class Task(TaskCommand):
     """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="NAME_OR_ID", help="stdlib-docs (the default), or a hub data set such as glue/sst2."),
-    ] = None
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="TSV, CSV, JSONL or Parquet with the columns sentence and label; for pairs sentence1 and sentence2, "
-            "question1 and question2, premise and hypothesis, or question and sentence.",
-        ),
-    ] = None
+    task: TaskName = None
+    data: TaskFile = None
     regression: Annotated[
         bool,
         typer.Option(

@@ -7,12 +7,11 @@ import sys
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distilbert_fast.cli.command import RunCommand
+from distilbert_fast.cli.command import EvalFile, RunCommand
 from distilbert_fast.jobs.flow import RecipeError
 from distilbert_fast.jobs.settings import Recipe, Shape, Training
 
@@ -28,37 +27,41 @@ in_shape = partial(typer.Option, rich_help_panel="The student's shape")
 
 @dataclass(kw_only=True)
 class DistillCommand(RunCommand):
-    """A distillation; defaults fit a task."""
+    """Options of every distillation; the defaults fit a task."""
 
     ablate: Annotated[
         bool,
-        typer.Option("--ablate", help="Also train the students that lack something, and compare them in one table."),
+        typer.Option(
+            "--ablate",
+            help="Also train students that lack a loss or start at random, and compare all in a table.",
+        ),
     ] = False
     epochs: Annotated[float, in_training(help="Passes over the rows.")] = 3.0
     max_steps: Annotated[int, in_training(help="Stop after so many steps; 0: after the epochs.")] = 0
-    batch_size: Annotated[int, in_training(help="Rows an optimizer step, of all processes.")] = 32
-    micro_batch: Annotated[int, in_training(help="Rows computed at a time; gradients add up.")] = 32
+    batch_size: Annotated[int, in_training(help="Rows of an optimizer step, in all processes together.")] = 32
+    micro_batch: Annotated[int, in_training(help="Rows that are computed at a time; gradients add up.")] = 32
     lr: Annotated[float, in_training("--lr", help="Peak learning rate of AdamW.")] = 1e-4
-    warmup: Annotated[float, in_training(help="Share of the steps that it rises.")] = 0.05
-    weight_decay: Annotated[float, in_training(help="Of AdamW.")] = 0.0
+    warmup: Annotated[float, in_training(help="Share of the steps over which the learning rate rises.")] = 0.05
+    weight_decay: Annotated[float, in_training(help="Weight decay of AdamW.")] = 0.0
     bf16: Annotated[bool, in_training("--bf16", help="Compute in bfloat16, teacher and student.")] = False
-    recompute: Annotated[
+    gradient_checkpointing: Annotated[
         bool,
         in_training(
-            "--gradient-checkpointing", help="Keep less of the student's forward and compute its layers twice."
+            "--gradient-checkpointing",
+            help="Keep the input of each layer alone, and compute the layer again in backward.",
         ),
     ] = False
-    seed: Annotated[int, in_training(help="Of random weights, order, masks, dropout.")] = 0
+    seed: Annotated[int, in_training(help="Seed of random weights, order, masks, dropout.")] = 0
     temperature: Annotated[str, in_losses(help="τ of the KL divergence.")] = "2.0"
-    teacher_epochs: Annotated[float | None, in_teaching(help="By default: none if it has its head, else some.")] = None
+    teacher_epochs: Annotated[float | None, in_teaching(help="By default 0 for a teacher that has its head.")] = None
     teacher_steps: Annotated[int, in_teaching(help="Stop after so many steps; 0: after the epochs.")] = 0
     teacher_lr: Annotated[float, in_teaching(help="Peak learning rate.")] = 5e-5
-    teacher_batch_size: Annotated[int, in_teaching(help="Rows a step.")] = 32
+    teacher_batch_size: Annotated[int, in_teaching(help="Rows of an optimizer step.")] = 32
     teacher_precision: Annotated[
         str,
         in_teaching(
-            help="fp32, bf16, fp16 or int8: of the engine that runs it beside the student; model: its own forward; "
-            "auto: the engine on a CPU."
+            help="How it runs beside the student. fp32, bf16, fp16 or int8: on the engine; model: by its own forward; "
+            "auto: on the engine if there is no GPU."
         ),
     ] = "auto"
     layers: Annotated[
@@ -78,14 +81,15 @@ class DistillCommand(RunCommand):
         """Settings of `DistillationArguments`."""
 
     def compare(self, job: Job) -> list[str]:
-        """The variants to train too."""
+        """Names of the variants that are trained too."""
         return [variant.name for variant in job.variants] if self.ablate else []
 
     def recipe(self, job: Job) -> Recipe:
-        sizes = (self.epochs, self.max_steps, self.batch_size, self.micro_batch)
-        student = Training(*sizes, self.lr, self.warmup, self.weight_decay, self.bf16, self.seed, self.recompute)
-        taught = (self.teacher_epochs, self.teacher_steps, self.teacher_batch_size, self.micro_batch, self.teacher_lr)
-        teacher = Training(*taught, bf16=self.bf16, seed=self.seed)
+        of_both: dict[str, Any] = {"micro_batch": self.micro_batch, "bf16": self.bf16, "seed": self.seed}
+        own = {"epochs", "max_steps", "batch_size", "warmup", "weight_decay", "gradient_checkpointing"}
+        student = Training(learning_rate=self.lr, **of_both, **{name: getattr(self, name) for name in own})
+        taught = (self.teacher_epochs, self.teacher_steps, self.teacher_batch_size)
+        teacher = Training(*taught, learning_rate=self.teacher_lr, **of_both)
         return Recipe(student, teacher, True, self._shape(), self.objective(job), compare=self.compare(job))
 
     def run(self) -> None:
@@ -113,11 +117,9 @@ class DistillCommand(RunCommand):
 
 @dataclass(kw_only=True)
 class TaskCommand(DistillCommand):
-    """A distillation on labels."""
+    """Options of a distillation on labels."""
 
-    eval_data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data.")
-    ] = None
+    eval_data: EvalFile = None
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also fine-tune the same student without its teacher, to compare.")
     ] = False
