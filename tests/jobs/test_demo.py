@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, pairs_tsv, sentences, tsv
+from demo_input import pairs_tsv, sentences
 from jobs.demo_runs import Forked, start_server
 from safetensors.torch import load_file
 
@@ -48,15 +48,6 @@ def finish(directory: Path, *more: str) -> str:
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    bert(directory / "bert")
-    tsv(directory / "train.tsv", 160, seed=1)
-    tsv(directory / "dev.tsv", 40, seed=2)
-    return directory
 
 
 @pytest.fixture

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from cases import many
-from demo_input import bert, sentences, tsv
+from demo_input import bert, sentences
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
+from jobs.quick import FAST, TEACHING, same, task_job
+
 from distilbert_fast.data.masking import MaskedDataset, Masking
 from distilbert_fast.data.squad import load_squad
-from distilbert_fast.data.tasks import load_task
 from distilbert_fast.jobs.distill import Recipe, Shape, Training, distill
 from distilbert_fast.jobs.flow import RecipeError, save
 from distilbert_fast.jobs.mlm import MlmJob
@@ -34,33 +35,10 @@ from distilbert_fast.runs.processes import ProcessError, Processes, launcher
 from distilbert_fast.runs.run_directory import StageError
 
 pytestmark = pytest.mark.usefixtures("short_clocks")
-FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
-TEACHING = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    import datasets
-
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inputs")
-    bert(path / "bert")
-    (path / "text.txt").write_text("\n".join(text for text, _ in sentences(300, seed=3)))
-    tsv(path / "train.tsv", 160, seed=1)
-    tsv(path / "dev.tsv", 40, seed=2)
-    return path
 
 
 def mlm_job(inputs: Path, **changed) -> MlmJob:
     return MlmJob([str(inputs / "text.txt")], **{"max_length": 16, "min_length": 4, "holdout": 0.1, **changed})
-
-
-def task_job(inputs: Path) -> TaskJob:
-    return TaskJob(load_task(data=inputs / "train.tsv", eval_data=inputs / "dev.tsv"), max_length=16)
 
 
 def mlm(inputs: Path, output: Path, compare=(), **changed):
@@ -73,10 +51,6 @@ def ablation(inputs):
     """Output of an ablation, and what it reported."""
     names = [variant.name for variant in MlmJob.variants]
     return inputs / "mlm", mlm(inputs, inputs / "mlm", names)
-
-
-def same(one: Path, other: Path) -> bool:
-    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_an_ablation_leaves_every_student_and_nothing_else(ablation):

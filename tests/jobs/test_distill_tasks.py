@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert, conll, pairs_tsv, sentences, tsv
+from demo_input import bert, conll, pairs_tsv, sentences
 
 pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
+
+from jobs.quick import FAST, TEACHING, same, task_job
 
 from distilbert_fast.data.tasks import load_task
 from distilbert_fast.data.tokens import load_tokens
@@ -24,32 +26,6 @@ from distilbert_fast.jobs.tokens import TokensJob
 from distilbert_fast.modeling.loading import load_with_head
 
 pytestmark = pytest.mark.usefixtures("short_clocks")
-FAST = Training(epochs=1, batch_size=32, micro_batch=16, learning_rate=5e-3)
-TEACHING = Training(epochs=None, batch_size=16, micro_batch=16, learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    import datasets
-
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inputs")
-    bert(path / "bert")
-    tsv(path / "train.tsv", 160, seed=1)
-    tsv(path / "dev.tsv", 40, seed=2)
-    return path
-
-
-def task_job(inputs: Path) -> TaskJob:
-    return TaskJob(load_task(data=inputs / "train.tsv", eval_data=inputs / "dev.tsv"), max_length=16)
-
-
-def same(one: Path, other: Path) -> bool:
-    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_pairs(inputs, tmp_path, monkeypatch):
