@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
@@ -16,12 +16,15 @@ from distilbert_fast.distillation.objectives.task import (
     is_regression,
 )
 from distilbert_fast.distillation.schedule import bounds, is_zero, plain
-from distilbert_fast.distillation.teachers.model import PRECISIONS
+from distilbert_fast.distillation.teachers.model import TEACHER_PRECISIONS
+from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
     from distilbert_fast.distillation.schedule import Scheduled
 else:
     Scheduled = str  # what HfArgumentParser reads from a command line
+
+OP = "DistillationArguments"
 
 # Weights of the losses of "mlm", by the names that the original has for them.
 _ALPHAS = {
@@ -100,29 +103,29 @@ class DistillationArguments(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
         if self.objective not in ("task", "qa", "mlm"):
-            _refuse("objective", "one of task, qa, mlm", self.objective)
-        if self.teacher_precision not in PRECISIONS:
-            _refuse("teacher_precision", f"one of {', '.join(PRECISIONS)}", self.teacher_precision)
+            refuse(OP, "objective", "one of task, qa, mlm", self.objective)
+        if self.teacher_precision not in TEACHER_PRECISIONS:
+            refuse(OP, "teacher_precision", f"one of {', '.join(TEACHER_PRECISIONS)}", self.teacher_precision)
         if self.teacher_cache and self.teacher_precision != "auto":
-            _refuse("teacher_precision", "auto with a teacher_cache", self.teacher_precision)
+            refuse(OP, "teacher_precision", "auto with a teacher_cache", self.teacher_precision)
         for name in ("temperature", "alpha", *_ALPHAS.values()):
             value = getattr(self, name)
             try:
                 low, high = bounds(value)
             except ValueError as error:
-                raise ValueError(f"DistillationArguments: {name} {error}") from None
+                raise ValueError(f"{OP}: {name} {error}") from None
             if name == "temperature" and not low > 0:
-                _refuse(name, "finite and above 0", value)
+                refuse(OP, name, "finite and above 0", value)
             if name == "alpha" and not (low >= 0 and high <= 1):
-                _refuse(name, "0 to 1", value)
+                refuse(OP, name, "0 to 1", value)
             if not low >= 0:
-                _refuse(name, "finite and 0 or more", value)
+                refuse(OP, name, "finite and 0 or more", value)
             setattr(self, name, plain(value))
         _pairs(self.layer_map)
         if self.relation_heads < 0:
-            _refuse("relation_heads", "0 or more", self.relation_heads)
+            refuse(OP, "relation_heads", "0 or more", self.relation_heads)
         if self.label_smoothing_factor and self.objective != "task":
-            _refuse("label_smoothing_factor", f"0 for objective {self.objective}", self.label_smoothing_factor)
+            refuse(OP, "label_smoothing_factor", f"0 for objective {self.objective}", self.label_smoothing_factor)
 
 
 def settings_of(args: DistillationArguments) -> dict[str, Any]:
@@ -164,8 +167,4 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
         pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",") if pair]
         return tuple((student, teacher) for student, teacher in pairs)
     except ValueError:
-        _refuse("layer_map", 'pairs such as "0:1,1:3"', repr(text))
-
-
-def _refuse(name: str, expected: str, given: object) -> NoReturn:
-    raise ValueError(f"DistillationArguments: {name} must be {expected}, got {given}")
+        refuse(OP, "layer_map", 'pairs such as "0:1,1:3"', repr(text))

@@ -25,6 +25,7 @@ from distilbert_fast.modeling.architectures import (
     head_of,
     longest_sequence,
 )
+from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -76,14 +77,14 @@ def student_from_teacher(
     """
     family, head = _family_and_head(teacher)
     if architecture not in _ARCHITECTURES:
-        raise ValueError(f"{OP}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
+        refuse(OP, "architecture", f"one of {', '.join(_ARCHITECTURES)}", repr(architecture))
     made = _ARCHITECTURES[architecture]
     if family is DISTILBERT is not made:
-        raise ValueError(f"{OP}: architecture must be distilbert for a DistilBert teacher, got {architecture!r}")
+        refuse(OP, "architecture", "distilbert for a DistilBert teacher", repr(architecture))
     _refuse_features(teacher, family, made, head)
     widths = _widths(teacher, family, made, hidden_size, num_heads, intermediate_size)
     if widths and layers is not None:
-        raise ValueError(f"{OP}: layers must be None for a student of another width, got {list(layers)}")
+        refuse(OP, "layers", "None for a student of another width", list(layers))
     chosen = _choose_layers(teacher.config.num_hidden_layers, num_layers, layers)
 
     config = _config(teacher, family, made, len(chosen))
@@ -92,7 +93,11 @@ def student_from_teacher(
     student = _model(teacher, made, head, config)
     start = _Start(teacher, student)
     if widths:
-        start.notes.append(_at_random(teacher.config, student.config))
+        old, new = teacher.config, student.config
+        start.notes.append(
+            f"starts at random: {new.hidden_size} wide with {new.num_attention_heads} heads, the teacher "
+            f"{old.hidden_size} with {old.num_attention_heads}"
+        )
     else:
         start.copy(_sources(teacher, student, family, made, head, chosen))
         if family is not made:
@@ -134,7 +139,7 @@ def _widths(
     inner = hidden * old_inner // old.hidden_size if inner is None else inner
     for name, width in (("hidden_size", hidden), ("num_heads", heads), ("intermediate_size", inner)):
         if width < 1:
-            raise ValueError(f"{OP}: {name} must be 1 or more, got {width}")
+            refuse(OP, name, "1 or more", width)
     if hidden % heads:
         raise ValueError(f"{OP}: num_heads must divide hidden_size {hidden}, got {heads}")
     if (hidden, heads, inner) == (old.hidden_size, old.num_attention_heads, old_inner):
@@ -167,7 +172,7 @@ def _refuse_features(teacher: PreTrainedModel, family: Architecture, made: Archi
     for feature, allowed in features:
         value = getattr(config, feature, allowed)
         if value != allowed:
-            raise ValueError(f"{OP}: teacher.config.{feature} must be {allowed!r} for a {made.name}, got {value!r}")
+            refuse(OP, f"teacher.config.{feature}", f"{allowed!r} for a {made.name}", repr(value))
     refuse_embeddings(teacher.base_model, OP, "teacher")
 
 
@@ -176,13 +181,13 @@ def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | N
         chosen = tuple(layers)
         ascending = all(low < high for low, high in pairwise(chosen))
         if not chosen or not ascending or chosen[0] < 0 or chosen[-1] >= depth:
-            raise ValueError(f"{OP}: layers must be ascending, of 0 to {depth - 1}, got {list(chosen)}")
+            refuse(OP, "layers", f"ascending, of 0 to {depth - 1}", list(chosen))
         if num_layers not in (None, len(chosen)):
-            raise ValueError(f"{OP}: num_layers must be {len(chosen)}, as many as layers, got {num_layers}")
+            refuse(OP, "num_layers", f"{len(chosen)}, as many as layers", num_layers)
         return chosen
     count = max(depth // 2, 1) if num_layers is None else num_layers
     if not 1 <= count <= depth:
-        raise ValueError(f"{OP}: num_layers must be 1 to {depth}, the teacher's depth, got {count}")
+        refuse(OP, "num_layers", f"1 to {depth}, the teacher's depth", count)
     return tuple(round(i * (depth - 1) / max(count - 1, 1)) for i in range(count))
 
 
@@ -195,28 +200,22 @@ def _config(teacher: PreTrainedModel, family: Architecture, made: Architecture, 
 
     from transformers import DistilBertConfig, RobertaConfig
 
+    def of_teacher(*names: str) -> dict[str, Any]:
+        return {name: getattr(old, name) for name in names}
+
+    common = of_teacher(
+        *("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
+        *("tie_word_embeddings", "id2label", "label2id", "problem_type"),
+    )
     classifier_dropout = getattr(old, "classifier_dropout", None)
-    common = {
-        name: getattr(old, name)
-        for name in (
-            *("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
-            *("tie_word_embeddings", "id2label", "label2id", "problem_type"),
-        )
-    }
     if made is ROBERTA:
         return RobertaConfig(
             **common,
+            **of_teacher("num_attention_heads", "hidden_size", "intermediate_size", "hidden_act"),
+            **of_teacher("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "layer_norm_eps"),
             max_position_embeddings=longest_sequence(old) + old.pad_token_id + 1,
             num_hidden_layers=num_layers,
-            num_attention_heads=old.num_attention_heads,
-            hidden_size=old.hidden_size,
-            intermediate_size=old.intermediate_size,
-            hidden_act=old.hidden_act,
-            hidden_dropout_prob=old.hidden_dropout_prob,
-            attention_probs_dropout_prob=old.attention_probs_dropout_prob,
             classifier_dropout=classifier_dropout,
-            type_vocab_size=old.type_vocab_size,
-            layer_norm_eps=old.layer_norm_eps,
         )
     return DistilBertConfig(
         **common,
@@ -355,10 +354,3 @@ class _Start:
             teacher_parameters=self.teacher.num_parameters(),
             student_parameters=self.student.num_parameters(),
         )
-
-
-def _at_random(old: PreTrainedConfig, new: PreTrainedConfig) -> str:
-    return (
-        f"starts at random: {new.hidden_size} wide with {new.num_attention_heads} heads, the teacher "
-        f"{old.hidden_size} with {old.num_attention_heads}"
-    )

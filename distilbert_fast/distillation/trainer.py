@@ -14,6 +14,7 @@ from distilbert_fast.distillation.objectives.task import Objective, Step
 from distilbert_fast.distillation.teachers.cache import CachedTeacher
 from distilbert_fast.distillation.teachers.effect import teacher_effect
 from distilbert_fast.distillation.teachers.model import ModelTeacher, Teacher, model_of
+from distilbert_fast.ops._check import refuse
 from distilbert_fast.runs.resumable_trainer import ResumableTrainer
 from distilbert_fast.runs.training_state import random_state, set_random_state
 
@@ -84,17 +85,13 @@ class DistillationTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, DistillationArguments):
-            raise TypeError(f"DistillationTrainer: args must be a DistillationArguments, got {type(args).__name__}")
+            refuse("DistillationTrainer", "args", "a DistillationArguments", type(args).__name__, TypeError)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DistillationTrainer: compute_loss_func must be None, the loss is this trainer's own")
         if args.n_gpu > 1:
-            raise ValueError(
-                f"DistillationTrainer: args.n_gpu must be 1, got {args.n_gpu}: launch with torchrun, one process a GPU"
-            )
+            refuse("DistillationTrainer", "args.n_gpu", "1", f"{args.n_gpu}: launch with torchrun, one process a GPU")
         if args.torch_compile:
-            raise ValueError(
-                "DistillationTrainer: args.torch_compile must be off, got True: compile the models' layers"
-            )
+            refuse("DistillationTrainer", "args.torch_compile", "off", "True: compile the models' layers")
         of = _teacher(teacher, args, train_dataset)
         self._given_objective = objective is not None
         self.objective: Objective = objective or objective_of(args, model, model_of(of))

@@ -13,7 +13,7 @@ from distilbert_fast.distillation.arguments import DistillationArguments
 from distilbert_fast.distillation.objectives.mlm import MlmObjective
 from distilbert_fast.distillation.objectives.task import TaskObjective
 from distilbert_fast.distillation.teachers.effect import teacher_effect
-from distilbert_fast.distillation.teachers.model import PRECISIONS, ModelTeacher
+from distilbert_fast.distillation.teachers.model import TEACHER_PRECISIONS, ModelTeacher
 from distilbert_fast.distillation.trainer import DistillationTrainer
 from distilbert_fast.modeling import optimize as optimizing
 from distilbert_fast.testing import assert_twice_rule
@@ -95,7 +95,7 @@ def test_a_model_that_the_engine_does_not_take():
         ModelTeacher(model, "fp32").prepare(CPU)
     with pytest.raises(ValueError) as caught:
         ModelTeacher(model, "int4")
-    names = ", ".join(map(repr, PRECISIONS))
+    names = ", ".join(map(repr, TEACHER_PRECISIONS))
     assert str(caught.value) == f"ModelTeacher: precision must be one of {names}, got 'int4'"
 
 
@@ -221,7 +221,7 @@ def test_settings(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", TEACHER_PRECISIONS)
 def test_on_a_gpu(precision):
     device = torch.device("cuda")
     model = tiny.teacher("MaskedLM")

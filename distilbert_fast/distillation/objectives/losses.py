@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from distilbert_fast.data import IGNORED
+from distilbert_fast.ops._check import refuse
 from distilbert_fast.ops.kl_div import kl_div
 
 
@@ -56,19 +57,15 @@ def task_loss(
             f"got {list(labels.shape)}"
         )
     if labels.dtype != torch.int64:
-        raise TypeError(f"task_loss: labels must be int64, got {str(labels.dtype)[6:]}")
+        refuse("task_loss", "labels", "int64", str(labels.dtype)[6:], TypeError)
     if labels.device.type == "cpu":
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
-            raise ValueError(
-                f"task_loss: labels must be 0 to {classes - 1}, or {IGNORED} for none, got {int(wrong[0])}"
-            )
+            refuse("task_loss", "labels", f"0 to {classes - 1}, or {IGNORED} for none", int(wrong[0]))
     if teacher is None and alpha > 0:
-        raise ValueError(f"task_loss: teacher must be given for alpha above 0, got None for alpha {alpha}")
+        refuse("task_loss", "teacher", "given for alpha above 0", f"None for alpha {alpha}")
     if teacher is not None and teacher.shape != student.shape:
-        raise ValueError(
-            f"task_loss: teacher must be of the student's shape {list(student.shape)}, got {list(teacher.shape)}"
-        )
+        refuse("task_loss", "teacher", f"of the student's shape {list(student.shape)}", list(teacher.shape))
     rows, labels = student.reshape(-1, classes), labels.reshape(-1)  # [N, K], [N]
     counted = labels != IGNORED
     # at least 1: without a label the loss is 0, not 0/0

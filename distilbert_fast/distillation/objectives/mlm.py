@@ -39,7 +39,7 @@ from distilbert_fast.distillation.teachers.model import (
     model_of,
 )
 from distilbert_fast.modeling.vocabulary import vocabulary_head
-from distilbert_fast.ops import _check
+from distilbert_fast.ops._check import choice, refuse
 from distilbert_fast.ops.cosine_loss import cosine_loss
 
 LOSSES = ("kl", "mlm", "cos", "mse", "hidden", "relation")
@@ -78,15 +78,15 @@ class MlmObjective:
         return tuple(name for name in LOSSES if not is_zero(getattr(self, name)))
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
-        _check.choice(OP, "kd_positions", self.kd_positions, ("real", "masked"))
-        _check.choice(OP, "hidden_loss", self.hidden_loss, ("mse", "cosine"))
+        choice(OP, "kd_positions", self.kd_positions, ("real", "masked"))
+        choice(OP, "hidden_loss", self.hidden_loss, ("mse", "cosine"))
         vocabulary_head(student, OP)
         names = self.names
         if not names:
-            raise ValueError(f"{OP}: the weight of one loss at least must be above 0, got 0 for {', '.join(LOSSES)}")
+            refuse(OP, "the weight of one loss at least", "above 0", f"0 for {', '.join(LOSSES)}")
         taught = [name for name in names if name != "mlm"]
         if teacher is None and taught:
-            raise ValueError(f"{OP}: teacher must be given for {', '.join(taught)}, got None")
+            refuse(OP, "teacher", f"given for {', '.join(taught)}", "None")
         if (model := model_of(teacher)) is None:
             return
         check_pair(student, model, VOCABULARY)
@@ -106,10 +106,7 @@ class MlmObjective:
             )
         depths = student.config.num_hidden_layers, model.config.num_hidden_layers
         if "hidden" in names and (not self.layer_map or not all(_inside(pair, depths) for pair in self.layer_map)):
-            raise ValueError(
-                f"{OP}: layer_map must be pairs of 0 to {depths[0] - 1} and 0 to {depths[1] - 1}, "
-                f"got {list(self.layer_map)}"
-            )
+            refuse(OP, "layer_map", f"pairs of 0 to {depths[0] - 1} and 0 to {depths[1] - 1}", list(self.layer_map))
 
     def weights(self, progress: float) -> tuple[float, ...]:
         return tuple(at(getattr(self, name), progress) for name in self.names)

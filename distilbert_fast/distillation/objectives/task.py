@@ -19,6 +19,7 @@ from distilbert_fast.distillation.objectives.losses import task_loss
 from distilbert_fast.distillation.objectives.relations import EXCLUDED
 from distilbert_fast.distillation.schedule import Scheduled, at, bounds, is_zero
 from distilbert_fast.distillation.teachers.model import Batch, Teacher, full, head_output, model_of
+from distilbert_fast.ops._check import refuse
 from distilbert_fast.ops.kl_div import kl_div
 
 OP = "DistillationTrainer"
@@ -54,8 +55,28 @@ class Objective(Protocol):
     def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step: ...
 
 
+class _TaughtAndLabelled:
+    """Two losses: of the teacher's answers, with the weight alpha, and of the labels, with 1 - alpha."""
+
+    alpha: Scheduled
+    losses = ("kl", "ce")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.losses[1:] if is_zero(self.alpha) else self.losses
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        alpha = at(self.alpha, progress)
+        return (1.0,) if is_zero(self.alpha) else (alpha, 1 - alpha)
+
+    def _need_teacher(self, teacher: Teacher | None) -> None:
+        if teacher is None and not is_zero(self.alpha):
+            given = bounds(self.alpha)[1]
+            refuse(OP, "teacher", "given for alpha above 0", f"None for {given}")
+
+
 @dataclass(frozen=True)
-class TaskObjective:
+class TaskObjective(_TaughtAndLabelled):
     """α · τ² KL(teacher ‖ student) + (1 − α) · CE over rows with a label, see ``losses.task_loss``.
 
     Sequence classification and multiple choice (logits [B, K], labels [B]), token classification ([B, T, K], [B, T]).
@@ -66,19 +87,12 @@ class TaskObjective:
     label_smoothing: float = 0.0
     columns = ("labels",)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("ce",) if is_zero(self.alpha) else ("kl", "ce")
-
     def check(self, student: Any, teacher: Teacher | None) -> None:
         _check_classes(student)
-        _need_teacher(self.alpha, teacher)
+        self._need_teacher(teacher)
         if (model := model_of(teacher)) is not None:
             _check_classes(model)
             check_pair(student, model, _CLASSES)
-
-    def weights(self, progress: float) -> tuple[float, ...]:
-        return _split(self.alpha, progress)
 
     def counts(self, batch: Batch) -> Tensor:
         return (need(batch, "labels") != IGNORED).sum().expand(len(self.names))
@@ -99,28 +113,22 @@ class TaskObjective:
 
 
 @dataclass(frozen=True)
-class RegressionObjective:
+class RegressionObjective(_TaughtAndLabelled):
     """α · (student − teacher)² + (1 − α) · (student − label)², over all numbers that are predicted.
 
     Logits [B] or [B, K], labels of as many numbers.
     """
 
     alpha: Scheduled
+    losses = ("teacher_mse", "label_mse")
     columns = ("labels",)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("label_mse",) if is_zero(self.alpha) else ("teacher_mse", "label_mse")
-
     def check(self, student: Any, teacher: Teacher | None) -> None:
-        _need_teacher(self.alpha, teacher)
+        self._need_teacher(teacher)
         if (model := model_of(teacher)) is not None:
             if not is_regression(model):
-                raise ValueError(f"{OP}: teacher must be a regression model like the student, got a classifier")
+                refuse(OP, "teacher", "a regression model like the student", "a classifier")
             check_pair(student, model, _CLASSES[:2])
-
-    def weights(self, progress: float) -> tuple[float, ...]:
-        return _split(self.alpha, progress)
 
     def counts(self, batch: Batch) -> Tensor:
         labels = need(batch, "labels")
@@ -134,17 +142,14 @@ class RegressionObjective:
             targets.insert(0, teacher.answer(batch).logits().logits)
         for target in targets:
             if target.numel() != predicted.numel():
-                raise ValueError(
-                    f"{OP}: labels must be {predicted.numel()} numbers, one for each that is predicted, "
-                    f"got {target.numel()}"
-                )
+                refuse(OP, "labels", f"{predicted.numel()} numbers, one for each that is predicted", target.numel())
         return Step(
             torch.stack([(predicted - y.flatten().to(predicted.dtype)).square().sum() for y in targets]), output
         )
 
 
 @dataclass(frozen=True)
-class QaObjective:
+class QaObjective(_TaughtAndLabelled):
     """α · τ² KL(teacher ‖ student) + (1 − α) · CE for the start and the end of an answer, the mean of both.
 
     The softmax runs over the places where an answer may be, which the question and padding are not. They are those of
@@ -158,21 +163,14 @@ class QaObjective:
     alpha: Scheduled
     columns = ("start_positions", "end_positions", "answer_mask", "token_type_ids", "attention_mask")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("ce",) if is_zero(self.alpha) else ("kl", "ce")
-
     def check(self, student: Any, teacher: Teacher | None) -> None:
         model = model_of(teacher)
         for either in (student, student if model is None else model):
             if not type(either).__name__.endswith("ForQuestionAnswering"):
-                raise TypeError(f"{OP}: model and teacher must be for question answering, got {type(either).__name__}")
-        _need_teacher(self.alpha, teacher)
+                refuse(OP, "model and teacher", "for question answering", type(either).__name__, TypeError)
+        self._need_teacher(teacher)
         if model is not None:
             check_pair(student, model, VOCABULARY)
-
-    def weights(self, progress: float) -> tuple[float, ...]:
-        return _split(self.alpha, progress)
 
     def counts(self, batch: Batch) -> Tensor:
         allowed = answer_places(batch)
@@ -239,15 +237,6 @@ def is_regression(model: Any) -> bool:
     return problem == "regression" or (problem is None and model.config.num_labels == 1)
 
 
-def _split(alpha: Scheduled, progress: float) -> tuple[float, ...]:
-    return (1.0,) if is_zero(alpha) else (at(alpha, progress), 1 - at(alpha, progress))
-
-
-def _need_teacher(alpha: Scheduled, teacher: Teacher | None) -> None:
-    if teacher is None and not is_zero(alpha):
-        raise ValueError(f"{OP}: teacher must be given for alpha above 0, got None for {bounds(alpha)[1]}")
-
-
 def _check_classes(model: Any) -> None:
     name = type(model).__name__
     if model.base_model is model or name.endswith(("ForQuestionAnswering", "ForMaskedLM")):
@@ -276,7 +265,7 @@ VOCABULARY = _CLASSES[1:2]
 
 def check_pair(student: Any, teacher: Any, same: tuple[tuple[str, Any], ...]) -> None:
     if student is teacher:
-        raise ValueError(f"{OP}: teacher must be another model than the student, got the same")
+        refuse(OP, "teacher", "another model than the student", "the same")
     for what, of in same:
         of_teacher, of_student = of(teacher), of(student)
         if of_teacher != of_student and None not in (of_teacher, of_student):

@@ -30,11 +30,11 @@ from distilbert_fast.distillation.teachers.cache import (
     SHARD,
     CachedTeacher,
     counted_places,
-    describe_dataset,
+    describe_masked,
     example_keys,
-    fingerprint,
     key_of,
     refuse_other_key,
+    teacher_fingerprint,
 )
 from distilbert_fast.distillation.teachers.effect import teacher_effect
 from distilbert_fast.distillation.teachers.model import Batch, ModelTeacher, Projection, full
@@ -47,7 +47,7 @@ from distilbert_fast.runs import manifest
 logger = logging.getLogger(__name__)
 
 OP = "build_cache"
-_KEY = "key.json"
+_KEY_FILE = "key.json"
 _EXAMPLES = 4096  # in a shard
 
 
@@ -112,9 +112,9 @@ def build_cache(
     teacher.prepare(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     key = {
         "format": FORMAT,
-        "teacher": fingerprint(teacher.model),
+        "teacher": teacher_fingerprint(teacher.model),
         "precision": teacher.precision,
-        **describe_dataset(dataset),
+        **describe_masked(dataset),
         "epochs": epochs,
         "held_out": None if held_out is None else held_out.fingerprint,
         "temperature": float(temperature),
@@ -178,7 +178,7 @@ def cache_report(
 
 def _begin(partial: Path, key: dict[str, Any]) -> None:
     """Begin with an empty directory, or continue an unfinished one with the same key."""
-    begun = partial / _KEY
+    begun = partial / _KEY_FILE
     if begun.exists():
         refuse_other_key(f"{OP} (delete it to start again)", partial, read_json(begun, mapping(anything)), key)
         for file in (*partial.glob(".*.partial"), *partial.glob("*.new")):  # files that were being written

@@ -116,9 +116,9 @@ class CachedTeacher:
             given = f"{directory} of {self.key.get('format')}"
             refuse(OP, "directory", f"a cache of format {FORMAT}", given, FileError)
         schema.validate(settings, self.directory / manifest.MANIFEST, _SETTINGS, "settings")
-        wanted = describe_dataset(dataset) if isinstance(dataset, MaskedDataset) else {}
+        wanted = describe_masked(dataset) if isinstance(dataset, MaskedDataset) else {}
         if teacher is not None:
-            wanted["teacher"] = fingerprint(teacher)
+            wanted["teacher"] = teacher_fingerprint(teacher)
         refuse_other_key(OP, self.directory, self.key, wanted)
         self.rows: int = settings["rows"]
         self._files = manifest.files_of(self.directory)
@@ -230,13 +230,13 @@ class CachedAnswer:
 # The key of a cache and the keys of its examples ---------------------------------------------------------------------
 
 
-def fingerprint(teacher: PreTrainedModel) -> str:
+def teacher_fingerprint(teacher: PreTrainedModel) -> str:
     """A hash of a teacher's class, settings and weights."""
     described = json.dumps(describe_model(teacher, weights=True), sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def describe_dataset(dataset: MaskedDataset) -> dict[str, Any]:
+def describe_masked(dataset: MaskedDataset) -> dict[str, Any]:
     """The settings that decide which ids a teacher sees."""
     masking = dataset.masking
     return {"corpus": dataset.rows_fingerprint, "masking": masking.fingerprint, "seed": masking.seed}

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from distilbert_fast.data import IGNORED
-from distilbert_fast.engine.engine import PRECISIONS as ENGINE_PRECISIONS
+from distilbert_fast.engine.engine import PRECISIONS
 from distilbert_fast.modeling.encoder import encoder_layers, part
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.vocabulary import vocabulary_head
@@ -115,7 +115,7 @@ class Projection(NamedTuple):
         return (full(projection(h_s)) - full(torch.nn.functional.linear(h_t, self.W, self.b))).square().sum()
 
 
-PRECISIONS = ("auto", "model", *ENGINE_PRECISIONS)
+TEACHER_PRECISIONS = ("auto", "model", *PRECISIONS)
 
 
 class ModelTeacher:
@@ -134,7 +134,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
-        _check.choice("ModelTeacher", "precision", precision, PRECISIONS)
+        _check.choice("ModelTeacher", "precision", precision, TEACHER_PRECISIONS)
         self.model: Any = model
         self.precision = precision
         self._served: tuple[Any, bool] | None = None
