@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from distilbert_fast.files.text import lines, refuse_odd_line_ends
+from distilbert_fast.files.text import lines, refuse_input, refuse_odd_line_ends
 
 _KEY_AND_VALUE = re.compile(r"# +[\w.:-]+ *=|#[\w.:-]+ += ")  # `# sent_id = 1`
 _DOCUMENT = re.compile(r"#(begin|end) document\b")  # of CoNLL-2012
@@ -32,7 +32,7 @@ def read_conll(source: str, text: str) -> Tagged:
     refuse_odd_line_ends(source, text)
     if (at := re.search("[\r\n]\ufeff", text)) is not None:
         number = len(lines(text[: at.end()]))
-        raise ValueError(f"{source}: line {number}: expected a mark (BOM) at the file's beginning alone, got one here")
+        refuse_input(f"{source}: line {number}", "a mark (BOM) at the file's beginning alone", "one here")
     given = [line.strip(" \t") for line in lines(text)]
     rows = [_columns(line) for line in given]
     plain = [row for row in rows if row and not row[0].startswith("#")]  # comments have no columns
@@ -43,6 +43,7 @@ def read_conll(source: str, text: str) -> Tagged:
     tagged = Tagged()
     sentence: list[tuple[str, ...]] = []
     for number, (line, row) in enumerate(zip([*given, ""], [*rows, ()], strict=True), start=1):
+        place = f"{source}: line {number}"
         if not row:
             if sentence:
                 tagged.rows.append((tuple(cells[0] for cells in sentence), tuple(cells[-1] for cells in sentence)))
@@ -51,13 +52,11 @@ def read_conll(source: str, text: str) -> Tagged:
         without = tabs and "\t" not in line
         if _is_comment(line, row, width, known) or (without and row[0] == "#"):
             if sentence:
-                raise ValueError(
-                    f"{source}: line {number}: expected comments before a sentence, got {line!r} inside one"
-                )
+                refuse_input(place, "comments before a sentence", f"{line!r} inside one")
             continue
         width = width or len(row)
         if without and len(row) > 1:
-            raise ValueError(f"{source}: line {number}: expected tabs between columns as in other lines, got {line!r}")
+            refuse_input(place, "tabs between columns as in other lines", repr(line))
         if (
             row[0] == "#"
             and "\t" not in line
@@ -65,19 +64,17 @@ def read_conll(source: str, text: str) -> Tagged:
             and known
             and not (row[-1] in known or _TAG.fullmatch(row[-1]))
         ):
-            raise ValueError(
-                f"{source}: line {number}: expected a word and its tag, or a comment such as '# text = a', got {line!r}"
-            )
+            refuse_input(place, "a word and its tag, or a comment such as '# text = a'", repr(line))
         if len(row) < 2 or len(row) != width or not (row[0] and row[-1]):
             expected = "a word and its tag" if width < 2 else f"{width} columns as in the lines before"
-            raise ValueError(f"{source}: line {number}: expected {expected}, got {line!r}")
+            refuse_input(place, expected, repr(line))
         sentence.append(row)
         tagged.places.setdefault(row[-1], f"line {number}")
     if not tagged.rows:
         raise ValueError(f"{source} holds no sentences")
     if _are_numbers([words for words, _ in tagged.rows]):
         number = next(at for at, row in enumerate(rows, start=1) if row in plain)
-        raise ValueError(f"{source}: line {number}: expected words in the first column, got their numbers")
+        refuse_input(f"{source}: line {number}", "words in the first column", "their numbers")
     return tagged
 
 

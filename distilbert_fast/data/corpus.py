@@ -138,9 +138,9 @@ def load_corpus(
     form = RowFormat(cls, sep, max_length, packing, "uint16" if len(tokenizer) <= 2**16 else "int32")
     keep = RowFilter(min_length, max_unknown, tokenizer.unk_token_id, holdout, seed if holdout else 0)
     texts = Texts(source, text_column, split, across_lines=packing == "full_sentences")
-    recipe = _Recipe(texts, tokenizer, form, keep)
+    pipeline = _Pipeline(texts, tokenizer, form, keep)
     if streaming and not head:
-        return Corpus(_stream(recipe, 0), _stream(recipe, 1) if holdout else None)
+        return Corpus(_stream(pipeline, 0), _stream(pipeline, 1) if holdout else None)
     if cache_dir is None:
         refuse("load_corpus", "cache_dir", "given unless streaming", None)
     settings = {
@@ -154,13 +154,13 @@ def load_corpus(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir).resolve() / fingerprint
     if manifest.fault(path) is not None:
-        _build(path, recipe, head, num_proc)
+        _build(path, pipeline, head, num_proc)
     corpus = _open(path)
-    return replace(corpus, train=_stream(recipe, 0)) if streaming else corpus
+    return replace(corpus, train=_stream(pipeline, 0)) if streaming else corpus
 
 
-class _Recipe(NamedTuple):
-    """What rows are made of, and how."""
+class _Pipeline(NamedTuple):
+    """The steps from texts to rows."""
 
     texts: Texts
     tokenizer: Any
@@ -168,7 +168,7 @@ class _Recipe(NamedTuple):
     keep: RowFilter
 
 
-def _build(path: Path, recipe: _Recipe, head: int, num_proc: int | None) -> None:
+def _build(path: Path, pipeline: _Pipeline, head: int, num_proc: int | None) -> None:
     """Make a corpus' directory unless another process does so first."""
     with lock(path):
         reason = manifest.fault(path)
@@ -178,21 +178,21 @@ def _build(path: Path, recipe: _Recipe, head: int, num_proc: int | None) -> None
             logger.warning("load_corpus: making %s again: %s", path, reason)
             manifest.make_room(path)
         with building(path) as partial:
-            report = _write(partial, recipe, head, num_proc)
+            report = _write(partial, pipeline, head, num_proc)
             manifest.complete(partial, {"report": asdict(report)})
         logger.info("load_corpus: made %s: %s", path, report)
 
 
-def _write(directory: Path, recipe: _Recipe, head: int, num_proc: int | None) -> CorpusReport:
+def _write(directory: Path, pipeline: _Pipeline, head: int, num_proc: int | None) -> CorpusReport:
     """Fill a directory with the files of a corpus: with all rows, or with what the first ``head`` of a stream tell."""
     report = CorpusReport()
-    held_out = ["holdout"] if recipe.keep.holdout > 0 else []
+    held_out = ["holdout"] if pipeline.keep.holdout > 0 else []
     if head:
-        _store(directory, held_out, _first(head, recipe, report), recipe)
+        _store(directory, held_out, _first(head, pipeline, report), pipeline)
     else:
         work = directory / "work"
         work.mkdir()
-        _store(directory, ["train", *held_out], _splits(recipe, report, work, num_proc), recipe)
+        _store(directory, ["train", *held_out], _splits(pipeline, report, work, num_proc), pipeline)
         shutil.rmtree(work)
     if report.kept == 0:
         where = "begin with" if head else "hold"
@@ -200,20 +200,20 @@ def _write(directory: Path, recipe: _Recipe, head: int, num_proc: int | None) ->
     return report
 
 
-def _first(head: int, recipe: _Recipe, report: CorpusReport) -> Iterator[tuple[Flat, Flat]]:
+def _first(head: int, pipeline: _Pipeline, report: CorpusReport) -> Iterator[tuple[Flat, Flat]]:
     """The first rows of a stream: ``head`` of them, and those that are made together with the last."""
-    for split in _splits(recipe, report):
+    for split in _splits(pipeline, report):
         yield split
         if report.kept + report.held_out >= head:
             return
 
 
 def _splits(
-    recipe: _Recipe, report: CorpusReport, work: Path | None = None, num_proc: int | None = None
+    pipeline: _Pipeline, report: CorpusReport, work: Path | None = None, num_proc: int | None = None
 ) -> Iterator[tuple[Flat, Flat]]:
     """Rows to train on and held-out ones, chunk by chunk: of a stream, or of a table that is tokenized in ``work``."""
-    table = recipe.texts.open(work, num_proc, streaming=work is None)
-    tokenizer = LineTokenizer(recipe.tokenizer, table.column, table.documents, recipe.form)
+    table = pipeline.texts.open(work, num_proc, streaming=work is None)
+    tokenizer = LineTokenizer(pipeline.tokenizer, table.column, table.documents, pipeline.form)
     texts = table.rows.with_format("arrow")
 
     def counted(batch: pa.Table) -> pa.Table:
@@ -235,15 +235,15 @@ def _splits(
         )
         pieces = tokenized.iter(_CHUNK)
     chunks = (Flat.of(chunk["input_ids"]) for chunk in pieces)
-    return (recipe.keep(rows, report) for rows in join(chunks, recipe.form))
+    return (pipeline.keep(rows, report) for rows in join(chunks, pipeline.form))
 
 
-def _store(directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], recipe: _Recipe) -> None:
+def _store(directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], pipeline: _Pipeline) -> None:
     """Write rows to train on, held-out ones, or both, and how often each id stands in the former."""
     import pyarrow as pa
 
-    counts = np.zeros(len(recipe.tokenizer), np.int64)  # [V]
-    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(recipe.form.dtype)), "length": pa.int32()})
+    counts = np.zeros(len(pipeline.tokenizer), np.int64)  # [V]
+    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(pipeline.form.dtype)), "length": pa.int32()})
     with ExitStack() as files:
         writers = {part: files.enter_context(pa.ipc.new_stream(directory / f"{part}.arrow", schema)) for part in parts}
         for split in splits:
@@ -271,18 +271,18 @@ def _open(path: Path) -> Corpus:
     return Corpus(part("train"), part("holdout"), np.load(path / _COUNTS), report, path.name, path)
 
 
-def _stream(recipe: _Recipe, part: int) -> datasets.IterableDataset:
+def _stream(pipeline: _Pipeline, part: int) -> datasets.IterableDataset:
     """The rows that ``_write`` would write into its train (0) or holdout (1) file, made while they are asked for."""
     import datasets
 
     features = datasets.Features(
-        {"input_ids": datasets.Sequence(datasets.Value(recipe.form.dtype)), "length": datasets.Value("int32")}
+        {"input_ids": datasets.Sequence(datasets.Value(pipeline.form.dtype)), "length": datasets.Value("int32")}
     )
-    return datasets.IterableDataset.from_generator(_rows, features, {"recipe": recipe, "part": part})
+    return datasets.IterableDataset.from_generator(_rows, features, {"pipeline": pipeline, "part": part})
 
 
-def _rows(recipe: _Recipe, part: int) -> Iterator[dict[str, Any]]:
-    for split in _splits(recipe, CorpusReport()):
+def _rows(pipeline: _Pipeline, part: int) -> Iterator[dict[str, Any]]:
+    for split in _splits(pipeline, CorpusReport()):
         for row in split[part].split():
             yield {"input_ids": row, "length": len(row)}
 

@@ -8,6 +8,12 @@ from typing import Any
 Text = str | tuple[str, str]
 
 
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The numbers of rows in batches of so many of similar length, so that little padding is computed."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def tokenized(tokenizer: Any, texts: Sequence[Text], max_length: int, **how: Any) -> Any:
     """The tokens of N texts, all sentences or all pairs, as the tokenizer returns them.
 

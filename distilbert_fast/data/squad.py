@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from distilbert_fast.data.sentences import by_length
 from distilbert_fast.data.tables import file_name, is_held_out
-from distilbert_fast.files.text import lone_surrogate, read_text, shortened
+from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, shortened
 from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
     for row in train.rows:
         parts[is_held_out(row.context)].append(row)
     if not all(parts.values()):
-        raise ValueError("load_squad: data: expected enough contexts to hold some out, got too few; give eval_data")
+        refuse_input("load_squad: data", "enough contexts to hold some out", "too few; give eval_data")
     return Questions(train.name, tuple(parts[False])), Questions(train.name, tuple(parts[True]))
 
 
@@ -119,12 +120,12 @@ def _question(source: str, qa: Any, context: str, number: int) -> Question:
         raise ValueError(f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}")
     for what, text in (("question", asked), ("context", context), *(("answer", text) for text, _ in answers)):
         if (half := lone_surrogate(text)) is not None:
-            raise ValueError(f"{source}: {name}: expected a text as {what}, got {half}")
+            refuse_input(f"{source}: {name}", f"a text as {what}", half)
     for text, start in answers:
         if start < 0 or context[start : start + len(text)] != text:
             raise ValueError(f"{source}: {name}: no answer {text!r} stands at {start} of its context")
         if not text.strip():
-            raise ValueError(f"{source}: {name}: expected an answer with more than white space, got {text!r}")
+            refuse_input(f"{source}: {name}", "an answer with more than white space", repr(text))
     return Question(asked, context, answers, str(qa.get("id") or ""))
 
 
@@ -239,7 +240,8 @@ class Windows:
 
     def batches(self, size: int, rows: int) -> list[dict[str, Tensor]]:
         """The columns that a model takes, of the first windows."""
-        return [inputs for inputs, _ in self._batches(size, range(min(rows, len(self.question))))]
+        first = range(min(rows, len(self.question)))
+        return [inputs for inputs, _ in self._batches(first[at : at + size] for at in first[::size])]
 
     @torch.inference_mode()
     def score(self, model: Any, batch_size: int = 16) -> dict[str, float]:
@@ -249,20 +251,18 @@ class Windows:
         model.eval()
         device = next(model.parameters()).device
         best: dict[int, tuple[float, str]] = {}
-        order = sorted(range(len(self.question)), key=lambda window: len(self.offsets[window]))
-        done = 0
-        for inputs, allowed in self._batches(batch_size, order):
+        order = by_length(list(map(len, self.offsets)), batch_size)
+        for windows, (inputs, allowed) in zip(order, self._batches(order), strict=True):
             output = model(**{name: x.to(device) for name, x in inputs.items()})
             score, first, last = _best_spans(
                 output.start_logits.float().cpu(), output.end_logits.float().cpu(), allowed
             )
-            for place, window in enumerate(order[done : done + batch_size]):
+            for place, window in enumerate(windows):
                 at, offsets = self.question[window], self.offsets[window]
                 found = float(score[place])
                 if at not in best or found > best[at][0]:
                     text = self.questions.rows[at].context[offsets[first[place]][0] : offsets[last[place]][1]]
                     best[at] = found, text
-            done += batch_size
         answers: Any = [
             {"id": str(at), "answers": {"text": [text for text, _ in row.answers], "answer_start": [0]}}
             for at, row in enumerate(self.questions.rows)
@@ -270,10 +270,10 @@ class Windows:
         found_texts: Any = [{"id": str(at), "prediction_text": best[at][1]} for at in range(len(answers))]
         return {name: float(value) for name, value in squad(found_texts, answers).items()}
 
-    def _batches(self, size: int, order: Sequence[int]) -> Any:
+    def _batches(self, order: Iterable[Sequence[int]]) -> Any:
         collate = self.collator()
-        for start in range(0, len(order), size):
-            batch = collate([self.rows[at] for at in order[start : start + size]])
+        for windows in order:
+            batch = collate([self.rows[at] for at in windows])
             allowed = batch.pop("answer_mask").bool()
             yield {name: x for name, x in batch.items() if not name.endswith("_positions")}, allowed
 

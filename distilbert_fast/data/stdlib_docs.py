@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import inspect
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
+
+from distilbert_fast.data.tables import hashed
 
 # Libraries after the chapters of the library reference; a module that this CPython lacks adds nothing.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -80,14 +81,14 @@ def passages() -> list[Passage]:
     chosen = [
         passage
         for library in LIBRARIES
-        for passage in sorted((p for p in kept if p.library == library), key=lambda p: _hash(p.text))[:LIBRARY_LIMIT]
+        for passage in sorted((p for p in kept if p.library == library), key=lambda p: hashed(p.text))[:LIBRARY_LIMIT]
     ]
     return sorted(chosen)
 
 
 def is_eval(name: str) -> bool:
     """Whether the object `name` belongs to the evaluation split: fixed by the name alone."""
-    return _hash(name) % 100 < EVAL_PERCENT
+    return hashed(name) % 100 < EVAL_PERCENT
 
 
 def prose(doc: str) -> list[str]:
@@ -191,7 +192,3 @@ def _sentence_words(paragraph: str) -> list[str]:
     if code or "::=" in text or len(_NOT_LETTERS.findall(text)) > 0.15 * len(text):
         return []
     return text.split()
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -21,6 +21,7 @@ from distilbert_fast.files.text import (
     lines,
     lone_surrogate,
     read_text,
+    refuse_input,
     refuse_twice,
     shortened,
 )
@@ -82,7 +83,7 @@ def _parquet(path: Path) -> Table:
     names = _named_classes(features)
     for name, found in names.items():
         if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
-            raise ValueError(f"its metadata 'huggingface': expected names of the classes of {name!r}, got {found!r}")
+            refuse_input("its metadata 'huggingface'", f"names of the classes of {name!r}", repr(found))
     return Table({name: table[name].to_pylist() for name in table.column_names}, names)
 
 
@@ -122,7 +123,7 @@ def _separated(kind: str, text: str) -> Table:
     refuse_twice([name for name in names if name])
     for line, row in rows:
         if len(row) > len(names):
-            raise ValueError(f"line {line}: expected {len(names)} cells as in the line of names, got {len(row)}")
+            refuse_input(f"line {line}", f"{len(names)} cells as in the line of names", len(row))
     columns = zip_longest(*(row for _, row in rows), fillvalue="") if rows else ()
     cells = dict(zip_longest(range(len(names)), map(list, columns), fillvalue=[""] * len(rows)))
     return Table({name or f"Unnamed: {at}": cells[at] for at, name in enumerate(names)})
@@ -180,7 +181,7 @@ def hub_splits(op: str, name: str, known: str = "") -> dict[str, Table]:
 
 def check_sources(op: str, data: Any, eval_data: Any, max_train_rows: int | None) -> None:
     if max_train_rows is not None and max_train_rows < 2:
-        raise ValueError(f"{op}: max_train_rows: expected at least 2, got {max_train_rows}")
+        refuse_input(f"{op}: max_train_rows", "at least 2", max_train_rows)
     if data is None and eval_data is not None:
         raise ValueError(f"{op}: eval_data: given without data")
 
@@ -189,7 +190,7 @@ def text_of(row: str, cell: object, expected: str, name: str) -> str:
     """A cell that must hold a text or a number, as text. Raises ValueError, which begins with `row`."""
     text = as_written(cell)
     if text is None or (half := lone_surrogate(text)) is not None:
-        raise ValueError(f"{row}: expected {expected}, got {shortened(cell) if text is None else half}")
+        refuse_input(row, expected, shortened(cell) if text is None else half)
     if not text.strip():
         raise ValueError(f"{row} has an empty {name}")
     return text

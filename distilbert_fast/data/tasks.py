@@ -29,7 +29,7 @@ from distilbert_fast.data.tables import (
     refuse_unknown,
     text_of,
 )
-from distilbert_fast.files.text import check_file, shortened
+from distilbert_fast.files.text import check_file, refuse_input, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,18 +146,15 @@ def load_task(
         if eval_data is not None:
             held_out, others, _ = _read_file("eval_data", Path(eval_data), regression)
             if others != columns:
-                raise ValueError(
-                    f"{OP}: eval_data: expected the columns of data, {' and '.join(columns)}, got "
-                    f"{' and '.join(others)}"
-                )
+                refuse_input(f"{OP}: eval_data", f"the columns of data, {' and '.join(columns)}", " and ".join(others))
         name = name or file_name(Path(data))
     elif name is None or name == BUILT_IN:
         if regression:
-            raise ValueError(f"{OP}: regression: expected labels that are numbers, got the classes of {BUILT_IN}")
+            refuse_input(f"{OP}: regression", "labels that are numbers", f"the classes of {BUILT_IN}")
         name, columns = BUILT_IN, SENTENCE
         train, held_out, names = _stdlib_docs()
     elif Path(name).suffix.lower() in FORMATS:
-        raise ValueError(f"{OP}: name: expected {BUILT_IN!r} or a hub id, got {name!r}; give a file as data")
+        refuse_input(f"{OP}: name", f"{BUILT_IN!r} or a hub id", f"{name!r}; give a file as data")
     else:
         train, held_out, columns, names = _from_hub(name, regression)
         regression = regression or isinstance(train[0][1], float)
@@ -176,7 +173,7 @@ def _stdlib_docs() -> tuple[list[Row], list[Row], tuple[str, ...]]:
 def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...], Sequence[str] | None]:
     """The rows of one file, labels as written or numbers; the columns of their texts; the names of its classes."""
     if path.is_file() and path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{OP}: {argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}")
+        refuse_input(f"{OP}: {argument}", f"a file ending in {', '.join(FORMATS)}", repr(path.name))
     check_file(OP, argument, path)
     table = read_table(OP, argument, path)
     source = f"{OP}: {argument}: {str(path)!r}"
@@ -220,12 +217,12 @@ def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -
         value = _number(label)
         if regression:
             if value is None:
-                raise ValueError(f"{row}: expected a number as label, got {label!r}")
+                refuse_input(row, "a number as label", repr(label))
             rows.append((found, value))
             continue
         if names:
             if not isinstance(given, int) or not 0 <= given < len(names):
-                raise ValueError(f"{row}: expected a label of 0 to {len(names) - 1}, got {label}")
+                refuse_input(row, f"a label of 0 to {len(names) - 1}", label)
             label = names[given]
         elif value == NO_LABEL:
             raise ValueError(
@@ -239,7 +236,7 @@ def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -
 def _label(row: str, cell: object) -> str:
     """Check that a cell holds one label. A list holds several, also where a CSV file has it as text."""
     if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
-        raise ValueError(f"{row}: expected one label, a text or a number, got {shortened(cell)}")
+        refuse_input(row, "one label, a text or a number", shortened(cell))
     return text_of(row, cell, "a text as label", "label").strip()
 
 
@@ -289,16 +286,14 @@ def _task(
     labels = {label for _, label in train}
     if len(labels) < 2:
         what = "numbers" if regression else "classes"
-        raise ValueError(f"{OP}: data: expected at least 2 {what} in the column label, got only {labels.pop()!r}")
+        refuse_input(f"{OP}: data", f"at least 2 {what} in the column label", f"only {labels.pop()!r}")
     if not regression and not class_names:
         _refuse_numbers(labels)
     if held_out is None:
         train, held_out = hold_out(OP, train, "sentences" if len(columns) == 1 else "pairs")
     if regression:
         if len(numbers := {label for _, label in held_out}) < 2:
-            raise ValueError(
-                f"{OP}: expected at least 2 numbers as labels of the evaluation split, got only {numbers.pop()!r}"
-            )
+            refuse_input(OP, "at least 2 numbers as labels of the evaluation split", f"only {numbers.pop()!r}")
         return Task(name, _dataset(limited(train, max_train_rows), columns), _dataset(held_out, columns), (), columns)
     labels = {label for _, label in train}
     refuse_unknown(OP, "label", {label for _, label in held_out} - labels, _label_order(labels))
@@ -321,7 +316,7 @@ def _refuse_numbers(labels: set[str]) -> None:
         number = _number(label)
         other = label if number is None else written.setdefault(number, label)
         if other != label and not (label.isdecimal() and other.isdecimal()):
-            raise ValueError(f"{OP}: data: expected one way to write a class, got {other!r} and {label!r}")
+            refuse_input(f"{OP}: data", "one way to write a class", f"{other!r} and {label!r}")
     numbers = [_number(label) for label in labels]
     if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
         raise ValueError(

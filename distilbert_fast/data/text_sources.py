@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distilbert_fast.files.durable import regular_size, sha256
-from distilbert_fast.files.text import column_names, json_object, lone_surrogate, refuse_odd_line_ends
+from distilbert_fast.files.text import column_names, json_object, lone_surrogate, refuse_input, refuse_odd_line_ends
 from distilbert_fast.ops._check import refuse
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Texts:
         return rows.filter(_is_filled, batched=True) if reader == "csv" else rows
 
     def _texts_of(self, files: Sequence[str], dialect: Mapping[str, Any]) -> Any:
-        """The columns of CSV or TSV files, all of text; what they look like depends on where in a file one looks."""
+        """The columns of CSV or TSV files, all of text: types that are guessed depend on which rows are looked at."""
         import datasets
 
         found: list[str] = []
@@ -213,7 +213,7 @@ class Texts:
         return OpenTexts(rows, "text", documents=False, added=len(files))
 
     def _not_empty(self) -> list[str]:
-        """An empty file holds no text, which `datasets` takes for a fault; of Parquet it is one."""
+        """The files without the empty ones, which `datasets` refuses; of Parquet an empty file is damaged."""
         files = [str(file.resolve()) for file in self.files if file.suffix.lower() == ".parquet" or file.stat().st_size]
         if not files:
             refuse("load_corpus", "source", "files that hold text", "empty ones")
@@ -250,7 +250,7 @@ class _TextOf:
                 "load_corpus", "text_column", "a column of text", f"{self.column} of {pa.scalar(text).type}", TypeError
             )
         if text is not None and (half := lone_surrogate(text)) is not None:
-            raise ValueError(f"load_corpus: cannot read {self.name!r}: line {at + 1}: expected a text, got {half}")
+            refuse_input(f"load_corpus: cannot read {self.name!r}: line {at + 1}", "a text", half)
         return text
 
     def row(self, at: int, line: str) -> dict[str, Any]:

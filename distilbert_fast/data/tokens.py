@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distilbert_fast.data import IGNORED
 from distilbert_fast.data.conll import Tagged, read_conll
+from distilbert_fast.data.sentences import by_length
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
     Table,
@@ -37,7 +38,7 @@ from distilbert_fast.data.tables import (
     text_of,
 )
 from distilbert_fast.data.tags import Scheme, is_outside, odd_one, scheme_of
-from distilbert_fast.files.text import read_text, shortened
+from distilbert_fast.files.text import read_text, refuse_input, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,7 +131,7 @@ def load_tokens(
         sources = [f"{argument}: {str(path)!r}" for argument, path in given]
         name = name or file_name(Path(data))
     elif name is None:
-        raise ValueError(f"{OP}: data: expected a file, or the name of a hub data set, got neither")
+        refuse_input(f"{OP}: data", "a file, or the name of a hub data set", "neither")
     else:
         found, names = _from_hub(name)
         sources = [f"name: {name!r}"] * len(found)
@@ -146,7 +147,7 @@ def load_tokens(
     if names is None:
         names = _tag_names(*({tag for _, tags in rows for tag in tags} for rows in (train, held_out)))
     if len(names) < 2:
-        raise ValueError(f"{OP}: data: expected at least 2 tags, got only {names[0]!r}")
+        refuse_input(f"{OP}: data", "at least 2 tags", f"only {names[0]!r}")
     index = {tag: i for i, tag in enumerate(names)}
     splits = [
         tuple(Sentence(words, tuple(index[tag] for tag in tags)) for words, tags in rows)
@@ -183,7 +184,7 @@ def _sentences(source: str, table: Table, column: str) -> Tagged:
         place = f"{source}: row {number}"
         if not all(isinstance(of, list) for of in row) or len(row[0]) != len(row[1]):
             found = " and ".join(f"{len(of)}" if isinstance(of, list) else shortened(of) for of in row)
-            raise ValueError(f"{place}: expected lists of as many tokens as tags, got {found}")
+            refuse_input(place, "lists of as many tokens as tags", found)
         cells = [text_of(place, cell, "texts as tokens and tags", "token or tag") for cell in row[0]]
         found_words, found_tags = tuple(cells), tuple(_tag(place, tag, names) for tag in row[1])
         if found_words:
@@ -199,7 +200,7 @@ def _tag(place: str, tag: Any, names: Sequence[str] | None) -> str:
     if names is None:
         return text_of(place, tag, "texts as tokens and tags", "token or tag").strip()
     if not isinstance(tag, int) or isinstance(tag, bool) or not 0 <= tag < len(names):
-        raise ValueError(f"{place}: expected tags 0 to {len(names) - 1}, got {shortened(tag)}")
+        refuse_input(place, f"tags 0 to {len(names) - 1}", shortened(tag))
     return names[tag]
 
 
@@ -208,7 +209,7 @@ def _refuse_numbers(source: str, tagged: Tagged) -> None:
     for tag, place in tagged.places.items():
         if _NO_NAME.fullmatch(tag):
             what = "" if tag.isalpha() else "the number "
-            raise ValueError(f"{source}: {place}: expected the names of tags, such as B-PER, got {what}{tag}")
+            refuse_input(f"{source}: {place}", "the names of tags, such as B-PER", f"{what}{tag}")
 
 
 def _from_hub(name: str) -> tuple[list[Tagged], Sequence[str] | None]:
@@ -300,10 +301,8 @@ class Pieces:
         """Logits of the words that have a label, fp32 [L, K] on the CPU; the model is left in eval mode."""
         model.eval()
         device = next(model.parameters()).device
-        order = sorted(range(len(self.rows)), key=[len(ids) for ids in self.rows["input_ids"]].__getitem__)
-        found: list[Tensor] = [torch.empty(0)] * len(order)
-        for start in range(0, len(order), batch_size):
-            pieces = order[start : start + batch_size]
+        found: list[Tensor] = [torch.empty(0)] * len(self.rows)
+        for pieces in by_length([len(ids) for ids in self.rows["input_ids"]], batch_size):
             batch = {name: x.to(device) for name, x in self._batch(pieces).items()}
             for piece, row in zip(pieces, model(**batch).logits.float().cpu(), strict=True):  # [T, K]
                 found[piece] = row[self.places[piece]]

@@ -21,6 +21,7 @@ from distilbert_fast.evaluation.report import (
     png,
     terminal_table,
     timing,
+    use,
 )
 
 if TYPE_CHECKING:
@@ -79,22 +80,13 @@ def _card(content: Mapping[str, Any], student: str) -> str:
         "",
         *_body(content),
         "",
-        "## Use",
-        "",
-        "```python",
-        "import distilbert_fast",
-        f"from transformers import AutoModelFor{content['head']}, AutoTokenizer",
-        "",
-        f'model = AutoModelFor{content["head"]}.from_pretrained("{student}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{student}")',
-        "model = distilbert_fast.optimize(model)  # the same answers, faster",
-        "```",
+        *use(content["head"], student),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
 
 
 def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """A model in a row: what it is, its losses' weights, how good it is, and with int8 linear layers; titles first."""
+    """A row for each model: what it is, how good it is, and how good with int8 linear layers; titles first."""
     metrics = content["metrics"]
     head = ["", "starts from", "layers", "parameters", "weight file", *(title for _, title, _ in metrics)]
     first = metrics[0]
@@ -167,7 +159,7 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         *markdown_table(_speed_rows(content)),
         "",
         *bullets(busy_lines(content)),
-        f"Median over turns in which all models come by, range in brackets, on the evaluation data: "
+        f"Median over turns of all models, with the range in brackets, on the evaluation data: "
         f"{inputs['latency_rows']} rows at batch 1, {inputs['throughput_rows']} at batch 32, "
         f"{inputs['mean_tokens']:.0f} tokens on average"
         + ("; encoders without head." if content["kind"] == "mlm" else "."),
@@ -187,12 +179,12 @@ def _training(row: Mapping[str, Any]) -> Iterator[str]:
         last = ", ".join(f"{name} {value:.3f}" for name, value in row["losses"][-1].items() if name != "step")
         objective = _flat(row["objective"]) or "the defaults"
         spent = f"{row['steps']} steps in {row['seconds']:.0f} s{resumed}"
-        yield f"- **{row['title']}**: {spent}; {objective}; at last {last}"
+        yield f"- **{row['title']}**: {spent}; {objective}; in the end {last}"
     if effect := row.get("teacher_effect"):
-        yield f"  - the teacher's precision, beside its own forward, by the first rows: {_effect(effect)}"
+        yield f"  - the teacher's precision, compared with its own forward, by the first rows: {_effect(effect)}"
     if cache := row.get("cache"):
         size = f"{cache['bytes_per_token']:.0f} bytes a token, {cache['tail_mass']:.2%} of the mass in its tail"
-        yield f"  - the teacher's cache: {size}; beside all its logits, by the first rows: {_effect(cache)}"
+        yield f"  - the teacher's cache: {size}; compared with all its logits, by the first rows: {_effect(cache)}"
 
 
 def _made_of(models: Mapping[str, Any]) -> Iterator[str]:

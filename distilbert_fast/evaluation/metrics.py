@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distilbert_fast.data.sentences import Text, tokenized
+from distilbert_fast.data.sentences import Text, by_length, tokenized
 from distilbert_fast.data.tags import Scheme, is_outside, scheme_of
 
 if TYPE_CHECKING:
@@ -21,15 +21,13 @@ def predictions(
 ) -> Tensor:
     """The logits of a sequence classifier, fp32 [len(texts), labels] on the CPU, in the order given.
 
-    Texts of similar length share a batch, so that little padding is computed. The model is left in eval mode.
+    The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
     encoded = tokenized(tokenizer, texts, max_length)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     logits: list[Tensor] = [torch.empty(0)] * len(texts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in by_length(list(map(len, encoded)), batch_size):
         batch = tokenized(tokenizer, [texts[i] for i in rows], max_length, padding=True, return_tensors="pt")
         for i, row in zip(rows, model(**batch.to(device)).logits.float().cpu(), strict=True):
             logits[i] = row

@@ -94,16 +94,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in content["settings"].items()),
         "",
-        "## Use",
-        "",
-        "```python",
-        "import distilbert_fast",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        'model = AutoModelForSequenceClassification.from_pretrained("student")  # or "teacher", "student-int8"',
-        'tokenizer = AutoTokenizer.from_pretrained("student")',
-        "model = distilbert_fast.optimize(model)",
-        "```",
+        *use("SequenceClassification", "student", '# or "teacher", "student-int8"'),
     ]
     return "\n".join(lines) + "\n"
 
@@ -148,14 +139,11 @@ def plot(content: Mapping[str, Any]) -> bytes:
             axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.07))
 
     def timings(axes: Any, key: str, title: str) -> None:
-        series = {library: [row[key][library]["median"] for row in models.values()] for library in LIBRARIES}
-        ranges = {
-            library: [
-                [row[key][library]["median"] - row[key][library]["low"] for row in models.values()],
-                [row[key][library]["high"] - row[key][library]["median"] for row in models.values()],
-            ]
-            for library in LIBRARIES
-        }
+        series, ranges = {}, {}
+        for library in LIBRARIES:
+            measured = [row[key][library] for row in models.values()]
+            series[library] = [m["median"] for m in measured]
+            ranges[library] = [[m["median"] - m["low"] for m in measured], [m["high"] - m["median"] for m in measured]]
         bars(axes, series, title, "%.3g", ranges)
 
     percent = {
@@ -222,6 +210,22 @@ def made_by(content: Mapping[str, Any]) -> Iterator[str]:
         f"device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
         f"- **Versions:** Python {environment['python']}, {', '.join(versions)}",
     )
+
+
+def use(head: str, directory: str, comment: str = "") -> list[str]:
+    """Markdown: how to load a model and its tokenizer."""
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import distilbert_fast",
+        f"from transformers import AutoModelFor{head}, AutoTokenizer",
+        "",
+        f'model = AutoModelFor{head}.from_pretrained("{directory}")  {comment}'.rstrip(),
+        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")',
+        "model = distilbert_fast.optimize(model)  # the same answers, faster",
+        "```",
+    ]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -226,8 +226,8 @@ def filling(directory: Path) -> Iterator[Path]:
 
 
 def _being_written(staging: Path) -> Path:
-    """Which file could not be written, as neither Python nor Rust says it: the newest that was begun, or the weights if
-    that is whole JSON, as what comes before them is. (Rust removes what it began.)"""
+    """Find the file that could not be written, which neither Python nor Rust names: the newest one, or, if that is
+    complete JSON, the weights, which are written after it. (Rust removes what it could not finish.)"""
     begun = [file for file in staging.rglob("*") if file.is_file()]
     newest = max(begun, key=lambda file: file.stat().st_mtime_ns, default=staging / _WEIGHTS)
     with contextlib.suppress(ValueError):

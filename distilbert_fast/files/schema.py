@@ -1,4 +1,4 @@
-"""What the JSON that we write, and read again, must be: a check for each kind of value, put together to a schema.
+"""Schemas of the JSON that we write and read again, put together of checks for each kind of value.
 
     entry = record({"size": integer(0), "sha256": text("[0-9a-f]{64}")})
     files = read_json(path, record({"format": one_of(1), "files": mapping(entry)}))["files"]
@@ -40,49 +40,42 @@ def _require(fits: bool, where: str, expected: str, given: Any) -> None:
         raise _MismatchError(where, expected, repr(given))
 
 
-def integer(least: int = -(2**63), most: int = 2**63 - 1) -> Check:
+def _simple(fits: Callable[[Any], bool], expected: str) -> Check:
     def check(value: Any, where: str) -> None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        _require(fits, where, f"an integer from {least} to {most}", value)
+        _require(fits(value), where, expected, value)
 
     return check
+
+
+def integer(least: int = -(2**63), most: int = 2**63 - 1) -> Check:
+    def fits(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return _simple(fits, f"an integer from {least} to {most}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def number(least: float = -math.inf) -> Check:
     """A finite number."""
-
-    def check(value: Any, where: str) -> None:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        expected = "a finite number" + ("" if least == -math.inf else f" from {least:g} on")
-        _require(fits and max(least, -_LARGEST) <= value <= _LARGEST, where, expected, value)
-
-    return check
+    expected = "a finite number" + ("" if least == -math.inf else f" from {least:g} on")
+    return _simple(lambda value: _is_number(value) and max(least, -_LARGEST) <= value <= _LARGEST, expected)
 
 
-def real(value: Any, where: str) -> None:
-    """A number that was measured, which may be NaN or infinite."""
-    _require(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
-
-
-def boolean(value: Any, where: str) -> None:
-    _require(isinstance(value, bool), where, "true or false", value)
+real = _simple(_is_number, "a number")  # one that was measured, which may be NaN or infinite
+boolean = _simple(lambda value: isinstance(value, bool), "true or false")
 
 
 def text(pattern: str = "", called: str = "a text") -> Check:
-    """A string, all of which matches ``pattern`` if one is given; that is ``called`` so in messages."""
-
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, str) and (not pattern or bool(re.fullmatch(pattern, value))), where, called, value)
-
-    return check
+    """A string, all of which matches ``pattern`` if one is given; messages call that ``called``."""
+    return _simple(lambda value: isinstance(value, str) and (not pattern or bool(re.fullmatch(pattern, value))), called)
 
 
 def one_of(*values: Any) -> Check:
-    def check(value: Any, where: str) -> None:
-        fits = any(type(value) is type(one) and value == one for one in values)
-        _require(fits, where, f"one of {', '.join(map(repr, values))}" if len(values) > 1 else repr(values[0]), value)
-
-    return check
+    expected = f"one of {', '.join(map(repr, values))}" if len(values) > 1 else repr(values[0])
+    return _simple(lambda value: any(type(value) is type(one) and value == one for one in values), expected)
 
 
 def nullable(inner: Check) -> Check:

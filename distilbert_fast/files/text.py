@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from distilbert_fast.files.durable import FileError, regular_size
 
@@ -25,6 +25,11 @@ _MARKS = (
 _LINE_END = re.compile("\r\n|\r|\n")
 _ODD_LINE_END = re.compile("\r\r\n|\n\r(?!\n)")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair are one character
+
+
+def refuse_input(where: str, expected: str, given: object) -> NoReturn:
+    """Raise ValueError for input that is not as expected; ``where`` names the file and the line, or the argument."""
+    raise ValueError(f"{where}: expected {expected}, got {given}")
 
 
 def check_file(op: str, argument: str, path: Path) -> None:
@@ -51,7 +56,7 @@ def read_text(op: str, argument: str, path: Path) -> str:
     source = f"{op}: {argument}: {str(path)!r}"
     for mark, encoding in _MARKS:
         if content.startswith(mark):
-            raise ValueError(f"{source}: expected UTF-8, got {encoding}")
+            refuse_input(source, "UTF-8", encoding)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,9 +82,7 @@ def refuse_odd_line_ends(source: str, text: str) -> None:
     """
     if found := _ODD_LINE_END.search(text):
         line = len(lines(text[: found.start()]))
-        raise ValueError(
-            f"{source}: line {line}: expected lines that end with LF, CRLF or CR, got a CR beside a line end"
-        )
+        refuse_input(f"{source}: line {line}", "lines that end with LF, CRLF or CR", "a CR beside a line end")
 
 
 def column_names(table: Any, **dialect: Any) -> list[str]:
@@ -92,7 +95,7 @@ def column_names(table: Any, **dialect: Any) -> list[str]:
     head = pandas.read_csv(table, header=None, nrows=2, dtype=str, **{"na_filter": False, **dialect})
     names = [*head.iloc[0]]
     if not any(name.strip() for name in names):
-        raise ValueError("line 1: expected the names of columns, got a blank line")
+        refuse_input("line 1", "the names of columns", "a blank line")
     refuse_twice([name for name in names if name])
     return names
 
