@@ -18,7 +18,7 @@ import typer
 from distilbert_fast.cli import distill
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
-from distilbert_fast.jobs import demo as recipes
+from distilbert_fast.jobs import demo
 
 app = typer.Typer(
     name="distilbert-fast",
@@ -76,7 +76,7 @@ def env(
             _print_environment(report)
 
 
-_STEPS = recipes.DemoTraining()
+_STEPS = demo.DemoTraining()
 
 
 @add(
@@ -121,7 +121,7 @@ class Demo(RunCommand):
     eval_data: EvalFile = None
     max_train_rows: Annotated[
         int | None,
-        typer.Option(help=f"Train on this many rows only; by default {recipes.ROWS} of stdlib-docs, or all."),
+        typer.Option(help=f"Train on this many rows only; by default {demo.ROWS} of stdlib-docs, or all."),
     ] = None
     teacher_epochs: Annotated[int, typer.Option(help="Passes of fine-tuning; 0 for a teacher that knows the task.")] = (
         _STEPS.teacher_epochs
@@ -137,7 +137,7 @@ class Demo(RunCommand):
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         steps = {name: settings.pop(name) for name in dataclasses.asdict(_STEPS) if name in settings}
         command = shlex.join(["distilbert-fast", *sys.argv[1:]])
-        recipes.demo(**settings, training=dataclasses.replace(_STEPS, **steps), command=command)
+        demo.demo(**settings, training=dataclasses.replace(_STEPS, **steps), command=command)
 
 
 def _print_environment(report: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Mlm(DistillCommand):
         typer.Option(
             "--streaming",
             help="Read the corpus while training, again and again, and keep nothing of it but the first rows held out. "
-            "Needs --max-steps, and --teacher-steps for a teacher without its head; cannot be used with --teacher-cache.",
+            "Needs --max-steps, and --teacher-steps for a teacher without its head; not with --teacher-cache.",
         ),
     ] = False
     holdout: Annotated[

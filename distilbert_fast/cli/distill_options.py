@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from abc import abstractmethod
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distilbert_fast.cli.command import EvalFile, RunCommand
-from distilbert_fast.jobs.flow import RecipeError
+from distilbert_fast.jobs.flow import refused, require
 from distilbert_fast.jobs.settings import Recipe, Shape, Training
 
 if TYPE_CHECKING:
@@ -96,22 +97,17 @@ class DistillCommand(RunCommand):
         from distilbert_fast.jobs.distill import distill
         from distilbert_fast.runs.processes import launcher
 
-        try:
+        with refused():
             job = self.job()
-        except (ValueError, FileNotFoundError) as error:
-            raise RecipeError(str(error)) from error
         command = shlex.join([*launcher(), *sys.argv[1:]])
         distill(job, self.output, self.teacher, self.recipe(job), self.overwrite, command)
 
     def _shape(self) -> Shape:
-        try:
-            numbers = tuple(int(part) for part in self.layers.split(",") if part)
-        except ValueError:
-            raise RecipeError(
-                f"distill: layers: expected a depth or layers such as 0,2,5, got {self.layers!r}"
-            ) from None
-        one = "," not in self.layers
-        depth, chosen = (numbers[0] if one and len(numbers) == 1 else None), (None if one else numbers)
+        parts = [part for part in self.layers.split(",") if part]
+        readable = all(re.fullmatch(r"\s*[-+]?\d+\s*", part) for part in parts)
+        require(readable, "distill: layers", "a depth or layers such as 0,2,5", repr(self.layers))
+        numbers, several = tuple(map(int, parts)), "," in self.layers
+        depth, chosen = (numbers[0] if numbers and not several else None), (numbers if several else None)
         return Shape(depth, chosen, self.architecture, self.hidden_size, self.num_heads, self.intermediate_size)
 
 

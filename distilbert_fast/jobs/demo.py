@@ -1,4 +1,4 @@
-"""`demo`: the distillation of a task that is there, then int8, a picture, and how long it will take."""
+"""`demo`: distil on a small task, quantize, time and plot; it begins by saying how long that will take."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from distilbert_fast.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from distilbert_fast.data.tasks import Task
+
+__all__ = ["DemoTraining", "RecipeError", "demo"]
 
 STUDENT, INT8 = "student", "student-int8"
 MODELS = (TEACHER, STUDENT, INT8)
@@ -106,18 +108,14 @@ def demo(
     say = console()
     if max_train_rows is None and data is None and task in (None, BUILT_IN):
         max_train_rows = ROWS
-    try:
+    with refused():
         loaded = load_task(task, data, eval_data, max_train_rows)
-    except (ValueError, FileNotFoundError) as error:
-        raise RecipeError(str(error)) from error
     got = "numbers, which are for `distilbert-fast distill`"
     require(not loaded.regression, "demo: task", "classes as labels", got)
     source = find_teacher(teacher)
     job = TaskJob(loaded, training.max_length)
-    try:
+    with refused():
         job.match_classes(class_names(source), kept=training.teacher_epochs == 0)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
     settings = {
         "teacher": f"{teacher or TEACHER_PACKAGE} ({fingerprint(source)[:12]})",
         "task": f"{job.task.name} ({job.task.fingerprint[:12]})",
@@ -157,16 +155,17 @@ def demo(
 
 
 class _Demo(Flow):
-    """Of a demo."""
+    """The stages of `demo`."""
 
     job: TaskJob
 
     def __init__(self, training: DemoTraining, *of_any: Any) -> None:
         super().__init__(*of_any)
         self.training = training
+        self.epoch_steps = math.ceil(len(self.job.task.train) / training.batch_size)
 
     def prepare(self) -> None:
-        """Refuse now what cannot be trained; make the rows; say how long what is to come will take."""
+        """Make the rows, refuse what cannot be trained, and say how long the rest will take."""
         from distilbert_fast.distillation.student import student_from_teacher
 
         with refused("demo: teacher"):
@@ -185,7 +184,7 @@ class _Demo(Flow):
         self.say(f"this will take {about}, going by a few steps taken just now")
 
     def _seconds(self, teacher: Any, student: Any) -> float:
-        """Of all that is to come, by steps of these models, which they change, on rows of middling length."""
+        """Estimate how long the rest will take, from steps on rows of medium length, which change these models."""
         from distilbert_fast.evaluation.speed import call_seconds, step_seconds
         from distilbert_fast.modeling.training import for_training
         from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
@@ -204,7 +203,7 @@ class _Demo(Flow):
             if epochs and not self.run.is_complete(name):
                 checkpoint = newest_complete_checkpoint(self.run.path / CHECKPOINTS / name)
                 done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-                steps = self._steps() * epochs - done
+                steps = self.epoch_steps * epochs - done
                 seconds += steps * (step_seconds(for_training(model), batch) + beside)
         for name, call in ((TEACHER, calls[TEACHER]), (STUDENT, calls[STUDENT]), (INT8, calls[STUDENT])):
             evaluated = 0 if self.run.is_complete(name) else 2 * len(self.job.task.eval)  # as made, and read back
@@ -261,8 +260,7 @@ class _Demo(Flow):
     def measure(self) -> dict[str, Any]:
         import torch
 
-        from distilbert_fast.evaluation import metrics, speed
-        from distilbert_fast.modeling.loading import FAMILIES
+        from distilbert_fast.evaluation import metrics
         from distilbert_fast.modeling.optimize import optimize
 
         labels = torch.tensor(self.job.task.eval["label"])
@@ -273,19 +271,15 @@ class _Demo(Flow):
             model, fast = self.load(self.run.path / name)[0], optimize(self.load(self.run.path / name)[0])
             logits = self.job.answers(model)
             answers[name] = logits
-            rows[name] = {
-                "architecture": FAMILIES[model.config.model_type],
-                "layers": model.config.num_hidden_layers,
+            rows[name] = self.size(model, self.run.path / name) | {
                 "accuracy": metrics.accuracy(logits, labels),
                 "macro_f1": metrics.macro_f1(logits, labels),
                 "agreement": metrics.agreement(logits, answers[TEACHER]),
                 "kl_from_teacher": metrics.mean_kl(logits, answers[TEACHER]),
                 "optimized_agreement": metrics.agreement(self.job.answers(fast), logits),
-                "parameters": speed.parameters(model),
-                "file_bytes": speed.file_bytes(self.run.path / name),
             }
             models |= {f"{name} transformers": model, f"{name} distilbert_fast": fast}
-        self.say("      accuracy is known; now the clocks, all models in turns")
+        self.say("      accuracy is known; now all models are timed, in turns")
         place, measured = self.clocks(models, "sentences")
         for key, by_model in measured.items():
             for model, timing in by_model.items():
@@ -293,12 +287,8 @@ class _Demo(Flow):
                 rows[name].setdefault(key, {})[library] = timing
         return place | {"models": rows}
 
-    def _steps(self) -> int:
-        """Of an epoch."""
-        return math.ceil(len(self.job.task.train) / self.training.batch_size)
-
     def _arguments(self, name: str, epochs: int, learning_rate: float) -> dict[str, Any]:
-        steps = self._steps()
+        steps = self.epoch_steps
         return {
             **training_arguments(self.run.path / CHECKPOINTS / name, self.training.seed),
             "num_train_epochs": epochs,

@@ -2,9 +2,9 @@
 
 The recipe is DistilBERT's (Sanh, Debut, Chaumond, Wolf, arXiv:1910.01108): a student of the teacher's own layers;
 τ = 2; KL, MLM and cosine losses weighted 5, 2, 1; AdamW with betas (0.9, 0.98) and eps 1e-6, gradients clipped at 5,
-5 % linear warm-up and linear decay, 3 epochs. docs/distillation.md says what is done otherwise than there, and why.
+5 % linear warm-up and linear decay, 3 epochs. docs/distillation.md describes the differences, with reasons.
 
-    teacher → student (and its rivals, one after another) → speed → report
+    teacher → student (and its variants, one after another) → speed → report
 
 Each is a stage of a `RunDirectory`: a command that was killed goes on from its newest complete checkpoint. Under
 torchrun or accelerate launch every process comes here; all train, and the first does all else (processes.py).
@@ -113,7 +113,7 @@ def distill(
         }
         directory = RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS])
         with SharedRun(directory, together) as run:
-            flow = _Flow(recipe, together, run, source, job, say)
+            flow = _Distillation(recipe, together, run, source, job, say)
             say(f"distill {job.name} on {job.describe()['name']}; output: {run.path}")
             with refused("distill"):
                 together.in_turn(lambda: job.prepare(flow.tokenizer(), run.path))
@@ -129,35 +129,22 @@ def distill(
             results = flow.build(stages, stage_results.distilled, steps)
             say(f"[{steps}/{steps}] speed, report and model card")
             measured = run.result(SPEED, flow.measure, stage_results.speed)
-            command = command or "distilbert_fast.distill(...)"
-            return together.first(lambda: _write_report(run, say, job, settings, results, measured, command))
+            content = {
+                "command": command or "distilbert_fast.distill(...)",
+                "kind": job.name,
+                "head": job.head,
+                "settings": settings,
+                "data": job.describe(),
+                "metrics": [list(metric) for metric in job.metrics],
+                "legend": job.legend,
+                "models": results,
+                **measured,
+            }
+            return together.first(lambda: flow.write_report(content))
 
 
-def _write_report(
-    run: SharedRun, say: Any, job: Job, settings: Any, results: Any, measured: Any, command: str
-) -> dict[str, Any]:
-    from distilbert_fast.evaluation import distillation_report as report
-
-    content = {
-        "command": command,
-        "kind": job.name,
-        "head": job.head,
-        "settings": settings,
-        "data": job.describe(),
-        "metrics": [list(metric) for metric in job.metrics],
-        "legend": job.legend,
-        "models": results,
-        **measured,
-    }
-    for name, written in report.files(content, STUDENT.name).items():
-        write_file(run.path / name, written)
-    written_to = f"report: {run.path / REPORT[0]}; model card: {run.path / STUDENT.name / 'README.md'}"
-    say(report.table(content), *report.busy_lines(content), written_to)
-    return content
-
-
-class _Flow(Flow):
-    """Of a distillation, in one process or several."""
+class _Distillation(Flow):
+    """The stages of `distill`, in one process or several."""
 
     def __init__(self, recipe: Recipe, together: Processes, *of_any: Any) -> None:
         super().__init__(*of_any)
@@ -196,17 +183,14 @@ class _Flow(Flow):
         if variant.random:
             student = for_training(type(student)(copy.deepcopy(student.config))).to(teacher.device)
         objective = merged(self.recipe, variant)
-        taught = teacher if is_taught(self.job.kind, objective) else None
+        taught, cached = teacher if is_taught(self.job.kind, objective) else None, {}
         if taught is not None and self.recipe.cache:
             cache = self.together.first(lambda: str(self._cache(teacher)))
             objective |= {"teacher_cache": cache, "teacher_precision": "auto"}
             cached = self.together.first(lambda: self._cache_report(cache, student, teacher))
-        else:
-            cached = {}
         made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
-        if variant.random or not made_of.layers:
-            made |= {"start": "random"}
-        else:
+        made["start"] = "random"
+        if made_of.layers and not variant.random:
             made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}
         return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
 
@@ -252,6 +236,15 @@ class _Flow(Flow):
         place, measured = self.clocks(models, "rows")
         return place | {"speed": measured}
 
+    def write_report(self, content: dict[str, Any]) -> dict[str, Any]:
+        from distilbert_fast.evaluation import distillation_report as report
+
+        for name, written in report.files(content, STUDENT.name).items():
+            write_file(self.run.path / name, written)
+        files = f"report: {self.run.path / REPORT[0]}; model card: {self.run.path / STUDENT.name / 'README.md'}"
+        self.say(report.table(content), *report.busy_lines(content), files)
+        return content
+
     def _train(
         self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -288,8 +281,6 @@ class _Flow(Flow):
             return {}
         import torch
 
-        from distilbert_fast.evaluation import speed
-        from distilbert_fast.modeling.loading import FAMILIES
         from distilbert_fast.modeling.optimize import optimize
 
         save("distill", path, model, tokenizer)
@@ -298,13 +289,7 @@ class _Flow(Flow):
         lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
         if lost:
             raise RuntimeError(f"distill: {str(path)!r}: tensors read back differ from those saved: {', '.join(lost)}")
-        row = {
-            "architecture": FAMILIES[model.config.model_type],
-            "layers": model.config.num_hidden_layers,
-            "parameters": speed.parameters(model),
-            "file_bytes": speed.file_bytes(path),
-            "quality": self.job.evaluate(model, teacher),
-        }
+        row = self.size(model, path) | {"quality": self.job.evaluate(model, teacher)}
         return row | {"int8": self.job.evaluate(optimize(model, "int8"), teacher)}
 
 

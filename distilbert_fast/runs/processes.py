@@ -30,11 +30,11 @@ _PATIENCE = 2.0  # seconds in which others notice that the first has failed, if 
 
 
 class ProcessError(Exception):
-    """The processes cannot find each other; or, in another one, what the first failed with."""
+    """The processes cannot find each other; or the first one failed, and this is its message in the others."""
 
 
 class Processes:
-    """Those of this job; one alone if no launcher started more. See ``processes``.
+    """The processes of this job: this one alone unless a launcher started several. See ``processes``.
 
     Attributes:
         rank: of this process; 0 is the first.
@@ -66,7 +66,7 @@ class Processes:
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """Around the work of all: if the first fails, the others fail with what it said; in the end they part."""
+        """Wrap the work of all: if the first process fails, the others raise its message."""
         if self.count == 1:
             yield
             return
@@ -84,7 +84,7 @@ class Processes:
         self._part()
 
     def first(self, compute: Callable[[], T]) -> T:
-        """What ``compute`` returns in the first process, JSON values; the others wait for it, however long it takes.
+        """Return to all what ``compute`` returns in the first process, JSON values; the others wait, however long.
 
         Raises ProcessError in the others where the first fails meanwhile. To be called inside of ``joined``.
         """
@@ -125,7 +125,7 @@ class Processes:
             time.sleep(_PAUSE)
 
     def _part(self, patience: float = math.inf) -> None:
-        """The first waits for the others, so long: it may be the one that holds the store."""
+        """Leave; the first process waits so many seconds for the others, since it may hold the store."""
         left, end = self._store.add(self._key(_LEFT), 1), time.monotonic() + patience
         while self.is_first and left < self.count and time.monotonic() < end:
             time.sleep(_PAUSE)
@@ -138,12 +138,12 @@ class Processes:
 
 @functools.cache
 def processes() -> Processes:
-    """Of this job. The first call has to be made by all, before they load a model."""
+    """The processes of this job. All must make the first call, before they load a model."""
     return Processes()
 
 
 def launcher() -> list[str]:
-    """The words of a command line that start these processes again."""
+    """The command that starts these processes again, word by word."""
     count, of_node = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if count == 1:
         return ["distilbert-fast"]

@@ -151,7 +151,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None and (changed := changes(manifest.settings_of(Path(checkpoint)), self._settings)):
             raise ResumeError(
                 f"train: {checkpoint} was written with other settings: {changed}; "
-                "resume with the old ones, or choose another output_dir to start anew"
+                "resume with the old ones, or choose another output_dir to start again"
             )
         return checkpoint
 

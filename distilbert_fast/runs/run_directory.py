@@ -24,12 +24,12 @@ _OBJECT = schema.mapping(schema.anything)
 
 
 def _entry(value: Any, where: str) -> None:
-    """Size and SHA-256 of a file; of a stage that an earlier version made its size alone."""
+    """Size and SHA-256 of a file; its size alone in stages of an earlier version."""
     (schema.integer(0) if isinstance(value, int) else schema.FILE)(value, where)
 
 
 _STAGE = schema.record({"files": schema.mapping(_entry), "result": _OBJECT})
-_PLACE = "stage"  # the key under which what is sealed keeps which stage of which run it is; an earlier version did not
+_PLACE = "stage"  # key of the stage and the run that a sealed file belongs to; files of an earlier version lack it
 
 
 class StageError(FileError):

@@ -364,7 +364,7 @@ def test_other_settings_are_refused(tmp_path, whole, change, found):
         trainer(tmp_path, **change).train(resume_from_checkpoint=str(whole / "checkpoint-6"))
     assert str(caught.value) == (
         f"train: {whole}/checkpoint-6 was written with other settings: {found}; "
-        "resume with the old ones, or choose another output_dir to start anew"
+        "resume with the old ones, or choose another output_dir to start again"
     )
 
 
