@@ -40,10 +40,12 @@ def require(fits: bool, what: str, expected: str, given: Any) -> None:
 
 @contextlib.contextmanager
 def refused(job: str = "") -> Iterator[None]:
-    """Turn what a user's input makes the parts below raise into RecipeError, whose message begins with ``job``."""
+    """Turn errors that a user's input causes below into RecipeError; ``job``, if given, begins its message."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
+        if isinstance(error, TypeError) and not job:
+            raise  # what reads data raises none: it is a bug
         raise RecipeError(f"{job}: {error}" if job else str(error)) from error
 
 

@@ -68,12 +68,10 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
         contents: True compares checksums and so reads every file; False compares names and sizes.
     """
     try:
-        found = _read(checkpoint)
+        files = files_of(checkpoint)
     except FileError as error:
         return error.reason
-    if not found["complete"]:
-        return "half-written: saving began and did not end"
-    faults = (file_fault(checkpoint, name, entry, contents) for name, entry in found["files"].items())
+    faults = (file_fault(checkpoint, name, entry, contents) for name, entry in files.items())
     return next((reason for reason in faults if reason is not None), None)
 
 
@@ -94,12 +92,12 @@ def file_fault(checkpoint: Path, name: str, entry: dict[str, Any], contents: boo
 
 def settings_of(checkpoint: Path) -> dict[str, Any]:
     """The settings that a complete checkpoint was written with. Raises FileError where it is not complete."""
-    return _complete(checkpoint)["settings"]
+    return _read(checkpoint)["settings"]
 
 
 def files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file of a complete checkpoint, by its path in it. Raises FileError."""
-    return _complete(checkpoint)["files"]
+    return _read(checkpoint)["files"]
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -113,8 +111,7 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Path of the complete checkpoint of the highest step in a training output directory, None if there is
-    none.
+    """Path of the complete checkpoint of the highest step in a training output directory; None if there is none.
 
     A directory without manifest, half-written, truncated or altered is passed over, with a warning that says
     why.
@@ -142,11 +139,9 @@ def make_room(checkpoint: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
-    """Delete the oldest complete checkpoints beyond ``limit``, and what saving left half-done before the
-    newest.
+    """Delete the oldest complete checkpoints beyond ``limit``, and what saving left half-done before the newest.
 
-    The newest complete one and ``keep`` always stay; directories that this module did not write are not
-    touched.
+    The newest complete one and ``keep`` always stay; directories that this module did not write are not touched.
     """
     found = checkpoints(output_dir)
     whole = [path for path in found if fault(path, contents=False) is None]
@@ -177,15 +172,8 @@ def _written_here(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file() or not any(checkpoint.iterdir())
 
 
-def _complete(checkpoint: Path) -> dict[str, Any]:
-    found = _read(checkpoint)
-    if not found["complete"]:
-        refuse_file(checkpoint, "half-written: saving began and did not end")
-    return found
-
-
 def _read(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, checked. Raises FileError whose reason is what is wrong with it."""
+    """The manifest of a complete checkpoint. Raises FileError whose reason is what is wrong with it."""
     if not checkpoint.is_dir():
         refuse_file(checkpoint, "it is not a directory")
     path = checkpoint / MANIFEST
@@ -207,6 +195,8 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         refuse_file(checkpoint, f"its {MANIFEST} is damaged: {error.reason}")
     except OSError as error:
         refuse_file(checkpoint, f"its {MANIFEST} cannot be read: {error.strerror}")
+    if not found["complete"]:
+        refuse_file(checkpoint, "half-written: saving began and did not end")
     return found
 
 

@@ -59,11 +59,11 @@ class _TaughtAndLabelled:
     """Two losses: of the teacher's answers, with the weight alpha, and of the labels, with 1 - alpha."""
 
     alpha: Scheduled
-    losses = ("kl", "ce")
+    loss_names = ("kl", "ce")
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.losses[1:] if is_zero(self.alpha) else self.losses
+        return self.loss_names[1:] if is_zero(self.alpha) else self.loss_names
 
     def weights(self, progress: float) -> tuple[float, ...]:
         alpha = at(self.alpha, progress)
@@ -120,7 +120,7 @@ class RegressionObjective(_TaughtAndLabelled):
     """
 
     alpha: Scheduled
-    losses = ("teacher_mse", "label_mse")
+    loss_names = ("teacher_mse", "label_mse")
     columns = ("labels",)
 
     def check(self, student: Any, teacher: Teacher | None) -> None:
