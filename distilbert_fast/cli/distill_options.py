@@ -54,7 +54,7 @@ class DistillCommand(RunCommand):
     ] = False
     seed: Annotated[int, in_training(help="Seed of random weights, order, masks, dropout.")] = 0
     temperature: Annotated[str, in_losses(help="τ of the KL divergence.")] = "2.0"
-    teacher_epochs: Annotated[float | None, in_teaching(help="By default 0 for a teacher that has its head.")] = None
+    teacher_epochs: Annotated[float | None, in_teaching(help="Passes; by default 0 for one that has its head.")] = None
     teacher_steps: Annotated[int, in_teaching(help="Stop after so many steps; 0: after the epochs.")] = 0
     teacher_lr: Annotated[float, in_teaching(help="Peak learning rate.")] = 5e-5
     teacher_batch_size: Annotated[int, in_teaching(help="Rows of an optimizer step.")] = 32

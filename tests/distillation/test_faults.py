@@ -55,7 +55,7 @@ def test_every_loss_is_divided_by_its_own_count_of_the_whole_step():
 
 
 class Masked(torch.utils.data.Dataset):
-    """Rows that are masked anew in each epoch; it notes in which epoch each was read."""
+    """Rows that are masked differently in each epoch; it notes in which epoch each was read."""
 
     def __init__(self, rows):
         self.rows, self.epoch, self.read = rows, 0, []

@@ -329,7 +329,7 @@ def killed(work):
 
 @pytest.mark.parametrize("shards", [2, 6])
 def test_a_build_that_is_killed_goes_on(tmp_path, model, monkeypatch, shards):
-    """Behind the shards that are whole; these are kept, too, if it dies at the very last step."""
+    """After the shards that are whole; these are kept, too, if it dies at the very last step."""
     dataset = masked()
     whole = contents(build_cache(model, dataset, tmp_path / "whole", k=3, epochs=2))
     assert sum(name.startswith("shard") for name in whole) == 6

@@ -1,4 +1,4 @@
-"""`distil` from input to model card, on a tiny BERT and tiny data: what it leaves behind is true and can go on."""
+"""`distill` from input to model card, on a tiny BERT and tiny data: what it leaves behind is true and can go on."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(inputs, tmp_path, 
     ("positions", "architecture", "longest"), [(64, "roberta", 64), (60, "distilbert", 56), (512, "distilbert", 512)]
 )
 def test_rows_are_as_long_as_the_student_reads(inputs, tmp_path, positions, architecture, longest):
-    """RoBERTa's first position is behind its padding id; rows are padded to a multiple of 8."""
+    """RoBERTa's first position comes after its padding id; rows are padded to a multiple of 8."""
     source = bert(tmp_path / "bert", max_position_embeddings=positions)
     recipe = Recipe(shape=Shape(architecture=architecture))
     check_models(mlm_job(inputs, max_length=longest), source, recipe)
