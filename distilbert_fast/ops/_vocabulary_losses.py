@@ -6,27 +6,43 @@ their gradients; all else is the same for every backend and for either kind of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._autocast import as_written
+from distilbert_fast.ops._autocast import as_written, enabled
+from distilbert_fast.ops._operator import is_eager, operator
 from distilbert_fast.ops._rows import accumulation_dtype
-from distilbert_fast.ops.linear import product, product_into
+from distilbert_fast.ops.linear import operands, product, product_into
 
 # The record of a call of either op, which says of its teacher what it needs.
 #   h [N, C], W [V, C], b [V] or None: the student's.        kd_mask: bool [N] or None      labels: int64 [N] or None
 #   temperature, ignore_index, mean: whether losses are divided by the counts of their rows
-#   dh, dW, db: which of the student's gradients are wanted
+#   dh, dW, db: which of the student's gradients are wanted      dtypes: those by which a backend is chosen
 Call: TypeAlias = Any
 
 
 def any_gradient(call: Call) -> bool:
     return call.dh or call.dW or call.db
+
+
+def check_side(
+    op: str, h: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, suffix: str = "", v: int | str = "V"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Check the projection [V, C], [V] of checked hidden states [N, C]; all three as a product takes them."""
+    h, W, b = operands(h, W, b)
+    dtypes = (h.dtype, torch.float32) if enabled(h.device.type) else (h.dtype,)
+    _check.tensor(op, f"W{suffix}", W, (v, h.shape[1]), dtypes, h.device)
+    if W.shape[0] == 0:
+        _check.refuse(op, f"W{suffix}", "of at least one row", list(W.shape))
+    if b is not None:
+        _check.tensor(op, f"b{suffix}", b, (W.shape[0],), dtypes, h.device)
+    return h, W, b
 
 
 def check_rows(
@@ -222,6 +238,16 @@ def torch_cross_entropy(
     return ce, log_p.exp_().scatter_add_(1, columns, log_p.new_full(columns.shape, -1.0)).to(s.dtype)
 
 
+def reference_cross_entropy(
+    s: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, reduction: str
+) -> torch.Tensor:
+    """Of logits s [N, V], in differentiable torch; 0 without labels."""
+    if labels is None:
+        return s.new_zeros(())
+    ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
+    return ce / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else ce
+
+
 class CpuChunks:
     """Memory that stands for all chunks of a call to the native kernels, and how these are handed a chunk.
 
@@ -259,8 +285,48 @@ def cpu_plan(call: Call, defer: bool) -> Plan:
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
+def losses_of(
+    op: str, record: Any, kernels: Mapping[str, Callable[[Any, bool], Result]]
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Register ``<op>_forward`` and return what computes (kl, ce) from checked arguments, with their gradients.
+
+    Its arguments are the fields of the op's record but dh, dW and db; the first three are the student's.
+    """
+
+    def run(call: Call, defer: bool) -> Result:
+        kernel = kernels[backends.select(op, call.h.device, *call.dtypes)]
+        with as_written(call.h.device):
+            return kernel(call, defer)
+
+    def forward(call: Call) -> Outputs:
+        """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
+        return run(call, False)[0]
+
+    forward.__annotations__["call"] = record
+    registered = operator(f"{op}_forward", outputs_like)(forward)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            call = record(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1])
+            return save(ctx, call, *(run(call, True) if is_eager(call) else (registered(call), None)))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return *gradients(ctx, dkl, dce), *[None] * (len(ctx.needs_input_grad) - 3)
+
+    def losses(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
+            return Function.apply(*arguments)
+        kl, ce, *_ = registered(record(*arguments[:-1], False, False, False, arguments[-1]))
+        return kl, ce
+
+    return losses
+
+
 def save(ctx: Any, call: Call, outputs: Outputs, chunk: Chunk | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the forward of an op's Function: keep what ``gradients`` needs; kl and ce."""
+    """In the forward of a Function: keep what ``gradients`` needs; kl and ce."""
     kl, ce, *sums = outputs
     ctx.ignore_index, ctx.mean, ctx.shape = call.ignore_index, call.mean, call.h.shape
     ctx.dtypes = call.h.dtype, call.W.dtype, None if call.b is None else call.b.dtype

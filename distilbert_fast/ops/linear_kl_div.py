@@ -15,20 +15,16 @@ L_ce and L_mlm of Sanh et al.: DistilBERT, a distilled version of BERT, arXiv:19
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import as_written, enabled
 from distilbert_fast.ops._linear_kl_div_backends import FORWARD, OP, Call
-from distilbert_fast.ops._operator import function, is_eager, operator
-from distilbert_fast.ops._vocabulary_losses import Outputs, Result, check_rows, gradients, outputs_like, save
+from distilbert_fast.ops._operator import function
+from distilbert_fast.ops._vocabulary_losses import check_rows, check_side, losses_of, reference_cross_entropy
 from distilbert_fast.ops.kl_div import kl_div_reference
-from distilbert_fast.ops.linear import operands
+
+_losses = losses_of(OP, Call, FORWARD)
 
 
 @function(casts=True)
@@ -72,30 +68,14 @@ def linear_kl_div(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "h_s", h_s, ("N", "C_s"))
-    device, n = h_s.device, h_s.shape[0]
-    _check.tensor(OP, "h_t", h_t, (n, "C_t"), device=device)
-    h_s, W_s, b_s = operands(h_s, W_s, b_s)
-    h_t, W_t, b_t = operands(h_t, W_t, b_t)
-    kept = (torch.float32,) if enabled(device.type) else ()
-    _check.tensor(OP, "W_s", W_s, ("V", h_s.shape[1]), (h_s.dtype, *kept), device)
-    v = W_s.shape[0]
-    if v == 0:
-        _check.refuse(OP, "W_s", "of at least one row", list(W_s.shape))
-    if b_s is not None:
-        _check.tensor(OP, "b_s", b_s, (v,), (h_s.dtype, *kept), device)
-    _check.tensor(OP, "W_t", W_t, (v, h_t.shape[1]), (h_t.dtype, *kept), device)
-    if b_t is not None:
-        _check.tensor(OP, "b_t", b_t, (v,), (h_t.dtype, *kept), device)
+    _check.tensor(OP, "h_t", h_t, (h_s.shape[0], "C_t"), device=h_s.device)
+    h_s, W_s, b_s = check_side(OP, h_s, W_s, b_s, "_s")
+    h_t, W_t, b_t = check_side(OP, h_t, W_t, b_t, "_t", W_s.shape[0])
     _check.positive(OP, "temperature", temperature)
     check_rows(OP, h_s, kd_mask, labels, ignore_index, reduction)
     h_t, W_t, b_t = h_t.detach(), W_t.detach(), None if b_t is None else b_t.detach()
-    student = [x for x in (h_s, W_s, b_s) if x is not None and x.requires_grad]
-    call = h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, float(temperature), ignore_index
     mean = reduction == "mean"
-    if not (torch.is_grad_enabled() and student):
-        kl, ce, *_ = _forward(Call(*(*call, False, False, False, mean)))
-        return kl, ce
-    return _LinearKLDiv.apply(*call, mean)
+    return _losses(h_s, W_s, b_s, h_t, W_t, b_t, kd_mask, labels, float(temperature), ignore_index, mean)
 
 
 def linear_kl_div_reference(
@@ -114,32 +94,4 @@ def linear_kl_div_reference(
     """The definition of ``linear_kl_div`` in differentiable torch, both logits stored."""
     s, t = F.linear(h_s, W_s, b_s), F.linear(h_t, W_t, b_t).detach()  # [N, V]
     kl = kl_div_reference(s, t, temperature, kd_mask, reduction)
-    if labels is None:
-        return kl, s.new_zeros(())
-    ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
-    return kl, ce / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else ce
-
-
-class _LinearKLDiv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments: those of ``Call`` but dh, dW and db."""
-        call = Call(*(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1]))
-        return save(ctx, call, *(_kernel(call, True) if is_eager(call) else (_forward(call), None)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *gradients(ctx, dkl, dce), *[None] * 8
-
-
-@operator("linear_kl_div_forward", outputs_like)
-def _forward(call: Call) -> Outputs:
-    """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
-    return _kernel(call, False)[0]
-
-
-def _kernel(call: Call, defer: bool) -> Result:
-    kernel = FORWARD[backends.select(OP, call.h.device, call.h.dtype, call.h_t.dtype)]
-    with as_written(call.h.device):
-        return kernel(call, defer)
+    return kl, reference_cross_entropy(s, labels, ignore_index, reduction)

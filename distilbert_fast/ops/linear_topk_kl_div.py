@@ -15,34 +15,31 @@ Rows are projected once for both losses, a chunk at a time, as in linear_kl_div.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import as_written, enabled
-from distilbert_fast.ops._operator import function, is_eager, operator
+from distilbert_fast.ops._operator import function
 from distilbert_fast.ops._vocabulary_losses import (
     CpuChunks,
     Losses,
-    Outputs,
     Result,
     any_gradient,
     by_chunks,
     check_range,
     check_rows,
+    check_side,
     cpu_plan,
-    gradients,
-    outputs_like,
+    losses_of,
     plan,
-    save,
+    reference_cross_entropy,
     torch_cross_entropy,
     torch_projection,
 )
-from distilbert_fast.ops.linear import operands, product_into
+from distilbert_fast.ops.linear import product_into
 
 OP = "linear_topk_kl_div"
 
@@ -84,12 +81,8 @@ def linear_topk_kl_div(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "h", h, ("N", "C"))
-    h, W, b = operands(h, W, b)
+    h, W, b = check_side(OP, h, W, b)
     device, n = h.device, h.shape[0]
-    kept = (torch.float32,) if enabled(device.type) else ()
-    _check.tensor(OP, "W", W, ("V", h.shape[1]), (h.dtype, *kept), device)
-    if b is not None:
-        _check.tensor(OP, "b", b, (W.shape[0],), (h.dtype, *kept), device)
     _check.tensor(OP, "ids", ids, (n, "k"), (torch.int64,), device)
     if not 0 < ids.shape[1] <= W.shape[0]:
         _check.refuse(OP, "ids", f"1 to V = {W.shape[0]} a row", ids.shape[1])
@@ -97,14 +90,8 @@ def linear_topk_kl_div(
     _check.tensor(OP, "log_tail", log_tail, (n,), device=device)
     _check.positive(OP, "temperature", temperature)
     check_rows(OP, h, kd_mask, labels, ignore_index, reduction)
-    student = [x for x in (h, W, b) if x is not None and x.requires_grad]
     of_teacher = ids, log_p.detach(), log_tail.detach()
-    call = h, W, b, *of_teacher, kd_mask, labels, float(temperature), ignore_index
-    mean = reduction == "mean"
-    if not (torch.is_grad_enabled() and student):
-        kl, ce, *_ = _forward(Call(*(*call, False, False, False, mean)))
-        return kl, ce
-    return _LinearTopKKLDiv.apply(*call, mean)
+    return _losses(h, W, b, *of_teacher, kd_mask, labels, float(temperature), ignore_index, reduction == "mean")
 
 
 def linear_topk_kl_div_reference(
@@ -132,10 +119,7 @@ def linear_topk_kl_div_reference(
     kl = temperature**2 * kl[counted].sum()
     if reduction == "mean":
         kl = kl / counted.sum().clamp(min=1)
-    if labels is None:
-        return kl, s.new_zeros(())
-    ce = F.cross_entropy(s, labels, ignore_index=ignore_index, reduction="sum")
-    return kl, ce / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else ce
+    return kl, reference_cross_entropy(s, labels, ignore_index, reduction)
 
 
 class Call(NamedTuple):
@@ -156,36 +140,15 @@ class Call(NamedTuple):
     db: bool
     mean: bool = True
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.h.dtype,)
+
     def targets(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids, log_p and log_tail of places [R], contiguous and in range, the logarithms in a dtype."""
         ids = self.ids[rows]
         check_range(OP, "ids", ids, self.W.shape[0])
         return ids, self.log_p[rows].to(dtype), self.log_tail[rows].to(dtype)
-
-
-class _LinearTopKKLDiv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments: those of ``Call`` but dh, dW and db."""
-        call = Call(*(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1]))
-        return save(ctx, call, *(_kernel(call, True) if is_eager(call) else (_forward(call), None)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *gradients(ctx, dkl, dce), *[None] * 8
-
-
-@operator("linear_topk_kl_div_forward", outputs_like)
-def _forward(call: Call) -> Outputs:
-    """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
-    return _kernel(call, False)[0]
-
-
-def _kernel(call: Call, defer: bool) -> Result:
-    kernel = _FORWARD[backends.select(OP, call.h.device, call.h.dtype)]
-    with as_written(call.h.device):
-        return kernel(call, defer)
 
 
 # torch ---------------------------------------------------------------------------------------------------------
@@ -254,4 +217,4 @@ def _forward_cpu(call: Call, defer: bool) -> Result:
     return by_chunks(OP, losses, call.W, call, begun)
 
 
-_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
+_losses = losses_of(OP, Call, {"torch": _forward_torch, "cpu": _forward_cpu})
