@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._rows import accumulation_dtype
+from distilbert_fast.ops._operator import triton_kernels
+from distilbert_fast.ops._rows import accumulation_dtype, address
 
 OP = "attention"
 CUDA_HEAD_SIZE = 128  # the largest in csrc/cuda
@@ -229,25 +230,22 @@ def _heads_argument(x: torch.Tensor) -> tuple[int, ...]:
     return x.data_ptr(), *((0,) if x.dim() == 3 else ()), *x.stride()[:-1]
 
 
-def _call_arguments(call: Call) -> tuple[Any, ...]:
-    """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
+def _native_arguments(call: Call, dtype_codes: dict[torch.dtype, int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What all native entries begin with, and the sizes and heads that they go on with.
+
+    What ``call`` names must outlive them, and be contiguous.
+    """
     q, k, v, cu_seqlens, mask, head_mask = call[:6]
-    return (
-        *(_heads_argument(x) for x in (q, k, v)),
-        backends.CPU_DTYPE[q.dtype],
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        q.shape[1] if cu_seqlens is None else 0,
-        q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        q.shape[-2],
-        q.shape[-1],
-        0 if head_mask is None else head_mask.data_ptr(),
-        0 if head_mask is None else head_mask.stride(0),
-        call.scale,
-        call.dropout_p,
-        0 if call.seed is None else int(call.seed),
-        q.shape[0],
-    )
+    first = *(_heads_argument(x) for x in (q, k, v)), dtype_codes[q.dtype], address(cu_seqlens), address(mask)
+    length, batch = (q.shape[1], q.shape[0]) if cu_seqlens is None else (0, cu_seqlens.shape[0] - 1)
+    head_mask_stride = 0 if head_mask is None else head_mask.stride(0)
+    return first, (length, batch, *q.shape[-2:], address(head_mask), head_mask_stride)
+
+
+def _cpu_arguments(call: Call) -> tuple[Any, ...]:
+    first, sizes = _native_arguments(call, backends.CPU_DTYPE)
+    seed = 0 if call.seed is None else int(call.seed)
+    return *first, *sizes, call.scale, call.dropout_p, seed, call.q.shape[0]
 
 
 def _in_order(call: Call) -> Call:
@@ -266,7 +264,7 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     call = _in_order(call)
     o = torch.empty(call.q.shape, dtype=call.q.dtype)
     backends.cpu().attention_forward(
-        *_call_arguments(call), _heads_argument(o), backends.CPU_DTYPE[o.dtype], torch.get_num_threads()
+        *_cpu_arguments(call), _heads_argument(o), backends.CPU_DTYPE[o.dtype], torch.get_num_threads()
     )
     return o
 
@@ -275,7 +273,7 @@ def _backward_cpu(call: Call, do: torch.Tensor, _o: torch.Tensor, _stats: torch.
     call = _in_order(call)
     dq, dk, dv, dm = gradients_like(call)
     backends.cpu().attention_backward(
-        *_call_arguments(call),
+        *_cpu_arguments(call),
         *(_heads_argument(x) for x in (do, dq, dk, dv)),
         dm.data_ptr() if call.dm else 0,
         torch.get_num_threads(),
@@ -293,78 +291,59 @@ def _ready(call: Call) -> Call:
     return _in_order(call)
 
 
-def _forward_triton(call: Call) -> torch.Tensor:
-    from distilbert_fast.kernels import attention as kernels
-
+def _forward_triton(
+    call: Call, unmasked: torch.Tensor | None = None, stats: torch.Tensor | None = None
+) -> torch.Tensor:
     o = call.q.new_empty(call.q.shape)
-    kernels.attention_fwd(*_ready(call)[:9], o)
+    triton_kernels("attention").attention_fwd(*_ready(call)[:9], o, unmasked, stats)
     return o
 
 
-def _forward_keeping_triton(call: Call) -> Forward:
-    from distilbert_fast.kernels import attention as kernels
+def _keeping(forward: Callable[..., torch.Tensor]) -> Callable[[Call], Forward]:
+    """The same forward, which keeps what backward reads."""
 
-    o = call.q.new_empty(call.q.shape)
-    unmasked, stats = kept_like(call)
-    kernels.attention_fwd(*_ready(call)[:9], o, unmasked if call.dm else None, stats)
-    return o, unmasked, stats
+    def forward_keeping(call: Call) -> Forward:
+        unmasked, stats = kept_like(call)
+        return forward(call, unmasked if call.dm else None, stats), unmasked, stats
+
+    return forward_keeping
+
+
+_forward_keeping_triton = _keeping(_forward_triton)
 
 
 def _backward_triton(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
-    from distilbert_fast.kernels import attention_backward as kernels
-
     if stats.shape[0] == 0:  # another backend served forward
         o, unmasked, stats = _forward_keeping_triton(call)
         o = unmasked if call.dm else o
     dq, dk, dv, dm = gradients_like(call)
     delta = stats.new_empty(stats.shape[1:])
-    kernels.attention_bwd(do, *call[:3], o, stats, *_ready(call)[3:9], dq, dk, dv, dm if call.dm else None, delta)
+    triton_kernels("attention_backward").attention_bwd(
+        do, *call[:3], o, stats, *_ready(call)[3:9], dq, dk, dv, dm if call.dm else None, delta
+    )
     return dq, dk, dv, dm
 
 
 def _cuda_arguments(call: Call) -> tuple[Any, ...]:
-    """What both native entries begin with; what ``call`` names must outlive them, and be contiguous."""
-    q, k, v, cu_seqlens, mask, head_mask = call[:6]
-    return (
-        *(_heads_argument(x) for x in (q, k, v)),
-        backends.CUDA_DTYPE[q.dtype],
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        0 if cu_seqlens is None else q.shape[0],
-        q.shape[1] if cu_seqlens is None else 0,
-        q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        *q.shape[-2:],
-        0 if head_mask is None else head_mask.data_ptr(),
-        0 if head_mask is None else head_mask.stride(0),
-        call.dm,
-        call.scale,
-        call.dropout_p,
-        0 if call.seed is None else call.seed.data_ptr(),
-    )
+    first, sizes = _native_arguments(call, backends.CUDA_DTYPE)
+    tokens = 0 if call.cu_seqlens is None else call.q.shape[0]
+    return *first, tokens, *sizes, call.dm, call.scale, call.dropout_p, address(call.seed)
 
 
-def _launch_forward_cuda(
-    call: Call, unmasked: torch.Tensor | None = None, stats: torch.Tensor | None = None
-) -> torch.Tensor:
+def _forward_cuda(call: Call, unmasked: torch.Tensor | None = None, stats: torch.Tensor | None = None) -> torch.Tensor:
     call = _ready(call)
     o = call.q.new_empty(call.q.shape)
     backends.cuda().attention_forward(
         _cuda_arguments(call),
         _heads_argument(o),
         (0, 0, 0, 0) if unmasked is None else _heads_argument(unmasked),
-        0 if stats is None else stats.data_ptr(),
+        address(stats),
         *backends.device_and_stream(call.q.device),
     )
     return o
 
 
-def _forward_cuda(call: Call) -> torch.Tensor:
-    return _launch_forward_cuda(call)
-
-
-def _forward_keeping_cuda(call: Call) -> Forward:
-    unmasked, stats = kept_like(call)
-    return _launch_forward_cuda(call, unmasked if call.dm else None, stats), unmasked, stats
+_forward_keeping_cuda = _keeping(_forward_cuda)
 
 
 def _backward_cuda(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
@@ -390,12 +369,10 @@ def _backward_cuda(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.T
 def backend_of(q: torch.Tensor) -> str:
     """Who serves heads of this dtype and size."""
     size = q.shape[-1]
-    unfit = (
-        ()
-        if size <= CUDA_HEAD_SIZE
-        else (("cuda", f"its attention takes heads of up to {CUDA_HEAD_SIZE}, not {size}"),)
-    )
-    return backends.select(OP, q.device, q.dtype, unfit=unfit)
+    if size <= CUDA_HEAD_SIZE:
+        return backends.select(OP, q.device, q.dtype)
+    reason = f"its attention takes heads of up to {CUDA_HEAD_SIZE}, not {size}"
+    return backends.select(OP, q.device, q.dtype, unfit=(("cuda", reason),))
 
 
 FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton, "cuda": _forward_cuda}

@@ -54,6 +54,14 @@ def positive(op: str, argument: str, value: float) -> None:
         refuse(op, argument, "finite and above 0", value)
 
 
+def below(op: str, argument: str, x: torch.Tensor, end: int, of: str) -> None:
+    """Refuse an integer outside [0, end), where a look at the values is free: on the CPU."""
+    if x.device.type == "cpu" and x.numel():
+        low, high = (int(bound) for bound in torch.aminmax(x))
+        if low < 0 or high >= end:
+            refuse(op, argument, f"in [0, {end}), {of}", low if low < 0 else high)
+
+
 def choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         refuse(op, argument, f"one of {', '.join(map(repr, allowed))}", repr(value))

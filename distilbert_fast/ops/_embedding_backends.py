@@ -9,7 +9,7 @@ import torch
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._layer_norm_backends import normalize, normalize_backward, normalize_triton
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import operator, triton_kernels
 from distilbert_fast.ops._rows import Outputs
 
 OP, QUANTIZE = "embedding", "embedding_quantize"
@@ -62,10 +62,9 @@ def forward(call: Call) -> Outputs:
 
 def backward_like(call: Gradient) -> Gradients:
     """Memory for dweight, dbias and the gradients of the tables that are wanted."""
-    c = call.weight.shape[0]
     pairs = zip(call.tables, call.wanted, strict=True)
-    dtables = [table.new_empty((table.shape[0] if want else 0, c)) for table, want in pairs]
-    return call.mean.new_empty(c), call.mean.new_empty(c), dtables
+    dtables = [table.new_empty((table.shape[0] if want else 0, table.shape[1])) for table, want in pairs]
+    return *_rows.parameter_gradients_like(call), dtables
 
 
 @operator("embedding_backward", backward_like)
@@ -78,18 +77,13 @@ def backward(call: Gradient) -> Gradients:
 
 
 def _check_ranges(call: Call) -> None:
-    """Refuse an id outside its table, where a look at the values is free: on the CPU."""
-    for i, (rows, table) in enumerate(zip(call.ids, call.tables, strict=True)):
-        if rows.device.type == "cpu" and rows.numel():
-            low, high = (int(bound) for bound in torch.aminmax(rows))
-            if low < 0 or high >= table.shape[0]:
-                op = QUANTIZE if call.keep == "codes" else OP
-                expected = f"in [0, {table.shape[0]}), the rows of {_TABLES[i]}"
-                _check.refuse(op, _IDS[i], expected, low if low < 0 else high)
+    op = QUANTIZE if call.keep == "codes" else OP
+    for ids, table, argument, of in zip(call.ids, call.tables, _IDS, _TABLES, strict=False):
+        _check.below(op, argument, ids, table.shape[0], f"the rows of {of}")
 
 
 def _gather(ids: list[torch.Tensor], tables: list[torch.Tensor]) -> torch.Tensor:
-    h, *others = (torch.nn.functional.embedding(rows, table) for rows, table in zip(ids, tables, strict=True))
+    h, *others = (torch.nn.functional.embedding(i, table) for i, table in zip(ids, tables, strict=True))
     h = h.to(_rows.accumulation_dtype(h.dtype))
     for other in others:
         h = h + other  # [N, C]
@@ -109,9 +103,9 @@ def _backward_torch(call: Gradient) -> Gradients:
 def _table_gradients(dh: torch.Tensor, ids: list[torch.Tensor], call: Gradient) -> list[torch.Tensor]:
     """The rows of dh [N, C] added up by id: on CUDA sorted first, so the same bits every run, unlike index_add."""
     dtables = []
-    for rows, table, want in zip(ids, call.tables, call.wanted, strict=True):
+    for i, table, want in zip(ids, call.tables, call.wanted, strict=True):
         if want:
-            dtable = torch.ops.aten.embedding_dense_backward(dh, rows, table.shape[0], -1, False)
+            dtable = torch.ops.aten.embedding_dense_backward(dh, i, table.shape[0], -1, False)
             dtables.append(dtable.to(table.dtype))
         else:
             dtables.append(table.new_empty((0, table.shape[1])))
@@ -123,7 +117,7 @@ def _table_gradients(dh: torch.Tensor, ids: list[torch.Tensor], call: Gradient) 
 
 def _neighbours(call: Call | Gradient) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The ids contiguous, the rows of the tables whole: the tensors that native code reads stay alive by name."""
-    return [i.contiguous() for i in call.ids], [_rows.rows(table) for table in call.tables]
+    return [i.contiguous() for i in call.ids], [_rows.whole_rows(table) for table in call.tables]
 
 
 _NO_LOOKUP = (0, False, 0, 0, 0, 0)
@@ -149,18 +143,18 @@ def _forward_cpu(call: Call) -> Outputs:
 
 def _backward_cpu(call: Gradient) -> Gradients:
     dh = _rows.empty_like(call.dy, torch.float32)
-    dweight, dbias = call.mean.new_empty(dh.shape[1]), call.mean.new_empty(dh.shape[1])
+    dweight, dbias = _rows.parameter_gradients_like(call)
     ids, tables = _neighbours(call)
-    dy, weight = _rows.rows(call.dy.to(tables[0].dtype)), _rows.parameter(call.weight)
+    dy, weight = _rows.whole_rows(call.dy.to(tables[0].dtype)), _rows.parameter(call.weight)
     gradient = _rows.gradient(dy, weight, call.mean, call.rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().embedding_backward(*_lookups(ids, tables), dh.shape[0], gradient, *pointers, torch.get_num_threads())
     dtables = []
-    for rows, table, want in zip(ids, tables, call.wanted, strict=True):
+    for i, table, want in zip(ids, tables, call.wanted, strict=True):
         # Most of the time goes into zeroing the gradient of a vocabulary, so its memory is worth keeping.
         like = torch.empty(table.shape if want else (0, table.shape[1]), dtype=torch.float32, device="meta")
         dtable = backends.empty_cpu(like).zero_()
-        dtables.append((dtable.index_add_(0, rows, dh) if want else dtable).to(table.dtype))
+        dtables.append((dtable.index_add_(0, i, dh) if want else dtable).to(table.dtype))
     return dweight, dbias, dtables
 
 
@@ -174,15 +168,14 @@ def _forward_triton(call: Call) -> Outputs:
 
 
 def _backward_triton(call: Gradient) -> Gradients:
-    from distilbert_fast.kernels import layer_norm as kernels
-
     dh = _rows.empty_like(call.dy, torch.float32)
-    dweight, dbias = call.mean.new_empty(dh.shape[1]), call.mean.new_empty(dh.shape[1])
+    dweight, dbias = _rows.parameter_gradients_like(call)
     ids, tables = _neighbours(call)
     kept = call.weight.contiguous(), call.mean, call.rstd
-    kernels.normalize_bwd(_rows.rows(call.dy), tables, ids, *kept, dh if any(call.wanted) else None, dweight, dbias)
+    outputs = dh if any(call.wanted) else None, dweight, dbias
+    triton_kernels("layer_norm").normalize_bwd(_rows.whole_rows(call.dy), tables, ids, *kept, *outputs)
     # The row of dh of an id outside its table is NaN; added to the table's nearest row, it is seen and harms no memory.
-    inside = [rows.clamp(0, table.shape[0] - 1) for rows, table in zip(ids, tables, strict=True)]
+    inside = [i.clamp(0, table.shape[0] - 1) for i, table in zip(ids, tables, strict=True)]
     return dweight, dbias, _table_gradients(dh, inside, call)
 
 

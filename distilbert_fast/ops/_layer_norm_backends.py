@@ -8,7 +8,7 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _rows
-from distilbert_fast.ops._operator import operator
+from distilbert_fast.ops._operator import operator, triton_kernels
 from distilbert_fast.ops._rows import Outputs
 from distilbert_fast.ops.quantize import quantize_torch
 
@@ -63,8 +63,7 @@ def forward(call: Call) -> Outputs:
 
 def backward_like(call: Gradient) -> Outputs:
     """Memory for dh, dw and db."""
-    c = call.x.shape[1]
-    return _rows.empty_like(call.x, _sum_dtype(call)), call.mean.new_empty(c), call.mean.new_empty(c)
+    return _rows.empty_like(call.x, _sum_dtype(call)), *_rows.parameter_gradients_like(call)
 
 
 @operator("layer_norm_backward", backward_like)
@@ -116,15 +115,13 @@ def _backward_torch(call: Gradient) -> Outputs:
 
 
 def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, ...]:
-    first = x.data_ptr(), x.stride(0), backends.CPU_DTYPE[x.dtype]
-    if residual is None:
-        return *first, 0, 0, 0, x.shape[0]
-    return *first, residual.data_ptr(), residual.stride(0), backends.CPU_DTYPE[residual.dtype], x.shape[0]
+    first, second = (_rows.matrix_arguments(term, backends.CPU_DTYPE) for term in (x, residual))
+    return *first, *second, x.shape[0]
 
 
 def _forward_cpu(call: Call) -> Outputs:
     outputs = forward_like(call)
-    x, residual = _rows.rows(call.x), _rows.rows(call.residual)
+    x, residual = _rows.whole_rows(call.x), _rows.whole_rows(call.residual)
     weight, bias = _rows.parameter(call.weight), _rows.parameter(call.bias)
     out = _rows.normalized(weight, bias, call, outputs)
     backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
@@ -133,8 +130,8 @@ def _forward_cpu(call: Call) -> Outputs:
 
 def _backward_cpu(call: Gradient) -> Outputs:
     dh, dweight, dbias = backward_like(call)
-    x, residual = _rows.rows(call.x), _rows.rows(call.residual)
-    dy, weight = _rows.rows(call.dy.to(dh.dtype)), _rows.parameter(call.weight)
+    x, residual = _rows.whole_rows(call.x), _rows.whole_rows(call.residual)
+    dy, weight = _rows.whole_rows(call.dy.to(dh.dtype)), _rows.parameter(call.weight)
     gradient = _rows.gradient(dy, weight, call.mean, call.rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().layer_norm_backward(*_sum_arguments(x, residual), gradient, *pointers, torch.get_num_threads())
@@ -148,20 +145,20 @@ _NO_IDS = (None, None)
 
 def normalize_triton(terms: Any, ids: Any, call: Any, outputs: Outputs) -> Outputs:
     """Fill the outputs with what ``forward`` gives for the sum of terms, gathered by ids where these are given."""
-    from distilbert_fast.kernels import layer_norm as kernels
-
     y, first, second = outputs
     kept: dict[str, Any] = {}
     if call.keep == "statistics":
         kept = dict(mean=first, rstd=second)
     elif call.keep == "codes":
         kept = dict(y_q=first, scale=call.out_scale, found=second)
-    kernels.normalize_fwd(terms, ids, call.weight.contiguous(), call.bias.contiguous(), call.eps, y, **kept)
+    triton_kernels("layer_norm").normalize_fwd(
+        terms, ids, call.weight.contiguous(), call.bias.contiguous(), call.eps, y, **kept
+    )
     return outputs
 
 
 def _terms(call: Call | Gradient) -> list[torch.Tensor | None]:
-    return [_rows.rows(call.x), _rows.rows(call.residual)]
+    return [_rows.whole_rows(call.x), _rows.whole_rows(call.residual)]
 
 
 def _forward_triton(call: Call) -> Outputs:
@@ -169,11 +166,9 @@ def _forward_triton(call: Call) -> Outputs:
 
 
 def _backward_triton(call: Gradient) -> Outputs:
-    from distilbert_fast.kernels import layer_norm as kernels
-
     outputs = backward_like(call)
     kept = call.weight.contiguous(), call.mean, call.rstd
-    kernels.normalize_bwd(_rows.rows(call.dy), _terms(call), _NO_IDS, *kept, *outputs)
+    triton_kernels("layer_norm").normalize_bwd(_rows.whole_rows(call.dy), _terms(call), _NO_IDS, *kept, *outputs)
     return outputs
 
 
@@ -182,8 +177,8 @@ def _backward_triton(call: Gradient) -> Outputs:
 
 def _forward_cuda(call: Call) -> Outputs:
     outputs = y, first, second = forward_like(call)
-    x = _rows.rows(call.x.to(y.dtype))
-    residual = None if call.residual is None else _rows.rows(call.residual.to(y.dtype))
+    x = _rows.whole_rows(call.x.to(y.dtype))
+    residual = None if call.residual is None else _rows.whole_rows(call.residual.to(y.dtype))
     weight, bias, scale = call.weight, call.bias, call.out_scale
     if weight.dtype == bias.dtype == y.dtype:
         weight, bias = weight.contiguous(), bias.contiguous()
@@ -192,11 +187,11 @@ def _forward_cuda(call: Call) -> Outputs:
     statistics, codes = (first.data_ptr(), second.data_ptr()), (0, 0, 0, 0)
     if call.keep == "codes":  # their address, that of scales to write, those to read and their stride
         scale = None if scale is None else scale.contiguous()
-        read = (0, 0) if scale is None else (scale.data_ptr(), 1 if scale.dim() else 0)
-        statistics, codes = (0, 0), (first.data_ptr(), 0 if scale is not None else second.data_ptr(), *read)
+        found = second.data_ptr() if scale is None else 0
+        statistics, codes = (0, 0), (first.data_ptr(), found, *_rows.scale_arguments(scale))
     backends.cuda().layer_norm(
-        *(x.data_ptr(), x.stride(0)),
-        *((0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))),
+        *_rows.matrix_arguments(x, backends.CUDA_DTYPE)[:2],
+        *_rows.matrix_arguments(residual, backends.CUDA_DTYPE)[:2],
         backends.CUDA_DTYPE[y.dtype],
         *(weight.data_ptr(), bias.data_ptr(), backends.CUDA_DTYPE[weight.dtype]),
         *x.shape,

@@ -9,18 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from distilbert_fast import backends
-from distilbert_fast.ops._vocabulary_losses import (
-    CpuChunks,
-    Losses,
-    Result,
-    any_gradient,
-    by_chunks,
-    cpu_plan,
-    plan,
-    projection_dtype,
-    torch_cross_entropy,
-    torch_projection,
-)
+from distilbert_fast.ops import _vocabulary_losses as shared
+from distilbert_fast.ops._operator import triton_kernels
+from distilbert_fast.ops._vocabulary_losses import Losses, Result
 from distilbert_fast.ops.kl_div import Call as KLDivCall
 from distilbert_fast.ops.kl_div import forward as _kl_div_forward
 from distilbert_fast.ops.linear import product_into
@@ -67,9 +58,9 @@ class Call(NamedTuple):
 
 
 def _forward_torch(call: Call, defer: bool) -> Result:
-    begun = plan(call, defer)
-    h_t, wanted = call.h_t, any_gradient(call)
-    (W, b), (W_t, b_t) = torch_projection(*call[:3]), torch_projection(*call[3:6])
+    begun = shared.plan(call, defer)
+    h_t, wanted = call.h_t, shared.any_gradient(call)
+    (W, b), (W_t, b_t) = shared.torch_projection(*call[:3]), shared.torch_projection(*call[3:6])
 
     def losses(h: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         s = F.linear(h, W, b)  # [R, V]
@@ -80,9 +71,9 @@ def _forward_torch(call: Call, defer: bool) -> Result:
             row_losses, kept = _kl_div_forward(KLDivCall(s[: len(part)], t, None, call.temperature, False, keep))
             kl = row_losses.sum()
             kl_gradient = kept if wanted else kl_gradient
-        return Losses(kl, kl_gradient, *torch_cross_entropy(s, targets, kl.dtype, wanted))
+        return Losses(kl, kl_gradient, *shared.torch_cross_entropy(s, targets, kl.dtype, wanted))
 
-    return by_chunks(OP, losses, W, call, begun)
+    return shared.by_chunks(OP, losses, W, call, begun)
 
 
 # cpu -----------------------------------------------------------------------------------------------------------
@@ -90,10 +81,9 @@ def _forward_torch(call: Call, defer: bool) -> Result:
 
 def _forward_cpu(call: Call, defer: bool) -> Result:
     """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
-    begun = cpu_plan(call, defer)
-    memory, v = CpuChunks(call, begun), call.W.shape[0]
+    memory, v = shared.CpuChunks(call, defer), call.W.shape[0]
     h_t, W_t, b_t = call[3:6]
-    teacher = backends.empty_cpu(h_t.new_empty((begun.largest, v)))
+    teacher = backends.empty_cpu(h_t.new_empty((memory.plan.largest, v)))
 
     def losses(h: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         r, r_kl = len(h), len(part)
@@ -105,7 +95,7 @@ def _forward_cpu(call: Call, defer: bool) -> Result:
         kernel = partial(backends.cpu().linear_kl_div, s.data_ptr(), teacher.data_ptr(), *dtypes, *shape)
         return memory.losses(kernel, r, r_kl, targets)
 
-    return by_chunks(OP, losses, call.W, call, begun)
+    return shared.by_chunks(OP, losses, call.W, call, memory.plan)
 
 
 # gpu -----------------------------------------------------------------------------------------------------------
@@ -115,12 +105,11 @@ def _forward_triton(call: Call, defer: bool) -> Result:
     """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
     teacher's, which nobody reads again, the cross-entropy's over the student's.
     """
-    from distilbert_fast.kernels import linear_kl_div as kernels
-
-    begun = plan(call, defer)
+    kernels = triton_kernels("linear_kl_div")
+    begun = shared.plan(call, defer)
     h_t, b_t = call.h_t, call.b_t
-    W, W_t = call.W.to(projection_dtype(call.h)), call.W_t.to(projection_dtype(h_t))
-    v, wanted, rows, width = W.shape[0], any_gradient(call), begun.largest, kernels.width(W.shape[0])
+    W, W_t = call.W.to(shared.projection_dtype(call.h)), call.W_t.to(shared.projection_dtype(h_t))
+    v, wanted, rows, width = W.shape[0], shared.any_gradient(call), begun.largest, kernels.width(W.shape[0])
     student, teacher = W.new_empty((rows, width)), W_t.new_empty((rows, width))
     bias_s, bias_t = kernels.padded_bias(call.b, W, v), kernels.padded_bias(b_t, W_t, v)
     kl_gradient = teacher if W_t.dtype == W.dtype else W.new_empty((rows if wanted else 0, width))
@@ -142,7 +131,7 @@ def _forward_triton(call: Call, defer: bool) -> Result:
             nothing if dce is None else dce[:, :v],
         )
 
-    return by_chunks(OP, losses, W, call, begun)
+    return shared.by_chunks(OP, losses, W, call, begun)
 
 
 FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu, "triton": _forward_triton}

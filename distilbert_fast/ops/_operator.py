@@ -14,6 +14,7 @@ A raw call costs a microsecond, the registered op twice that and a ``torch.libra
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
@@ -77,6 +78,12 @@ def is_eager(arguments: Sequence[Any], default_device: bool = False) -> bool:
 def _only_places_tensors() -> bool:
     """Whether the modes that are on only say where new tensors lie."""
     return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+@functools.cache
+def triton_kernels(module: str) -> Any:
+    """kernels/<module>.py, imported where it is needed: it imports triton."""
+    return importlib.import_module(f"distilbert_fast.kernels.{module}")
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from distilbert_fast import backends
 from distilbert_fast.backends import CPU_DTYPE
 from distilbert_fast.ops import _check
 
@@ -23,18 +24,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rows(x: X) -> X:
+def whole_rows(x: X) -> X:
     """x [..., C] itself where its rows are whole, wherever they lie; else a contiguous copy. None is None."""
     return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
-
-
-def whole(call: Any) -> Any:
-    """The same call on ``student`` and ``teacher`` whose rows are whole, and on a contiguous ``mask``."""
-    student, teacher, mask = rows(call.student), rows(call.teacher), call.mask
-    mask = None if mask is None else mask.contiguous()
-    if student is call.student and teacher is call.teacher and mask is call.mask:
-        return call
-    return call._replace(student=student, teacher=teacher, mask=mask)
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -45,6 +37,12 @@ def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def codes_like(y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the int8 codes of y [N, C], and for the scales found [N]: none, [0], where one is given."""
     return empty_like(y, torch.int8), y.new_empty(y.shape[0] if scale is None else 0, dtype=torch.float32)
+
+
+def parameter_gradients_like(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for dw and db [C] of a normalization, in the dtype of its statistics."""
+    c = call.weight.shape[0]
+    return call.mean.new_empty(c), call.mean.new_empty(c)
 
 
 def normalized_like(y: torch.Tensor, call: Any) -> Outputs:
@@ -60,20 +58,42 @@ def normalized_like(y: torch.Tensor, call: Any) -> Outputs:
     return y, y.new_empty(0), y.new_empty(0)
 
 
-def as_scale(op: str, argument: str, scale: float | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A given scale, checked, as a float32 tensor: [] or one value for each of ``rows`` [N, …]."""
+def as_scale(op: str, argument: str, scale: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A given scale, checked, as a float32 tensor: [] or one value for each row of x [N, …]."""
     if not isinstance(scale, torch.Tensor):
         _check.positive(op, argument, scale)
         if not TINY <= scale <= _LARGEST:
             _check.refuse(op, argument, f"from {TINY:.3g} to {_LARGEST:.3g}", scale)
-        return torch.full((), scale, dtype=torch.float32, device=rows.device)
-    if scale.dim() > 0 and tuple(scale.shape) != (rows.shape[0],):
-        _check.refuse(op, argument, f"of shape [] or [{rows.shape[0]}]", list(scale.shape))
-    _check.tensor(op, argument, scale, scale.shape, (torch.float32,), rows.device)
+        return torch.full((), scale, dtype=torch.float32, device=x.device)
+    if scale.dim() > 0 and tuple(scale.shape) != (x.shape[0],):
+        _check.refuse(op, argument, f"of shape [] or [{x.shape[0]}]", list(scale.shape))
+    _check.tensor(op, argument, scale, scale.shape, (torch.float32,), x.device)
     return scale
 
 
-# Losses of rows --------------------------------------------------------------------------------------------------
+# Losses of rows of a student and of a teacher ----------------------------------------------------------------------
+
+
+def check_pair(op: str, columns: str, student: Any, teacher: Any, mask: Any, reduction: str) -> None:
+    _check.tensor(op, "student", student, ("N", columns))
+    _check.tensor(op, "teacher", teacher, student.shape, device=student.device)
+    _check.choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    if mask is not None:
+        _check.tensor(op, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
+
+
+def select_for_pair(op: str, call: Any) -> str:
+    """The backend that serves a call."""
+    return backends.select(op, call.student.device, call.student.dtype, call.teacher.dtype)
+
+
+def whole_pair(call: Any) -> Any:
+    """The same call on matrices whose rows are whole, and on a contiguous ``mask``."""
+    student, teacher, mask = whole_rows(call.student), whole_rows(call.teacher), call.mask
+    mask = None if mask is None else mask.contiguous()
+    if student is call.student and teacher is call.teacher and mask is call.mask:
+        return call
+    return call._replace(student=student, teacher=teacher, mask=mask)
 
 
 def reduce(losses: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
@@ -86,12 +106,42 @@ def reduce(losses: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> t
     return total / count(losses, mask) if reduction == "mean" else total
 
 
-def count(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
-    """Counted rows, at least 1; on the device, so that no kernel queue is drained to learn it."""
-    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
+def reduce_backward(dloss: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
+    """The upstream gradient of each row of x: [N]."""
+    if reduction == "mean":
+        dloss = dloss / count(x, mask)
+    return dloss.expand(x.shape[0])
 
 
-# Arguments of the CPU kernels ------------------------------------------------------------------------------------
+def count(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
+    """Counted rows of x, at least 1; on the device, so that no kernel queue is drained to learn it."""
+    return max(x.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
+
+
+# Arguments of native kernels -------------------------------------------------------------------------------------
+
+
+def address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def scale_arguments(scale: torch.Tensor | None) -> tuple[int, int]:
+    """Address of one number a row or of one in all, and the stride from one row's to the next."""
+    return (0, 0) if scale is None else (scale.data_ptr(), scale.stride(0) if scale.numel() > 1 else 0)
+
+
+def matrix_arguments(x: torch.Tensor | None, dtype_codes: dict[torch.dtype, int]) -> tuple[int, int, int]:
+    """Address, row stride and dtype of a matrix whose rows are whole, or of none."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), dtype_codes[x.dtype])
+
+
+def pair_arguments(call: Any, dtype_codes: dict[torch.dtype, int]) -> tuple[int, ...]:
+    """Student, teacher and mask."""
+    student, teacher, mask = call[:3]
+    return (
+        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
+        *(dtype_codes[student.dtype], dtype_codes[teacher.dtype], address(mask)),
+    )
 
 
 def parameter(x: torch.Tensor) -> torch.Tensor:
@@ -104,10 +154,7 @@ NO_CODES = (0, 0, 0, 0, 0, 0)
 
 def codes(x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor) -> tuple[int, int, int, int, int, int]:
     """Codes of csrc/cpu/ops/rows.h: x_q [N, C] contiguous, by the given scale, or by those ``found`` [N] then."""
-    c = x_q.shape[1]
-    if scale is None:
-        return x_q.data_ptr(), c, 0, found.data_ptr(), 0, 0
-    return x_q.data_ptr(), c, 0, 0, scale.data_ptr(), scale.stride(0) if scale.dim() else 0
+    return x_q.data_ptr(), x_q.shape[1], 0, found.data_ptr() if scale is None else 0, *scale_arguments(scale)
 
 
 def normalized(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Outputs) -> tuple[object, ...]:
@@ -126,6 +173,6 @@ def gradient(
 ) -> tuple[int, ...]:
     """NormalizedGradient of csrc/cpu/ops/rows.h, with dh [N, C] contiguous."""
     return (
-        *(dh.shape[1], dy.data_ptr(), dy.stride(0), CPU_DTYPE[dy.dtype]),
+        *(dh.shape[1], *matrix_arguments(dy, CPU_DTYPE)),
         *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dh.data_ptr(), CPU_DTYPE[dh.dtype]),
     )

@@ -254,8 +254,11 @@ class CpuChunks:
     They write the gradient of the KL over the logits, that of the cross-entropy beside them.
     """
 
-    def __init__(self, call: Call, plan: Plan) -> None:
-        h, rows, v = call.h, plan.largest, call.W.shape[0]
+    def __init__(self, call: Call, defer: bool) -> None:
+        begun = plan(call, defer)
+        kl, ce, dh, dW, db = begun.outputs
+        self.plan = begun._replace(outputs=(kl, ce, dh, backends.empty_cpu(dW), db))  # dW's is kept from step to step
+        h, rows, v = call.h, begun.largest, call.W.shape[0]
         self.wanted = any_gradient(call)
         self.logits = backends.empty_cpu(h.new_empty((rows, v)))
         self.ce_gradient = h.new_empty((rows if self.wanted and call.labels is not None else 0, v))
@@ -273,13 +276,6 @@ class CpuChunks:
             self.ce[r - r_ce : r].sum(),
             self.ce_gradient[: r_ce if self.wanted else 0],
         )
-
-
-def cpu_plan(call: Call, defer: bool) -> Plan:
-    """``plan``, with the memory of dW kept from step to step."""
-    begun = plan(call, defer)
-    kl, ce, dh, dW, db = begun.outputs
-    return begun._replace(outputs=(kl, ce, dh, backends.empty_cpu(dW), db))
 
 
 # Autograd ------------------------------------------------------------------------------------------------------------
@@ -309,12 +305,26 @@ def losses_of(
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
             call = record(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1])
-            return save(ctx, call, *(run(call, True) if is_eager(call) else (registered(call), None)))
+            (kl, ce, *sums), chunk = run(call, True) if is_eager(call) else (registered(call), None)
+            ctx.ignore_index, ctx.mean, ctx.shape = call.ignore_index, call.mean, call.h.shape
+            ctx.dtypes = call.h.dtype, call.W.dtype, None if call.b is None else call.b.dtype
+            ctx.single = chunk is not None
+            if chunk is not None:
+                (rows, ctx.first_label, ctx.end_kl), x, losses = chunk
+                ctx.save_for_backward(call.W, rows, x, losses.kl_gradient, losses.ce_gradient)
+            else:
+                ctx.save_for_backward(call.kd_mask, call.labels, *sums)
+            return kl, ce
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return *gradients(ctx, dkl, dce), *[None] * (len(ctx.needs_input_grad) - 3)
+            others = [None] * (len(ctx.needs_input_grad) - 3)
+            if not ctx.single:
+                return *_of_sums(ctx, dkl, dce), *others
+            with as_written(dkl.device):
+                some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
+                return *(None if x is None else x.to(dtype) for x, dtype in some), *others
 
     def losses(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
@@ -325,34 +335,14 @@ def losses_of(
     return losses
 
 
-def save(ctx: Any, call: Call, outputs: Outputs, chunk: Chunk | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the forward of a Function: keep what ``gradients`` needs; kl and ce."""
-    kl, ce, *sums = outputs
-    ctx.ignore_index, ctx.mean, ctx.shape = call.ignore_index, call.mean, call.h.shape
-    ctx.dtypes = call.h.dtype, call.W.dtype, None if call.b is None else call.b.dtype
-    ctx.single = chunk is not None
-    if chunk is not None:
-        (rows, ctx.first_label, ctx.end_kl), x, losses = chunk
-        ctx.save_for_backward(call.W, rows, x, losses.kl_gradient, losses.ce_gradient)
-    else:
-        ctx.save_for_backward(call.kd_mask, call.labels, *sums)
-    return kl, ce
-
-
-def gradients(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> list[torch.Tensor | None]:
-    """In its backward: those of h, W and b."""
-    if ctx.single:
-        with as_written(dkl.device):
-            some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
-            return [None if x is None else x.to(dtype) for x, dtype in some]
+def _of_sums(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:
+    """dh, dW, db from those of the sums of row losses, each on its own."""
     kd_mask, labels, *sums = ctx.saved_tensors
     weights = [dkl / _rows.count(sums[0][0], kd_mask) if ctx.mean else dkl]
     if labels is not None:
         weights.append(dce / _rows.count(labels, labels != ctx.ignore_index) if ctx.mean else dce)
-    return [
-        _weighted(weights, x).to(dtype) if wanted else None
-        for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    ]
+    for x, dtype, wanted in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False):
+        yield _weighted(weights, x).to(dtype) if wanted else None
 
 
 def _of_one_chunk(ctx: Any, dkl: torch.Tensor, dce: torch.Tensor) -> Iterator[torch.Tensor | None]:

@@ -20,23 +20,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from distilbert_fast.ops import _attention_backends as served
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._attention_backends import (
-    BACKWARD,
-    FORWARD,
-    FORWARD_KEEPING,
-    OP,
-    Call,
-    Forward,
-    Gradients,
-    backend_of,
-    gradients_like,
-    kept_like,
-    nothing_like,
-)
+from distilbert_fast.ops._attention_backends import OP, Call, Forward, Gradients
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import function, operator
-from distilbert_fast.ops._rows import accumulation_dtype, rows
+from distilbert_fast.ops._rows import accumulation_dtype, whole_rows
 
 PADDED = "padded_attention"
 
@@ -185,7 +174,7 @@ class _Attention(torch.autograd.Function):
 
 def _whole(call: Call) -> Call:
     """The same call, the last dimensions of whose q, k and v touch."""
-    q, k, v = rows(call.q), rows(call.k), rows(call.v)
+    q, k, v = whole_rows(call.q), whole_rows(call.k), whole_rows(call.v)
     return call if q is call.q and k is call.k and v is call.v else call._replace(q=q, k=k, v=v)
 
 
@@ -196,29 +185,29 @@ def _forward_like(call: Call) -> torch.Tensor:
 @operator("attention_forward", _forward_like)
 def _forward(call: Call) -> torch.Tensor:
     """The output, contiguous."""
-    kernel = FORWARD[backend_of(call.q)]
+    kernel = served.FORWARD[served.backend_of(call.q)]
     with as_written(call.q.device):
         return kernel(_whole(call))
 
 
 def _forward_keeping_like(call: Call) -> Forward:
-    keeps = call.q.device.type != "meta" and backend_of(call.q) in FORWARD_KEEPING
-    return _forward_like(call), *(kept_like(call) if keeps else nothing_like(call.q))
+    keeps = call.q.device.type != "meta" and served.backend_of(call.q) in served.FORWARD_KEEPING
+    return _forward_like(call), *(served.kept_like(call) if keeps else served.nothing_like(call.q))
 
 
 @operator("attention_forward_keeping", _forward_keeping_like)
 def _forward_keeping(call: Call) -> Forward:
     """The output, and for backward, where its backend reads them: the output before the head mask, if dm is wanted,
     and the softmax statistics float32 [2, H, N]. Else both are empty."""
-    kernel = FORWARD_KEEPING.get(backend_of(call.q))
+    kernel = served.FORWARD_KEEPING.get(served.backend_of(call.q))
     if kernel is None:
-        return _forward(call), *nothing_like(call.q)
+        return _forward(call), *served.nothing_like(call.q)
     with as_written(call.q.device):
         return kernel(_whole(call))
 
 
 def _backward_like(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor) -> Gradients:
-    return gradients_like(call)
+    return served.gradients_like(call)
 
 
 @operator("attention_backward", _backward_like)
@@ -227,6 +216,6 @@ def _backward(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor
 
     o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else after it.
     """
-    kernel = BACKWARD[backend_of(call.q)]
+    kernel = served.BACKWARD[served.backend_of(call.q)]
     with as_written(call.q.device):
-        return kernel(_whole(call), rows(do), o, stats)
+        return kernel(_whole(call), whole_rows(do), o, stats)

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops import _rows
+from distilbert_fast.ops._operator import function, operator, triton_kernels
 
 OP = "cosine_loss"
 EPSILON = 1e-12
@@ -47,15 +47,11 @@ def cosine_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    _check.tensor(OP, "student", student, ("N", "C"))
-    _check.tensor(OP, "teacher", teacher, student.shape, device=student.device)
-    _check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
-    if mask is not None:
-        _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
+    _rows.check_pair(OP, "C", student, teacher, mask, reduction)
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
-        rows, _ = _forward(Call(student, teacher, mask))
-        return _rows.reduce(rows, mask, reduction)
+        losses, _ = _forward(Call(student, teacher, mask))
+        return _rows.reduce(losses, mask, reduction)
     return _CosineLoss.apply(student, teacher, mask, reduction)
 
 
@@ -68,28 +64,26 @@ def cosine_loss_reference(
     """The definition of ``cosine_loss`` in differentiable torch, computed in the dtype of the hidden states."""
     a = (student.square().sum(dim=1) + EPSILON).rsqrt()
     b = (teacher.square().sum(dim=1) + EPSILON).rsqrt()
-    rows = 1 - (student * teacher).sum(dim=1) * a * b
+    losses = 1 - (student * teacher).sum(dim=1) * a * b
     if mask is not None:
-        rows = torch.where(mask, rows, 0.0)
-    return _rows.reduce(rows, mask, reduction)
+        losses = torch.where(mask, losses, 0.0)
+    return _rows.reduce(losses, mask, reduction)
 
 
 class _CosineLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Any, teacher: Any, mask: Any, reduction: str) -> torch.Tensor:
-        rows, stats = _forward(Call(student, teacher, mask))
+        losses, stats = _forward(Call(student, teacher, mask))
         ctx.reduction = reduction
         ctx.save_for_backward(student, teacher, mask, stats)
-        return _rows.reduce(rows, mask, reduction)
+        return _rows.reduce(losses, mask, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, mask, stats = ctx.saved_tensors
-        if ctx.reduction == "mean":
-            dloss = dloss / _rows.count(student, mask)
-        dstudent = _backward(Gradient(student, teacher, mask, dloss.expand(student.shape[0]), stats))
-        return dstudent, None, None, None
+        drows = _rows.reduce_backward(dloss, student, mask, ctx.reduction)
+        return _backward(Gradient(student, teacher, mask, drows, stats)), None, None, None
 
 
 # The record of a call, its fakes and registered ops ------------------------------------------------------------
@@ -116,10 +110,6 @@ class Gradient(NamedTuple):
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _select(call: Call | Gradient) -> str:
-    return backends.select(OP, call.student.device, call.student.dtype, call.teacher.dtype)
-
-
 def _forward_like(call: Call) -> Pair:
     n, dtype = call.student.shape[0], _rows.accumulation_dtype(call.student.dtype)
     return call.student.new_empty(n, dtype=dtype), call.student.new_empty((n, 3), dtype=dtype)
@@ -128,7 +118,7 @@ def _forward_like(call: Call) -> Pair:
 @operator("cosine_loss_forward", _forward_like)
 def _forward(call: Call) -> Pair:
     """Row losses [N], and (c, a, b) of each row [N, 3] for backward."""
-    return _FORWARD[_select(call)](_rows.whole(call))
+    return _FORWARD[_rows.select_for_pair(OP, call)](_rows.whole_pair(call))
 
 
 def _backward_like(call: Gradient) -> torch.Tensor:
@@ -139,7 +129,7 @@ def _backward_like(call: Gradient) -> torch.Tensor:
 def _backward(call: Gradient) -> torch.Tensor:
     """Gradient [N, C] from the upstream gradient of each row [N]."""
     drows = call.drows.to(_rows.accumulation_dtype(call.student.dtype)).contiguous()
-    return _BACKWARD[_select(call)](_rows.whole(call)._replace(drows=drows))
+    return _BACKWARD[_rows.select_for_pair(OP, call)](_rows.whole_pair(call)._replace(drows=drows))
 
 
 # torch ---------------------------------------------------------------------------------------------------------
@@ -152,10 +142,10 @@ def _forward_torch(call: Call) -> Pair:
     a = (s.square().sum(dim=1) + EPSILON).rsqrt()
     b = (t.square().sum(dim=1) + EPSILON).rsqrt()
     c = (s * t).sum(dim=1) * a * b
-    rows = 1 - c
+    losses = 1 - c
     if mask is not None:
-        rows = torch.where(mask, rows, 0.0)
-    return rows, torch.stack([c, a, b], dim=1)
+        losses = torch.where(mask, losses, 0.0)
+    return losses, torch.stack([c, a, b], dim=1)
 
 
 def _backward_torch(call: Gradient) -> torch.Tensor:
@@ -171,28 +161,20 @@ def _backward_torch(call: Gradient) -> torch.Tensor:
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _pair_arguments(call: Call | Gradient) -> tuple[int, ...]:
-    student, teacher, mask = call[:3]
-    return (
-        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
-        *(backends.CPU_DTYPE[student.dtype], backends.CPU_DTYPE[teacher.dtype]),
-        0 if mask is None else mask.data_ptr(),
-        student.shape[1],
-    )
-
-
 def _forward_cpu(call: Call) -> Pair:
-    loss, stats = _forward_like(call)
-    arguments = _pair_arguments(call), loss.shape[0], loss.data_ptr(), stats.data_ptr()
-    backends.cpu().cosine_loss_forward(*arguments, torch.get_num_threads())
-    return loss, stats
+    losses, stats = _forward_like(call)
+    n, c = call.student.shape
+    pair = *_rows.pair_arguments(call, backends.CPU_DTYPE), c
+    backends.cpu().cosine_loss_forward(pair, n, losses.data_ptr(), stats.data_ptr(), torch.get_num_threads())
+    return losses, stats
 
 
 def _backward_cpu(call: Gradient) -> torch.Tensor:
     dstudent = _backward_like(call)
+    n, c = dstudent.shape
+    pair = *_rows.pair_arguments(call, backends.CPU_DTYPE), c
     pointers = call.drows.data_ptr(), call.stats.data_ptr(), dstudent.data_ptr()
-    arguments = _pair_arguments(call), dstudent.shape[0], *pointers
-    backends.cpu().cosine_loss_backward(*arguments, torch.get_num_threads())
+    backends.cpu().cosine_loss_backward(pair, n, *pointers, torch.get_num_threads())
     return dstudent
 
 
@@ -200,18 +182,14 @@ def _backward_cpu(call: Gradient) -> torch.Tensor:
 
 
 def _forward_triton(call: Call) -> Pair:
-    from distilbert_fast.kernels import cosine_loss as kernels
-
-    loss, stats = _forward_like(call)
-    kernels.cosine_loss_fwd(*call, EPSILON, loss, stats)
-    return loss, stats
+    losses, stats = _forward_like(call)
+    triton_kernels("cosine_loss").cosine_loss_fwd(*call, EPSILON, losses, stats)
+    return losses, stats
 
 
 def _backward_triton(call: Gradient) -> torch.Tensor:
-    from distilbert_fast.kernels import cosine_loss as kernels
-
     dstudent = _backward_like(call)
-    kernels.cosine_loss_bwd(*call, dstudent)
+    triton_kernels("cosine_loss").cosine_loss_bwd(*call, dstudent)
     return dstudent
 
 

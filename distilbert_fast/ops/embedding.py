@@ -129,19 +129,9 @@ def embedding_reference(
     return layer_norm_reference(h, weight, bias, eps=eps)
 
 
-def _check_arguments(
-    op: str,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    token_type_ids: torch.Tensor | None,
-    token_type: torch.Tensor | None,
-    eps: float,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The ids and the tables that they index, two or three of each."""
+def _check_arguments(op: str, *arguments: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The ids and the tables that they index, two or three of each. Arguments: those of ``embedding``, in its order."""
+    input_ids, position_ids, word, position, weight, bias, token_type_ids, token_type, eps = arguments
     _check.tensor(op, "input_ids", input_ids, ("N",), _INTEGERS)
     n, device = input_ids.shape[0], input_ids.device
     _check.tensor(op, "position_ids", position_ids, (n,), _INTEGERS, device)

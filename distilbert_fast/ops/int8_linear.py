@@ -16,7 +16,7 @@ import torch
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._operator import function, operator, triton_kernels
 from distilbert_fast.ops._packed import packed_int8
 from distilbert_fast.ops._rows import as_scale
 from distilbert_fast.ops.quantize import quantize_reference
@@ -167,27 +167,17 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     blob = packed_int8(w_q)
     w_scale = w_scale.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    residual = _rows.rows(residual)
+    residual = _rows.whole_rows(residual)
     backends.cpu().int8_linear(
-        x_q.data_ptr(),
-        *x_q.stride(),
-        x_scale.data_ptr(),
-        x_scale.stride(0) if x_scale.dim() else 0,
-        blob.data_ptr(),
-        blob.numel(),
-        w_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        x_q.shape[0],
-        w_q.shape[0],
-        x_q.shape[1],
+        *(x_q.data_ptr(), *x_q.stride()),
+        *_rows.scale_arguments(x_scale),
+        *(blob.data_ptr(), blob.numel(), w_scale.data_ptr(), _rows.address(bias)),
+        *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
         gelu,
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else residual.stride(0),
+        *_rows.matrix_arguments(residual, backends.CPU_DTYPE)[:2],
         residual is not None and residual.dtype == torch.bfloat16,
-        y.data_ptr(),
-        backends.CPU_DTYPE[y.dtype],
-        0 if out_scale is None else out_scale.data_ptr(),
-        out_scale.stride(0) if out_scale is not None and out_scale.dim() else 0,
+        *(y.data_ptr(), backends.CPU_DTYPE[y.dtype]),
+        *_rows.scale_arguments(out_scale),
         torch.get_num_threads(),
     )
     return y
@@ -197,46 +187,31 @@ def _forward_cpu(call: Call) -> torch.Tensor:
 
 
 def _forward_triton(call: Call) -> torch.Tensor:
-    from distilbert_fast.kernels import int8_linear as kernels
-
     y = _forward_fake(call)
-    kernels.int8_linear(*call[:-1], y)
+    triton_kernels("int8_linear").int8_linear(*call[:-1], y)
     return y
 
 
 # cuda -------------------------------------------------------------------------------------------------------
 
 
-def _matrix_arguments(x: torch.Tensor | None) -> tuple[int, int, int]:
-    """Address, row stride and dtype of a matrix whose rows are whole, or of none."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), backends.CUDA_DTYPE[x.dtype])
-
-
-def _scale_arguments(scale: torch.Tensor | None) -> tuple[int, int]:
-    """Address and stride of one number a row, or in all."""
-    return (0, 0) if scale is None else (scale.data_ptr(), 1 if scale.dim() else 0)
-
-
 def _forward_cuda(call: Call) -> torch.Tensor:
     x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, _ = call
     y = _forward_fake(call)
-    x_q, w_q, residual = _rows.rows(x_q), _rows.rows(w_q), _rows.rows(residual)
+    x_q, w_q, residual = _rows.whole_rows(x_q), _rows.whole_rows(w_q), _rows.whole_rows(residual)
     x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     out_scale = None if out_scale is None else out_scale.contiguous()
     backends.cuda().int8_linear(
         *(x_q.data_ptr(), x_q.stride(0)),
-        *_scale_arguments(x_scale),
+        *_rows.scale_arguments(x_scale),
         *(w_q.data_ptr(), w_q.stride(0)),
-        w_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else backends.CUDA_DTYPE[bias.dtype],
+        *(w_scale.data_ptr(), _rows.address(bias), 0 if bias is None else backends.CUDA_DTYPE[bias.dtype]),
         *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
         gelu,
-        *_matrix_arguments(residual),
-        y.data_ptr(),
-        backends.CUDA_DTYPE[y.dtype],
-        *_scale_arguments(out_scale),
+        *_rows.matrix_arguments(residual, backends.CUDA_DTYPE),
+        *(y.data_ptr(), backends.CUDA_DTYPE[y.dtype]),
+        *_rows.scale_arguments(out_scale),
         *backends.device_and_stream(x_q.device),
     )
     return y

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import function, is_eager, operator
+from distilbert_fast.ops._operator import function, is_eager, operator, triton_kernels
 
 OP = "kl_div"
 
@@ -50,18 +50,14 @@ def kl_div(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
-    _check.tensor(OP, "student", student, ("N", "V"))
-    _check.tensor(OP, "teacher", teacher, student.shape, device=student.device)
+    _rows.check_pair(OP, "V", student, teacher, mask, reduction)
     if student.shape[1] == 0 and student.shape[0] > 0:
         _check.refuse(OP, "student", "of at least one column", list(student.shape))
     _check.positive(OP, "temperature", temperature)
-    _check.choice(OP, "reduction", reduction, ("mean", "sum", "none"))
-    if mask is not None:
-        _check.tensor(OP, "mask", mask, (student.shape[0],), (torch.bool,), student.device)
     teacher = teacher.detach()
     if not (torch.is_grad_enabled() and student.requires_grad):
-        rows, _ = forward(Call(student, teacher, mask, temperature, reduction == "mean", "none"))
-        return _rows.reduce(rows, mask, reduction)
+        losses, _ = forward(Call(student, teacher, mask, temperature, reduction == "mean", "none"))
+        return _rows.reduce(losses, mask, reduction)
     keep = "stats" if recompute or student.dtype == torch.float16 else "gradient"
     return _KLDiv.apply(student, teacher, mask, temperature, reduction, keep)
 
@@ -76,10 +72,10 @@ def kl_div_reference(
     """The definition of ``kl_div`` in differentiable torch, computed in the dtype of the logits."""
     log_s = torch.log_softmax(student / temperature, dim=-1)
     log_t = torch.log_softmax(teacher / temperature, dim=-1)
-    rows = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
+    losses = temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
     if mask is not None:
-        rows = torch.where(mask, rows, 0.0)
-    return _rows.reduce(rows, mask, reduction)
+        losses = torch.where(mask, losses, 0.0)
+    return _rows.reduce(losses, mask, reduction)
 
 
 class _KLDiv(torch.autograd.Function):
@@ -87,13 +83,13 @@ class _KLDiv(torch.autograd.Function):
     def forward(
         ctx: Any, student: Any, teacher: Any, mask: Any, temperature: float, reduction: str, keep: str
     ) -> torch.Tensor:
-        rows, kept = forward(Call(student, teacher, mask, temperature, reduction == "mean", keep))
+        losses, kept = forward(Call(student, teacher, mask, temperature, reduction == "mean", keep))
         ctx.temperature, ctx.reduction, ctx.keep = temperature, reduction, keep
         if keep == "gradient":
             ctx.save_for_backward(kept)
         else:
             ctx.save_for_backward(student, teacher, mask, kept)
-        return _rows.reduce(rows, mask, reduction)
+        return _rows.reduce(losses, mask, reduction)
 
     @staticmethod
     @once_differentiable
@@ -108,9 +104,7 @@ class _KLDiv(torch.autograd.Function):
                 dstudent = gradient * dloss.to(gradient.dtype)
         else:
             student, teacher, mask, stats = ctx.saved_tensors
-            if ctx.reduction == "mean":
-                dloss = dloss / _rows.count(student, mask)
-            drows = dloss.expand(student.shape[0])
+            drows = _rows.reduce_backward(dloss, student, mask, ctx.reduction)
             dstudent = _backward(Gradient(student, teacher, mask, drows, stats, ctx.temperature))
         return dstudent, None, None, None, None, None
 
@@ -148,10 +142,6 @@ class Gradient(NamedTuple):
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _select(call: Call | Gradient) -> str:
-    return backends.select(OP, call.student.device, call.student.dtype, call.teacher.dtype)
-
-
 def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
     """What backward needs: the gradient [N, V], the softmax statistics [N, 4], or nothing.
 
@@ -166,8 +156,8 @@ def _kept_like(student: torch.Tensor, keep: str) -> torch.Tensor:
 
 def _forward_like(call: Call) -> Pair:
     student = call.student
-    rows = student.new_empty(student.shape[0], dtype=_rows.accumulation_dtype(student.dtype))
-    return rows, _kept_like(student, call.keep)
+    losses = student.new_empty(student.shape[0], dtype=_rows.accumulation_dtype(student.dtype))
+    return losses, _kept_like(student, call.keep)
 
 
 def _gradient_like(call: Gradient) -> torch.Tensor:
@@ -177,14 +167,14 @@ def _gradient_like(call: Gradient) -> torch.Tensor:
 @operator("kl_div_forward", _forward_like)
 def forward(call: Call) -> Pair:
     """Row losses [N] and what ``keep`` asks for; the kept gradient is already divided by the count if ``mean``."""
-    return _FORWARD[_select(call)](_rows.whole(call))
+    return _FORWARD[_rows.select_for_pair(OP, call)](_rows.whole_pair(call))
 
 
 @operator("kl_div_backward", _gradient_like)
 def _backward(call: Gradient) -> torch.Tensor:
     """Gradient [N, V] from the saved statistics and the upstream gradient of each row [N]."""
     drows = call.drows.to(_rows.accumulation_dtype(call.student.dtype)).contiguous()
-    return _BACKWARD[_select(call)](_rows.whole(call)._replace(drows=drows))
+    return _BACKWARD[_rows.select_for_pair(OP, call)](_rows.whole_pair(call)._replace(drows=drows))
 
 
 # torch ---------------------------------------------------------------------------------------------------------
@@ -194,14 +184,14 @@ def _forward_torch(call: Call) -> Pair:
     student, teacher, mask, temperature, mean, keep = call
     dtype = _rows.accumulation_dtype(student.dtype)
     s, t = student.to(dtype), teacher.to(dtype)
-    rows = kl_div_reference(s, t, temperature, mask, "none")
+    losses = kl_div_reference(s, t, temperature, mask, "none")
     if keep == "none":
-        return rows, _kept_like(student, keep)
+        return losses, _kept_like(student, keep)
     stats = torch.cat([_statistics(s, temperature), _statistics(t, temperature)], dim=1)  # [N, 4]
     if keep == "stats":
-        return rows, stats
-    drows = torch.ones_like(rows) / (_rows.count(rows, mask) if mean else 1)
-    return rows, _backward_torch(Gradient(student, teacher, mask, drows, stats, temperature))
+        return losses, stats
+    drows = torch.ones_like(losses) / (_rows.count(losses, mask) if mean else 1)
+    return losses, _backward_torch(Gradient(student, teacher, mask, drows, stats, temperature))
 
 
 def _statistics(x: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -224,14 +214,9 @@ def _backward_torch(call: Gradient) -> torch.Tensor:
 # cpu and cuda --------------------------------------------------------------------------------------------------
 
 
-def _logits_arguments(call: Call | Gradient, codes: dict[torch.dtype, int]) -> tuple[Any, ...]:
+def _logits_arguments(call: Call | Gradient, dtype_codes: dict[torch.dtype, int]) -> tuple[Any, ...]:
     """What all native entries begin with."""
-    student, teacher, mask = call[:3]
-    return (
-        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
-        *(codes[student.dtype], codes[teacher.dtype]),
-        *(0 if mask is None else mask.data_ptr(), *student.shape, call.temperature),
-    )
+    return *_rows.pair_arguments(call, dtype_codes), *call.student.shape, call.temperature
 
 
 def _kept_addresses(call: Call, kept: torch.Tensor) -> tuple[int, int]:
@@ -241,11 +226,12 @@ def _kept_addresses(call: Call, kept: torch.Tensor) -> tuple[int, int]:
 
 def _forward_cpu(call: Call) -> Pair:
     student, keep = call.student, call.keep
-    rows = student.new_empty(student.shape[0], dtype=torch.float32)
+    losses = student.new_empty(student.shape[0], dtype=torch.float32)
     kept = backends.empty_cpu(student) if keep == "gradient" else _kept_like(student, keep)
-    arguments = *_logits_arguments(call, backends.CPU_DTYPE), call.mean, rows.data_ptr(), *_kept_addresses(call, kept)
+    pointers = losses.data_ptr(), *_kept_addresses(call, kept)
+    arguments = *_logits_arguments(call, backends.CPU_DTYPE), call.mean, *pointers
     backends.cpu().kl_div_forward(*arguments, torch.get_num_threads())
-    return rows, kept
+    return losses, kept
 
 
 def _backward_cpu(call: Gradient) -> torch.Tensor:
@@ -257,12 +243,12 @@ def _backward_cpu(call: Gradient) -> torch.Tensor:
 
 
 def _forward_cuda(call: Call) -> Pair:
-    rows, kept = _forward_like(call)
-    scale = _scale(rows, call)
-    pointers = scale.data_ptr(), rows.data_ptr(), *_kept_addresses(call, kept)
+    losses, kept = _forward_like(call)
+    scale = _scale(call)
+    pointers = scale.data_ptr(), losses.data_ptr(), *_kept_addresses(call, kept)
     arguments = *_logits_arguments(call, backends.CUDA_DTYPE), *pointers
-    backends.cuda().kl_div_forward(*arguments, *backends.device_and_stream(rows.device))
-    return rows, kept
+    backends.cuda().kl_div_forward(*arguments, *backends.device_and_stream(losses.device))
+    return losses, kept
 
 
 def _backward_cuda(call: Gradient) -> torch.Tensor:
@@ -273,29 +259,25 @@ def _backward_cuda(call: Gradient) -> torch.Tensor:
     return dstudent
 
 
-def _scale(rows: torch.Tensor, call: Call) -> torch.Tensor:
+def _scale(call: Call) -> torch.Tensor:
     """1 / count as a float32 scalar on the device: the host never waits to learn it."""
-    ones = torch.ones((), dtype=torch.float32, device=rows.device)
-    return ones / _rows.count(rows, call.mask) if call.mean else ones
+    one = torch.ones((), dtype=torch.float32, device=call.student.device)
+    return one / _rows.count(call.student, call.mask) if call.mean else one
 
 
 # triton --------------------------------------------------------------------------------------------------------
 
 
 def _forward_triton(call: Call) -> Pair:
-    from distilbert_fast.kernels import kl_div as kernels
-
-    rows, kept = _forward_like(call)
+    losses, kept = _forward_like(call)
     stats, gradient = kept if call.keep == "stats" else None, kept if call.keep == "gradient" else None
-    kernels.kl_div_fwd(*call[:3], _scale(rows, call), call.temperature, rows, stats, gradient)
-    return rows, kept
+    triton_kernels("kl_div").kl_div_fwd(*call[:3], _scale(call), call.temperature, losses, stats, gradient)
+    return losses, kept
 
 
 def _backward_triton(call: Gradient) -> torch.Tensor:
-    from distilbert_fast.kernels import kl_div as kernels
-
     dstudent = _gradient_like(call)
-    kernels.kl_div_bwd(*call, dstudent)
+    triton_kernels("kl_div").kl_div_bwd(*call, dstudent)
     return dstudent
 
 

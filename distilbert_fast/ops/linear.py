@@ -24,6 +24,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast, enabled
 from distilbert_fast.ops._operator import is_eager, operator, require_memory
+from distilbert_fast.ops._rows import address
 
 OP = "linear"
 
@@ -54,8 +55,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         _check.tensor(OP, "bias", bias, (weight.shape[0],), dtypes, x.device)
     if not (_is_ours(dtype, x, weight, bias) or _is_widened(dtype, x, weight, bias)):
         return F.linear(x, weight, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
-    return _Linear.apply(rows, weight, bias, dtype).view(*x.shape[:-1], weight.shape[0])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [N, C]
+    return _Linear.apply(flat, weight, bias, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
@@ -86,13 +87,11 @@ def _column_sums(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return product(dy.new_ones(1, dy.shape[0]), dy.t(), None, dtype)[0]
 
 
-def _product_fake(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def _product_like(a: torch.Tensor, b: torch.Tensor, bias: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@operator("linear_product", _product_fake)
+@operator("linear_product", _product_like)
 def product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -103,7 +102,7 @@ def product(
     """
     dtype = dtype or a.dtype
     if _is_ours(dtype, a, b, bias):
-        return _native(a, b, bias, backends.empty_cpu(_product_fake(a, b, bias, dtype)), add=False)
+        return _native(a, b, bias, backends.empty_cpu(_product_like(a, b, bias, dtype)), add=False)
     if dtype != a.dtype and a.is_cuda and bias is None:  # there it leaves the tensor cores as it was summed
         return torch.mm(a, b.t(), out_dtype=dtype)
     if _is_widened(dtype, a, b, bias):
@@ -139,15 +138,18 @@ def operands(
     return low, *autocast(h.device, weight, bias)
 
 
+def _are_floats(dtypes: set[torch.dtype], tensors: list[torch.Tensor]) -> bool:
+    """Whether the CPU kernel takes these."""
+    return dtypes.issubset(backends.CPU_FLOATS) and all(x.device.type == "cpu" for x in tensors)
+
+
 def _is_ours(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
     """Whether a product of these, of such a result, is for the kernel: where that is faster than torch, or forced."""
     if backends.forced() not in (None, "cpu") or not backends.availability("cpu").ok:
         return False
     given = [x for x in tensors if x is not None]
     dtypes = {dtype, *(x.dtype for x in given)}
-    if not dtypes.issubset(backends.CPU_FLOATS) or any(x.device.type != "cpu" for x in given):
-        return False
-    if torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16():
+    if not _are_floats(dtypes, given) or (torch.bfloat16 in dtypes and not backends.cpu().multiplies_bfloat16()):
         return False
     return backends.forced() == "cpu" or backends.cpu().prefers_own_gemm()
 
@@ -156,11 +158,7 @@ def _is_widened(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
     """Whether a product of these, of such a result, is one of float32 since torch has no fast one of bfloat16."""
     given = [x for x in tensors if x is not None]
     dtypes = {dtype, *(x.dtype for x in given)}
-    if (
-        torch.bfloat16 not in dtypes
-        or not dtypes.issubset(backends.CPU_FLOATS)
-        or any(x.device.type != "cpu" for x in given)
-    ):
+    if torch.bfloat16 not in dtypes or not _are_floats(dtypes, given):
         return False
     return backends.forced() in (None, "cpu") and not _torch_multiplies_bfloat16()
 
@@ -178,19 +176,10 @@ def _touching(x: torch.Tensor) -> torch.Tensor:
 def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> torch.Tensor:
     a, b, bias = _touching(a), _touching(b), None if bias is None else bias.float().contiguous()
     backends.cpu().linear_product(
-        a.data_ptr(),
-        backends.CPU_DTYPE[a.dtype],
-        *a.stride(),
-        b.data_ptr(),
-        backends.CPU_DTYPE[b.dtype],
-        *b.stride(),
-        0 if bias is None else bias.data_ptr(),
-        a.shape[0],
-        b.shape[0],
-        a.shape[1],
-        out.data_ptr(),
-        backends.CPU_DTYPE[out.dtype],
-        add,
+        *(a.data_ptr(), backends.CPU_DTYPE[a.dtype], *a.stride()),
+        *(b.data_ptr(), backends.CPU_DTYPE[b.dtype], *b.stride()),
+        *(address(bias), a.shape[0], b.shape[0], a.shape[1]),
+        *(out.data_ptr(), backends.CPU_DTYPE[out.dtype], add),
         torch.get_num_threads(),
     )
     return out

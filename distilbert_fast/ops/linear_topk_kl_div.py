@@ -22,23 +22,9 @@ import torch.nn.functional as F
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
+from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops._operator import function
-from distilbert_fast.ops._vocabulary_losses import (
-    CpuChunks,
-    Losses,
-    Result,
-    any_gradient,
-    by_chunks,
-    check_range,
-    check_rows,
-    check_side,
-    cpu_plan,
-    losses_of,
-    plan,
-    reference_cross_entropy,
-    torch_cross_entropy,
-    torch_projection,
-)
+from distilbert_fast.ops._vocabulary_losses import Losses, Result
 from distilbert_fast.ops.linear import product_into
 
 OP = "linear_topk_kl_div"
@@ -81,7 +67,7 @@ def linear_topk_kl_div(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
     """
     _check.tensor(OP, "h", h, ("N", "C"))
-    h, W, b = check_side(OP, h, W, b)
+    h, W, b = shared.check_side(OP, h, W, b)
     device, n = h.device, h.shape[0]
     _check.tensor(OP, "ids", ids, (n, "k"), (torch.int64,), device)
     if not 0 < ids.shape[1] <= W.shape[0]:
@@ -89,7 +75,7 @@ def linear_topk_kl_div(
     _check.tensor(OP, "log_p", log_p, ids.shape, device=device)
     _check.tensor(OP, "log_tail", log_tail, (n,), device=device)
     _check.positive(OP, "temperature", temperature)
-    check_rows(OP, h, kd_mask, labels, ignore_index, reduction)
+    shared.check_rows(OP, h, kd_mask, labels, ignore_index, reduction)
     of_teacher = ids, log_p.detach(), log_tail.detach()
     return _losses(h, W, b, *of_teacher, kd_mask, labels, float(temperature), ignore_index, reduction == "mean")
 
@@ -119,7 +105,7 @@ def linear_topk_kl_div_reference(
     kl = temperature**2 * kl[counted].sum()
     if reduction == "mean":
         kl = kl / counted.sum().clamp(min=1)
-    return kl, reference_cross_entropy(s, labels, ignore_index, reduction)
+    return kl, shared.reference_cross_entropy(s, labels, ignore_index, reduction)
 
 
 class Call(NamedTuple):
@@ -147,7 +133,7 @@ class Call(NamedTuple):
     def targets(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids, log_p and log_tail of places [R], contiguous and in range, the logarithms in a dtype."""
         ids = self.ids[rows]
-        check_range(OP, "ids", ids, self.W.shape[0])
+        shared.check_range(OP, "ids", ids, self.W.shape[0])
         return ids, self.log_p[rows].to(dtype), self.log_tail[rows].to(dtype)
 
 
@@ -155,9 +141,9 @@ class Call(NamedTuple):
 
 
 def _forward_torch(call: Call, defer: bool) -> Result:
-    begun = plan(call, defer)
-    W, b = torch_projection(*call[:3])
-    wanted, tau = any_gradient(call), call.temperature
+    begun = shared.plan(call, defer)
+    W, b = shared.torch_projection(*call[:3])
+    wanted, tau = shared.any_gradient(call), call.temperature
 
     def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         s = F.linear(x, W, b)  # [R, V]
@@ -165,9 +151,9 @@ def _forward_torch(call: Call, defer: bool) -> Result:
         z = s[: len(part)].to(dtype) / tau  # [R_kl, V]
         kl, G = _divergence(z, call.targets(part, dtype), wanted)
         kl_gradient = s[:0] if G is None else G.mul_(tau).to(s.dtype)
-        return Losses(tau**2 * kl, kl_gradient, *torch_cross_entropy(s, targets, dtype, wanted))
+        return Losses(tau**2 * kl, kl_gradient, *shared.torch_cross_entropy(s, targets, dtype, wanted))
 
-    return by_chunks(OP, losses, W, call, begun)
+    return shared.by_chunks(OP, losses, W, call, begun)
 
 
 def _divergence(
@@ -202,8 +188,7 @@ def _terms(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 
 def _forward_cpu(call: Call, defer: bool) -> Result:
     """The logits of every chunk stand in the same memory, and gradients are written over them."""
-    begun = cpu_plan(call, defer)
-    memory, v, k = CpuChunks(call, begun), call.W.shape[0], call.ids.shape[1]
+    memory, v, k = shared.CpuChunks(call, defer), call.W.shape[0], call.ids.shape[1]
 
     def losses(x: torch.Tensor, part: torch.Tensor, targets: torch.Tensor) -> Losses:
         r, r_kl = len(x), len(part)
@@ -214,7 +199,7 @@ def _forward_cpu(call: Call, defer: bool) -> Result:
         kernel = partial(backends.cpu().linear_topk_kl_div, s.data_ptr(), *shape, *pointers, k)
         return memory.losses(kernel, r, r_kl, targets)
 
-    return by_chunks(OP, losses, call.W, call, begun)
+    return shared.by_chunks(OP, losses, call.W, call, memory.plan)
 
 
-_losses = losses_of(OP, Call, {"torch": _forward_torch, "cpu": _forward_cpu})
+_losses = shared.losses_of(OP, Call, {"torch": _forward_torch, "cpu": _forward_cpu})

@@ -11,7 +11,7 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._operator import function, operator, triton_kernels
 from distilbert_fast.ops._rows import TINY, as_scale
 
 OP = "quantize"
@@ -62,11 +62,7 @@ def quantize_reference(x: torch.Tensor, scale: torch.Tensor | None = None) -> tu
     return x_q.nan_to_num_(0.0).to(torch.int8), scale
 
 
-def _forward_fake(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rows.codes_like(x, scale)
-
-
-@operator("quantize_forward", _forward_fake)
+@operator("quantize_forward", _rows.codes_like)
 def _forward(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [N, C], and the scales found [N]: none, [0], where one was given."""
     return _FORWARD[backends.select(OP, x.device, x.dtype)](x, scale)
@@ -84,18 +80,10 @@ def quantize_torch(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.T
 
 
 def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    x_q, found = _forward_fake(x, scale)
-    x = _rows.rows(x)
-    n, c = x.shape
-    backends.cpu().quantize(
-        x.data_ptr(),
-        x.stride(0),
-        backends.CPU_DTYPE[x.dtype],
-        n,
-        c,
-        _rows.codes(x_q, scale, found),
-        torch.get_num_threads(),
-    )
+    x_q, found = _rows.codes_like(x, scale)
+    x = _rows.whole_rows(x)
+    matrix = _rows.matrix_arguments(x, backends.CPU_DTYPE)
+    backends.cpu().quantize(*matrix, *x.shape, _rows.codes(x_q, scale, found), torch.get_num_threads())
     return x_q, found
 
 
@@ -103,10 +91,8 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
 
 
 def _forward_triton(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    from distilbert_fast.kernels import quantize as kernels
-
-    x_q, found = _forward_fake(x, scale)
-    kernels.quantize(_rows.rows(x), scale, x_q, found)
+    x_q, found = _rows.codes_like(x, scale)
+    triton_kernels("quantize").quantize(_rows.whole_rows(x), scale, x_q, found)
     return x_q, found
 
 
