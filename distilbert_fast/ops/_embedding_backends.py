@@ -136,7 +136,7 @@ def _forward_cpu(call: Call) -> Outputs:
     outputs = forward_like(call)
     ids, tables = _neighbours(call)
     weight, bias = _rows.parameter(call.weight), _rows.parameter(call.bias)
-    out = _rows.normalized(weight, bias, call, outputs)
+    out = _rows.normalized_arguments(weight, bias, call, outputs)
     backends.cpu().embedding_forward(*_lookups(ids, tables), ids[0].shape[0], out, torch.get_num_threads())
     return outputs
 
@@ -146,7 +146,7 @@ def _backward_cpu(call: Gradient) -> Gradients:
     dweight, dbias = _rows.parameter_gradients_like(call)
     ids, tables = _neighbours(call)
     dy, weight = _rows.whole_rows(call.dy.to(tables[0].dtype)), _rows.parameter(call.weight)
-    gradient = _rows.gradient(dy, weight, call.mean, call.rstd, dh)
+    gradient = _rows.gradient_arguments(dy, weight, call.mean, call.rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().embedding_backward(*_lookups(ids, tables), dh.shape[0], gradient, *pointers, torch.get_num_threads())
     dtables = []

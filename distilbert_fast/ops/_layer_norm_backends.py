@@ -123,7 +123,7 @@ def _forward_cpu(call: Call) -> Outputs:
     outputs = forward_like(call)
     x, residual = _rows.whole_rows(call.x), _rows.whole_rows(call.residual)
     weight, bias = _rows.parameter(call.weight), _rows.parameter(call.bias)
-    out = _rows.normalized(weight, bias, call, outputs)
+    out = _rows.normalized_arguments(weight, bias, call, outputs)
     backends.cpu().layer_norm_forward(*_sum_arguments(x, residual), out, torch.get_num_threads())
     return outputs
 
@@ -132,7 +132,7 @@ def _backward_cpu(call: Gradient) -> Outputs:
     dh, dweight, dbias = backward_like(call)
     x, residual = _rows.whole_rows(call.x), _rows.whole_rows(call.residual)
     dy, weight = _rows.whole_rows(call.dy.to(dh.dtype)), _rows.parameter(call.weight)
-    gradient = _rows.gradient(dy, weight, call.mean, call.rstd, dh)
+    gradient = _rows.gradient_arguments(dy, weight, call.mean, call.rstd, dh)
     pointers = dweight.data_ptr(), dbias.data_ptr()
     backends.cpu().layer_norm_backward(*_sum_arguments(x, residual), gradient, *pointers, torch.get_num_threads())
     return dh, dweight, dbias

@@ -49,10 +49,6 @@ class Call(NamedTuple):
     def b(self) -> torch.Tensor | None:
         return self.b_s
 
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return self.h_s.dtype, self.h_t.dtype
-
 
 # torch ---------------------------------------------------------------------------------------------------------
 

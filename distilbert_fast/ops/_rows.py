@@ -144,31 +144,33 @@ def pair_arguments(call: Any, dtype_codes: dict[torch.dtype, int]) -> tuple[int,
     )
 
 
-def parameter(x: torch.Tensor) -> torch.Tensor:
-    """x [C] as contiguous float32."""
-    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+def parameter(x: X) -> X:
+    """x [C] as contiguous float32. None is None."""
+    return x if x is None or (x.dtype is torch.float32 and x.is_contiguous()) else x.float().contiguous()
 
 
 NO_CODES = (0, 0, 0, 0, 0, 0)
 
 
-def codes(x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+def codes_arguments(
+    x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor
+) -> tuple[int, int, int, int, int, int]:
     """Codes of csrc/cpu/ops/rows.h: x_q [N, C] contiguous, by the given scale, or by those ``found`` [N] then."""
     return x_q.data_ptr(), x_q.shape[1], 0, found.data_ptr() if scale is None else 0, *scale_arguments(scale)
 
 
-def normalized(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Outputs) -> tuple[object, ...]:
+def normalized_arguments(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Outputs) -> tuple[object, ...]:
     """Normalized of csrc/cpu/ops/rows.h, with the ``normalized_like`` of a call, and no second y."""
     y, first, second = outputs
     c = y.shape[1]
     if call.keep == "codes":
-        kept: tuple[object, ...] = 0, 0, codes(first, call.out_scale, second)
+        kept: tuple[object, ...] = 0, 0, codes_arguments(first, call.out_scale, second)
     else:
         kept = first.data_ptr(), second.data_ptr(), NO_CODES
     return c, weight.data_ptr(), bias.data_ptr(), call.eps, y.data_ptr(), c, CPU_DTYPE[y.dtype], 0, 0, *kept
 
 
-def gradient(
+def gradient_arguments(
     dy: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dh: torch.Tensor
 ) -> tuple[int, ...]:
     """NormalizedGradient of csrc/cpu/ops/rows.h, with dh [N, C] contiguous."""

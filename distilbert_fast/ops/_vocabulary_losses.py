@@ -6,7 +6,7 @@ their gradients; all else is the same for every backend and for either kind of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ from distilbert_fast.ops.linear import operands, product, product_into
 # The record of a call of either op, which says of its teacher what it needs.
 #   h [N, C], W [V, C], b [V] or None: the student's.        kd_mask: bool [N] or None      labels: int64 [N] or None
 #   temperature, ignore_index, mean: whether losses are divided by the counts of their rows
-#   dh, dW, db: which of the student's gradients are wanted      dtypes: those by which a backend is chosen
+#   dh, dW, db: which of the student's gradients are wanted
 Call: TypeAlias = Any
 
 
@@ -45,14 +45,7 @@ def check_side(
     return h, W, b
 
 
-def check_rows(
-    op: str,
-    h: torch.Tensor,
-    kd_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    ignore_index: object,
-    reduction: object,
-) -> None:
+def check_rows(op: str, h: torch.Tensor, kd_mask: Any, labels: Any, ignore_index: object, reduction: object) -> None:
     """Check what says which rows count, and how they are reduced; values of labels come later: ``check_range``."""
     if kd_mask is not None:
         _check.tensor(op, "kd_mask", kd_mask, h.shape[:1], (torch.bool,), h.device)
@@ -282,15 +275,16 @@ class CpuChunks:
 
 
 def losses_of(
-    op: str, record: Any, kernels: Mapping[str, Callable[[Any, bool], Result]]
+    op: str, record: Any, kernels: Mapping[str, Callable[[Any, bool], Result]], hidden: Sequence[str]
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Register ``<op>_forward`` and return what computes (kl, ce) from checked arguments, with their gradients.
 
-    Its arguments are the fields of the op's record but dh, dW and db; the first three are the student's.
+    Its arguments are the fields of the op's record but dh, dW and db; the first three are the student's. A backend is
+    chosen by the dtypes of the fields named ``hidden``.
     """
 
     def run(call: Call, defer: bool) -> Result:
-        kernel = kernels[backends.select(op, call.h.device, *call.dtypes)]
+        kernel = kernels[backends.select(op, call.h.device, *(getattr(call, name).dtype for name in hidden))]
         with as_written(call.h.device):
             return kernel(call, defer)
 
@@ -301,7 +295,7 @@ def losses_of(
     forward.__annotations__["call"] = record
     registered = operator(f"{op}_forward", outputs_like)(forward)
 
-    class Function(torch.autograd.Function):
+    class VocabularyLosses(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
             call = record(*arguments[:-1], *ctx.needs_input_grad[:3], arguments[-1])
@@ -328,7 +322,7 @@ def losses_of(
 
     def losses(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
-            return Function.apply(*arguments)
+            return VocabularyLosses.apply(*arguments)
         kl, ce, *_ = registered(record(*arguments[:-1], False, False, False, arguments[-1]))
         return kl, ce
 

@@ -165,9 +165,7 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, _ = call
     y = _forward_fake(call)
     blob = packed_int8(w_q)
-    w_scale = w_scale.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    residual = _rows.whole_rows(residual)
+    w_scale, bias, residual = w_scale.contiguous(), _rows.parameter(bias), _rows.whole_rows(residual)
     backends.cpu().int8_linear(
         *(x_q.data_ptr(), *x_q.stride()),
         *_rows.scale_arguments(x_scale),

@@ -24,7 +24,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._autocast import as_written, autocast, enabled
 from distilbert_fast.ops._operator import is_eager, operator, require_memory
-from distilbert_fast.ops._rows import address
+from distilbert_fast.ops._rows import address, parameter
 
 OP = "linear"
 
@@ -174,7 +174,7 @@ def _touching(x: torch.Tensor) -> torch.Tensor:
 
 
 def _native(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> torch.Tensor:
-    a, b, bias = _touching(a), _touching(b), None if bias is None else bias.float().contiguous()
+    a, b, bias = _touching(a), _touching(b), parameter(bias)
     backends.cpu().linear_product(
         *(a.data_ptr(), backends.CPU_DTYPE[a.dtype], *a.stride()),
         *(b.data_ptr(), backends.CPU_DTYPE[b.dtype], *b.stride()),

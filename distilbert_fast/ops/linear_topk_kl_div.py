@@ -126,10 +126,6 @@ class Call(NamedTuple):
     db: bool
     mean: bool = True
 
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.h.dtype,)
-
     def targets(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids, log_p and log_tail of places [R], contiguous and in range, the logarithms in a dtype."""
         ids = self.ids[rows]
@@ -202,4 +198,4 @@ def _forward_cpu(call: Call, defer: bool) -> Result:
     return shared.by_chunks(OP, losses, call.W, call, memory.plan)
 
 
-_losses = shared.losses_of(OP, Call, {"torch": _forward_torch, "cpu": _forward_cpu})
+_losses = shared.losses_of(OP, Call, {"torch": _forward_torch, "cpu": _forward_cpu}, ("h",))

@@ -83,7 +83,7 @@ def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Ten
     x_q, found = _rows.codes_like(x, scale)
     x = _rows.whole_rows(x)
     matrix = _rows.matrix_arguments(x, backends.CPU_DTYPE)
-    backends.cpu().quantize(*matrix, *x.shape, _rows.codes(x_q, scale, found), torch.get_num_threads())
+    backends.cpu().quantize(*matrix, *x.shape, _rows.codes_arguments(x_q, scale, found), torch.get_num_threads())
     return x_q, found
 
 
