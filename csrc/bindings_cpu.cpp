@@ -106,6 +106,9 @@ struct InLine<LinearProduct>
     : InLineFields<LinearProduct, const void*, DType, int64_t, int64_t, const void*, DType, int64_t, int64_t,
                    const float*, int64_t, int64_t, int64_t, void*, DType, bool> {};
 template <>
+struct InLine<CodebookLinear> : InLineFields<CodebookLinear, const void*, int64_t, DType, const uint8_t*, int64_t,
+                                             const float*, int64_t, const float*, int64_t, int64_t, int64_t, void*> {};
+template <>
 struct InLine<AttentionSequences> : InLineFields<AttentionSequences, const int32_t*, const bool*, int64_t, int64_t> {};
 template <>
 struct InLine<AttentionCall> : InLineFields<AttentionCall, AttentionTensor<const void*>, AttentionTensor<const void*>,
@@ -164,6 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Linear layer on int8 codes and packed weights, with scales and biases of its own; floats or int8 codes");
 
   m.def("linear_product", entry(&linear_product), "A Bᵀ + bias of float32 or bfloat16 matrices");
+  m.def("codebook_linear", entry(&codebook_linear), "Linear layer on codes of weights that share at most 256 values");
   m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether the ISA tier in use multiplies bfloat16");
   m.def("prefers_own_gemm", &prefers_own_gemm, "Whether linear_product is faster than torch on this processor");
   m.def("quantize",

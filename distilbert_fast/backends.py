@@ -48,7 +48,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "cosine_loss": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
     "linear": {"cpu": ("float32", "bfloat16")},
-    "codebook_linear": {},
+    "codebook_linear": {"cpu": ("float32", "bfloat16")},
+    "codebook_linear_backward": {},
 }
 
 ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx2", "scalar")

@@ -82,9 +82,10 @@ def test_a_forced_backend_that_cannot_serve_says_why():
         "kl_div: backend 'cpu' was forced but cannot serve: its kl_div takes float32, bfloat16, not float16"
     )
     with backend("cpu"), pytest.raises(BackendError) as error:
-        backends.select("codebook_linear", CPU, torch.float32)
+        backends.select("codebook_linear_backward", CPU, torch.float32)
     assert str(error.value) == (
-        "codebook_linear: backend 'cpu' was forced but cannot serve: codebook_linear has no cpu kernel"
+        "codebook_linear_backward: backend 'cpu' was forced but cannot serve: "
+        "codebook_linear_backward has no cpu kernel"
     )
 
 

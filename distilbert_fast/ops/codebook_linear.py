@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
-from distilbert_fast.ops import _check
+from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written, autocast
 from distilbert_fast.ops._operator import function, operator
 
@@ -40,8 +40,9 @@ def codebook_linear(
     Returns:
         y [N, F] in the dtype of x. Inside torch.autocast all is first cast as for torch.nn.functional.linear.
 
-    W [F, C] is looked up for the product and dropped; backward looks it up again, and sums the gradient of
-    codebook in float64.
+    On the CPU the weights are looked up as they are multiplied, some columns at a time, and sums are float32 for
+    bfloat16 too. Elsewhere W [F, C] is looked up for the product and dropped. Backward looks it up again, and sums
+    the gradient of codebook in float64.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, by name; on the CPU also
@@ -116,8 +117,6 @@ def _forward_like(call: Call) -> torch.Tensor:
 @operator("codebook_linear_forward", _forward_like)
 def _forward(call: Call) -> torch.Tensor:
     """y [N, F]."""
-    if call.codebook.shape[0] < 256:
-        _check.below(OP, "codes", call.codes, call.codebook.shape[0], "the values of codebook")
     return _FORWARD[backends.select(OP, call.x.device, call.x.dtype)](call)
 
 
@@ -130,7 +129,7 @@ def _backward_like(call: Gradient) -> Gradients:
 @operator("codebook_linear_backward", _backward_like)
 def _backward(call: Gradient) -> Gradients:
     """dx [N, C], dcodebook [K] and dbias [F], each [0] if not wanted."""
-    return _BACKWARD[backends.select(OP, call.x.device, call.x.dtype)](call)
+    return _BACKWARD[backends.select_backward(OP, call.x.device, call.x.dtype)](call)
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -141,6 +140,8 @@ def _look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_torch(call: Call) -> torch.Tensor:
+    if call.codebook.shape[0] < 256:
+        _check.below(OP, "codes", call.codes, call.codebook.shape[0], "the values of codebook")
     with as_written(call.x.device):
         return torch.nn.functional.linear(call.x, _look_up(call.codes, call.codebook), call.bias)
 
@@ -162,5 +163,20 @@ def _backward_torch(call: Gradient) -> Gradients:
     return dx, dcodebook, dbias
 
 
-_FORWARD = {"torch": _forward_torch}
+# cpu: forward only ------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(call: Call) -> torch.Tensor:
+    y = _forward_like(call)
+    x, codes = _rows.whole_rows(call.x), _rows.whole_rows(call.codes)
+    codebook, bias = _rows.parameter(call.codebook), _rows.parameter(call.bias)
+    backends.cpu().codebook_linear(
+        *_rows.matrix_arguments(x, backends.CPU_DTYPE),
+        *(codes.data_ptr(), codes.stride(0), codebook.data_ptr(), codebook.shape[0], _rows.address(bias)),
+        *(x.shape[0], *codes.shape, y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
+
+
+_FORWARD = {"torch": _forward_torch, "cpu": _forward_cpu}
 _BACKWARD = {"torch": _backward_torch}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distilbert_fast import backends
 from distilbert_fast.ops.codebook_linear import codebook_linear, codebook_linear_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+pytestmark = pytest.mark.usefixtures("place")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,7 +48,10 @@ def check(x, codes, codebook, bias, dy) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n", "c", "f", "k"),
-    [(0, 5, 3, 4), (5, 0, 3, 4), (5, 3, 0, 4), (1, 1, 1, 1), (3, 7, 5, 2), (33, 129, 65, 256), (9, 768, 40, 16)],
+    [
+        *[(0, 5, 3, 4), (5, 0, 3, 4), (5, 3, 0, 4), (1, 1, 1, 1), (3, 7, 5, 2), (33, 129, 65, 256), (9, 768, 40, 16)],
+        *[(13, 300, 32, 8), (130, 31, 33, 255)],
+    ],
 )
 def test_error_is_at_most_twice_torchs(n, c, f, k, dtype):
     x, codes, codebook, bias = arguments(n, c, f, k, dtype)
@@ -71,7 +77,7 @@ def test_any_layout_of_inputs_and_of_the_upstream_gradient(layout):
     assert all(torch.equal(a, b) for a, b in zip(given, (x, codes, codebook, bias, dy), strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 9),
     c=st.integers(0, 50),
@@ -86,6 +92,38 @@ def test_any_shape_and_layout(n, c, f, k, layouts, dtype, with_bias, seed):
     x, codes, codebook, bias = arguments(n, c, f, k, dtype, seed)
     dy = lay_out(logits(n, f, dtype, seed + 4, spread=1.0), layouts[2])
     check(lay_out(x, layouts[0]), lay_out(codes, layouts[1]), codebook, bias if with_bias else None, dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_code_at_every_place(dtype):
+    """Columns of the identity: y is the table itself, whatever lies around the codes."""
+    codes = lay_out(torch.arange(256 * 37).view(256, 37).remainder(251).to(torch.uint8), "strided_rows")
+    codebook = logits(1, 256, dtype, seed=1)[0]
+    y = codebook_linear(torch.eye(37, dtype=dtype), codes, codebook)
+    assert torch.equal(y, codebook[codes.long()].t())
+
+
+@pytest.mark.parametrize(("n", "c", "f"), [(3, 40, 200), (200, 30, 5), (150, 512, 70)])
+def test_same_bits_on_any_number_of_threads(n, c, f, native_tier):
+    call = arguments(n, c, f, 200, torch.float32)
+    before, results_ = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results_.append(codebook_linear(*call))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results_[0]) for y in results_)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_row_leaves_the_others_exact(bad):
+    x, *others = arguments(9, 70, 33, 60, torch.float32)
+    clean = codebook_linear(x, *others)
+    x[4, 69] = bad
+    y = codebook_linear(x, *others)
+    assert not y[4].isfinite().any()
+    assert torch.equal(y[torch.arange(9) != 4], clean[torch.arange(9) != 4])
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -205,3 +243,42 @@ def test_bad_input(changed, error, message):
     with pytest.raises(error) as raised:
         codebook_linear(**{"x": X, "codes": CODES, "codebook": BOOK, **changed})
     assert str(raised.value) == f"codebook_linear: {message}"
+
+
+# The native entry ------------------------------------------------------------------------------------------------
+
+Y = torch.full((2, 3), 7.0)
+NATIVE = dict(x=X.data_ptr(), x_stride=4, dtype=0, codes=CODES.data_ptr(), codes_stride=4, codebook=BOOK.data_ptr())
+NATIVE |= dict(values=4, bias=0, rows=2, columns=3, depth=4, y=Y.data_ptr(), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": -1}, "rows, columns and depth must be 0 or more, got -1, 3 and 4"),
+        ({"columns": -1}, "rows, columns and depth must be 0 or more, got 2, -1 and 4"),
+        ({"depth": -1}, "rows, columns and depth must be 0 or more, got 2, 3 and -1"),
+        ({"depth": 2**31}, "rows, columns and depth must fit in 31 bits, got 2, 3 and 2147483648"),
+        ({"rows": 2**62}, f"rows, columns and depth must fit in 31 bits, got {2**62}, 3 and 4"),
+        ({"dtype": 2}, "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        ({"values": 257}, "codebook must be of at most 256 values, got 257"),
+        ({"values": -1}, "codebook must be of at most 256 values, got -1"),
+        ({"values": 3}, "codes must be in [0, 3), the values of codebook, got 3"),
+        ({"values": 3, "rows": 0}, "codes must be in [0, 3), the values of codebook, got 3"),
+        ({"x": 0}, "x must point to memory, got null"),
+        ({"codes": 0}, "codes must point to memory, got null"),
+        ({"codebook": 0}, "codebook must point to memory, got null"),
+        ({"y": 0}, "y must point to memory, got null"),
+    ],
+)
+def test_the_native_entry_refuses_before_it_touches_memory(changed, message, native_tier):
+    with pytest.raises(ValueError) as raised:
+        backends.cpu().codebook_linear(*(NATIVE | changed).values())
+    assert str(raised.value) == f"codebook_linear: {message}"
+    assert (Y == 7).all()
+
+
+def test_the_native_entry_writes_its_rows_alone(native_tier):
+    room = torch.full((4, 3), 7.0)
+    backends.cpu().codebook_linear(*(NATIVE | {"y": room[1].data_ptr()}).values())
+    assert (room[1:3] == 4).all() and (room[::3] == 7).all()

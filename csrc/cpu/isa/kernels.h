@@ -129,6 +129,27 @@ struct Matrix {
 using PackPanels = void(const Matrix& b, int64_t columns, int64_t k, void* out);
 using CopyRows = void(const Matrix& a, int64_t rows, int64_t k, void* out, int64_t stride_bytes);
 
+// y = x codebook[codes]ᵀ + bias of rows whose neighbours touch. The codes are below `values`.
+struct CodebookLinear {
+  const void* x;  // [rows, depth]
+  int64_t x_stride;
+  DType dtype;           // of x and y
+  const uint8_t* codes;  // [columns, depth]
+  int64_t codes_stride;
+  const float* codebook;  // [values]
+  int64_t values;         // at most 256
+  const float* bias;      // [columns], or null
+  int64_t rows, columns, depth;
+  void* y;                    // [rows, columns] contiguous
+  int64_t block_rows = 0;     // a block of y is made of so many rows, or the last ones,
+  int64_t block_columns = 0;  // and columns; the entry says of how many
+};
+
+constexpr int64_t kCodebookRows = 12;  // of x that a kernel widens at a time, at most
+
+// The checked entry: throws std::invalid_argument before it touches y or follows a code.
+void codebook_linear(CodebookLinear call, int threads);
+
 // One entry per kernel; each works on the rows [begin, end), attention on the pairs sequence · heads + head.
 struct Kernels {
   void (*kl_div_forward)(const KlDivForward&, int64_t begin, int64_t end);
@@ -157,6 +178,8 @@ struct Kernels {
   void (*embedding_backward)(const EmbeddingGradientRows&, int64_t begin, int64_t end);
   void (*cosine_loss_forward)(const CosineForwardRows&, int64_t begin, int64_t end);
   void (*cosine_loss_backward)(const CosineBackwardRows&, int64_t begin, int64_t end);
+  // Blocks [begin, end) of y. scratch: 4 · depth · (block_columns + kCodebookRows) bytes, one for each thread.
+  void (*codebook_linear)(const CodebookLinear&, int64_t begin, int64_t end, void* scratch);
 };
 
 extern const Kernels kernels_scalar;

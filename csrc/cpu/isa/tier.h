@@ -19,6 +19,7 @@
 #include "cpu/gemm/gemm_tile_float.h"
 #include "cpu/gemm/gemm_pack_rows.h"
 #include "cpu/gemm/matmul.h"
+#include "cpu/ops/codebook_linear_rows.h"
 #include "cpu/attention/attention_heads.h"
 #include "cpu/attention/attention_backward_heads.h"
 // clang-format on
@@ -41,6 +42,7 @@ constexpr Kernels common_kernels() {
   kernels.embedding_backward = embedding_backward;
   kernels.cosine_loss_forward = cosine_loss_forward;
   kernels.cosine_loss_backward = cosine_loss_backward;
+  kernels.codebook_linear = codebook_linear;
   kernels.gemm_bfloat16 = gemm<FloatTile<BFloat16Weights>>;
   kernels.gemm_float32 = gemm<FloatTile<FloatWeights>>;
   kernels.pack_panels = pack_panels;
