@@ -26,10 +26,10 @@ struct AttentionTensor {
 };
 
 struct AttentionCall {
+  AttentionTensor<const void*> q, k, v;
+  int dtype;  // of q, k, v, o and their gradients: 1 bfloat16, 2 float16
   AttentionSequences sequences;
   int64_t heads, head_size;
-  AttentionTensor<const void*> q, k, v;
-  int dtype;                 // of q, k, v, o and their gradients: 1 bfloat16, 2 float16
   const float* head_mask;    // [batch, heads]; null: 1
   int64_t head_mask_stride;  // from one sequence to the next, 0 for a mask [heads]
   bool every_head;           // compute heads of mask 0 too: the gradient of the mask is wanted
