@@ -115,8 +115,8 @@ def _backward_torch(call: Gradient) -> Outputs:
 
 
 def _sum_arguments(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, ...]:
-    first, second = (_rows.matrix_arguments(term, backends.CPU_DTYPE) for term in (x, residual))
-    return *first, *second, x.shape[0]
+    dtype_codes = backends.CPU_DTYPE
+    return *_rows.matrix_arguments(x, dtype_codes), *_rows.matrix_arguments(residual, dtype_codes), x.shape[0]
 
 
 def _forward_cpu(call: Call) -> Outputs:

@@ -138,10 +138,9 @@ def matrix_arguments(x: torch.Tensor | None, dtype_codes: dict[torch.dtype, int]
 def pair_arguments(call: Any, dtype_codes: dict[torch.dtype, int]) -> tuple[int, ...]:
     """Student, teacher and mask."""
     student, teacher, mask = call[:3]
-    return (
-        *(student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0)),
-        *(dtype_codes[student.dtype], dtype_codes[teacher.dtype], address(mask)),
-    )
+    data, strides = (student.data_ptr(), teacher.data_ptr()), (student.stride(0), teacher.stride(0))
+    dtypes = dtype_codes[student.dtype], dtype_codes[teacher.dtype]
+    return *data, *strides, *dtypes, 0 if mask is None else mask.data_ptr()
 
 
 def parameter(x: X) -> X:
@@ -156,7 +155,9 @@ def codes_arguments(
     x_q: torch.Tensor, scale: torch.Tensor | None, found: torch.Tensor
 ) -> tuple[int, int, int, int, int, int]:
     """Codes of csrc/cpu/ops/rows.h: x_q [N, C] contiguous, by the given scale, or by those ``found`` [N] then."""
-    return x_q.data_ptr(), x_q.shape[1], 0, found.data_ptr() if scale is None else 0, *scale_arguments(scale)
+    if scale is None:
+        return x_q.data_ptr(), x_q.shape[1], 0, found.data_ptr(), 0, 0
+    return x_q.data_ptr(), x_q.shape[1], 0, 0, *scale_arguments(scale)
 
 
 def normalized_arguments(weight: torch.Tensor, bias: torch.Tensor, call: Any, outputs: Outputs) -> tuple[object, ...]:

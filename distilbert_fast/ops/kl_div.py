@@ -219,17 +219,17 @@ def _logits_arguments(call: Call | Gradient, dtype_codes: dict[torch.dtype, int]
     return *_rows.pair_arguments(call, dtype_codes), *call.student.shape, call.temperature
 
 
-def _stats_and_gradient(call: Call, kept: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return kept if call.keep == "stats" else None, kept if call.keep == "gradient" else None
+def _kept_addresses(call: Call, kept: torch.Tensor) -> tuple[int, int]:
+    """Of the statistics and of the gradient."""
+    return kept.data_ptr() if call.keep == "stats" else 0, kept.data_ptr() if call.keep == "gradient" else 0
 
 
 def _forward_cpu(call: Call) -> Pair:
     student, keep = call.student, call.keep
     losses = student.new_empty(student.shape[0], dtype=torch.float32)
     kept = backends.empty_cpu(student) if keep == "gradient" else _kept_like(student, keep)
-    pointers = losses.data_ptr(), *map(_rows.address, _stats_and_gradient(call, kept))
-    arguments = *_logits_arguments(call, backends.CPU_DTYPE), call.mean, *pointers
-    backends.cpu().kl_div_forward(*arguments, torch.get_num_threads())
+    logits, kept_at = _logits_arguments(call, backends.CPU_DTYPE), _kept_addresses(call, kept)
+    backends.cpu().kl_div_forward(*logits, call.mean, losses.data_ptr(), *kept_at, torch.get_num_threads())
     return losses, kept
 
 
@@ -244,7 +244,7 @@ def _backward_cpu(call: Gradient) -> torch.Tensor:
 def _forward_cuda(call: Call) -> Pair:
     losses, kept = _forward_like(call)
     scale = _scale(call)
-    pointers = scale.data_ptr(), losses.data_ptr(), *map(_rows.address, _stats_and_gradient(call, kept))
+    pointers = scale.data_ptr(), losses.data_ptr(), *_kept_addresses(call, kept)
     arguments = *_logits_arguments(call, backends.CUDA_DTYPE), *pointers
     backends.cuda().kl_div_forward(*arguments, *backends.device_and_stream(losses.device))
     return losses, kept
@@ -269,9 +269,8 @@ def _scale(call: Call) -> torch.Tensor:
 
 def _forward_triton(call: Call) -> Pair:
     losses, kept = _forward_like(call)
-    triton_kernels("kl_div").kl_div_fwd(
-        *call[:3], _scale(call), call.temperature, losses, *_stats_and_gradient(call, kept)
-    )
+    stats, gradient = kept if call.keep == "stats" else None, kept if call.keep == "gradient" else None
+    triton_kernels("kl_div").kl_div_fwd(*call[:3], _scale(call), call.temperature, losses, stats, gradient)
     return losses, kept
 
 

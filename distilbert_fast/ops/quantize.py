@@ -82,8 +82,8 @@ def quantize_torch(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.T
 def _forward_cpu(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     x_q, found = _rows.codes_like(x, scale)
     x = _rows.whole_rows(x)
-    matrix = _rows.matrix_arguments(x, backends.CPU_DTYPE)
-    backends.cpu().quantize(*matrix, *x.shape, _rows.codes_arguments(x_q, scale, found), torch.get_num_threads())
+    matrix = x.data_ptr(), x.stride(0), backends.CPU_DTYPE[x.dtype], *x.shape
+    backends.cpu().quantize(*matrix, _rows.codes_arguments(x_q, scale, found), torch.get_num_threads())
     return x_q, found
 
 
