@@ -23,7 +23,9 @@ if not backends.availability("cpu").ok:
 
 def make():
     torch.manual_seed(0)
-    return transformers.DistilBertModel(transformers.DistilBertConfig(**CONFIG)).eval()
+    model = transformers.DistilBertModel(transformers.DistilBertConfig(**CONFIG)).eval()
+    layer(model).ffn.lin2.bias = None
+    return model
 
 
 def seen(model):
@@ -61,6 +63,8 @@ OTHERS = {
     "dtype": lambda m: m.half(),
     "parameter": lambda m: setattr(layer(m).ffn.lin1, "bias", nn.Parameter(torch.ones(16))),
     "parameter removed": lambda m: setattr(layer(m).ffn.lin1, "bias", None),
+    "parameter that was None": lambda m: setattr(layer(m).ffn.lin2, "bias", nn.Parameter(torch.ones(8))),
+    "buffer added": lambda m: layer(m).register_buffer("more", torch.zeros(1)),
     "buffer": lambda m: setattr(m.embeddings, "position_ids", torch.zeros(1, 8, dtype=torch.long)),
     "module": lambda m: setattr(layer(m).ffn, "lin1", nn.Linear(8, 16)),
     "module added": lambda m: layer(m).add_module("more", nn.Identity()),

@@ -25,6 +25,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.layers import Int8Linear, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import attention_forward, is_known
+from distilbert_fast.modeling.snapshot import is_patched
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding
@@ -271,20 +272,15 @@ def _unobserved(module: nn.Module) -> bool:
         and module._compiled_call_impl is None
         and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and all(map(_is_blind, module._forward_hooks.values()))
-        and (not _is_patched(module) or _is_blind(type(getattr(module, "_hf_hook", None))))
+        and (not is_patched(module) or _is_blind(type(getattr(module, "_hf_hook", None))))
         and all(parameter is None or type(parameter) is nn.Parameter for parameter in module._parameters.values())
     )
-
-
-def _is_patched(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling it would run the forward of that class and nothing else, so that an op may take its place."""
     hooked = module._forward_hooks or any(_GLOBAL_HOOKS)
-    return type(module) is kind and not hooked and not _is_patched(module) and _unobserved(module)
+    return type(module) is kind and not hooked and not is_patched(module) and _unobserved(module)
 
 
 def _affine(norm: Any) -> bool:

@@ -12,8 +12,7 @@ from torch import nn
 from distilbert_fast import backends
 
 _LINES = 256  # cache lines of a small model that a sample compares: some 20 µs
-_version, _training, _forward = map(operator.attrgetter, ("_version", "training", "forward"))
-_hooks, _pre_hooks = map(operator.attrgetter, ("_forward_hooks", "_forward_pre_hooks"))
+_version = operator.attrgetter("_version")
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
@@ -49,30 +48,16 @@ class Snapshot:
         copied: Iterable[nn.Module],
         settings: Iterable[tuple[Callable[[Any], Any], nn.Module]] = (),
     ) -> None:
-        modules = list(root.modules())
-        children = [m._modules for m in modules]
-        self._children, self._counts = children, [len(names) for names in children]
-        places = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        tensors = [
-            (owner, name, tensor)
-            for m in modules
-            for owner in (m._parameters, m._buffers)
-            for name, tensor in owner.items()
-            if tensor is not None
-        ]
-        # Columns, which map() walks without a line of Python for each.
-        self._owners, self._names, self._objects = zip(*places, *tensors, strict=True)
-        self._tensors = [tensor for _, _, tensor in tensors]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._versions = sum(map(_version, self._tensors))  # each only grows
+        self._inner = [m for m in root.modules() if m is not root]
+        self._dropouts = [(m, x) for m in self._inner for x in (m, *m.children()) if isinstance(x, nn.Dropout)]
+        self._types: list[Any] = list(map(type, self._inner))
+        self._forwards = {kind: kind.forward for kind in self._types}
+        self._entries = _entries([root, *self._inner])
+        self._tensors = [entry for entry in self._entries if isinstance(entry, torch.Tensor)]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._versions = list(map(_version, self._tensors))
         self._settings = list(settings)
         self._set = [get(module) for get, module in self._settings]
-        self._inner = [m for m in modules if m is not root]
-        self._random = [m for m in self._inner if any(isinstance(x, nn.Dropout) for x in (m, *m.children()))]
-        self._homes = list(map(_homes, modules))
-        self._types = list(map(type, self._inner))
-        self._kinds = list(set(self._types))
-        self._forwards = list(map(_forward, self._kinds))
         self._storages, self.fingerprint = _fingerprint(copied)
         self._seen: _Sight | None = None
 
@@ -98,9 +83,8 @@ class Snapshot:
         if not backends.availability("cpu").ok:
             return None
         modules = (root, *self._inner)
-        hooks = [found for module in self._inner for found in (_hooks(module), _pre_hooks(module))]
-        dictionaries = [*map(vars, modules), *(home for m in modules for home in _homes(m)), *hooks, *_GLOBAL_HOOKS]
-        forwards = [(kind, "forward", _forward(kind)) for kind in self._kinds]
+        dictionaries: list[Any] = [*map(vars, modules), *(home for m in modules for home in _homes(m)), *self._hooks()]
+        forwards = [(kind, "forward", kind.forward) for kind in self._forwards]
         try:
             watched = ([(live, dict(live)) for live in dictionaries], self._inner, forwards, self._tensors)
             return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched, None)
@@ -108,16 +92,13 @@ class Snapshot:
             return None
 
     def _holds(self, root: nn.Module) -> bool:
+        entries = _entries([root, *self._inner])
         return (
-            all(
-                all(map(operator.is_, _homes(m), homes))
-                for m, homes in zip((root, *self._inner), self._homes, strict=True)
-            )
-            and list(map(len, self._children)) == self._counts
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects))
-            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
-            and sum(map(_version, self._tensors)) == self._versions
+            len(entries) == len(self._entries)
+            and all(map(operator.is_, entries, self._entries))
             and list(map(type, self._inner)) == self._types
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(_version, self._tensors)) == self._versions
             and [get(module) for get, module in self._settings] == self._set
         )
 
@@ -125,21 +106,28 @@ class Snapshot:
         """Why the modules below the root must be called: a hook, a replaced forward, or training (an active dropout).
         transformers' own hooks, which collect requested outputs, do not count.
         """
-        if any(map(_training, self._random)) and any(m.training and _dropout(m) > 0 for m in self._random):
+        if any(module.training and dropout.p > 0 for module, dropout in self._dropouts):
             return "a module inside the encoder in training mode"
         if any(_GLOBAL_HOOKS):
             return "a hook on all modules"
-        hooks = (hook for m in self._inner for found in (_hooks(m), _pre_hooks(m)) for hook in found.values())
+        hooks = (hook for found in self._hooks() for hook in found.values())
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             return "a hook inside the encoder"
-        replaced = list(map(_forward, self._kinds)) != self._forwards or any(
-            "forward" in vars(m) and getattr(vars(m)["forward"], "__func__", None) is not _forward(kind)
-            for m, kind in zip(self._inner, self._types, strict=True)
-        )
-        return "another forward inside the encoder" if replaced else None
+        replaced = any(kind.forward is not forward for kind, forward in self._forwards.items())
+        return "another forward inside the encoder" if replaced or any(map(is_patched, self._inner)) else None
+
+    def _hooks(self) -> list[dict[int, Any]]:
+        own = [hooks for m in self._inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        return [*own, *_GLOBAL_HOOKS]
 
     def requires_grad(self) -> bool:
-        return any(map(operator.attrgetter("requires_grad"), self._tensors))
+        return any(tensor.requires_grad for tensor in self._tensors)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, which is not that of its class."""
+    own = vars(module)
+    return "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward
 
 
 def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -147,9 +135,10 @@ def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._modules, module._parameters, module._buffers
 
 
-def _dropout(module: nn.Module) -> float:
-    """The probability with which a dropout, or a module that has one, drops."""
-    return max(float(m.p) for m in (module, *module.children()) if isinstance(m, nn.Dropout))
+def _entries(modules: Iterable[nn.Module]) -> list[Any]:
+    """The homes of modules, and all names and values in them."""
+    homes = [home for module in modules for home in _homes(module)]
+    return [*homes, *(part for home in homes for entry in home.items() for part in entry)]
 
 
 def _fingerprint(modules: Iterable[nn.Module]) -> tuple[list[torch.UntypedStorage], Any]:
