@@ -1,7 +1,7 @@
 """The weights of an encoder laid out for the C++ encoder: each linear layer becomes a blob, uint8 [bytes].
 
-A blob holds panels (csrc/cpu/gemm.h) that every instruction set tier reads alike; tables and norms are shared with the
-model.
+A blob holds panels (csrc/cpu/gemm/gemm.h) that every instruction set tier reads alike. Tables and norms are shared with
+the model.
 
 Shapes: C hidden, H heads, D head size, F feed-forward; a linear layer is [F, K].
 """
@@ -17,19 +17,20 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import (
-    LAYOUTS,
     NORMS,
+    WEIGHTS,
     EncoderShape,
     PackedEncoder,
+    address,
     packed_bytes,
     whole_panels,
 )
-from distilbert_fast.engine.weights import EncoderModules, layer_weights
+from distilbert_fast.engine.weights import PRECISIONS, EncoderModules, layer_weights
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.ops._rows import parameter
 from distilbert_fast.ops.quantize import quantize
 
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_NAMES = {PRECISIONS[name]: name for name in ("fp32", "bf16")}
 
 
 def pack_model(
@@ -43,10 +44,10 @@ def pack_model(
     """
     tables = {"word": model.word, "position": model.position, "token_type": model.token_type}
     tensors = {name: table.weight.detach() for name, table in tables.items() if table is not None}
-    known = all(t.device.type == "cpu" and t.dtype in _PRECISIONS for t in tensors.values())
+    known = all(t.device.type == "cpu" and t.dtype in _NAMES for t in tensors.values())
     if not known or precision == "fp16" or not backends.availability("cpu").ok:
         return None
-    kinds = {_becomes(linear, precision) for layer in model.layers for linear in layer.linears} or {"fp32"}
+    kinds = {_packed_precision(linear, precision) for layer in model.layers for linear in layer.linears} or {"fp32"}
     kind = kinds.pop()
     if kinds or kind is None:
         return None
@@ -76,11 +77,11 @@ def pack_model(
     return PackedEncoder(shape, tensors)
 
 
-def _becomes(linear: Any, precision: str | None) -> str | None:
-    """The dtype in which the C++ encoder holds a layer's weights; None: it has none for them."""
+def _packed_precision(linear: Any, precision: str | None) -> str | None:
+    """The precision in which the C++ encoder holds a layer's weights; None: it has none for them."""
     if isinstance(linear, Int8Linear) or precision == "int8":
         return "int8" if precision in (None, "int8") else None
-    return precision or _PRECISIONS.get(linear.weight.dtype)
+    return precision or _NAMES.get(linear.weight.dtype)
 
 
 def _norm(name: str, norm: nn.LayerNorm) -> dict[str, torch.Tensor]:
@@ -166,18 +167,16 @@ def pack_linear(
     wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
     if weight.dtype not in wanted:
         weight = weight.to(wanted[0])
-    scale = None if scale is None else parameter(scale)
-    bias = None if bias is None else parameter(bias)
+    scale, bias = (None if x is None else parameter(x) for x in (scale, bias))
     if blob is None:
         blob = torch.empty(packed_bytes(precision, f, k), dtype=torch.uint8, device="cpu")
     backends.cpu().pack_linear(
-        LAYOUTS[precision],
+        WEIGHTS[precision],
         weight.data_ptr(),
         weight.dtype == torch.float32,
-        weight.stride(0),
-        weight.stride(1),
-        0 if scale is None else scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        *weight.stride(),
+        address(scale),
+        address(bias),
         f,
         k,
         blob.data_ptr(),

@@ -24,7 +24,7 @@ from distilbert_fast.engine.blobs import pack_model, with_static_scales
 from distilbert_fast.engine.cuda_graphs import GRAPHS, Graphs
 from distilbert_fast.engine.native_encoder import PackedEncoder
 from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
-from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules, layer_weights
+from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules
 from distilbert_fast.layers import Tokens, head_masks, is_token, token_mask
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._rows import TINY
@@ -184,7 +184,7 @@ class Engine:
         return Engine(None, self._model, self._precision, self._masks, scales, self._graph_count)
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> Sequence[Layer]:
         """The layers as ops read them."""
         return self._op_encoder().layers
 
@@ -193,21 +193,12 @@ class Engine:
             raise backends.BackendError(f"{OP}: a loaded engine runs by backend 'cpu', {backends.forced()!r} is forced")
         return self._model
 
-    @torch.no_grad()
     def _op_encoder(self) -> OpEncoder:
         """The encoder that computes op by op, packed when it is first needed."""
         with self._lock:
             if self._ops is None:
-                model = self._modules()
-                layers = [
-                    layer_weights(layer, model.head_dim, self._precision, mask)
-                    for layer, mask in zip(model.layers, self._masks, strict=True)
-                ]
-                for i, (context, gelu) in enumerate(self._scales):
-                    layers[i] = layers[i]._replace(context_scale=context, gelu_scale=gelu)
-                dtype = None if self._precision is None else PRECISIONS[self._precision]
-                self._ops = OpEncoder(model, layers, dtype or model.word.weight.dtype)
-                if model.word.weight.is_cuda and self._graph_count > 0:
+                self._ops = OpEncoder(self._modules(), self._precision, self._masks, self._scales)
+                if self._ops.word.is_cuda and self._graph_count > 0:
                     self.graphs = Graphs(self._ops, self._graph_count)
             return self._ops
 

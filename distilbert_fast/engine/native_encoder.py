@@ -1,8 +1,5 @@
 """The weights of an encoder as the whole-model C++ encoder reads them, and one call of it a batch.
 
-Linear layers become blobs, laid out in panels (csrc/cpu/gemm) that every instruction set tier reads alike; tables and
-norms are shared with the model. A file of them (safetensors) is mapped into memory, not read.
-
 Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-forward, V vocabulary.
 """
 
@@ -19,7 +16,7 @@ from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
 
 FORMAT = "distilbert_fast.encoder.1"
-LAYOUTS = {"int8": 0, "bf16": 1, "fp32": 2}  # the codes of csrc/cpu/gemm.h
+WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}  # enum Weights of csrc/cpu/gemm/gemm.h
 NORMS = ("attention_norm", "ffn_norm")
 
 
@@ -61,18 +58,19 @@ class PackedEncoder:
     def __init__(self, shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
         self.shape, self.tensors = shape, tensors
         self.dtype = tensors["word"].dtype  # of what comes out
-        weights = LAYOUTS[shape.precision]
+        self._widest = max(map(len, shape.heads), default=0)
         layers = []
         for i, heads in enumerate(shape.heads):
-            h = len(heads)
-            linears = [self._linear(f"{i}.{name}", *size) for name, size in shape.linears(h).items()]
+            sizes = shape.linears(len(heads))
+            blobs = [tensors[f"{i}.{name}"] for name in sizes]
+            linears = [(b.data_ptr(), b.numel(), *size) for b, size in zip(blobs, sizes.values(), strict=True)]
             norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(NORMS)]
             factors = tensors.get(f"{i}.ffn_factors")
             if factors is not None:
                 _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn),), (torch.float32,))
-            layers.append((*linears, *norms, h, *shape.scales[i], 0 if factors is None else factors.data_ptr()))
+            layers.append((*linears, *norms, len(heads), *shape.scales[i], address(factors)))
         self._encoder = backends.cpu().Encoder(
-            weights,
+            WEIGHTS[shape.precision],
             shape.hidden,
             shape.head_size,
             shape.ffn,
@@ -81,11 +79,8 @@ class PackedEncoder:
             -1 if shape.padding_idx is None else shape.padding_idx,
             layers,
         )
-        self._mask = self._fixed_mask()
-
-    def _linear(self, name: str, columns: int, depth: int) -> tuple[int, int, int, int]:
-        blob = self.tensors[name]
-        return blob.data_ptr(), blob.numel(), columns, depth
+        self._mask: torch.Tensor | None = None  # what the model was packed with
+        self._mask = self._factors([tensors.get(f"{i}.mask") for i in range(len(layers))])
 
     def _norm(self, name: str, eps: float) -> tuple[int, int, float]:
         for part in ("weight", "bias"):
@@ -99,21 +94,6 @@ class PackedEncoder:
             return 0, 0, 0
         _check.tensor(OP, name, table, ("rows", self.shape.hidden), backends.CPU_FLOATS)
         return table.data_ptr(), table.shape[0], backends.CPU_DTYPE[table.dtype]
-
-    def _fixed_mask(self) -> torch.Tensor | None:
-        """The factors [L, widest H_i] that the model was packed with, 1 where it was not."""
-        layers = range(len(self.shape.heads))
-        if not any(f"{i}.mask" in self.tensors for i in layers):
-            return None
-        mask = torch.ones(len(layers), self._widest, device="cpu")
-        for i in layers:
-            if f"{i}.mask" in self.tensors:
-                mask[i, : len(self.shape.heads[i])] = self.tensors[f"{i}.mask"]
-        return mask
-
-    @property
-    def _widest(self) -> int:
-        return max(map(len, self.shape.heads), default=0)
 
     def run(
         self,
@@ -154,25 +134,25 @@ class PackedEncoder:
             ids.dtype == torch.int64,
             batch,
             length,
-            0 if mask is None else mask.data_ptr(),
+            address(mask),
             0 if mask is None else mask.element_size(),
-            0 if positions is None else positions.data_ptr(),
+            address(positions),
             length if positions is not None and positions.shape[0] == batch else 0,
-            0 if types is None else types.data_ptr(),
+            address(types),
             length if types is not None and types.shape[0] == batch else 0,
             padding,
-            0 if factors is None else factors.data_ptr(),
+            address(factors),
             self._widest,
             outputs[-1].data_ptr(),
             backends.CPU_DTYPE[self.dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
-            0 if largest is None else largest.data_ptr(),
+            address(largest),
             torch.get_num_threads(),
         )
         return outputs
 
     def _factors(self, head_masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        """[L, widest H_i] of a call, on top of those that the model was packed with."""
+        """The factors [L, widest H_i] of a call, times those that the model was packed with; None: all are 1."""
         if all(mask is None for mask in head_masks):
             return self._mask
         factors = torch.ones(len(self.shape.heads), self._widest, device="cpu")
@@ -187,9 +167,14 @@ class PackedEncoder:
         return torch.zeros(len(self.shape.heads), columns, device="cpu")
 
 
+def address(x: torch.Tensor | None) -> int:
+    """Where C++ code finds a tensor's elements; 0: there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
 def packed_bytes(precision: str, columns: int, depth: int) -> int:
     """Bytes of the blob of a linear layer [columns, depth]."""
-    return backends.cpu().packed_bytes(LAYOUTS[precision], columns, depth)
+    return backends.cpu().packed_bytes(WEIGHTS[precision], columns, depth)
 
 
 def whole_panels(columns: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from distilbert_fast.engine.weights import EncoderModules, Layer, Linear, Norm, norm_weights
+from distilbert_fast.engine.weights import PRECISIONS, EncoderModules, Layer, Linear, Norm, layer_weights, norm_weights
 from distilbert_fast.layers import Tokens
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding, embedding_quantize
@@ -33,20 +33,32 @@ class TokenLayout(NamedTuple):
 
 
 class OpEncoder:
-    """The weights of the layers and the tables they share with the model.
+    """The weights of an encoder's layers, and its tables, which it shares with the model.
 
     Args:
-        model: where the tables are.
-        layers: the weights of its layers.
-        dtype: of activations between the linear layers.
+        model: its modules.
+        precision: of the linear layers and what flows between them, see ``Engine.from_model``.
+        masks: for each layer None or a factor for each of its heads [H_l]; heads with 0 are left out.
+        scales: for each layer, of what out and ffn_out read; None, or none at all: each token finds its own.
     """
 
-    def __init__(self, model: EncoderModules, layers: Sequence[Layer], dtype: torch.dtype) -> None:
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: EncoderModules,
+        precision: str | None,
+        masks: Sequence[torch.Tensor | None],
+        scales: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]] = (),
+    ) -> None:
         self.word, self.position = model.word.weight.detach(), model.position.weight.detach()
         self.token_type = None if model.token_type is None else model.token_type.weight.detach()
         self.norm = norm_weights(model.norm)
         self.padding_idx, self.head_dim = model.padding_idx, model.head_dim
-        self.layers, self.dtype = tuple(layers), dtype
+        self.dtype = (precision and PRECISIONS[precision]) or self.word.dtype  # of activations
+        pairs = zip(model.layers, masks, strict=True)
+        self.layers = [layer_weights(layer, model.head_dim, precision, mask) for layer, mask in pairs]
+        for i, (context, gelu) in enumerate(scales):
+            self.layers[i] = self.layers[i]._replace(context_scale=context, gelu_scale=gelu)
 
     def layout(
         self,
