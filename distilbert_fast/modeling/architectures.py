@@ -1,15 +1,15 @@
 """The encoders of transformers that this package knows, and the names of their parts. No other module holds such names.
 
-An architecture is in the table if its encoder computes what DistilBERT's, BERT's or RoBERTa's does by modules of one
-of the three shapes below; tests/modeling/test_encoders.py compares every entry with transformers itself. Nothing of
-transformers is imported here: classes are known by name and module, so a model of one imports no other.
+An architecture is in the table if its encoder computes what DistilBERT's, BERT's or RoBERTa's does, by modules named as
+below; tests/modeling/test_encoders.py compares every entry with transformers itself. Nothing of transformers is
+imported here: classes are known by name and module, so a model of one imports no other.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -38,8 +38,7 @@ _BERT_LAYER = {
     "ffn_out": "output.dense",
     "ffn_norm": "output.LayerNorm",
 }
-_WITHOUT_WEIGHTS = ("activation",)  # of the parts of a layer
-# What makes the embeddings of all three shapes, under the names of ``EncoderModules``.
+# What makes the embeddings of all, under the names of ``EncoderModules``.
 EMBEDDINGS = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
@@ -48,59 +47,22 @@ EMBEDDINGS = {
 }
 PROJECTION = "embeddings_project"  # of ELECTRA's, after the LayerNorm, to the width of the layers
 
-# The modules of each head, by what they do there. "bias": holds the projection's bias under another name.
-_COMMON = {"ForTokenClassification": {"classifier": "classifier"}, "ForQuestionAnswering": {"outputs": "qa_outputs"}}
-_PRE_CLASSIFIER = {"pooler": "pre_classifier", "classifier": "classifier"}
-_OUT_PROJ = {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
-_DISTILBERT_HEADS: Heads = {
-    "Model": {},
-    "ForMaskedLM": {"transform": "vocab_transform", "norm": "vocab_layer_norm", "projection": "vocab_projector"},
-    "ForSequenceClassification": _PRE_CLASSIFIER,
-    "ForMultipleChoice": _PRE_CLASSIFIER,
-    **_COMMON,
-}
-_ELECTRA_HEADS: Heads = {
-    "Model": {},
-    "ForMaskedLM": {
-        "transform": "generator_predictions.dense",
-        "norm": "generator_predictions.LayerNorm",
-        "projection": "generator_lm_head",
-        "bias": "generator_lm_head",
-    },
-    "ForSequenceClassification": _OUT_PROJ,
-    "ForMultipleChoice": {"pooler": "sequence_summary.summary", "classifier": "classifier"},
-    **_COMMON,
-}
 
+def _heads(pooler: str | None, lm: Sequence[str], sequence: Sequence[str], choice: Sequence[str]) -> Heads:
+    """For each head, by what follows the prefix in its class's name, its modules by what they do there.
 
-def _bert_heads(base: str) -> Heads:
-    pooled = {"pooler": f"{base}.pooler.dense", "classifier": "classifier"}
+    Args:
+        pooler: of the encoder itself.
+        lm: of masked LM: "transform", "norm" and "projection"; "bias" holds the projection's under another name.
+        sequence, choice: of classification and of multiple choice: "pooler" and "classifier".
+    """
     return {
-        "Model": {"pooler": "pooler.dense"},
-        "ForMaskedLM": {
-            "transform": "cls.predictions.transform.dense",
-            "norm": "cls.predictions.transform.LayerNorm",
-            "projection": "cls.predictions.decoder",
-            "bias": "cls.predictions",
-        },
-        "ForSequenceClassification": pooled,
-        "ForMultipleChoice": pooled,
-        **_COMMON,
-    }
-
-
-def _roberta_heads(base: str) -> Heads:
-    return {
-        "Model": {"pooler": "pooler.dense"},
-        "ForMaskedLM": {
-            "transform": "lm_head.dense",
-            "norm": "lm_head.layer_norm",
-            "projection": "lm_head.decoder",
-            "bias": "lm_head",
-        },
-        "ForSequenceClassification": _OUT_PROJ,
-        "ForMultipleChoice": {"pooler": f"{base}.pooler.dense", "classifier": "classifier"},
-        **_COMMON,
+        "Model": {} if pooler is None else {"pooler": pooler},
+        "ForMaskedLM": dict(zip(("transform", "norm", "projection", "bias"), lm, strict=False)),
+        "ForSequenceClassification": dict(zip(("pooler", "classifier"), sequence, strict=True)),
+        "ForMultipleChoice": dict(zip(("pooler", "classifier"), choice, strict=True)),
+        "ForTokenClassification": {"classifier": "classifier"},
+        "ForQuestionAnswering": {"outputs": "qa_outputs"},
     }
 
 
@@ -111,10 +73,9 @@ class Architecture:
     Attributes:
         model_type: in its config.
         name: what people call it.
-        shape: whose modules its layers and embeddings are: "DistilBERT", "BERT" or "RoBERTa".
         prefix: what the names of its classes begin with.
-        module: where they are.
-        heads: for each head, by what follows ``prefix`` in its class's name, its modules by what they do.
+        package: where they are, in ``transformers.models``.
+        heads: see ``_heads``.
         pools_by: between the pooler and the classifier of a sequence: "relu", "tanh" or "gelu".
         output: what the encoder returns, of ``transformers.modeling_outputs``.
         vocabulary_activation: the module of the masked-LM head after "transform"; None: erf-GELU, whatever the config.
@@ -128,70 +89,69 @@ class Architecture:
 
     model_type: str
     name: str
-    shape: str
     prefix: str
-    module: str
+    package: str
     heads: Heads
-    pools_by: str
+    pools_by: str = "tanh"
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
     vocabulary_activation: str | None = None
     vocabulary_transform: str | None = None
     after_padding: bool = False
     layers: str = "encoder.layer"
-    layer: Mapping[str, str]
+    layer: Mapping[str, str] = field(default_factory=lambda: _BERT_LAYER)
     activation: str = "hidden_act"
     inner_size: str = "intermediate_size"
 
     @property
     def linears_and_norms(self) -> dict[str, str]:
         """The modules of a layer that hold weights."""
-        return {name: module for name, module in self.layer.items() if name not in _WITHOUT_WEIGHTS}
+        return {name: module for name, module in self.layer.items() if name != "activation"}
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.package}"
 
     def defines(self, kind: type) -> bool:
         """Whether a class is transformers' own of this architecture."""
         return kind.__module__ == self.module
 
 
-def _module(package: str) -> str:
-    return f"transformers.models.{package}.modeling_{package.rpartition('.')[2]}"
-
-
 def _bert(model_type: str, name: str, prefix: str) -> Architecture:
+    pooled = (f"{model_type}.pooler.dense", "classifier")
+    transform = "cls.predictions.transform"
+    lm = (f"{transform}.dense", f"{transform}.LayerNorm", "cls.predictions.decoder", "cls.predictions")
     return Architecture(
         model_type=model_type,
         name=name,
-        shape="BERT",
         prefix=prefix,
-        module=_module(model_type),
-        heads=_bert_heads(model_type),
-        pools_by="tanh",
-        vocabulary_activation="cls.predictions.transform.transform_act_fn",
-        vocabulary_transform="cls.predictions.transform",
-        layer=_BERT_LAYER,
+        package=f"{model_type}.modeling_{model_type}",
+        heads=_heads("pooler.dense", lm, pooled, pooled),
+        vocabulary_activation=f"{transform}.transform_act_fn",
+        vocabulary_transform=transform,
     )
 
 
-def _roberta(model_type: str, name: str, prefix: str, module: str, base: str = "roberta") -> Architecture:
+def _roberta(model_type: str, name: str, prefix: str, package: str, base: str = "roberta") -> Architecture:
+    lm = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head")
     return Architecture(
         model_type=model_type,
         name=name,
-        shape="RoBERTa",
         prefix=prefix,
-        module=module,
-        heads=_roberta_heads(base),
-        pools_by="tanh",
+        package=package,
+        heads=_heads("pooler.dense", lm, _OUT_PROJ, (f"{base}.pooler.dense", "classifier")),
         after_padding=True,
-        layer=_BERT_LAYER,
     )
 
 
+_OUT_PROJ = ("classifier.dense", "classifier.out_proj")
+_PRE_CLASSIFIER = ("pre_classifier", "classifier")
+_PREDICTIONS = "generator_predictions"
 DISTILBERT = Architecture(
     model_type="distilbert",
     name="DistilBERT",
-    shape="DistilBERT",
     prefix="DistilBert",
-    module=_module("distilbert"),
-    heads=_DISTILBERT_HEADS,
+    package="distilbert.modeling_distilbert",
+    heads=_heads(None, ("vocab_transform", "vocab_layer_norm", "vocab_projector"), _PRE_CLASSIFIER, _PRE_CLASSIFIER),
     pools_by="relu",
     output="BaseModelOutput",
     vocabulary_activation="activation",
@@ -201,18 +161,21 @@ DISTILBERT = Architecture(
     inner_size="hidden_dim",
 )
 BERT = _bert("bert", "BERT", "Bert")
-ROBERTA = _roberta("roberta", "RoBERTa", "Roberta", _module("roberta"))
+ROBERTA = _roberta("roberta", "RoBERTa", "Roberta", "roberta.modeling_roberta")
 ELECTRA = Architecture(
     model_type="electra",
     name="ELECTRA",
-    shape="BERT",
     prefix="Electra",
-    module=_module("electra"),
-    heads=_ELECTRA_HEADS,
+    package="electra.modeling_electra",
+    heads=_heads(
+        None,
+        (f"{_PREDICTIONS}.dense", f"{_PREDICTIONS}.LayerNorm", "generator_lm_head", "generator_lm_head"),
+        _OUT_PROJ,
+        ("sequence_summary.summary", "classifier"),
+    ),
     pools_by="gelu",
     output="BaseModelOutputWithPastAndCrossAttentions",
-    vocabulary_transform="generator_predictions",
-    layer=_BERT_LAYER,
+    vocabulary_transform=_PREDICTIONS,
 )
 # By the model_type of their configs.
 ARCHITECTURES = {
@@ -221,20 +184,13 @@ ARCHITECTURES = {
         BERT,
         ROBERTA,
         DISTILBERT,
-        _roberta("xlm-roberta", "XLM-RoBERTa", "XLMRoberta", _module("xlm_roberta")),
-        _roberta("camembert", "CamemBERT", "Camembert", _module("camembert")),
-        _roberta(
-            "data2vec-text",
-            "Data2VecText",
-            "Data2VecText",
-            "transformers.models.data2vec.modeling_data2vec_text",
-            "data2vec_text",
-        ),
+        _roberta("xlm-roberta", "XLM-RoBERTa", "XLMRoberta", "xlm_roberta.modeling_xlm_roberta"),
+        _roberta("camembert", "CamemBERT", "Camembert", "camembert.modeling_camembert"),
+        _roberta("data2vec-text", "Data2VecText", "Data2VecText", "data2vec.modeling_data2vec_text", "data2vec_text"),
         ELECTRA,
         _bert("ernie", "ERNIE", "Ernie"),
     )
 }
-SHAPES = tuple(dict.fromkeys(architecture.shape for architecture in ARCHITECTURES.values()))
 
 
 def architecture_of(model: Any) -> Architecture | None:

@@ -17,6 +17,11 @@ from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION, Architecture, architecture_of, head_of
 from distilbert_fast.ops import _check
 
+_OWNERS = ("torch", "transformers", "distilbert_fast")
+_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, Int8Linear), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
+_OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
+_GELUS = (nn.functional.gelu, "none")  # what ``_activation`` finds in GELUActivation and in nn.GELU
+
 
 def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     """The encoder, of one of ``ARCHITECTURES``, inside a model with or without a task head.
@@ -31,9 +36,9 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
         given = type(model).__name__
         _check.refuse(caller, "model", "a DistilBERT, BERT or RoBERTa encoder", given, TypeError)
     config = encoder.config
-    for name, expected in (("is_decoder", False), ("add_cross_attention", False), ("is_causal", False)):
-        if getattr(config, name, expected):
-            _check.refuse(caller, f"model.config.{name}", str(expected), getattr(config, name))
+    for name in ("is_decoder", "add_cross_attention", "is_causal"):
+        if getattr(config, name, False):
+            _check.refuse(caller, f"model.config.{name}", "False", getattr(config, name))
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         _check.refuse(caller, "model.config.position_embedding_type", "'absolute'", repr(positions))
@@ -50,9 +55,6 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
 def _activation(module: Any) -> Any:
     """What an activation of transformers or torch computes: its function, or how it approximates."""
     return vars(module).get("act", getattr(module, "approximate", None)) if isinstance(module, nn.Module) else None
-
-
-_GELUS = (nn.functional.gelu, "none")  # of GELUActivation and of nn.GELU
 
 
 def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
@@ -101,11 +103,13 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
     refuse_embeddings(encoder, caller, "model")
     _check_embeddings(encoder.embeddings, caller)
     num_heads, head_size = _heads(encoder, caller)
-    layers = [_layer(encoder, layer, num_heads) for layer in encoder_layers(encoder)]
-    for i, layer in enumerate(layers):
-        for name, module in layer._asdict().items():
-            if isinstance(module, nn.Module):
-                _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
+    layers = []
+    for i, layer in enumerate(encoder_layers(encoder)):
+        parts: Any = {name: attrgetter(path)(layer) for name, path in _known(encoder).linears_and_norms.items()}
+        for name, module in parts.items():
+            _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
+        heads = getattr(layer.attention, "heads", range(num_heads))  # fewer where our own class was pruned
+        layers.append(LayerModules(**parts, heads=tuple(heads)))
     modules: Any = dict(encoder.named_modules(remove_duplicate=False))
     tables = {name: modules.get(path) for name, path in EMBEDDINGS.items()}  # DistilBERT has no token types
     _check_part(tables["norm"], EMBEDDINGS["norm"], True, caller)
@@ -130,10 +134,8 @@ def refuse_embeddings(encoder: Any, caller: str, owner: str) -> None:
 def _check_modules(encoder: Any, caller: str) -> None:
     """Raise TypeError for a module that is not of a class that transformers puts there, or whose class has another
     forward. The pooler is called as it is, whatever it is."""
-    homes = {
-        _known(encoder).module,
-        *(f"distilbert_fast.modeling.{name}" for name in ("distilbert", "distilbert_modules")),
-    }
+    ours = "distilbert_fast.modeling.distilbert"
+    homes = (_known(encoder).module, ours, f"{ours}_modules")
     for name, module in encoder.named_modules():
         if name.split(".")[0] == "pooler":
             continue
@@ -187,13 +189,12 @@ def _check_embeddings(embeddings: Any, caller: str) -> None:
     for name, table in embeddings.named_children():
         if isinstance(table, nn.Embedding) and table.max_norm is not None:
             _check.refuse(caller, f"max_norm of {name}", "None", table.max_norm)
-    for name, counted in (("position_ids", True), ("token_type_ids", False)):
+    for name, step, expected in (("position_ids", 1, "0, 1, 2, … in each row"), ("token_type_ids", 0, "0")):
         ids = getattr(embeddings, name, None)
-        if ids is not None and not ids.is_meta:
-            expected = torch.arange(ids.shape[-1], device=ids.device) if counted else torch.zeros_like(ids)
-            if not torch.equal(ids, expected.expand_as(ids).to(ids.dtype)):
-                expected_words = "0, 1, 2, … in each row" if counted else "0"
-                _check.refuse(caller, f"embeddings.{name}", expected_words, "other numbers")
+        if ids is None or ids.is_meta:
+            continue
+        if not bool((ids == step * torch.arange(ids.shape[-1], device=ids.device)).all()):
+            _check.refuse(caller, f"embeddings.{name}", expected, "other numbers")
 
 
 def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
@@ -214,7 +215,6 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
         _check.refuse(caller, "model.dtype", f"{names}{' for int8' if int8 else ''}", str(dtype)[6:], TypeError)
     for prefix, module in encoder.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
-            place = f"dtype of {prefix}.{name}"
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
             if tensor.is_neg():
@@ -224,7 +224,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
             wider = isinstance(module, nn.LayerNorm) and dtype in (torch.bfloat16, torch.float16)
             if tensor.dtype != dtype and not (wider and tensor.dtype == torch.float32):
                 expected = f"{str(dtype)[6:]}, as that of the word embeddings"
-                _check.refuse(caller, place, expected, str(tensor.dtype)[6:], TypeError)
+                _check.refuse(caller, f"dtype of {prefix}.{name}", expected, str(tensor.dtype)[6:], TypeError)
 
 
 def encoder_output(encoder: Any, last: torch.Tensor) -> Any:
@@ -241,16 +241,5 @@ def _known(encoder: Any) -> Architecture:
     return known
 
 
-_OWNERS = ("torch", "transformers", "distilbert_fast")
-_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, Int8Linear), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
-_OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
-
-
 def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _layer(encoder: Any, layer: Any, num_heads: int) -> LayerModules:
-    heads = getattr(layer.attention, "heads", range(num_heads))  # fewer where distilbert_fast's own class was pruned
-    modules: Any = {name: attrgetter(path)(layer) for name, path in _known(encoder).linears_and_norms.items()}
-    return LayerModules(**modules, heads=tuple(heads))

@@ -26,7 +26,7 @@ from distilbert_fast.files.schema import (
     text,
     validate,
 )
-from distilbert_fast.modeling.architectures import ARCHITECTURES, SHAPES
+from distilbert_fast.modeling.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {reason}") from error
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"checkpoint: {str(source)!r}: expected a {', '.join(SHAPES)} model, got model_type {model_type!r}"
+            f"checkpoint: {str(source)!r}: expected a BERT, RoBERTa, DistilBERT model, got model_type {model_type!r}"
         )
     weights = _weight_files(directory, source)
     for file in weights:
