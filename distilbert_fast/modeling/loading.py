@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import stat
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,17 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 _READ = (".json", ".txt", ".safetensors", ".model", ".jinja")  # suffixes of what transformers opens unasked
 # Sizes that a config gives, by their names in BERT's and in DistilBERT's: far above any model, and no loop is endless.
+_NAMES = (
+    ("num_hidden_layers", "n_layers"),
+    ("num_attention_heads", "n_heads"),
+    ("hidden_size", "dim"),
+    ("intermediate_size", "hidden_dim"),
+)
 _SIZES: dict[str, Check] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layers"), integer(0, 2**12)),
-    **dict.fromkeys(("num_attention_heads", "n_heads"), integer(1, 2**12)),
-    **dict.fromkeys(("hidden_size", "dim", "embedding_size"), integer(1, 2**18)),
-    **dict.fromkeys(("intermediate_size", "hidden_dim"), integer(1, 2**20)),
+    **dict.fromkeys(_NAMES[0], integer(0, 2**12)),
+    **dict.fromkeys(_NAMES[1], integer(1, 2**12)),
+    **dict.fromkeys((*_NAMES[2], "embedding_size"), integer(1, 2**18)),
+    **dict.fromkeys(_NAMES[3], integer(1, 2**20)),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), integer(0, 2**26)),
     "layer_norm_eps": number(2.0**-126),  # float32's smallest: above 0
     "num_labels": nullable(integer(0, 2**20)),
@@ -56,33 +62,43 @@ _SHARDS = record({"weight_map": mapping(text(r"[^/\0]+", "the name of a file"))}
 class CheckpointError(FileError):
     """A checkpoint that cannot be used; the message names it, what was expected and what was found."""
 
+    @classmethod
+    def of(cls, place: str | Path, problem: str) -> CheckpointError:
+        return cls(f"checkpoint: {str(place)!r}{problem}")
+
 
 def locate(source: str | Path) -> Path:
     """The local directory of a checkpoint: a directory as it is, a hub id downloaded.
 
     Raises CheckpointError when it is neither, or holds no model of `FAMILIES` in whole safetensors files.
     """
+    from safetensors import SafetensorError, safe_open
+
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source))
     config = directory / "config.json"
-    for file in directory.iterdir():
-        _check_regular(file)
+    with _as_checkpoint_error():
+        for file in directory.iterdir():  # a FIFO, a device or a socket is one that transformers would wait for
+            if file.suffix in _READ and os.path.exists(file) and not os.path.isdir(file):
+                regular_size(file)
     if not config.is_file():
-        raise CheckpointError(f"checkpoint: {str(source)!r} holds no config.json")
+        raise CheckpointError.of(source, " holds no config.json")
     try:
         settings = read_json(config)
         model_type = settings.get("model_type")
     except (FileError, AttributeError) as error:
         reason = error.reason if isinstance(error, FileError) else error
-        raise CheckpointError(f"checkpoint: {str(config)!r} is not a model's config: {reason}") from error
+        raise CheckpointError.of(config, f" is not a model's config: {reason}") from error
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"checkpoint: {str(source)!r}: expected a BERT, RoBERTa, DistilBERT model, got model_type {model_type!r}"
-        )
+        raise CheckpointError.of(source, f": expected a BERT, RoBERTa, DistilBERT model, got model_type {model_type!r}")
     weights = _weight_files(directory, source)
     for file in weights:
-        _check_whole(file)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError.of(file, f" is truncated or no safetensors file: {error}") from error
     with _as_checkpoint_error():
         check_sizes(settings, config, sum(map(regular_size, weights)))
     return directory
@@ -100,15 +116,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None)
         FileError: one of the sizes, by name.
     """
     validate(config, path, _CONFIG)
-    layers, hidden, inner, heads = (
-        config.get(bert, config.get(distilbert, 0))
-        for bert, distilbert in (
-            ("num_hidden_layers", "n_layers"),
-            ("hidden_size", "dim"),
-            ("intermediate_size", "hidden_dim"),
-            ("num_attention_heads", "n_heads"),
-        )
-    )
+    layers, heads, hidden, inner = (config.get(bert, config.get(distilbert, 0)) for bert, distilbert in _NAMES)
     if heads and hidden % heads:
         raise FileError(f"{str(path)!r}: hidden_size must be a multiple of {heads} heads, got {hidden}")
     rows = sum(config.get(name, 0) for name in ("vocab_size", "max_position_embeddings", "type_vocab_size"))
@@ -126,17 +134,6 @@ def _as_checkpoint_error() -> Iterator[None]:
         yield
     except FileError as error:
         raise CheckpointError(f"checkpoint: {error}", error.reason) from error
-
-
-def _check_regular(file: Path) -> None:
-    """Refuse a FIFO, a device or a socket that transformers would wait for."""
-    try:
-        kind = file.stat().st_mode
-    except OSError:
-        return  # a link to nothing
-    if file.suffix in _READ and not stat.S_ISDIR(kind):
-        with _as_checkpoint_error():
-            regular_size(file)
 
 
 def fingerprint(directory: Path) -> str:
@@ -201,21 +198,16 @@ def load_with_head(
     random = tuple(name for name in absent if new_head and name.startswith(tuple(f"{part}." for part in parts)))
     absent = [name for name in absent if name not in random]
     if absent:
-        raise CheckpointError(
-            f"checkpoint: {str(source)!r} lacks {len(absent)} tensors that {type(model).__name__} needs, or has them "
-            f"in other shapes: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
-        )
+        names = f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+        needed = f"{len(absent)} tensors that {type(model).__name__} needs"
+        raise CheckpointError.of(source, f" lacks {needed}, or has them in other shapes: {names}")
     if not any((directory / name).is_file() for name in _VOCABULARIES):  # transformers would make up an empty one
-        raise CheckpointError(
-            f"checkpoint: {str(source)!r} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
-        )
+        raise CheckpointError.of(source, f" holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}")
     with _reading(source, "a tokenizer"):
         tokenizer = load_tokenizer(directory, head)
     if not 0 < len(tokenizer) <= model.config.vocab_size:
-        raise CheckpointError(
-            f"checkpoint: {str(source)!r}: expected a tokenizer of 1 to {model.config.vocab_size} tokens, as many as "
-            f"the model has embeddings, got {len(tokenizer)}"
-        )
+        expected = f"a tokenizer of 1 to {model.config.vocab_size} tokens, as many as the model has embeddings"
+        raise CheckpointError.of(source, f": expected {expected}, got {len(tokenizer)}")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, random
 
 
@@ -249,9 +241,8 @@ def _download(name: str) -> Path:
         raise CheckpointError(f"checkpoint: no such directory: {name!r}") from None
     except OSError as error:  # the hub's own errors are OSErrors too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"checkpoint: {name!r} is no directory, and the Hugging Face hub did not give it: {reason}"
-        ) from error
+        problem = f" is no directory, and the Hugging Face hub did not give it: {reason}"
+        raise CheckpointError.of(name, problem) from error
 
 
 @contextlib.contextmanager
@@ -265,7 +256,7 @@ def _reading(source: str | Path, what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise CheckpointError(f"checkpoint: {str(source)!r} cannot be read as {what}: {reason}") from error
+        raise CheckpointError.of(source, f" cannot be read as {what}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -303,22 +294,10 @@ def _weight_files(directory: Path, source: str | Path) -> list[Path]:
             names = sorted(set(read_json(directory / _INDEX, _SHARDS)["weight_map"].values()))
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
-            raise CheckpointError(f"checkpoint: {str(source)!r} lacks {absent[0]}, which its {_INDEX} names")
+            raise CheckpointError.of(source, f" lacks {absent[0]}, which its {_INDEX} names")
         return [directory / name for name in names]
     pickle = next((name for name in _PICKLES if (directory / name).is_file()), None)
     if pickle:
-        raise CheckpointError(
-            f"checkpoint: {str(source)!r} holds its weights as a pickle ({pickle}), which is never loaded because it "
-            f"can run any code; convert it to {_WEIGHTS} first"
-        )
-    raise CheckpointError(f"checkpoint: {str(source)!r} holds no {_WEIGHTS}")
-
-
-def _check_whole(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint: {str(file)!r} is truncated or no safetensors file: {error}") from error
+        reason = f"which is never loaded because it can run any code; convert it to {_WEIGHTS} first"
+        raise CheckpointError.of(source, f" holds its weights as a pickle ({pickle}), {reason}")
+    raise CheckpointError.of(source, f" holds no {_WEIGHTS}")
