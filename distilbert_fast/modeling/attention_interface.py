@@ -41,12 +41,6 @@ ENCODERS = frozenset({*ARCHITECTURES, "albert"})
 _VARIANTS = ("position_bias", "cache", "softcap", "s_aux")
 
 
-def register() -> None:
-    """Add the attention and the mask to transformers' registries; harmless when repeated."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
-
-
 def is_known(implementation: str) -> bool:
     """Whether the attention that models find under this name is transformers' own or ours, and nobody else's."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
@@ -188,4 +182,5 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
 
 
 _FUNCTIONS = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
-register()
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)

@@ -1,7 +1,7 @@
 """Let save_pretrained and from_pretrained handle int8 models, by transformers' quantizer interface.
 
 ``config.json`` gets ``"quantization_config": {"quant_method": "distilbert_fast", …}``; the safetensors hold
-int8 codes and float32 scales. transformers reads both back itself once ``register`` has run.
+int8 codes and float32 scales. transformers reads both back itself once this module has registered its classes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distilbert_fast.backends import run_aside
+from distilbert_fast.files import schema
 from distilbert_fast.files.durable import (
     CHECKSUM,
     UNSEALED,
@@ -34,18 +35,6 @@ from distilbert_fast.files.durable import (
     refuse_file,
     regular_size,
     seal,
-)
-from distilbert_fast.files.schema import (
-    anything,
-    array,
-    boolean,
-    mapping,
-    one_of,
-    parse_json,
-    read_json,
-    record,
-    text,
-    validate,
 )
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import PROJECTION
@@ -57,8 +46,10 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 METHOD = "distilbert_fast"
-_CONFIG = record(
-    {"quant_method": one_of(METHOD)}, {"heads": boolean, "modules_to_not_convert": array(text())}, others=True
+_CONFIG = schema.record(
+    {"quant_method": schema.one_of(METHOD)},
+    {"heads": schema.boolean, "modules_to_not_convert": schema.array(schema.text())},
+    others=True,
 )
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _SAVED = "config"  # in the metadata of weights: what config.json said of _DECISIVE when they were written, as JSON
@@ -73,6 +64,7 @@ _DECISIVE = (
 )
 
 
+@register_quantization_config(METHOD)
 @dataclass(kw_only=True)
 class Int8Config(QuantizationConfigMixin):
     """Which linear layers hold int8 weights. Activations are quantized as they come, a scale for each token.
@@ -122,7 +114,7 @@ def quantize_linears(model: Model, config: Int8Config, caller: str) -> Model:
 
 def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterator[tuple[str, nn.Linear]]:
     """The float linear layers to quantize, with their dotted names in ``model``."""
-    # Not above: ``register`` runs in the middle of transformers' own import, before any of its models can be.
+    # Not above: this module is imported in the middle of transformers' own import, before any of its models can be.
     from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder
 
     encoder = find_encoder(model, caller)
@@ -168,10 +160,14 @@ class _UnknownSettingError(FileError, TypeError):
     """A setting that Int8Config does not know, as of a later version."""
 
 
+@register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
     """What transformers' from_pretrained and save_pretrained call for a model with an ``Int8Config``."""
 
     requires_calibration = False
+    is_trainable = True  # biases, LayerNorms, embeddings and task head; the codes are fixed
+    is_qat_trainable = True  # what lets transformers' Trainer take the model, if only to evaluate it
+    is_compileable = True
     quantization_config: Int8Config
 
     def _process_model_before_weight_loading(
@@ -183,7 +179,7 @@ class Int8Quantizer(HfQuantizer):
         config = Path(files[0]).with_name("config.json") if files else None
         if config:
             settings = self.quantization_config.to_dict()
-            validate(settings, config, _CONFIG, "quantization_config")
+            schema.validate(settings, config, _CONFIG, "quantization_config")
             if unknown := sorted(settings.keys() - {field.name for field in fields(Int8Config)}):
                 given = f"unexpected keyword argument {unknown[0]!r}"
                 raise _UnknownSettingError(f"{str(config)!r}: quantization_config: {given}", given)
@@ -221,18 +217,6 @@ class Int8Quantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True  # biases, LayerNorms, embeddings and task head; the codes are fixed
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True  # what lets transformers' Trainer take the model, if only to evaluate it
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
 
 def _check_sizes(config: Any, path: Path, weights: Sequence[Path]) -> None:
     """Refuse sizes that no model has, or that do not match ``weights``, if there are any. Raises FileError."""
@@ -257,10 +241,11 @@ def _check_config(config: Any, path: Path, files: Mapping[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    given = read_json(path, mapping(anything))
+    given = schema.read_json(path, schema.mapping(schema.anything))
     found = _decisive(type(config).from_dict(given)) | {"model_type": given.get("model_type")}
     for file, tensors in files.items():
-        wanted = parse_json((tensors.metadata() or {}).get(_SAVED, "{}"), file, mapping(anything), _SAVED)
+        saved = (tensors.metadata() or {}).get(_SAVED, "{}")
+        wanted = schema.parse_json(saved, file, schema.mapping(schema.anything), _SAVED)
         for name in wanted.keys() & found.keys():
             if found[name] != wanted[name]:
                 refuse_file(path, f"{name} must be {wanted[name]!r}, as {file} was saved with, got {found[name]!r}")
@@ -330,13 +315,3 @@ def _check_tensor(file: str, tensors: Any, name: str, part: str, wanted: torch.T
         wrong = scales[~((scales >= 0) & (scales < math.inf))]
         if len(wrong):
             refuse_file(file, f"{name} must be finite and not negative, got {float(wrong[0])}")
-
-
-@functools.cache
-def register() -> None:
-    """Make transformers know ``quant_method: distilbert_fast``."""
-    register_quantization_config(METHOD)(Int8Config)
-    register_quantizer(METHOD)(Int8Quantizer)
-
-
-register()
