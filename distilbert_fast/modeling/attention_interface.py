@@ -44,7 +44,7 @@ _VARIANTS = ("position_bias", "cache", "softcap", "s_aux")
 def is_known(implementation: str) -> bool:
     """Whether the attention that models find under this name is transformers' own or ours, and nobody else's."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    return implementation == "eager" if function is None else function in _FUNCTIONS
+    return implementation == "eager" if function is None else function in FUSED
 
 
 def number_layers(model: Any) -> None:
@@ -120,7 +120,7 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         if not plain:
             _check.refuse(NAME, "output_attentions", "False for this attention; use 'eager'", True)
-        return _with_probabilities(query, key, value, attention_mask, scaling, dropout, mask)
+        return eager_attention(module, query, key, value, attention_mask, scaling, dropout, mask)
 
     by_token = attention_mask is None or attention_mask.dim() == 2
     if plain and by_token and not exported(query) and query.shape == key.shape == value.shape:
@@ -137,27 +137,34 @@ def attention_forward(
     return (output if mask is None else output * mask[..., None, :, None].to(output.dtype)), None
 
 
-def _with_probabilities(
+def eager_attention(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    head_mask: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, with every probability stored."""
+    """The definition of attention, with every probability stored, as transformers calls it.
+
+    Args:
+        attention_mask: [B, T], 0 = padding; or [B or 1, H or 1, T or 1, T], bool or added to the scores.
+        head_mask: this layer's factors [H] or [B, H].
+    """
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         if attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None, :]
+            attention_mask = is_token(attention_mask)[:, None, None, :]
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)  # [B, H, T, T]
-    if mask is not None:
-        probabilities = probabilities * mask[..., None, None].to(scores.dtype)
+    if head_mask is not None:
+        probabilities = probabilities * head_mask[..., None, None].to(scores.dtype)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
@@ -181,6 +188,7 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
     return mask[index]
 
 
-_FUNCTIONS = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
+# Known, and none returns probabilities.
+FUSED = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)

@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2CLS
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,7 +22,7 @@ from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.layers import Int8Linear, Tokens, head_masks, is_token, traced
-from distilbert_fast.modeling.attention_interface import attention_forward, is_known
+from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
 from distilbert_fast.modeling.snapshot import is_patched
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
@@ -113,25 +111,13 @@ class DistilBertSelfAttention(hf.DistilBertSelfAttention):
 
         Another one where probabilities are wanted and it has none; sdpa's for ours, which leaves padding out.
         """
-        function = _attention_of(self.config)
-        without_probabilities = function in (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
-        is_tensor = isinstance(mask, torch.Tensor)
-        if is_tensor and mask.dim() == 2 and function in (attention_forward, flash_attention_forward):
-            by_token = is_token(mask)[:, None, None, :]  # [B, 1, 1, T]
-        else:
-            by_token = mask
-        if function is attention_forward:
-            function, mask, without_probabilities = sdpa_attention_forward, by_token, True
-        if given.get("output_attentions") and without_probabilities and (is_tensor or mask is None):
-            function, mask = hf.eager_attention_forward, by_token
-            if is_tensor and mask.dtype == torch.bool:  # eager adds its mask
-                dtype = self.q_lin.weight.dtype
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return function, mask
-
-
-def _attention_of(config: Any) -> Any:
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, hf.eager_attention_forward)
+        implementation, is_tensor = self.config._attn_implementation, isinstance(mask, torch.Tensor)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, hf.eager_attention_forward)
+        if given.get("output_attentions") and function in FUSED and (is_tensor or mask is None):
+            return eager_attention, mask
+        if function is not attention_forward:
+            return function, mask
+        return sdpa_attention_forward, is_token(mask)[:, None, None, :] if is_tensor and mask.dim() == 2 else mask
 
 
 class TransformerBlock(hf.TransformerBlock):
