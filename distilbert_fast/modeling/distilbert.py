@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 
 from distilbert_fast.layers import Tokens, labels_padding, token_mask, traced
 from distilbert_fast.modeling import distilbert_modules as modules
-from distilbert_fast.modeling.heads import prune
+from distilbert_fast.modeling.heads import NAME, prune
 from distilbert_fast.ops import _check
 
 hf: Any = modeling_distilbert
@@ -52,9 +52,10 @@ __all__ = [
 ]
 
 
-class DistilBertModel(hf.DistilBertModel):
-    """transformers' DistilBertModel, see the module's docstring for what is new."""
+class _DropIn(nn.Module):
+    """Code that all drop-in classes share."""
 
+    config: DistilBertConfig
     always_keep_padding = False
 
     def __init__(self, config: DistilBertConfig) -> None:
@@ -74,7 +75,14 @@ class DistilBertModel(hf.DistilBertModel):
             ValueError: a layer or head that the config does not have.
             TypeError: a projection that is not a plain nn.Linear (quantized, or wrapped by an adapter).
         """
-        prune(self, heads_to_prune)
+        prune(self.base_model, heads_to_prune)
+
+
+class DistilBertModel(_DropIn, hf.DistilBertModel):
+    """transformers' DistilBertModel, see the module's docstring for what is new."""
+
+    embeddings: Any
+    transformer: Any
 
     @merge_with_config_defaults
     @capture_outputs
@@ -108,7 +116,7 @@ class DistilBertModel(hf.DistilBertModel):
             raise ValueError("DistilBertModel: exactly one of input_ids and inputs_embeds must be given")
         asked: dict[str, Any] = dict(kwargs)
         if asked.get("is_causal"):
-            _check.refuse(_NAME, "is_causal", "False, this is an encoder", True)
+            _check.refuse(NAME, "is_causal", "False, this is an encoder", True)
         if asked.get("output_attentions", getattr(self.config, "output_attentions", False)):
             asked["output_attentions"] = True
         if head_mask is not None:
@@ -118,7 +126,7 @@ class DistilBertModel(hf.DistilBertModel):
         if not traced(given):
             self._check_inputs(given, input_ids is not None, position_ids)
             if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
-                attention_mask = token_mask(_NAME, attention_mask, *given.shape[:2]).to(given.device)
+                attention_mask = token_mask(NAME, attention_mask, *given.shape[:2]).to(given.device)
             if not asked.get("output_attentions") and modules.may_unpad(self):
                 tokens = _tokens(attention_mask, given, keep_padding or self.always_keep_padding)
         if tokens is None:
@@ -145,21 +153,21 @@ class DistilBertModel(hf.DistilBertModel):
         """Refuse ids and positions outside their tables."""
         argument = "input_ids" if are_ids else "inputs_embeds"
         if are_ids:
-            _check.tensor(_NAME, argument, given, ("B", "T"), _INTEGERS)
+            _check.tensor(NAME, argument, given, ("B", "T"), _INTEGERS)
             _in_range(argument, given, self._table_size("word_embeddings"))
         else:
-            _check.tensor(_NAME, argument, given, ("B", "T", self.config.dim))
+            _check.tensor(NAME, argument, given, ("B", "T", self.config.dim))
         batch, length = given.shape[:2]
         positions = self._table_size("position_embeddings")
         if position_ids is not None:
             shape = getattr(position_ids, "shape", ())
-            _check.tensor(_NAME, "position_ids", position_ids, shape, _INTEGERS)
+            _check.tensor(NAME, "position_ids", position_ids, shape, _INTEGERS)
             fits = all(size in (1, wanted) for size, wanted in zip(reversed(shape), (length, batch), strict=False))
             if len(shape) > 2 or not fits:
-                _check.refuse(_NAME, "position_ids", f"of shape [{batch} or 1, {length}]", list(shape))
+                _check.refuse(NAME, "position_ids", f"of shape [{batch} or 1, {length}]", list(shape))
             _in_range("position_ids", position_ids, positions)
         elif positions is not None and length > positions:
-            _check.refuse(_NAME, argument, f"of at most {positions} positions (max_position_embeddings)", length)
+            _check.refuse(NAME, argument, f"of at most {positions} positions (max_position_embeddings)", length)
 
     def _table_size(self, name: str) -> int | None:
         """None if another module has taken its place, since that may read anything."""
@@ -178,7 +186,6 @@ def _tokens(mask: torch.Tensor | None, given: torch.Tensor, keep_padding: bool) 
     return Tokens.unpadded(mask, batch, length, given.device) if mask is None or mask.dim() == 2 else None
 
 
-_NAME = "DistilBertModel"
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -186,7 +193,7 @@ def _in_range(argument: str, ids: torch.Tensor, size: int | None) -> None:
     if size is not None and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= size:
-            _check.refuse(_NAME, argument, f"in 0…{size - 1}", low if low < 0 else high)
+            _check.refuse(NAME, argument, f"in 0…{size - 1}", low if low < 0 else high)
 
 
 _MODULES: dict[type[nn.Module], type[nn.Module]] = {
@@ -222,24 +229,10 @@ def _adopt(model: Any) -> None:
         prune(encoder, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
 
 
-class _Task(nn.Module):
-    """Code that all classes with a task head share."""
-
-    distilbert: Any
+class _Task(_DropIn):
     # Their losses are means over the batch; with True, the answer that transformers' Trainer infers from
     # **kwargs, it would not divide them by the number of accumulated batches.
     accepts_loss_kwargs = False
-
-    always_keep_padding = False
-
-    def __init__(self, config: DistilBertConfig) -> None:
-        super().__init__(config)
-        _adopt(self)
-
-    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        self.distilbert.prune_heads(heads_to_prune)
-
-    prune_heads.__doc__ = DistilBertModel.prune_heads.__doc__
 
 
 class _LabelPerToken(_Task):

@@ -23,6 +23,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.layers import Int8Linear, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
+from distilbert_fast.modeling.heads import NAME
 from distilbert_fast.modeling.snapshot import is_patched
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
@@ -175,11 +176,11 @@ class Transformer(hf.Transformer):
             for module, kind in ((block, TransformerBlock), (attention, DistilBertSelfAttention)):
                 if not isinstance(module, kind):
                     expected = f"None, since {type(module).__name__} in layer {index} may ignore it"
-                    _check.refuse("DistilBertModel", "head_mask", expected, type(head_mask).__name__)
+                    _check.refuse(NAME, "head_mask", expected, type(head_mask).__name__)
         attentions = [block.attention for block in self.layer]
         heads = attentions[0].config.n_heads if attentions else 0
         kept = [attention.heads for attention in attentions]
-        return head_masks("DistilBertModel", head_mask, heads, kept, device, batch)
+        return head_masks(NAME, head_mask, heads, kept, device, batch)
 
 
 def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from distilbert_fast.backends import run_aside
 from distilbert_fast.ops import _check
 
-_NAME = "DistilBertModel"
+NAME = "DistilBertModel"  # in messages
 
 
 def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
@@ -23,15 +23,15 @@ def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
     plan = []
     for layer, heads in heads_to_prune.items():
         if layer not in range(len(layers)):
-            _check.refuse(_NAME, "heads_to_prune", f"of layers in 0…{len(layers) - 1}", layer)
+            _check.refuse(NAME, "heads_to_prune", f"of layers in 0…{len(layers) - 1}", layer)
         for head in heads:
             if head not in range(config.n_heads):
-                _check.refuse(_NAME, "heads_to_prune", f"of heads in 0…{config.n_heads - 1}", head)
+                _check.refuse(NAME, "heads_to_prune", f"of heads in 0…{config.n_heads - 1}", head)
         attention = layers[layer].attention
         for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
             if type(getattr(attention, name)) is not nn.Linear:
                 given = type(getattr(attention, name)).__name__
-                _check.refuse(_NAME, f"{name} of layer {layer}", "nn.Linear to be pruned", given, TypeError)
+                _check.refuse(NAME, f"{name} of layer {layer}", "nn.Linear to be pruned", given, TypeError)
         plan.append((attention, [head for head in attention.heads if head not in set(heads)]))
 
     def shrink() -> None:
@@ -50,8 +50,7 @@ def prune(model: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
 def _keep_heads(attention: Any, left: list[int]) -> None:
     size = attention.attention_head_size
     place = [attention.heads.index(head) for head in left]
-    rows = torch.arange(len(attention.heads) * size, device=attention.q_lin.weight.device)
-    features = rows.view(-1, size)[place].flatten()  # rows of q, k and v
+    features = torch.arange(len(attention.heads) * size).view(-1, size)[place].flatten()  # rows of q, k and v
     for linear in (attention.q_lin, attention.k_lin, attention.v_lin):
         _shrink(linear, features, dim=0)
     _shrink(attention.out_lin, features, dim=1)
