@@ -19,7 +19,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -65,34 +65,27 @@ class Captured(NamedTuple):
     replay: Callable[[], None]
 
 
-class Device(Protocol):
-    """Where graphs are captured and replayed."""
-
-    def free(self, dtype: torch.dtype) -> bool:
-        """Whether an encoder of this dtype can be captured and replayed now."""
-
-    def in_turn(self) -> contextlib.AbstractContextManager[None]:
-        """Work launched inside runs after the work that was launched inside before, in any stream."""
-
-    def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
-        """Capture ``function`` of the inputs made; called in turn."""
-
-
 class CudaDevice:
-    """One GPU. The graphs' memory belongs to a stream of its own, so that the allocator hands it out late enough."""
+    """One GPU, where graphs are captured and replayed.
+
+    Their memory belongs to a stream of its own, so that the allocator hands it out late enough.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
 
     def free(self, dtype: torch.dtype) -> bool:
-        """Not while the caller captures a graph; nor if torch serves attention, which asks where sequences end."""
+        """Whether an encoder of this dtype can be captured and replayed now: not while the caller captures a graph, nor
+        if torch serves attention, which asks where sequences end.
+        """
         return not torch.cuda.is_current_stream_capturing() and (
             backends.select("attention", self._device, dtype) != "torch"
         )
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
+        """Work launched inside runs after the work that was launched inside before, in any stream."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             current.wait_event(self._done)
@@ -102,6 +95,7 @@ class CudaDevice:
                 self._done.record(current)
 
     def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
+        """Capture ``function`` of the inputs made; called in turn."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -157,9 +151,9 @@ class Graphs:
         device: where; None: the GPU that the encoder is on.
     """
 
-    def __init__(self, encoder: OpEncoder, count: int = GRAPHS, device: Device | None = None) -> None:
+    def __init__(self, encoder: OpEncoder, count: int = GRAPHS, device: CudaDevice | None = None) -> None:
         self._encoder, self._count = encoder, count
-        self._device: Device = CudaDevice(encoder.word.device) if device is None else device
+        self._device = device or CudaDevice(encoder.word.device)
         self._kept: OrderedDict[tuple[int, int, bool, str | None], _Graph] = OrderedDict()
         self._lock = threading.Lock()
 
