@@ -121,32 +121,28 @@ def interpreted() -> bool:
 @functools.cache
 def availability(name: str) -> Availability:
     """Whether a backend can run in this process, and the reason."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "torch":
         return Availability(True, f"torch {torch.__version__}")
-    if name == "cpu":
-        try:
-            module = cpu()
-        except ImportError as error:
-            return Availability(False, f"the native module is not built ({error})")
-        return Availability(True, f"ISA tier {module.isa()}")
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return Availability(False, "the triton package is not installed")
-        version = importlib.metadata.version("triton")
+        how = f"triton {importlib.metadata.version('triton')}"
         if interpreted():
-            return Availability(True, f"triton {version}, interpreter")
-        if not torch.cuda.is_available():
-            return Availability(False, f"triton {version} is installed, but torch sees no CUDA device")
-        return Availability(True, f"triton {version}")
-    if name == "cuda":
+            return Availability(True, f"{how}, interpreter")
+        without_device = f"{how} is installed"
+    else:
         try:
-            cuda()
+            module = cpu() if name == "cpu" else cuda()
         except ImportError as error:
             return Availability(False, f"the native module is not built ({error})")
-        if not torch.cuda.is_available():
-            return Availability(False, "the native module is built, but torch sees no CUDA device")
-        return Availability(True, f"CUDA {torch.version.cuda}")
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        if name == "cpu":
+            return Availability(True, f"ISA tier {module.isa()}")
+        how, without_device = f"CUDA {torch.version.cuda}", "the native module is built"
+    if not torch.cuda.is_available():
+        return Availability(False, f"{without_device}, but torch sees no CUDA device")
+    return Availability(True, how)
 
 
 def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:

@@ -37,8 +37,7 @@ def unpad(x: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, 
         TypeError, ValueError: a mask that is no tensor, or not of the shape [B, T] of x.
     """
     cu_seqlens, indices = _places(token_mask("unpad", attention_mask, x.shape[0], x.shape[1]))
-    rows = x.flatten(0, 1)  # [B·T, ...]
-    return (rows if indices.shape[0] == rows.shape[0] else rows.index_select(0, indices)), cu_seqlens, indices
+    return Tokens(x.shape[0], x.shape[1], cu_seqlens, indices).rows(x), cu_seqlens, indices
 
 
 def _places(real: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,13 +97,13 @@ def parse_head_mask(
     """
     if not isinstance(head_mask, torch.Tensor):
         _check.refuse(caller, "head_mask", "a tensor", type(head_mask).__name__, TypeError)
-    shape, by_layer = tuple(head_mask.shape), (num_layers, num_heads)
-    older = () if batch is None else ((num_layers, 1, num_heads, 1, 1), (num_layers, batch, num_heads, 1, 1))
-    if shape not in ((num_heads,), by_layer, *older):
+    allowed: list[tuple[int | None, ...]] = [(num_heads,), (num_layers, num_heads)]
+    expected = f"[{num_heads}] or [{num_layers}, {num_heads}]"
+    if batch is not None:
+        allowed += [(num_layers, size, num_heads, 1, 1) for size in (1, batch)]
         expected = f"[{num_heads}], [{num_layers}, {num_heads}] or [{num_layers}, 1 or {batch}, {num_heads}, 1, 1]"
-        if batch is None:
-            expected = f"[{num_heads}] or [{num_layers}, {num_heads}]"
-        _check.refuse(caller, "head_mask", f"of shape {expected}", list(shape))
+    if tuple(head_mask.shape) not in allowed:
+        _check.refuse(caller, "head_mask", f"of shape {expected}", list(head_mask.shape))
     mask = head_mask.to(device, head_mask.dtype if head_mask.is_floating_point() else torch.float32)
     if mask.dim() < 5:
         return mask

@@ -228,10 +228,7 @@ def _serve(
 ) -> Any:
     """The encoder's output from the engine, or the reason why its own forward must compute it. Counts both.
 
-    Args:
-        given: the arguments of the call.
-        names: those that its own forward has names for.
-        honoured: whether it knows head masks, also of more dimensions than the engine does.
+    Args: see ``why_not``.
     """
     output: Any = "training mode"
     if self.training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,27 +45,16 @@ _OWN_ATTENTIONS = ("sdpa", "eager", "distilbert_fast")  # which ignore every oth
 
 
 @functools.cache
-def _read_by(attention: str) -> frozenset[str]:
-    """The arguments that an attention reads, by name."""
-    function: Any = ALL_ATTENTION_FUNCTIONS.get("sdpa" if attention == "eager" else attention)
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _unknown(given: Iterable[str], names: Iterable[str], attention: str) -> str | None:
-    """Return an argument of a call that may change the result and that the engine does not know.
+def _is_read(name: str, names: tuple[str, ...], attention: str) -> bool:
+    """Whether an argument that the engine does not know may change the result.
 
     Args:
         names: the encoder's own; every other one goes to the attention.
     """
-    for name in given:
-        if name in _SERVED:
-            continue
-        read = (
-            name in names or name in _CHANGES_RESULTS or attention not in _OWN_ATTENTIONS or name in _read_by(attention)
-        )
-        if read:
-            return name
-    return None
+    if name in names or name in _CHANGES_RESULTS or attention not in _OWN_ATTENTIONS:
+        return True
+    function: Any = ALL_ATTENTION_FUNCTIONS.get("sdpa" if attention == "eager" else attention)
+    return name in inspect.signature(function).parameters
 
 
 def why_not(
@@ -88,9 +77,9 @@ def why_not(
     input_ids, attention_mask, head_mask = map(given.get, ("input_ids", "attention_mask", "head_mask"))
     if input_ids is None:
         return "no input_ids"
-    unknown = _unknown(given, names, attention)
-    if unknown is not None:
-        return f"argument {unknown}"
+    for name in given:
+        if name not in _SERVED and _is_read(name, names, attention):
+            return f"argument {name}"
     if not is_known(attention):
         return f"attention {attention!r}"
     if attentions:
