@@ -133,13 +133,10 @@ class _Graph:
             inputs.types[:n].copy_(types)
         batch = cu_seqlens.shape[0] - 1
         inputs.cu_seqlens[: batch + 1].copy_(cu_seqlens)
-        inputs.cu_seqlens[batch + 1 :].copy_(self._ends(n, inputs.cu_seqlens.shape[0] - batch - 1))
+        added = inputs.cu_seqlens[batch + 1 :]  # where the added sequences end, which share the other tokens
+        steps = torch.arange(1, added.shape[0] + 1, dtype=torch.int32, device=added.device)
+        added.copy_((n + PADDING * steps).clamp_(max=inputs.ids.shape[0]))
         self._regular = regular
-
-    def _ends(self, start: int, count: int) -> torch.Tensor:
-        """Where ``count`` added sequences end that share the tokens from ``start`` on."""
-        steps = torch.arange(1, count + 1, dtype=torch.int32, device=self.inputs.ids.device)
-        return (start + PADDING * steps).clamp_(max=self.inputs.ids.shape[0])
 
 
 class Graphs:

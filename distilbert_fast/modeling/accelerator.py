@@ -22,6 +22,7 @@ from distilbert_fast.ops._operator import is_eager
 
 log = logging.getLogger("distilbert_fast")
 OP = "optimize"
+_UNCALIBRATED = "optimize: weights have changed since calibration, so each token finds its own scales again"
 _WARY = 64  # calls that compare all bytes after an uncounted write
 
 
@@ -88,9 +89,9 @@ class Accelerator:
 
     def calibrate(self, calibration: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Give the packed weights static scales, which they lose when they are packed again."""
-        if self._packed is not None:
-            self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
-            self._calibrated = True
+        assert self._packed is not None
+        self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
+        self._calibrated = True
 
     def current(self, encoder: PreTrainedModel) -> _Packed | str:
         """The weights that the encoder has now, packed; or why its own forward must run."""
@@ -104,17 +105,14 @@ class Accelerator:
             packed = self._packed
             if packed is None or not (packed.snapshot.look(encoder)[0] and self._all_bytes_hold(packed.snapshot)):
                 try:
-                    packed = self._pack_changed(encoder)
+                    if self._calibrated:
+                        warn_once(_UNCALIBRATED)
+                        self._calibrated = False
+                    packed = self.pack(encoder)
                 except (TypeError, ValueError) as error:
                     warn_once(f"the model has changed, transformers' own forward runs: {error}")
                     return str(error)
             return packed.snapshot.look(encoder)[1] or packed  # what changes from here on shows at the next call
-
-    def _pack_changed(self, encoder: PreTrainedModel) -> _Packed:
-        if self._calibrated:
-            warn_once("optimize: weights have changed since calibration, so each token finds its own scales again")
-            self._calibrated = False
-        return self.pack(encoder)
 
     def _all_bytes_hold(self, snapshot: Snapshot) -> bool:
         """Whether no byte has changed; False also where that cannot be seen and the weights are suspect."""

@@ -45,15 +45,13 @@ def batches(calibration: Iterable[Any], model: Any, tokenizer: Any, caller: str)
         yield _batch(tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"), caller)
 
 
-_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-
-
 def _batch(item: Any, caller: str) -> dict[str, torch.Tensor]:
     given = {"input_ids": item} if isinstance(item, torch.Tensor) else item
     if not isinstance(given, Mapping) or "input_ids" not in given:
         expected = "of texts, of tensors of ids or of mappings with input_ids"
         _check.refuse(caller, "calibration", expected, type(item).__name__, TypeError)
-    batch = {name: given[name] for name in _NAMES if given.get(name) is not None}
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    batch = {name: given[name] for name in names if given.get(name) is not None}
     if getattr(batch["input_ids"], "dim", lambda: 0)() != 2:
         _check.refuse(caller, "calibration input_ids", "a tensor [B, T]", type(batch["input_ids"]).__name__, TypeError)
     return batch

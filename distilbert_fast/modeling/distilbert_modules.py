@@ -177,9 +177,8 @@ class Transformer(hf.Transformer):
                 if not isinstance(module, kind):
                     expected = f"None, since {type(module).__name__} in layer {index} may ignore it"
                     _check.refuse(NAME, "head_mask", expected, type(head_mask).__name__)
-        attentions = [block.attention for block in self.layer]
-        heads = attentions[0].config.n_heads if attentions else 0
-        kept = [attention.heads for attention in attentions]
+        kept = [block.attention.heads for block in self.layer]
+        heads = self.layer[0].attention.config.n_heads if kept else 0
         return head_masks(NAME, head_mask, heads, kept, device, batch)
 
 

@@ -13,19 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distilbert_fast.files import schema
 from distilbert_fast.files.durable import FileError, regular_size
-from distilbert_fast.files.schema import (
-    Check,
-    anything,
-    integer,
-    mapping,
-    nullable,
-    number,
-    read_json,
-    record,
-    text,
-    validate,
-)
 from distilbert_fast.modeling.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -43,20 +32,20 @@ _NAMES = (
     ("hidden_size", "dim"),
     ("intermediate_size", "hidden_dim"),
 )
-_SIZES: dict[str, Check] = {
-    **dict.fromkeys(_NAMES[0], integer(0, 2**12)),
-    **dict.fromkeys(_NAMES[1], integer(1, 2**12)),
-    **dict.fromkeys((*_NAMES[2], "embedding_size"), integer(1, 2**18)),
-    **dict.fromkeys(_NAMES[3], integer(1, 2**20)),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), integer(0, 2**26)),
-    "layer_norm_eps": number(2.0**-126),  # float32's smallest: above 0
-    "num_labels": nullable(integer(0, 2**20)),
-    "id2label": nullable(mapping(anything, text("[0-9]{1,9}", "the number of a class"))),
-    "label2id": nullable(mapping(anything)),
+_SIZES: dict[str, schema.Check] = {
+    **dict.fromkeys(_NAMES[0], schema.integer(0, 2**12)),
+    **dict.fromkeys(_NAMES[1], schema.integer(1, 2**12)),
+    **dict.fromkeys((*_NAMES[2], "embedding_size"), schema.integer(1, 2**18)),
+    **dict.fromkeys(_NAMES[3], schema.integer(1, 2**20)),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), schema.integer(0, 2**26)),
+    "layer_norm_eps": schema.number(2.0**-126),  # float32's smallest: above 0
+    "num_labels": schema.nullable(schema.integer(0, 2**20)),
+    "id2label": schema.nullable(schema.mapping(schema.anything, schema.text("[0-9]{1,9}", "the number of a class"))),
+    "label2id": schema.nullable(schema.mapping(schema.anything)),
 }
-_CONFIG = record({}, _SIZES, others=True)
+_CONFIG = schema.record({}, _SIZES, others=True)
 _FEW = 2**28  # weights, which a file that is too short may lack: that is said when it is read
-_SHARDS = record({"weight_map": mapping(text(r"[^/\0]+", "the name of a file"))}, others=True)
+_SHARDS = schema.record({"weight_map": schema.mapping(schema.text(r"[^/\0]+", "the name of a file"))}, others=True)
 
 
 class CheckpointError(FileError):
@@ -85,7 +74,7 @@ def locate(source: str | Path) -> Path:
     if not config.is_file():
         raise CheckpointError.of(source, " holds no config.json")
     try:
-        settings = read_json(config)
+        settings = schema.read_json(config)
         model_type = settings.get("model_type")
     except (FileError, AttributeError) as error:
         reason = error.reason if isinstance(error, FileError) else error
@@ -115,7 +104,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None)
     Raises:
         FileError: one of the sizes, by name.
     """
-    validate(config, path, _CONFIG)
+    schema.validate(config, path, _CONFIG)
     layers, heads, hidden, inner = (config.get(bert, config.get(distilbert, 0)) for bert, distilbert in _NAMES)
     if heads and hidden % heads:
         raise FileError(f"{str(path)!r}: hidden_size must be a multiple of {heads} heads, got {hidden}")
@@ -291,7 +280,7 @@ def _weight_files(directory: Path, source: str | Path) -> list[Path]:
         return [directory / _WEIGHTS]
     if (directory / _INDEX).is_file():
         with _as_checkpoint_error():
-            names = sorted(set(read_json(directory / _INDEX, _SHARDS)["weight_map"].values()))
+            names = sorted(set(schema.read_json(directory / _INDEX, _SHARDS)["weight_map"].values()))
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise CheckpointError.of(source, f" lacks {absent[0]}, which its {_INDEX} names")

@@ -39,7 +39,7 @@ class Snapshot:
     ``look`` sees each time: a replaced, added or removed module or parameter; a tensor written in place (by its
     version counter), moved or cast (by its address); another class or setting. torch does not count what fused
     optimizers, ``parameter.data``, NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of
-    those bytes, on a CPU.
+    those bytes; None on another device than a CPU, and where the native module is not built.
     """
 
     def __init__(
@@ -58,7 +58,11 @@ class Snapshot:
         self._versions = list(map(_version, self._tensors))
         self._settings = list(settings)
         self._set = [get(module) for get, module in self._settings]
-        self._storages, self.fingerprint = _fingerprint(copied)
+        values = [tensor for module in copied for tensor in (*module.parameters(), *module.buffers())]
+        self.fingerprint: Any = None
+        if backends.availability("cpu").ok and all(tensor.device.type == "cpu" for tensor in values):
+            self._storages = [tensor.untyped_storage() for tensor in values]  # not freed while their bytes are read
+            self.fingerprint = backends.fingerprint(values, _LINES)
         self._seen: _Sight | None = None
 
     def look(self, root: nn.Module) -> tuple[bool, str | None]:
@@ -139,14 +143,3 @@ def _entries(modules: Iterable[nn.Module]) -> list[Any]:
     """The homes of modules, and all names and values in them."""
     homes = [home for module in modules for home in _homes(module)]
     return [*homes, *(part for home in homes for entry in home.items() for part in entry)]
-
-
-def _fingerprint(modules: Iterable[nn.Module]) -> tuple[list[torch.UntypedStorage], Any]:
-    """Hashes of the bytes of all tensors in modules, with what keeps these from being freed while they are read; None
-    where they lie on another device, or where the native module is not built.
-    """
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    if not backends.availability("cpu").ok or any(tensor.device.type != "cpu" for tensor in tensors):
-        return [], None
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return storages, backends.fingerprint(tensors, _LINES)
