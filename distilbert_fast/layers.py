@@ -71,6 +71,29 @@ def is_token(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask != 0
 
 
+class Padding(NamedTuple):
+    """The padding of a batch."""
+
+    none: bool  # every position is a token
+    left: bool  # some sequence starts with padding, or is nothing else
+    empty: bool  # some sequence has no token
+    num_tokens: int | None  # on a GPU; not needed elsewhere
+
+    @classmethod
+    def around(cls, real: torch.Tensor) -> Padding:
+        """That around tokens, bool [B, T]."""
+        if not real.is_cuda and bool(real.all()):
+            return NO_PADDING
+        left, every = (~real[:, :1].any(1)).any(), real.any(1).all()
+        if real.is_cuda:  # the host waits once for all answers
+            full, starts, tokens, count = torch.stack([real.all(), left, every, real.sum()]).tolist()
+            return cls(bool(full), bool(starts), not tokens, count)
+        return cls(False, bool(left), not bool(every), None)
+
+
+NO_PADDING = Padding(True, False, False, None)
+
+
 def labels_padding(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:
     """Whether a loss counts a padded position: labels [B, T], −100 for none, of a mask [B, T]."""
     if labels.shape != attention_mask.shape:

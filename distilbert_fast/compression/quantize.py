@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distilbert_fast.modeling.quantizer import Int8Config, Model, quantize_linears
+from distilbert_fast.modeling.quantizer import Int8Config, quantize_linears
+from distilbert_fast.modeling.training import Model
 
 
 def quantize_model(model: Model, heads: bool = False, modules_to_not_convert: Sequence[str] = ()) -> Model:

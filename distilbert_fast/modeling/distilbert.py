@@ -35,7 +35,7 @@ from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from distilbert_fast.layers import Tokens, labels_padding, token_mask, traced
+from distilbert_fast.layers import NO_PADDING, Padding, Tokens, labels_padding, token_mask, traced
 from distilbert_fast.modeling import distilbert_modules as modules
 from distilbert_fast.modeling.heads import NAME, prune
 from distilbert_fast.ops import _check
@@ -176,14 +176,13 @@ class DistilBertModel(_DropIn, hf.DistilBertModel):
 
 def _tokens(mask: torch.Tensor | None, given: torch.Tensor, keep_padding: bool) -> Tokens | None:
     """The real tokens of given [B, T, ...], or None where padding must be computed with them."""
-    batch, length = given.shape[:2]
-    if mask is not None and mask.dim() == 2:
-        no_padding, left_padding = torch.stack([mask.all(), (~mask[:, :1].any(1)).any()]).tolist()
-        if no_padding:
-            mask = None
-        elif left_padding or keep_padding:
-            return None
-    return Tokens.unpadded(mask, batch, length, given.device) if mask is None or mask.dim() == 2 else None
+    if mask is not None and mask.dim() != 2:
+        return None
+    padding = NO_PADDING if mask is None else Padding.around(mask)
+    if not padding.none and (padding.left or keep_padding):
+        return None
+    mask = None if padding.none else mask
+    return Tokens.unpadded(mask, given.shape[0], given.shape[1], given.device, padding.num_tokens)
 
 
 _INTEGERS = (torch.int64, torch.int32)

@@ -12,7 +12,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
-from distilbert_fast.layers import exported, is_token, labels_padding, traced
+from distilbert_fast.layers import NO_PADDING, Padding, exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
 from distilbert_fast.modeling.served_calls import FLAGS, why_not
+from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
 PACK = "pack_encoder"
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def optimize(
@@ -258,7 +258,7 @@ def _encode(
         warn_once("optimize: gradients are enabled, so transformers' own forward runs; use torch.no_grad()")
         return "gradients are enabled"
 
-    padding = _NO_PADDING if mask is None else _padding(is_token(mask))
+    padding = NO_PADDING if mask is None else Padding.around(is_token(mask))
     keep_padding = not padding.none and (padding.left or _is_read(self, accelerator, given.get("keep_padding")))
     if keep_padding and padding.empty and self.config._attn_implementation == "eager":
         return "a sequence without tokens, where eager attention attends to padding"
@@ -301,24 +301,3 @@ def _unknown_reader(encoder: nn.Module) -> bool:
             if isinstance(caller, nn.Module) and caller is not encoder:
                 return not type(caller).__module__.startswith("sentence_transformers.")
     return False
-
-
-class _Padding(NamedTuple):
-    none: bool  # every position is a token
-    left: bool  # some sequence starts with padding, or is nothing else
-    empty: bool  # some sequence has no token
-    num_tokens: int | None  # on a GPU; not needed elsewhere
-
-
-_NO_PADDING = _Padding(True, False, False, None)
-
-
-def _padding(real: torch.Tensor) -> _Padding:
-    """Describe the padding around tokens, bool [B, T]."""
-    if not real.is_cuda and bool(real.all()):
-        return _NO_PADDING
-    left, every = (~real[:, :1].any(1)).any(), real.any(1).all()
-    if real.is_cuda:  # the host waits once for all answers
-        full, starts, tokens, count = torch.stack([real.all(), left, every, real.sum()]).tolist()
-        return _Padding(bool(full), bool(starts), not tokens, count)
-    return _Padding(False, bool(left), not bool(every), None)

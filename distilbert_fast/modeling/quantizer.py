@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,12 +39,12 @@ from distilbert_fast.files.durable import (
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import PROJECTION
 from distilbert_fast.modeling.loading import check_sizes
+from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Model = TypeVar("Model", bound="PreTrainedModel")
 METHOD = "distilbert_fast"
 _CONFIG = schema.record(
     {"quant_method": schema.one_of(METHOD)},
