@@ -215,9 +215,6 @@ def head_of(kind: type) -> tuple[Architecture, str] | None:
     return None
 
 
-_CLASSIFIERS = {(known.module, f"{known.prefix}ForSequenceClassification") for known in ARCHITECTURES.values()}
-
-
 def reads_first_token(model: Any, kind: type) -> bool:
     """Whether a model reads the encoder's output at position 0 alone.
 
@@ -242,11 +239,13 @@ def reads_first_token(model: Any, kind: type) -> bool:
 def _reader(kind: type) -> tuple[Architecture | None, str | None]:
     """The architecture of a class for sequences, and the module of it that reads the encoder's output, None if it does
     so itself. None twice for other classes: also for someone else's subclass, which may read more."""
-    ours = kind.__module__.startswith("distilbert_fast.")
-    if not any((base.__module__, base.__name__) in _CLASSIFIERS for base in (kind.__mro__ if ours else (kind,))):
-        return None, None
     known, head = head_of(kind) or (None, "")
-    return known, (known and known.heads[head]["pooler"].rpartition(".")[0]) or None
+    if known is None or head != "ForSequenceClassification":
+        return None, None
+    plain = known.defines(kind) and kind.__name__ == f"{known.prefix}{head}"
+    if not (plain or kind.__module__.startswith("distilbert_fast.")):
+        return None, None
+    return known, known.heads[head]["pooler"].rpartition(".")[0] or None
 
 
 def reads_padding(model: Any) -> bool:
