@@ -64,16 +64,9 @@ class Engine:
         self._graph_count = graphs
         self.graphs: Graphs | None = None  # where it runs on a GPU
         self._lock = threading.Lock()
-        if packed is not None:
-            self.num_heads, self.padding_idx = packed.shape.num_heads, packed.shape.padding_idx
-            self.word, self.position = packed.tensors["word"], packed.tensors["position"]
-            self.token_type = packed.tensors.get("token_type")
-            self.heads: tuple[tuple[int, ...], ...] = packed.shape.heads
-        else:
-            ops, modules = self._op_encoder(), self._modules()
-            self.num_heads, self.padding_idx = modules.num_heads, modules.padding_idx
-            self.word, self.position, self.token_type = ops.word, ops.position, ops.token_type
-            self.heads = tuple(layer.heads for layer in ops.layers)
+        encoder = packed or self._op_encoder()
+        self.num_heads, self.heads, self.padding_idx = encoder.num_heads, encoder.heads, encoder.padding_idx
+        self.word, self.position, self.token_type = encoder.word, encoder.position, encoder.token_type
 
     @classmethod
     @torch.no_grad()

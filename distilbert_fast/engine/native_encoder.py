@@ -57,7 +57,8 @@ class PackedEncoder:
 
     def __init__(self, shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
         self.shape, self.tensors = shape, tensors
-        self.dtype = tensors["word"].dtype  # of what comes out
+        self.word, self.position, self.token_type = tensors["word"], tensors["position"], tensors.get("token_type")
+        self.num_heads, self.heads, self.padding_idx = shape.num_heads, shape.heads, shape.padding_idx
         self._widest = max(map(len, shape.heads), default=0)
         layers = []
         for i, heads in enumerate(shape.heads):
@@ -128,7 +129,7 @@ class PackedEncoder:
         positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
         factors = self._factors(head_masks)
         count = len(self.shape.heads) + 1 if hidden_states else 1
-        outputs = [torch.empty(batch, length, self.shape.hidden, dtype=self.dtype, device="cpu") for _ in range(count)]
+        outputs = [self.word.new_empty(batch, length, self.shape.hidden) for _ in range(count)]
         self._encoder.run(
             ids.data_ptr(),
             ids.dtype == torch.int64,
@@ -144,7 +145,7 @@ class PackedEncoder:
             address(factors),
             self._widest,
             outputs[-1].data_ptr(),
-            backends.CPU_DTYPE[self.dtype],
+            backends.CPU_DTYPE[self.word.dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
             address(largest),
             torch.get_num_threads(),

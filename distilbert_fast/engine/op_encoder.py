@@ -53,12 +53,13 @@ class OpEncoder:
         self.word, self.position = model.word.weight.detach(), model.position.weight.detach()
         self.token_type = None if model.token_type is None else model.token_type.weight.detach()
         self.norm = norm_weights(model.norm)
-        self.padding_idx, self.head_dim = model.padding_idx, model.head_dim
+        self.num_heads, self.padding_idx, self.head_dim = model.num_heads, model.padding_idx, model.head_dim
         self.dtype = (precision and PRECISIONS[precision]) or self.word.dtype  # of activations
         pairs = zip(model.layers, masks, strict=True)
         self.layers = [layer_weights(layer, model.head_dim, precision, mask) for layer, mask in pairs]
         for i, (context, gelu) in enumerate(scales):
             self.layers[i] = self.layers[i]._replace(context_scale=context, gelu_scale=gelu)
+        self.heads = tuple(layer.heads for layer in self.layers)
 
     def layout(
         self,
