@@ -23,7 +23,7 @@ where it is: else attention is the ``attention`` op, by the backend that serves 
 
 # Annotations are objects here, as in transformers: its tools and others look at those of **kwargs.
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,8 +55,10 @@ __all__ = [
 class _DropIn(nn.Module):
     """Code that all drop-in classes share."""
 
-    config: DistilBertConfig
     always_keep_padding = False
+    if TYPE_CHECKING:  # no annotations of attributes: torch.jit reads them
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
@@ -80,9 +82,6 @@ class _DropIn(nn.Module):
 
 class DistilBertModel(_DropIn, hf.DistilBertModel):
     """transformers' DistilBertModel, see the module's docstring for what is new."""
-
-    embeddings: Any
-    transformer: Any
 
     @merge_with_config_defaults
     @capture_outputs
