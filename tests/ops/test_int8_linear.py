@@ -22,11 +22,15 @@ from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
 pytestmark = pytest.mark.usefixtures("place")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FILLS = ("random", "all 127", "all -128", "alternating")
+FILLS = ("random", "all 127", "all -128", "alternating", "gaussian")
 
 
 def make_codes(rows: int, c: int, fill: str = "random", seed: int = 0) -> torch.Tensor:
-    """int8 [rows, c] from all 256 values, or one of the extremes at which saturating instructions go wrong."""
+    """int8 [rows, c] from all 256 values, one of the extremes at which saturating instructions go wrong, or, as real
+    weights are, with few such pairs."""
+    if fill == "gaussian":
+        x = torch.randn(rows, c, generator=torch.Generator().manual_seed(seed)) * 40
+        return x.round().clamp(-128, 127).to(torch.int8)
     if fill == "random":
         return torch.randint(-128, 128, (rows, c), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     x = torch.full((rows, c), 127 if fill == "all 127" else -128, dtype=torch.int8)

@@ -327,6 +327,35 @@ Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
   }
 }
 
+// Of a short batch it would be a third of the work.
+void Encoder::find_signed_groups(const Kernels& tier, int threads) {
+  const auto each = [&](const auto& body) {
+    for (EncoderLayer& layer : model_.layers) {
+      for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) body(*linear);
+    }
+  };
+  size_t bits = 0, columns = 0;
+  each([&](const PackedLinear& linear) {
+    columns += static_cast<size_t>(linear.panel_count() * kPanelColumns);
+    bits += static_cast<size_t>(linear.panel_count() * 2 * linear.blocks);
+  });
+  signed_groups_.resize(bits);
+  sums_start_.resize(columns);
+  uint16_t* next_bits = signed_groups_.data();
+  int32_t* next_start = sums_start_.data();
+  each([&](PackedLinear& linear) {
+    const int64_t halves = linear.panel_count() * 2;
+    run_team(threads, [&](int rank, int size) {
+      const auto [begin, end] = Team{rank, size}.share(halves);
+      tier.find_signed_groups(linear, begin, end, next_bits, next_start);
+    });
+    linear.signed_groups = next_bits;
+    linear.sums_start = next_start;
+    next_bits += halves * linear.blocks;
+    next_start += halves * 16;
+  });
+}
+
 Encoder::~Encoder() = default;
 
 void Encoder::run(const EncoderCall& call, int threads) {
@@ -353,6 +382,9 @@ void Encoder::run(const EncoderCall& call, int threads) {
   if (plan.ids.empty()) return;
 
   const Kernels& tier = kernels();
+  if (model_.weights == Weights::int8 && tier.find_signed_groups != nullptr) {
+    std::call_once(signed_groups_found_, [&] { find_signed_groups(tier, threads); });
+  }
   std::vector<LiveHeads> live;
   int64_t blocks = 0;
   for (size_t i = 0; i < model_.layers.size(); ++i) {

@@ -71,6 +71,7 @@ struct EncoderCall {
 
 class Arena;
 struct Flow;
+struct Kernels;
 
 // Immutable but for its spare working memory; calls may run at the same time.
 class Encoder {
@@ -86,7 +87,12 @@ class Encoder {
   std::unique_ptr<Arena> take(const Flow& flow, int64_t rows, int64_t sets, int64_t scratch, int64_t threads);
   void give(std::unique_ptr<Arena> arena);
 
+  void find_signed_groups(const Kernels& tier, int threads);
+
   EncoderModel model_;
+  std::once_flag signed_groups_found_;   // by the first call on a tier that reads them
+  std::vector<uint16_t> signed_groups_;  // of all linear layers, and what the sums of their columns start from
+  std::vector<int32_t> sums_start_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> spare_;
 };

@@ -33,6 +33,9 @@ struct PackedLinear {
   const float* bias;           // [F padded]
   int64_t blocks;              // of a panel
   int64_t columns;             // F
+  // Of a tier that multiplies by vpmaddubsw, see gemm_tile_int8_avx2.h; null: found by each call.
+  const uint16_t* signed_groups = nullptr;  // [F padded / 16, blocks]: a bit for each of a block's groups
+  const int32_t* sums_start = nullptr;      // [F padded]
   int64_t panel_bytes() const { return blocks * kBlockBytes; }
   int64_t panel_count() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
 };
@@ -78,7 +81,7 @@ struct Gemm {
 using GemmKernel = void (*)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                             uint8_t* scratch);
 
-constexpr int64_t kWidenedRows = 48;  // of codes at a time, where a tier has to widen them to int16
-inline int64_t gemm_scratch_bytes(int64_t blocks) { return kWidenedRows * blocks * 128; }
+// Half a panel, doubled, a number for each of its groups and a bit: see gemm_tile_int8_avx2.h.
+inline int64_t gemm_scratch_bytes(int64_t blocks) { return 64 + 16 * blocks * (128 + 4) + 8 * 4 + 2 * blocks; }
 
 }  // namespace distilbert_fast

@@ -1,5 +1,7 @@
 // Linear layers, panel by panel: tiles of sums from gemm_tile_*.h, each finished while it is in the first cache.
 //
+//     panel → columns of a tile → part of K → rows of a tile
+//
 // Panels are the outer loop: a panel (24 KiB for K = 768 int8) stays in the first or second cache while the rows pass
 // by, and the next one is fetched meanwhile. W is read once, A once a panel.
 #pragma once
@@ -83,63 +85,100 @@ void run_tile(int rows, Arguments... arguments) {
 constexpr int64_t kAnyDepth = INT32_MAX;  // of a Tile that takes all of K at once
 constexpr int64_t kTilesAtOnce = 24;      // whose sums are kept from one part of K to the next
 
-// Rows [row_begin, row_end) of A, which start at `a`, in panels [panel_begin, panel_end) of the call's list.
-//
-// Where half a panel is larger than the first cache holds beside the rows, all tiles pass by a part of it, of
-// Tile::depth blocks of K, and then by the next: each goes on from its sums, so that these are the same.
+// The weights of a tile's columns, as most tiles read them.
+struct TileWeights {
+  const uint8_t* b;
+  const int32_t* column_sums;  // null where not all of K is read
+};
+
+inline void prepare(const Gemm& call, const uint8_t* b, int64_t column, bool all_blocks, uint8_t*, TileWeights* out) {
+  *out = {b, all_blocks ? call.weights.column_sums + column : nullptr};
+}
+
+// body(panel, prefetch) for the panels [begin, end) of the call's list, while the next one is fetched by `passes` runs
+// over a panel's blocks.
+template <class Body>
+void for_each_panel(const Gemm& call, int64_t begin, int64_t end, int64_t passes, const Body& body) {
+  const auto panel = [&](int64_t i) { return call.panels == nullptr ? i : call.panels[i]; };
+  for (int64_t i = begin; i < end; ++i) {
+    Prefetch prefetch = {call.weights.panels, 0};
+    if (i + 1 < end) {
+      prefetch.next += panel(i + 1) * call.weights.panel_bytes();
+      prefetch.lines = static_cast<int>((kBlockBytes / 64 + passes - 1) / passes);
+    }
+    body(panel(i), prefetch);
+  }
+}
+
+// A part of K for all tiles, then the next: ranges of blocks, of which the first goes on from no sums.
+struct Parts {
+  const Gemm& call;
+  int64_t depth, blocks, count;
+
+  // Where half a panel is larger than the first cache holds beside the rows, all tiles pass by a part of it, of `depth`
+  // blocks of K, and then by the next: each goes on from its sums, so that these are the same.
+  Parts(const Gemm& call, int64_t depth) : call(call), depth(depth), blocks(0), count(1) {
+    for (int64_t i = 0; i < call.block_ranges; ++i) blocks += call.blocks[i].end - call.blocks[i].begin;
+    if (call.block_ranges == 1 && blocks > depth) count = (blocks + depth - 1) / depth;
+  }
+  bool all_blocks() const { return blocks == call.weights.blocks; }
+  BlockRange part(int64_t p) const {
+    const auto begin = static_cast<int32_t>(call.blocks[0].begin + p * depth);
+    return {begin, static_cast<int32_t>(smaller(call.blocks[0].end, begin + depth))};
+  }
+};
+
+// Rows of A, and the number of the first.
+struct GemmRows {
+  const uint8_t* a;
+  int64_t stride;
+  int64_t first, count;
+};
+
+// All rows by a tile's columns, tile by tile; each is finished while it is in the first cache.
 template <class Tile>
-void multiply_rows(const Gemm& call, const uint8_t* a, int64_t a_stride, int64_t row_begin, int64_t row_end,
-                   int64_t panel_begin, int64_t panel_end) {
-  const int64_t rows = row_end - row_begin;
-  if (rows == 0) return;
-  const int64_t tiles = (rows + Tile::rows - 1) / Tile::rows;
+void multiply_columns(const Gemm& call, const GemmRows& rows, const typename Tile::Weights& weights, int64_t column,
+                      const Parts& parts, Prefetch& prefetch) {
   constexpr int64_t sums_of_tile = Tile::rows * Tile::columns;
   alignas(64) typename Tile::Sum sums[(Tile::depth < kAnyDepth ? kTilesAtOnce : 1) * sums_of_tile];
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < call.block_ranges; ++i) blocks += call.blocks[i].end - call.blocks[i].begin;
-  const bool all_blocks = blocks == call.weights.blocks;  // else nobody knows the sums of the columns
-  const bool in_parts = call.block_ranges == 1 && blocks > Tile::depth;
-  const int64_t parts = in_parts ? (blocks + Tile::depth - 1) / Tile::depth : 1;
-  const int64_t at_once = in_parts ? kTilesAtOnce : 1;
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const int64_t panel = call.panels == nullptr ? i : call.panels[i];
-    const int64_t next = i + 1 == panel_end ? -1 : call.panels == nullptr ? i + 1 : call.panels[i + 1];
-    const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
-    Prefetch prefetch = {next < 0 ? b : call.weights.panels + next * call.weights.panel_bytes(), 0};
-    if (next >= 0) prefetch.lines = static_cast<int>((kBlockBytes / 64 + tiles - 1) / tiles);
-    for (int64_t half = 0; half < kPanelColumns && panel * kPanelColumns + half < call.weights.columns;
-         half += Tile::columns) {
-      const int64_t column = panel * kPanelColumns + half;
-      for (int64_t first = 0; first < tiles; first += at_once) {
-        const int64_t last = smaller(tiles, first + at_once);
-        for (int64_t p = 0; p < parts; ++p) {
-          BlockRange part = {};
-          if (in_parts) {
-            part.begin = static_cast<int32_t>(call.blocks[0].begin + p * Tile::depth);
-            part.end = static_cast<int32_t>(smaller(call.blocks[0].end, part.begin + Tile::depth));
-          }
-          for (int64_t t = first; t < last; ++t) {
-            const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;  // tiles of nearly equal height
-            run_tile<Tile, Tile::rows>(
-                static_cast<int>(end - begin), a + begin * a_stride, a_stride, b + half / 16 * kHalfBytes,
-                all_blocks ? call.weights.column_sums + column : nullptr, in_parts ? &part : call.blocks,
-                call.block_ranges, p > 0, prefetch, sums + (t - first) * sums_of_tile);
-            prefetch.next += prefetch.lines * 64 * (in_parts ? part.end - part.begin : call.weights.blocks);
-          }
-        }
-        for (int64_t t = first; t < last; ++t) {
-          const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-          finish<Tile>(call, sums + (t - first) * sums_of_tile, row_begin + begin, end - begin, column);
-        }
+  const int64_t tiles = (rows.count + Tile::rows - 1) / Tile::rows;
+  const auto top = [&](int64_t t) { return rows.count * t / tiles; };  // tiles of nearly equal height
+  const int64_t at_once = parts.count > 1 ? kTilesAtOnce : 1;
+  for (int64_t first = 0; first < tiles; first += at_once) {
+    const int64_t last = smaller(tiles, first + at_once);
+    for (int64_t p = 0; p < parts.count; ++p) {
+      const BlockRange part = parts.count > 1 ? parts.part(p) : BlockRange();
+      for (int64_t t = first; t < last; ++t) {
+        run_tile<Tile, Tile::rows>(static_cast<int>(top(t + 1) - top(t)), rows.a + top(t) * rows.stride, rows.stride,
+                                   weights, parts.count > 1 ? &part : call.blocks, call.block_ranges, p > 0, prefetch,
+                                   sums + (t - first) * sums_of_tile);
+        prefetch.next += prefetch.lines * 64 * (parts.count > 1 ? part.end - part.begin : call.weights.blocks);
       }
+    }
+    for (int64_t t = first; t < last; ++t) {
+      finish<Tile>(call, sums + (t - first) * sums_of_tile, rows.first + top(t), top(t + 1) - top(t), column);
     }
   }
 }
 
 template <class Tile>
-void gemm(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, uint8_t*) {
-  multiply_rows<Tile>(call, call.a + row_begin * call.a_stride, call.a_stride, row_begin, row_end, panel_begin,
-                      panel_end);
+void gemm(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+          uint8_t* scratch) {
+  if (row_begin == row_end) return;
+  const GemmRows rows = {call.a + row_begin * call.a_stride, call.a_stride, row_begin, row_end - row_begin};
+  const Parts parts(call, Tile::depth);
+  const int64_t tiles = (rows.count + Tile::rows - 1) / Tile::rows;
+  const int64_t passes = tiles * (kPanelColumns / Tile::columns);
+  for_each_panel(call, panel_begin, panel_end, passes, [&](int64_t panel, Prefetch prefetch) {
+    const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
+    for (int64_t half = 0; half < kPanelColumns; half += Tile::columns, b += kHalfBytes) {
+      const int64_t column = panel * kPanelColumns + half;
+      if (column >= call.weights.columns) return;
+      typename Tile::Weights weights;
+      prepare(call, b, column, parts.all_blocks(), scratch, &weights);
+      multiply_columns<Tile>(call, rows, weights, column, parts, prefetch);
+    }
+  });
 }
 
 }  // namespace

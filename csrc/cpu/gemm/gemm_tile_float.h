@@ -33,13 +33,14 @@ struct BFloat16Weights {
 template <class Format>
 struct FloatTile {
   using Sum = float;
+  using Weights = TileWeights;
   static constexpr bool quantized = false;
   static constexpr int rows = kTileRows, columns = kTileColumns;
   static constexpr int64_t depth = kTileDepth;
   static constexpr int64_t a_block_bytes = 64 * Format::parts;
 
   template <int R>
-  static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t*, const BlockRange* ranges,
+  static void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights, const BlockRange* ranges,
                   int64_t range_count, bool go_on, Prefetch prefetch, float* out) {
     Vec sum[R][kTileVecs];
     for (int r = 0; r < R; ++r) {
@@ -47,24 +48,24 @@ struct FloatTile {
     }
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
-      const uint8_t* w = b + ranges[i].begin * kBlockBytes;
+      const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k, x += a_block_bytes, w += kBlockBytes) {
         prefetch.some();
 #pragma GCC unroll 4
         for (int g = 0; g < 16; ++g) {
 #pragma GCC unroll 2
           for (int i = 0; i < Format::parts; ++i) {
-            Vec weights[kTileVecs];
+            Vec columns_of_k[kTileVecs];
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVecs; ++v) {
-              weights[v] = Format::part(group_vec(w + g * 64, v), i);
-              hold(weights[v]);
+              columns_of_k[v] = Format::part(group_vec(w + g * 64, v), i);
+              hold(columns_of_k[v]);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
               const Vec activation = broadcast(reinterpret_cast<const float*>(x + r * a_stride)[g * Format::parts + i]);
 #pragma GCC unroll 4
-              for (int v = 0; v < kTileVecs; ++v) sum[r][v] = fma(activation, weights[v], sum[r][v]);
+              for (int v = 0; v < kTileVecs; ++v) sum[r][v] = fma(activation, columns_of_k[v], sum[r][v]);
             }
           }
         }

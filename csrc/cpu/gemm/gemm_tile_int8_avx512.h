@@ -50,6 +50,7 @@ struct Int8Sums<0> {
 
 struct Int8Tile {
   using Sum = int32_t;
+  using Weights = TileWeights;
   static constexpr bool quantized = true;
   static constexpr int rows = 12, columns = 32;
   static constexpr int64_t depth = kAnyDepth;
@@ -76,14 +77,15 @@ struct Int8Tile {
   }
 
   template <int R>
-  static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t* column_sums,
-                  const BlockRange* ranges, int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
+  static void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights, const BlockRange* ranges,
+                  int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
     Int8Sums<R> sums;
-    sums.start(start(b, column_sums, ranges, range_count),
-               start(b + kHalfBytes, column_sums == nullptr ? nullptr : column_sums + 16, ranges, range_count));
+    const int32_t* known = weights.column_sums;
+    sums.start(start(weights.b, known, ranges, range_count),
+               start(weights.b + kHalfBytes, known == nullptr ? nullptr : known + 16, ranges, range_count));
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
-      const uint8_t* w = b + ranges[i].begin * kBlockBytes;
+      const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
       const uint8_t* rows[4] = {x, x + 3 * a_stride, x + 6 * a_stride, x + 9 * a_stride};
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
         prefetch.some();

@@ -47,17 +47,18 @@ struct PairSums {
 
 struct PairTile {
   using Sum = float;
+  using Weights = TileWeights;
   static constexpr bool quantized = false;
   static constexpr int rows = 12, columns = 32;
   static constexpr int64_t depth = kAnyDepth;
 
   template <int R>
-  static void run(const uint8_t* a, int64_t a_stride, const uint8_t* b, const int32_t*, const BlockRange* ranges,
+  static void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights, const BlockRange* ranges,
                   int64_t range_count, bool, Prefetch prefetch, float* out) {
     PairSums<R> sums;
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * 64;
-      const uint8_t* w = b + ranges[i].begin * kBlockBytes;
+      const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k, x += 64, w += kBlockBytes) {
         prefetch.some();
         sums.add(x, a_stride, w);

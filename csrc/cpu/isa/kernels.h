@@ -165,6 +165,8 @@ struct Kernels {
   PackPanels* pack_pair_panels;
   CopyRows* copy_rows;
   CopyRows* copy_pair_rows;
+  // The signed_groups and sums_start of a PackedLinear's octets of columns; null: gemm_int8 reads none.
+  void (*find_signed_groups)(const PackedLinear&, int64_t begin, int64_t end, uint16_t* bits, int32_t* sums_start);
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);

@@ -9,8 +9,9 @@ namespace {
 
 constexpr Kernels table() {
   Kernels kernels = common_kernels();
-  kernels.gemm_int8 = gemm_widened;
-  kernels.code_flip = 0;
+  kernels.gemm_int8 = gemm<Int8Tile>;
+  kernels.find_signed_groups = find_signed_groups;
+  kernels.code_flip = 0x80;
   return kernels;
 }
 
