@@ -1,6 +1,7 @@
 #include "cpu/encoder/encoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -58,7 +59,6 @@ class Walk {
   // Each step ends when all members have done their share of it.
 
   void embed() {
-    const auto [begin, end] = team_.share(chunk_.tokens);
     const int64_t first = chunk_.first_token;
     const auto lookup = [&](const std::vector<int64_t>& ids, const EmbeddingTable& table) {
       return Lookup{ids.data() + first, true, table.data, table.rows, model_.hidden, table.dtype};
@@ -68,8 +68,7 @@ class Walk {
     rows.lookups[1] = lookup(plan_.positions, model_.position);
     rows.lookups[2] = lookup(plan_.types, model_.token_type);
     rows.out = normalized(model_.norm);
-    tier_.embedding_forward(rows, begin, end);
-    team_.wait();
+    team_.divide(chunk_.tokens, [&](int64_t begin, int64_t end) { tier_.embedding_forward(rows, begin, end); });
   }
 
   void layer(const EncoderLayer& layer, const LiveHeads& live) {
@@ -160,14 +159,15 @@ class Walk {
     // Sharing panels, each weight is read by one member only. Where there are too few, row bands share them.
     const int64_t bands = count > 0 ? (team_.size + count - 1) / count : 1;
     const int64_t height = round_up((rows + bands - 1) / bands, kRowUnit);
-    const auto [begin, end] = team_.share(count * bands);
-    for (int64_t unit = begin; unit < end;) {
-      const int64_t band = unit / count, stop = std::min(end, (band + 1) * count);
-      const int64_t from = std::min(rows, band * height), to = std::min(rows, from + height);
-      if (from < to) kernel(gemm, from, to, unit - band * count, stop - band * count, scratch_);
-      unit = stop;
-    }
-    team_.wait();
+    team_.divide_ahead(count * bands, [&](Range part, Range next) {
+      for (int64_t unit = part.begin; unit < part.end;) {
+        const int64_t band = unit / count, stop = std::min(part.end, (band + 1) * count);
+        gemm.next_panel = next.begin < next.end ? next.begin % count : -1;
+        const int64_t from = std::min(rows, band * height), to = std::min(rows, from + height);
+        if (from < to) kernel(gemm, from, to, unit - band * count, stop - band * count, scratch_);
+        unit = stop;
+      }
+    });
   }
 
   void attend(const EncoderLayer& layer, const LiveHeads& live) {
@@ -188,9 +188,8 @@ class Walk {
     forward.call.scale = 1.0 / std::sqrt(static_cast<double>(model_.head_size));
     forward.o = {at_.context.data, 0, at_.context.stride / size, model_.head_size};
     forward.o_dtype = flow_.low();
-    const auto [begin, end] = team_.share(chunk_.sequences * layer.heads);
-    tier_.attention_forward(forward, begin, end, scratch_);
-    team_.wait();
+    team_.divide(chunk_.sequences * layer.heads,
+                 [&](int64_t begin, int64_t end) { tier_.attention_forward(forward, begin, end, scratch_); });
   }
 
   void quantize(const Rows& low, int64_t columns, const Rows& codes, float* scale, const float& given) {
@@ -202,21 +201,17 @@ class Walk {
     rows.columns = columns;
     rows.codes = {codes.data, codes.stride, tier_.code_flip, given > 0 ? nullptr : scale, given > 0 ? &given : nullptr,
                   0};
-    const auto [begin, end] = team_.share(chunk_.tokens);
-    tier_.quantize(rows, begin, end);
-    team_.wait();
+    team_.divide(chunk_.tokens, [&](int64_t begin, int64_t end) { tier_.quantize(rows, begin, end); });
   }
 
   // x = LayerNorm(x), and what the next linear layer reads of it.
   void normalize(const EncoderNorm& norm) {
-    const auto [begin, end] = team_.share(chunk_.tokens);
     LayerNormRows rows = {};
     rows.x = at_.x.data;
     rows.x_stride = at_.x.stride / 4;
     rows.x_dtype = DType::float32;
     rows.out = normalized(norm);
-    tier_.layer_norm_forward(rows, begin, end);
-    team_.wait();
+    team_.divide(chunk_.tokens, [&](int64_t begin, int64_t end) { tier_.layer_norm_forward(rows, begin, end); });
   }
   Normalized normalized(const EncoderNorm& norm) const {
     Normalized out = {};
@@ -243,17 +238,17 @@ class Walk {
                                                 : nullptr;
     if (out == nullptr) return;
     const int64_t bytes = model_.hidden * (call_.out_dtype == DType::float32 ? 4 : 2);
-    const auto [begin, end] = team_.share(chunk_.tokens);
-    for (int64_t r = begin; r < end; ++r) {
-      uint8_t* to = static_cast<uint8_t*>(out) + plan_.places[chunk_.first_token + r] * bytes;
-      const float* x = reinterpret_cast<const float*>(at_.x.row(r));
-      if (call_.out_dtype == DType::float32) {
-        std::memcpy(to, x, static_cast<size_t>(bytes));
-      } else {
-        for (int64_t c = 0; c < model_.hidden; ++c) reinterpret_cast<bfloat16*>(to)[c] = to_bfloat16(x[c]);
+    team_.divide(chunk_.tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        uint8_t* to = static_cast<uint8_t*>(out) + plan_.places[chunk_.first_token + r] * bytes;
+        const float* x = reinterpret_cast<const float*>(at_.x.row(r));
+        if (call_.out_dtype == DType::float32) {
+          std::memcpy(to, x, static_cast<size_t>(bytes));
+        } else {
+          for (int64_t c = 0; c < model_.hidden; ++c) reinterpret_cast<bfloat16*>(to)[c] = to_bfloat16(x[c]);
+        }
       }
-    }
-    team_.wait();
+    });
   }
 
   // For calibration, which is in no hurry.
@@ -346,8 +341,7 @@ void Encoder::find_signed_groups(const Kernels& tier, int threads) {
   each([&](PackedLinear& linear) {
     const int64_t halves = linear.panel_count() * 2;
     run_team(threads, [&](int rank, int size) {
-      const auto [begin, end] = Team{rank, size}.share(halves);
-      tier.find_signed_groups(linear, begin, end, next_bits, next_start);
+      tier.find_signed_groups(linear, halves * rank / size, halves * (rank + 1) / size, next_bits, next_start);
     });
     linear.signed_groups = next_bits;
     linear.sums_start = next_start;
@@ -397,7 +391,9 @@ void Encoder::run(const EncoderCall& call, int threads) {
   }
 
   const Flow flow(tier, model_.weights);
-  const int64_t sets = plan.shared ? 1 : static_cast<int64_t>(plan.groups.size()) - 1;
+  const int64_t groups = static_cast<int64_t>(plan.groups.size()) - 1, sets = plan.shared ? 1 : threads;
+  std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(groups));  // of each group's chunks
+  for (int64_t i = 0; i < groups; ++i) taken[i] = plan.groups[i];
   const int64_t scratch =
       std::max(gemm_scratch_bytes(blocks), attention_forward_scratch(plan.longest, model_.head_size));
   std::unique_ptr<Arena> arena = take(flow, plan.largest, sets, scratch, threads);
@@ -410,9 +406,11 @@ void Encoder::run(const EncoderCall& call, int threads) {
       }
       return;
     }
-    for (int64_t group = rank; group < sets; group += size) {
-      for (int64_t i = plan.groups[group]; i < plan.groups[group + 1]; ++i) {
-        Walk(model_, call, plan, live, tier, arena->set(model_, group), arena->scratch(rank), Team(), plan.chunks[i])
+    // Its own group, then what is left of others': a core that others want too may be late with its own.
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t group = (rank + i) % groups;
+      for (int64_t next = taken[group]++; next < plan.groups[group + 1]; next = taken[group]++) {
+        Walk(model_, call, plan, live, tier, arena->set(model_, rank), arena->scratch(rank), Team(), plan.chunks[next])
             .go();
       }
     }

@@ -16,14 +16,29 @@
 
 namespace distilbert_fast {
 
+struct Range {
+  int64_t begin, end;
+};
+
 // All of `size` wait until the last has come. A microsecond apart they spin; a waiter whose core is wanted elsewhere
-// gives it up.
+// gives it up. Until they meet they take parts of the work of a step.
 class SpinBarrier {
  public:
+  // The next part of [0, n), an empty one once all is taken: half of what each would have of the rest, so that a core
+  // which others want too comes back for less.
+  Range take(int64_t n, int size) {
+    int64_t begin = taken_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t left = n - begin, part = (left + 2 * size - 1) / (2 * size);
+      if (left <= 0) return {n, n};
+      if (taken_.compare_exchange_weak(begin, begin + part, std::memory_order_relaxed)) return {begin, begin + part};
+    }
+  }
   void wait(int size) {
     const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       arrived_.store(0, std::memory_order_relaxed);
+      taken_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
@@ -39,12 +54,9 @@ class SpinBarrier {
   }
 
  private:
+  std::atomic<int64_t> taken_{0};
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
-};
-
-struct Range {
-  int64_t begin, end;
 };
 
 // One member's view of the team that computes a chunk together; alone it never waits.
@@ -53,11 +65,24 @@ struct Team {
   int size = 1;
   SpinBarrier* barrier = nullptr;
 
+  // body(part, next) until all members together have done [0, n); then they wait for each other. `next` is the part
+  // that this member does after it, empty after its last: there is time to fetch what it reads.
+  template <class Body>
+  void divide_ahead(int64_t n, const Body& body) const {
+    if (size == 1) return body(Range{0, n}, Range{n, n});
+    for (Range part = barrier->take(n, size), next; part.begin < part.end; part = next) {
+      next = barrier->take(n, size);
+      body(part, next);
+    }
+    barrier->wait(size);
+  }
+  template <class Body>
+  void divide(int64_t n, const Body& body) const {
+    divide_ahead(n, [&](Range part, Range) { body(part.begin, part.end); });
+  }
   void wait() const {
     if (size > 1) barrier->wait(size);
   }
-  // The member's share of [0, n).
-  Range share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
 };
 
 // body(rank, size) once on each of up to `threads` threads. One thread stays outside OpenMP, see parallel.h.

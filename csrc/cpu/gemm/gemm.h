@@ -75,6 +75,7 @@ struct Gemm {
   int64_t block_ranges;
   const int32_t* panels;     // which panels to compute; null: all
   const float* out_factors;  // for codes: of the columns [F padded], what y is multiplied by instead of 1 / out_scale
+  int64_t next_panel = -1;   // place in the list of what comes after this call, fetched meanwhile; −1: nothing
 };
 
 // Rows [row_begin, row_end) in panels [panel_begin, panel_end) of the list. The scratch is gemm_scratch_bytes large.

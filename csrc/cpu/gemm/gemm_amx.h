@@ -112,12 +112,8 @@ void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t pane
   const int64_t rows_a_block = blocks == 0 ? 0 : (kRowUnit + blocks - 1) / blocks;
   const int64_t units = (row_end - row_begin + kRowUnit - 1) / kRowUnit;
   int buffer = 0;
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const int64_t panel = call.panels == nullptr ? i : call.panels[i];
-    const int64_t next = i + 1 == panel_end ? -1 : call.panels == nullptr ? i + 1 : call.panels[i + 1];
+  for_each_panel(call, panel_begin, panel_end, units, [&](int64_t panel, Prefetch prefetch) {
     const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
-    Prefetch prefetch = {next < 0 ? b : call.weights.panels + next * call.weights.panel_bytes(), 0};
-    if (next >= 0) prefetch.lines = static_cast<int>((kBlockBytes / 64 + units - 1) / units);
     for (int64_t row = row_begin; row < row_end; row += kRowUnit, buffer ^= 1) {
       const int64_t rows = row_end - row < kRowUnit ? row_end - row : kRowUnit;
       const uint8_t* a = call.a + row * call.a_stride;
@@ -129,7 +125,7 @@ void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t pane
       prefetch.next += prefetch.lines * 64 * call.weights.blocks;
       before = {&call, sums[buffer], row, rows, panel * kPanelColumns};
     }
-  }
+  });
   before.some(before.rows);
   tile_release();
 }

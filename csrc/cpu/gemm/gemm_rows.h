@@ -102,8 +102,9 @@ void for_each_panel(const Gemm& call, int64_t begin, int64_t end, int64_t passes
   const auto panel = [&](int64_t i) { return call.panels == nullptr ? i : call.panels[i]; };
   for (int64_t i = begin; i < end; ++i) {
     Prefetch prefetch = {call.weights.panels, 0};
-    if (i + 1 < end) {
-      prefetch.next += panel(i + 1) * call.weights.panel_bytes();
+    const int64_t next = i + 1 < end ? i + 1 : call.next_panel;
+    if (next >= 0) {
+      prefetch.next += panel(next) * call.weights.panel_bytes();
       prefetch.lines = static_cast<int>((kBlockBytes / 64 + passes - 1) / passes);
     }
     body(panel(i), prefetch);
