@@ -142,7 +142,16 @@ PYBIND11_MODULE(_cpu, m) {
       " them must outlive it")
       .def(py::init<const std::vector<TreeWatch::Dictionary>&, const std::vector<PyObject*>&,
                     std::vector<TreeWatch::Attribute>, const std::vector<PyObject*>&>())
-      .def("holds", &TreeWatch::holds, "Whether entries, classes and what torch counts of tensors are what they were");
+      .def(
+          "holds", [](TreeWatch& watch) { return watch.holds(nullptr, 1).tree; },
+          "Whether entries, classes and what torch counts of tensors are what they were")
+      .def(
+          "holds_with",
+          [](TreeWatch& watch, Fingerprint* memory, int threads) {
+            const TreeWatch::Found found = watch.holds(memory, threads);
+            return std::make_pair(found.tree, found.memory);
+          },
+          "That, and whether a sample of a Fingerprint's memory is what it was (None: no memory), on some threads");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");

@@ -191,6 +191,22 @@ def test_models_are_freed():
     assert [ref() for ref in alive] == [None, None]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_tree_and_its_bytes_on_threads(threads):
+    model = make()
+    snapshot = Snapshot(model, [layer(model).ffn.lin1])
+    assert snapshot.look(model) == (True, None)
+    for _ in range(3):
+        assert snapshot.glance(model, threads) == (True, None)
+    layer(model).ffn.lin1.bias.detach().numpy()[3] += 1  # torch counts no such write, but small tensors are compared whole
+    assert snapshot.look(model) == (True, None)
+    assert snapshot.glance(model, threads) == (False, None)
+    layer(model).ffn.lin1.bias.detach().numpy()[3] -= 1
+    assert snapshot.glance(model, threads) == (True, None)
+    layer(model).ffn.lin2.weight.data = torch.zeros(8, 16)
+    assert snapshot.glance(model, threads) == (False, None)
+
+
 def test_tensors_without_torchs_functions():
     """Where torch's library is not found by its name, Python's attributes tell the same."""
     code = """

@@ -97,9 +97,8 @@ class Accelerator:
         """The weights that the encoder has now, packed; or why its own forward must run."""
         packed = self._packed
         if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
-            holds, obstacle = packed.snapshot.look(encoder)
-            fingerprint = packed.snapshot.fingerprint
-            if holds and (fingerprint is None or fingerprint.matches_sample(torch.get_num_threads())):
+            holds, obstacle = packed.snapshot.glance(encoder, torch.get_num_threads())
+            if holds:
                 return obstacle or packed
         with self._lock:
             packed = self._packed

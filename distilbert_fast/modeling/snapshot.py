@@ -82,6 +82,16 @@ class Snapshot:
             self._seen = sight._replace(obstacle=obstacle)
         return True, obstacle
 
+    def glance(self, root: nn.Module, threads: int) -> tuple[bool, str | None]:
+        """``look``, and whether some of the bytes, others with every call, are what they were."""
+        seen = self._seen
+        if seen is not None and seen.root is vars(root):
+            tree, memory = seen.watch.holds_with(self.fingerprint, threads)
+            if tree:
+                return memory, seen.obstacle
+        holds, obstacle = self.look(root)
+        return holds and (self.fingerprint is None or self.fingerprint.matches_sample(threads)), obstacle
+
     def _sight(self, root: nn.Module) -> _Sight | None:
         """None where the native module is not built, and for what is no tree of dictionaries and plain tensors."""
         if not backends.availability("cpu").ok:

@@ -11,9 +11,9 @@
 #include "cpu/encoder/encoder_arena.h"
 #include "cpu/encoder/encoder_live_heads.h"
 #include "cpu/encoder/encoder_plan.h"
-#include "cpu/encoder/team.h"
 #include "cpu/isa/bfloat16.h"
 #include "cpu/isa/isa.h"
+#include "cpu/team.h"
 #include "cpu/threads.h"
 
 namespace distilbert_fast {

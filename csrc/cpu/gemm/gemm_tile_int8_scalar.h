@@ -13,8 +13,8 @@ struct Int8Tile {
   static constexpr int64_t a_block_bytes = 64;
 
   template <int R>
-  static void run(const uint8_t* a, int64_t, const TileWeights& weights, const BlockRange* ranges,
-                  int64_t range_count, bool, Prefetch, int32_t* out) {
+  static void run(const uint8_t* a, int64_t, const TileWeights& weights, const BlockRange* ranges, int64_t range_count,
+                  bool, Prefetch, int32_t* out) {
     static_assert(R == 1, "one row at a time");
     uint32_t sum[16] = {};  // wraps around as every tier's sums do
     for (int64_t i = 0; i < range_count; ++i) {

@@ -16,16 +16,21 @@ constexpr int64_t kLine = Fingerprint::kLine;
 // A prime, so that one set meets all columns of a matrix, however long its rows are.
 constexpr int64_t kStrides[] = {Fingerprint::kLargestStride, 1021, 509, 251, 127, 61, 31, 17, 7, 3, 1};
 constexpr double kGolden = 0.6180339887;  // of all sets from one sample to the next: neighbours lie far apart
-constexpr int64_t kRegionsOfThread = 8;   // at a time
-constexpr int64_t kAhead = 24;            // lines that are on their way from memory
+constexpr int64_t kRegionsOfPart = 8;
+constexpr int64_t kAhead = 24;  // lines that are on their way from memory
 
 // A change of one word always changes the sum: its factor is odd.
 inline uint64_t sum_of_line(const uint8_t* line) {
   constexpr uint64_t kFactors[8] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
                                     0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
-  uint64_t words[8], sum = 0;
-  std::memcpy(words, line, kLine);
-  for (int i = 0; i < 8; ++i) sum += words[i] * kFactors[i];
+  uint64_t sum = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    uint64_t word;
+    std::memcpy(&word, line + 8 * i, sizeof word);
+    __asm__("" : "+r"(word));  // else vectorized by SSE2, which has no product of 64 bits: a third slower
+    sum += word * kFactors[i];
+  }
   return sum;
 }
 inline uint32_t fold(uint64_t sum) { return static_cast<uint32_t>(sum ^ sum >> 32); }
@@ -138,18 +143,32 @@ bool Fingerprint::sample_matches(size_t begin, size_t end, int64_t set) const {
   return ahead.finish();
 }
 
-bool Fingerprint::matches_sample(int threads) {
+int64_t Fingerprint::begin_sample() {
   const uint64_t call = calls_.fetch_add(1, std::memory_order_relaxed);
   const auto step = static_cast<uint64_t>(static_cast<double>(stride_) * kGolden) | 1;
-  const auto set = static_cast<int64_t>(call * step % static_cast<uint64_t>(stride_));
-  const auto large = static_cast<int64_t>(large_.size()), small = static_cast<int64_t>(small_.size());
+  return static_cast<int64_t>(call * step % static_cast<uint64_t>(stride_));
+}
+
+int64_t Fingerprint::parts() const {
+  return (static_cast<int64_t>(large_.size() + small_.size()) + kRegionsOfPart - 1) / kRegionsOfPart;
+}
+
+bool Fingerprint::part_matches(int64_t part, int64_t sample) const {
+  const size_t begin = static_cast<size_t>(part * kRegionsOfPart);
+  const size_t end = std::min(begin + kRegionsOfPart, large_.size() + small_.size());
+  const size_t split = std::clamp(large_.size(), begin, end);
+  bool matches = sample_matches(begin, split, sample);
+  for (size_t i = split; i < end && matches; ++i) matches = small_matches(i - large_.size());
+  return matches;
+}
+
+bool Fingerprint::matches_sample(int threads) {
+  const int64_t sample = begin_sample();
   std::atomic<bool> same{true};
-  parallel_rows(large + small, kRegionsOfThread, threads, [&](int64_t begin, int64_t end) {
-    if (!same.load(std::memory_order_relaxed)) return;
-    const int64_t split = std::clamp(large, begin, end);
-    bool matches = sample_matches(static_cast<size_t>(begin), static_cast<size_t>(split), set);
-    for (int64_t i = split; i < end && matches; ++i) matches = small_matches(static_cast<size_t>(i - large));
-    if (!matches) same.store(false, std::memory_order_relaxed);
+  parallel_rows(parts(), 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
+      if (!part_matches(i, sample)) same.store(false, std::memory_order_relaxed);
+    }
   });
   return same.load(std::memory_order_relaxed);
 }

@@ -26,6 +26,10 @@ class Fingerprint {
 
   // Whether the next sample of the memory is what it was. Safe to call from several threads.
   bool matches_sample(int threads);
+  // The same in parts that threads share: begin_sample() for a call, then part_matches of each of parts().
+  int64_t begin_sample();
+  int64_t parts() const;
+  bool part_matches(int64_t part, int64_t sample) const;
   // How many samples see all of it.
   int64_t samples() const { return stride_; }
   // Whether all of it is.

@@ -16,8 +16,10 @@ class TorchTensor {
   // Throws std::invalid_argument for an object without _version and data_ptr(). `tensor` must outlive it.
   explicit TorchTensor(PyObject* tensor);
 
-  // Whether the object is the same tensor, neither written through torch nor moved since. Needs the GIL.
+  // Whether the object is the same tensor, neither written through torch nor moved since.
   bool holds() const;
+  // Whether Python has to be asked for that: needs the GIL.
+  bool needs_python() const { return !direct_; }
   // Ask for the memory that holds() reads.
   void prefetch() const;
 

@@ -1,8 +1,12 @@
 #include "cpu/watch/tree_watch.h"
 
+#include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "cpu/check.h"
+#include "cpu/team.h"
+#include "cpu/threads.h"
 
 namespace distilbert_fast {
 namespace {
@@ -26,6 +30,13 @@ bool same_entries(PyObject* a, PyObject* b) {
   return true;
 }
 
+constexpr int64_t kPart = 64;  // dictionaries or tensors, whose memory is asked for before it is read
+
+template <class T>
+int64_t size_of(const std::vector<T>& x) {
+  return static_cast<int64_t>(x.size());
+}
+
 }  // namespace
 
 TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vector<PyObject*>& objects,
@@ -42,26 +53,20 @@ TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vec
     objects_.push_back({object, Py_TYPE(object), place, place == nullptr ? nullptr : *place});
   }
   for (PyObject* tensor : tensors) tensors_.emplace_back(tensor);
+  const auto with_python =
+      std::stable_partition(tensors_.begin(), tensors_.end(), [](const TorchTensor& x) { return !x.needs_python(); });
+  direct_ = with_python - tensors_.begin();
 }
 
-bool TreeWatch::holds() {
-  for (const Watched& watched : dictionaries_) __builtin_prefetch(watched.dictionary.live);
+bool TreeWatch::calling_thread_holds() const {
   for (const Object& object : objects_) {
     __builtin_prefetch(object.object);
     __builtin_prefetch(object.place);
   }
   for (const Attribute& attribute : attributes_) __builtin_prefetch(attribute.owner);
-  for (const TorchTensor& tensor : tensors_) tensor.prefetch();
-
   for (const Object& object : objects_) {
     if (Py_TYPE(object.object) != object.kind) return false;
     if (object.place != nullptr && *object.place != object.attributes) return false;
-  }
-  for (auto& [dictionary, tag] : dictionaries_) {
-    const uint64_t now = tag_of(dictionary.live);
-    if (now != 0 && now == tag) continue;
-    if (!same_entries(dictionary.live, dictionary.copy)) return false;
-    tag = now;
   }
   for (const Attribute& attribute : attributes_) {
     PyObject* value = PyObject_GetAttr(attribute.owner, attribute.name);
@@ -69,10 +74,48 @@ bool TreeWatch::holds() {
     Py_XDECREF(value);  // its owner has another reference, or it is not the one
     if (value != attribute.value) return false;
   }
-  for (const TorchTensor& tensor : tensors_) {
-    if (!tensor.holds()) return false;
+  return std::all_of(tensors_.begin() + direct_, tensors_.end(), [](const TorchTensor& x) { return x.holds(); });
+}
+
+int64_t TreeWatch::parts() const { return (size_of(dictionaries_) + direct_ + kPart - 1) / kPart; }
+
+bool TreeWatch::part_holds(int64_t part) {
+  const int64_t begin = part * kPart, end = std::min(begin + kPart, size_of(dictionaries_) + direct_);
+  const int64_t split = std::clamp(direct_, begin, end);
+  for (int64_t i = begin; i < split; ++i) tensors_[i].prefetch();
+  for (int64_t i = split; i < end; ++i) __builtin_prefetch(dictionaries_[i - direct_].dictionary.live);
+  for (int64_t i = begin; i < split; ++i) {
+    if (!tensors_[i].holds()) return false;
+  }
+  for (int64_t i = split; i < end; ++i) {
+    auto& [dictionary, tag] = dictionaries_[i - direct_];
+    const uint64_t now = tag_of(dictionary.live);
+    if (now != 0 && now == tag) continue;
+    if (!same_entries(dictionary.live, dictionary.copy)) return false;
+    tag = now;
   }
   return true;
+}
+
+TreeWatch::Found TreeWatch::holds(Fingerprint* memory, int threads) {
+  const int64_t sample = memory == nullptr ? 0 : memory->begin_sample();
+  const int64_t parts_of_memory = memory == nullptr ? 0 : memory->parts();
+  std::atomic<int64_t> next{0}, next_of_memory{0};
+  std::atomic<bool> tree_holds{true}, memory_holds{true};
+  const auto check = [](std::atomic<int64_t>& next, int64_t parts, std::atomic<bool>& holds, const auto& part) {
+    for (int64_t i = next++; i < parts && holds.load(std::memory_order_relaxed); i = next++) {
+      if (!part(i)) holds.store(false, std::memory_order_relaxed);
+    }
+  };
+  SpinBarrier barrier;
+  run_team(usable_threads(threads), [&](int rank, int size) {  // member 0 is the calling thread
+    if (rank == 0 && !calling_thread_holds()) tree_holds.store(false, std::memory_order_relaxed);
+    check(next, parts(), tree_holds, [&](int64_t i) { return part_holds(i); });
+    if (size > 1) barrier.wait(size);
+    if (!tree_holds.load(std::memory_order_relaxed)) return;  // memory is read only where tensors still have it
+    check(next_of_memory, parts_of_memory, memory_holds, [&](int64_t i) { return memory->part_matches(i, sample); });
+  });
+  return {tree_holds.load(), tree_holds.load() && memory_holds.load()};
 }
 
 }  // namespace distilbert_fast

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/watch/fingerprint.h"
 #include "cpu/watch/torch_tensor.h"
 
 namespace distilbert_fast {
@@ -30,8 +31,12 @@ class TreeWatch {
             std::vector<Attribute> attributes, const std::vector<PyObject*>& tensors);
 
   // Whether every dictionary has the entries of its copy, every object the class and the __dict__ that it had, every
-  // attribute its value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
-  bool holds();
+  // attribute its value, and every tensor the memory and the version that it had. If so and `memory` is not null, also
+  // whether the next sample of it is what it was. Needs the GIL, and keeps it: threads share the work.
+  struct Found {
+    bool tree, memory;
+  };
+  Found holds(Fingerprint* memory, int threads);
 
  private:
   struct Watched {
@@ -46,10 +51,17 @@ class TreeWatch {
     PyObject* attributes;
   };
 
+  // What needs the GIL: classes, attributes, and tensors that only Python can tell about.
+  bool calling_thread_holds() const;
+  // The others, a few at a time.
+  int64_t parts() const;
+  bool part_holds(int64_t part);
+
   std::vector<Watched> dictionaries_;
   std::vector<Object> objects_;
   std::vector<Attribute> attributes_;
   std::vector<TorchTensor> tensors_;
+  int64_t direct_ = 0;  // how many of them can be read without Python: they come first
 };
 
 }  // namespace distilbert_fast
