@@ -198,7 +198,7 @@ def test_the_tree_and_its_bytes_on_threads(threads):
     assert snapshot.look(model) == (True, None)
     for _ in range(3):
         assert snapshot.glance(model, threads) == (True, None)
-    layer(model).ffn.lin1.bias.detach().numpy()[3] += 1  # torch counts no such write, but small tensors are compared whole
+    layer(model).ffn.lin1.bias.detach().numpy()[3] += 1  # torch counts no such write; small tensors are compared whole
     assert snapshot.look(model) == (True, None)
     assert snapshot.glance(model, threads) == (False, None)
     layer(model).ffn.lin1.bias.detach().numpy()[3] -= 1
