@@ -43,7 +43,7 @@ test-all: test ## run every case, and with TRANSFORMERS_TESTS=DIR, a checkout of
 check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/*)
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/* tests/kernels/avx_vnni_emulated/*)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layering.py tests/install/test_contents.py
 

@@ -49,12 +49,13 @@ DEFAULT_ARCHS = ["80", "86", "89", "90a", "100"]
 # An ISA tier is one file of csrc/cpu/isa, compiled with flags of its own. Every other file is baseline code,
 # which any CPU can run; it picks the tier at import.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX_VNNI = [*AVX2, "-mavxvnni"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 suspects its own intrinsics
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 TIER_FLAGS = {"tier_scalar": [], "tier_avx2": AVX2, "tier_avx512": AVX512, "tier_avx512_bf16": AVX512_BF16}
-TIER_FLAGS["tier_amx"] = AMX
+TIER_FLAGS |= {"tier_avx_vnni": AVX_VNNI, "tier_amx": AMX}
 if not IS_X86:
     TIER_FLAGS = {"tier_scalar": []}
 
@@ -77,6 +78,7 @@ int probe() {
 # Instructions of each tier, compiled after PROBE: the compiler must know its flags, and the assembler what it emits.
 TIER_PROBES = {
     "tier_avx2": "__m256 widen(__m128i x) { return _mm256_cvtph_ps(x); }",
+    "tier_avx_vnni": "__m256i dot(__m256i sum, __m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }",
     "tier_avx512": "__m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }",
     "tier_avx512_bf16": "__m512 dot(__m512 sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }",
     "tier_amx": "void dot() { _tile_dpbssd(0, 1, 2); _tile_dpbf16ps(0, 1, 2); }",

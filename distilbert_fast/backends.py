@@ -52,7 +52,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "codebook_linear_backward": {},
 }
 
-ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx2", "scalar")
+ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "scalar")
 
 
 class BackendError(RuntimeError):

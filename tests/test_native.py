@@ -296,7 +296,7 @@ def test_tiers():
             assert _cpu.isa() == name
         with pytest.raises(ValueError) as error:
             _cpu.set_isa("mmx")
-        assert str(error.value) == "ISA tier must be amx, avx512_bf16, avx512_vnni, avx2 or scalar, got 'mmx'"
+        assert str(error.value) == "ISA tier must be amx, avx512_bf16, avx512_vnni, avx_vnni, avx2 or scalar, got 'mmx'"
         for name, reason in _cpu.missing_isas().items():
             with pytest.raises(ValueError) as error:
                 _cpu.set_isa(name)

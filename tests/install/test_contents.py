@@ -86,13 +86,15 @@ def test_only_the_tiers_hold_vector_extensions(built):
     extended = re.compile(r"%[yz]mm\d|\t(?!verr|verw)v[a-z0-9]+ ")
     held = objects(built)
     wide = {"tier_avx512", "tier_avx512_bf16", "tier_amx"}
-    assert {"bindings_cpu", "isa", "kl_div", "tier_scalar", "tier_avx2"} | wide <= set(held)
+    narrow = {"tier_avx2", "tier_avx_vnni"}
+    assert {"bindings_cpu", "isa", "kl_div", "tier_scalar"} | narrow | wide <= set(held)
     for name, path in held.items():
         code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], text=True, capture_output=True).stdout
         assert len(code.splitlines()) > 10, name
-        assert bool(extended.search(code)) == (name in {"tier_avx2"} | wide), name
+        assert bool(extended.search(code)) == (name in narrow | wide), name
         assert ("%zmm" in code) == (name in wide), name
         assert ("%tmm" in code) == (name == "tier_amx"), name
+        assert ("vpdpbusd" in code) == (name in wide - {"tier_amx"} | {"tier_avx_vnni"}), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF objects")

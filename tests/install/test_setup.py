@@ -283,8 +283,9 @@ def test_another_processor_gets_the_scalar_tier_alone(machine):
 REFUSED = {
     "-mamx-tile": {"amx"},
     "-mavx512bf16": {"avx512_bf16"},
+    "-mavxvnni": {"avx_vnni"},
     "-mavx512vnni": {"avx512", "avx512_bf16", "amx"},
-    "-mf16c": {"avx2", "avx512", "avx512_bf16", "amx"},
+    "-mf16c": {"avx2", "avx_vnni", "avx512", "avx512_bf16", "amx"},
 }
 
 
@@ -299,7 +300,7 @@ def test_tiers_that_the_compiler_cannot_compile_are_left_out(machine, flag):
         said = f"distilbert-fast: without tier_{tier}, which g++ cannot compile:\nerror: unrecognized option {flag}\n"
         assert said in done.stdout
     assert done.stdout.count("distilbert-fast: without") == len(REFUSED[flag])
-    kept = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"} - REFUSED[flag]
+    kept = {"amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar"} - REFUSED[flag]
     assert machine.built()["cpu_tiers"] == tuple(sorted(kept))
     (ninja,) = machine.checkout.glob("build/native-*/build.ninja")
     compiled = set(re.findall(r"/tier_(\w+)\.cpp\.o: ", ninja.read_text()))
@@ -312,7 +313,7 @@ def test_an_assembler_that_is_too_old_for_a_tier(machine):
     refusal = 'if [ "$out" = /dev/null ] && grep -q _tile_dpbssd; then echo "no such instruction"; exit 1; fi\n'
     (machine.path / "g++").write_text(script.replace("echo start", f"{refusal}echo start"))
     (machine.path / "grep").symlink_to(shutil.which("grep"))
-    assert machine.built()["cpu_tiers"] == ("avx2", "avx512", "avx512_bf16", "scalar")
+    assert machine.built()["cpu_tiers"] == ("avx2", "avx512", "avx512_bf16", "avx_vnni", "scalar")
 
 
 WITHOUT_AMX = """

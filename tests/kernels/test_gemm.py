@@ -127,6 +127,32 @@ def test_int8_sums_are_exact_for_every_row_count(fill):
         assert torch.equal(out.double(), given.x @ given.w.t() + 1)
 
 
+def codes(kind: str, rows: int, k: int, g: torch.Generator) -> torch.Tensor:
+    """float64 [rows, k] of int8: those at which instructions saturate that add products in 16 bits, and others."""
+    uniform = torch.randint(-128, 128, (rows, k), generator=g)
+    if kind == "extreme":
+        return torch.tensor([-128, -127, 127])[uniform % 3].double()
+    if kind == "alternating":  # neighbours that cancel out, or add up
+        return (torch.tensor([127, -128, 127, 127, -128, -128, 0]).repeat(k)[:k] * torch.ones(rows, 1)).double()
+    if kind == "gaussian":  # as real weights: few pairs are large
+        return (torch.randn(rows, k, generator=g) * 40).round().clamp(-127, 127).double()
+    return uniform.double()
+
+
+@pytest.mark.parametrize("of_w", ["uniform", "extreme", "alternating", "gaussian"])
+@pytest.mark.parametrize("of_x", ["uniform", "extreme", "alternating"])
+def test_int8_sums_of_any_codes_have_the_same_bits_on_every_tier(of_x, of_w):
+    """Those that the exact sums become as float32."""
+    g = torch.Generator().manual_seed(0)
+    x, w = codes(of_x, 19, 3100, g), codes(of_w, 70, 3100, g)
+    given = Layer(INT8, x, w, torch.ones(70), torch.zeros(70), torch.ones(19))
+    out = torch.empty(19, 70)
+    for ranges in ([[0, 49]], [[3, 11], [12, 13], [40, 49]]):
+        pairs = torch.tensor(ranges, dtype=torch.int32)
+        given.run(out, blocks=pairs.data_ptr(), block_ranges=len(ranges))
+        assert torch.equal(out, given.exact(ranges).float())
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_any_call(seed):
     """Shapes, strides, parts of the rows, of K and of the panels, and an epilogue, drawn at random."""

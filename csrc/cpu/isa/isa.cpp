@@ -14,6 +14,7 @@ namespace distilbert_fast {
 #ifndef DISTILBERT_FAST_SCALAR_ONLY
 // setup.py leaves out the tiers that the compiler cannot compile; weak, their addresses are then null.
 extern const Kernels kernels_avx2 __attribute__((weak));
+extern const GemmKernel gemm_int8_avx_vnni __attribute__((weak));
 extern const Kernels kernels_avx512 __attribute__((weak));
 extern const Kernels kernels_avx512_bf16 __attribute__((weak));
 extern const Kernels kernels_amx __attribute__((weak));
@@ -34,11 +35,8 @@ bool is_amd() { return false; }
 
 std::vector<Tier> find_tiers() {
   const std::string reason = "this is not an x86-64 build";
-  return {{"amx", nullptr, reason},
-          {"avx512_bf16", nullptr, reason},
-          {"avx512_vnni", nullptr, reason},
-          {"avx2", nullptr, reason},
-          {"scalar", &kernels_scalar, ""}};
+  return {{"amx", nullptr, reason},      {"avx512_bf16", nullptr, reason}, {"avx512_vnni", nullptr, reason},
+          {"avx_vnni", nullptr, reason}, {"avx2", nullptr, reason},        {"scalar", &kernels_scalar, ""}};
 }
 
 #else
@@ -88,8 +86,21 @@ bool is_amd() {
   return amd;
 }
 
+// The AVX2 tier with another int8 product: made here, for at import nothing of a tier may run.
+const Kernels* kernels_avx_vnni() {
+  if (&kernels_avx2 == nullptr || &gemm_int8_avx_vnni == nullptr) return nullptr;
+  static const Kernels kernels = [] {
+    Kernels copy = kernels_avx2;
+    copy.gemm_int8 = gemm_int8_avx_vnni;
+    copy.find_signed_groups = nullptr;
+    copy.code_flip = 0x80;
+    return copy;
+  }();
+  return &kernels;
+}
+
 std::vector<Tier> find_tiers() {
-  const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
+  const Leaf one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
   const uint64_t states = saved_states(one);
   const auto bit = [](unsigned bits, int i) { return (bits >> i & 1) != 0; };
   const auto saves = [states](uint64_t wanted) { return (states & wanted) == wanted; };
@@ -97,6 +108,9 @@ std::vector<Tier> find_tiers() {
   std::string avx2 = lacking(
       {{bit(one.ecx, 28), "avx"}, {bit(one.ecx, 12), "fma"}, {bit(one.ecx, 29), "f16c"}, {bit(seven.ebx, 5), "avx2"}});
   if (avx2.empty() && !saves(0x6)) avx2 = "the operating system does not save AVX registers";
+
+  std::string avx_vnni = avx2;
+  if (avx_vnni.empty()) avx_vnni = lacking({{bit(seven_one.eax, 4), "avx_vnni"}});
 
   std::string avx512 = avx2;
   if (avx512.empty()) {
@@ -109,7 +123,7 @@ std::vector<Tier> find_tiers() {
   if (avx512.empty() && !saves(0xe6)) avx512 = "the operating system does not save AVX-512 registers";
 
   std::string bf16 = avx512;
-  if (bf16.empty()) bf16 = lacking({{bit(cpuid(7, 1).eax, 5), "avx512_bf16"}});
+  if (bf16.empty()) bf16 = lacking({{bit(seven_one.eax, 5), "avx512_bf16"}});
 
   std::string amx = avx512;
   if (amx.empty()) {
@@ -122,6 +136,7 @@ std::vector<Tier> find_tiers() {
   return {{"amx", &kernels_amx, amx},
           {"avx512_bf16", &kernels_avx512_bf16, bf16, is_amd()},
           {"avx512_vnni", &kernels_avx512, avx512},
+          {"avx_vnni", kernels_avx_vnni(), avx_vnni},
           {"avx2", &kernels_avx2, avx2},
           {"scalar", &kernels_scalar, ""}};
 }
@@ -166,7 +181,8 @@ void set_isa(const std::string& name) {
     in_use().store(&tier);
     return;
   }
-  throw std::invalid_argument("ISA tier must be amx, avx512_bf16, avx512_vnni, avx2 or scalar, got '" + name + "'");
+  throw std::invalid_argument("ISA tier must be amx, avx512_bf16, avx512_vnni, avx_vnni, avx2 or scalar, got '" + name +
+                              "'");
 }
 
 std::vector<std::string> available_isas() {

@@ -187,6 +187,7 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 #ifndef DISTILBERT_FAST_SCALAR_ONLY
 extern const Kernels kernels_avx2;
+extern const GemmKernel gemm_int8_avx_vnni;  // of a tier that else is avx2
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;

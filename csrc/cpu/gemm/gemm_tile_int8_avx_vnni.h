@@ -1,0 +1,106 @@
+// The products of a few rows of codes with half a panel of int8 weights, by AVX-VNNI.
+//
+// VNNI multiplies unsigned by signed bytes: the codes come as code + 128 = code XOR 128, and the sums start from −128 ·
+// Σ_k w.
+#pragma once
+
+#include "cpu/gemm/vpdpbusd.h"
+
+namespace distilbert_fast {
+namespace {
+
+#define DISTILBERT_FAST_INLINE inline __attribute__((always_inline))
+
+// Sums of R rows and sixteen columns. Members, not an array: gcc keeps these in registers, and not every array.
+template <int R>
+struct Int8Sums {
+  Int8Sums<R - 1> before;
+  __m256i low, high;
+
+  DISTILBERT_FAST_INLINE void start(__m256i from_low, __m256i from_high) {
+    before.start(from_low, from_high);
+    low = from_low;
+    high = from_high;
+  }
+  // Row r is at rows[r / 3] + (r % 3) · stride: three rows by one pointer and what an address can say.
+  DISTILBERT_FAST_INLINE void add(const uint8_t* const (&rows)[2], int64_t stride, int64_t at, __m256i w0, __m256i w1) {
+    before.add(rows, stride, at, w0, w1);
+    const uint8_t* group = rows[(R - 1) / 3] + (R - 1) % 3 * stride + at;
+    add_byte_products(low, high, *reinterpret_cast<const uint32_t*>(group), w0, w1);
+  }
+  DISTILBERT_FAST_INLINE void write(int32_t* out) const {
+    before.write(out);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16), low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16 + 8), high);
+  }
+};
+
+template <>
+struct Int8Sums<0> {
+  void start(__m256i, __m256i) {}
+  void add(const uint8_t* const (&)[2], int64_t, int64_t, __m256i, __m256i) {}
+  void write(int32_t*) const {}
+};
+
+inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+struct Int8Tile {
+  using Sum = int32_t;
+  using Weights = TileWeights;
+  static constexpr bool quantized = true;
+  static constexpr int rows = 6, columns = 16;
+  static constexpr int64_t depth = kAnyDepth;
+  static constexpr int64_t a_block_bytes = 64;
+
+  // −128 · Σ_k w of eight columns: of all blocks, where their sums are known, or of some.
+  static __m256i start(const uint8_t* b, const int32_t* column_sums, const BlockRange* ranges, int64_t range_count) {
+    __m256i sum = _mm256_setzero_si256();
+    if (column_sums != nullptr) {
+      sum = load_bytes(column_sums);
+    } else {
+      for (int64_t i = 0; i < range_count; ++i) {
+        for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
+          for (int g = 0; g < 16; ++g) {
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes(b + k * kBlockBytes + g * 64));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi16(1), pairs));
+          }
+        }
+      }
+    }
+    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sum, 7));
+  }
+
+  // Not inlined: with several heights in one function gcc spills.
+  template <int R>
+  static __attribute__((noinline)) void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights,
+                                            const BlockRange* ranges, int64_t range_count, bool, Prefetch prefetch,
+                                            int32_t* out) {
+    Int8Sums<R> sums;
+    const int32_t* known = weights.column_sums;
+    sums.start(start(weights.b, known, ranges, range_count),
+               start(weights.b + 32, known == nullptr ? nullptr : known + 8, ranges, range_count));
+    for (int64_t i = 0; i < range_count; ++i) {
+      const uint8_t* x = a + ranges[i].begin * a_block_bytes;
+      const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
+      const uint8_t* rows[2] = {x, x + 3 * a_stride};
+      for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k, w += kHalfBytes) {
+        prefetch.some();
+        for (int quarter = 0; quarter < 4; ++quarter, w += 256) {
+#pragma GCC unroll 4
+          for (int g = 0; g < 4; ++g) {
+            __m256i w0 = load_bytes(w + g * 64), w1 = load_bytes(w + g * 64 + 32);
+            __asm__("" : "+x"(w0), "+x"(w1));
+            sums.add(rows, a_stride, g * 4, w0, w1);
+          }
+          for (const uint8_t*& row : rows) row += 16;
+        }
+      }
+    }
+    sums.write(out);
+  }
+};
+
+#undef DISTILBERT_FAST_INLINE
+
+}  // namespace
+}  // namespace distilbert_fast

@@ -1,0 +1,16 @@
+// The product by which this tier differs from AVX2; isa.cpp puts it into a copy of that tier's table.
+#include "cpu/isa/vec_avx2.h"
+
+// clang-format off: in this order
+#include "cpu/isa/vec_math.h"
+#include "cpu/ops/quantize_rows.h"
+#include "cpu/gemm/gelu.h"
+#include "cpu/gemm/gemm_rows.h"
+#include "cpu/gemm/gemm_tile_int8_avx_vnni.h"
+// clang-format on
+
+namespace distilbert_fast {
+
+constexpr GemmKernel gemm_int8_avx_vnni = gemm<Int8Tile>;
+
+}  // namespace distilbert_fast
