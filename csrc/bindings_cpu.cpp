@@ -155,6 +155,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");
+  m.def("scalar_by_default", &scalar_by_default, "Whether the scalar tier is in use and nobody has asked for it");
   m.def("available_isas", &available_isas, "Tiers that can run here, highest first");
   m.def("missing_isas", &missing_isas, "Tier -> what this machine lacks for it");
 

@@ -52,6 +52,14 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "codebook_linear_backward": {},
 }
 
+# The scalar tier is for tests. Where no other runs, torch's own vectors are faster at products, attention and whole
+# encoders, and at LayerNorm beside them; the losses and `quantize` are faster in one scalar pass than in many of torch.
+FASTER_BY_TORCH_THAN_SCALAR = ("linear", "int8_linear", "codebook_linear", "attention", "layer_norm", "embedding")
+NO_VECTORS = (
+    "no vector ISA tier runs here, and torch is faster than the scalar one, which is for tests"
+    " (DISTILBERT_FAST_ISA=scalar forces it)"
+)
+
 ISA_TIERS = ("amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "scalar")
 
 
@@ -75,6 +83,16 @@ def cpu() -> Any:
             raise BackendError(f"DISTILBERT_FAST_ISA must be one of {', '.join(ISA_TIERS)}, got {tier!r}")
         _cpu.set_isa(tier)
     return _cpu
+
+
+def without_vectors() -> str | None:
+    """Why products, attention and encoders on the CPU are torch's though the native module runs; None if they are not.
+
+    Whoever asks for the scalar tier, or forces a backend, gets it.
+    """
+    if forced() is None and availability("cpu").ok and cpu().scalar_by_default():
+        return NO_VECTORS
+    return None
 
 
 _LARGE_BYTES = 8 << 20
@@ -274,7 +292,11 @@ def select(op: str, device: torch.device, *dtypes: torch.dtype, unfit: Unfit = (
     Raises:
         BackendError: a forced backend cannot serve; the message says why.
     """
-    return _choose(op, device.type, dtypes, forced(), unfit)
+    name = forced()
+    chosen = _choose(op, device.type, dtypes, name, unfit)
+    if chosen == "cpu" and name is None and op in FASTER_BY_TORCH_THAN_SCALAR and cpu().scalar_by_default():
+        return _choose(op, device.type, dtypes, None, (*unfit, ("cpu", NO_VECTORS)))
+    return chosen
 
 
 def select_backward(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -295,12 +317,13 @@ def _version(package: str) -> str | None:
 
 
 def isa_report() -> dict[str, Any]:
-    """The CPU tier in use, the best one this machine has, and why each higher one cannot be used."""
+    """The CPU tier in use, those this machine has, why each other one cannot be used, and why some ops are torch's."""
     try:
         module = cpu()
     except ImportError as error:
         return {"tier": None, "missing": {"_cpu": str(error)}}
-    return {"tier": module.isa(), "available": module.available_isas(), "missing": dict(module.missing_isas())}
+    report = {"tier": module.isa(), "available": module.available_isas(), "missing": dict(module.missing_isas())}
+    return report | {"left_to_torch": without_vectors()}
 
 
 def report() -> dict[str, Any]:

@@ -158,6 +158,8 @@ def _print_environment(report: Mapping[str, Any]) -> None:
     versions = {name: version or "not installed" for name, version in report["versions"].items()}
     section("versions", {"python": f"{report['python']} on {report['platform']}", **versions})
     tier = {"tier in use": cpu["tier"] or "none", "cores": f"{cpu['cores']}; torch uses {cpu['threads']} threads"}
+    if cpu.get("left_to_torch"):
+        tier["left to torch"] = f"products, attention and the encoder: {cpu['left_to_torch']}"
     section("CPU", tier | {f"no {name}": reason for name, reason in cpu["missing"].items()})
     section("GPU", {"devices": ", ".join(report["cuda_devices"]) or "none that torch can use"})
     section(

@@ -177,6 +177,15 @@ class Engine:
         return Engine(None, self._model, self._precision, self._masks, scales, self._graph_count)
 
     @property
+    def is_native(self) -> bool:
+        """Whether the C++ encoder serves calls now: not where another backend is forced, nor, if ops can, where it has
+        no vectors.
+        """
+        if self.packed is None or backends.forced() not in (None, "cpu"):
+            return False
+        return self._model is None or backends.without_vectors() is None
+
+    @property
     def layers(self) -> Sequence[Layer]:
         """The layers as ops read them."""
         return self._op_encoder().layers
@@ -247,7 +256,7 @@ class Engine:
                 _check.refuse(OP, name, "False where only the first rows are wanted", wanted)
         padding = padding and attention_mask is not None
         masks = head_masks(OP, head_mask, self.num_heads, self.heads, self.word.device)
-        if self.packed is not None and backends.forced() in (None, "cpu"):
+        if self.packed is not None and self.is_native:
             states = self.packed.run(*given, masks, hidden_states, padding=padding)
             if first:
                 states = [_first_rows(states[-1], attention_mask)]

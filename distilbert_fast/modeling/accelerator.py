@@ -83,7 +83,10 @@ class Accelerator:
                 _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             self._suspect = False
             snapshot = Snapshot(encoder, _copied(modules), settings(encoder))
-            engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
+            if modules.word.weight.is_cpu and backends.without_vectors():  # hardly a call needs an engine
+                engine = Engine(None, modules, self.precision, [None] * len(modules.layers))
+            else:
+                engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
         self._packed = _Packed(snapshot, engine)
         return self._packed
 
@@ -185,9 +188,11 @@ def explain(model: PreTrainedModel) -> Explanation:
     engine, words = accelerator.engine, None
     if engine is not None:
         native = engine.packed
-        by = "the C++ encoder" if native is not None and backends.forced() in (None, "cpu") else "ops"
+        by = "the C++ encoder" if engine.is_native else "ops"
         precision = native.shape.precision if native is not None else accelerator.precision or "as the model"
         words = f"{precision} by {by} on {engine.word.device}"
+        why = backends.without_vectors() if engine.word.is_cpu else None
+        words = f"{words}, for calls with a head_mask alone: {why}" if why else words
     return Explanation(True, words, accelerator.served, dict(accelerator.fallbacks))
 
 

@@ -7,7 +7,8 @@ mask is None and padding is attended to (transformers#45811). What arrives here:
   its output at padded positions is 0, as with flash_attention_2.
 - Everything else (causal, sliding-window, cross-attention, grouped heads, a mask of one's own, any other
   architecture) gets the mask of "sdpa" and goes to transformers' own sdpa function, so its numbers are sdpa's. So
-  does all that is exported or traced (``exported``), of which the graph holds torch's ops alone.
+  does all that is exported or traced (``exported``), of which the graph holds torch's ops alone, and all on a CPU
+  for which there is no vector ISA tier, since sdpa's gradient is the faster one there.
 
 Either way ``model(..., head_mask=m)`` works again: m multiplies each head's output, as it multiplied its
 probabilities in transformers 4 (m is constant along the sum over keys, so both are the same), and gets a gradient.
@@ -26,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from distilbert_fast.backends import without_vectors
 from distilbert_fast.layers import exported, is_token, parse_head_mask, traced
 from distilbert_fast.modeling.architectures import ARCHITECTURES
 from distilbert_fast.ops import _check
@@ -123,7 +125,8 @@ def attention_forward(
         return eager_attention(module, query, key, value, attention_mask, scaling, dropout, mask)
 
     by_token = attention_mask is None or attention_mask.dim() == 2
-    if plain and by_token and not exported(query) and query.shape == key.shape == value.shape:
+    ours = torch.compiler.is_compiling() or not (query.is_cpu and without_vectors())  # a graph has the op, which asks
+    if ours and plain and by_token and not exported(query) and query.shape == key.shape == value.shape:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
         return padded_attention(q, k, v, attention_mask, mask, dropout, scaling), None
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilbert_fast.backends import run_aside
+from distilbert_fast.backends import run_aside, without_vectors
 from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.layers import NO_PADDING, Padding, exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
@@ -71,8 +71,9 @@ def optimize(
     transformers' own forward runs, exactly as before, in training mode; where gradients may be wanted (grad mode
     is on and an encoder weight requires grad: use ``torch.no_grad()``); under autocast; where a call is exported, or
     traced by anything but torch.compile; for ``output_attentions``, ``inputs_embeds``, 4-D masks and whatever else
-    the engine does not know; and while someone's hook sits on a module inside the encoder. Under torch.compile the
-    engine runs as one graph break. ``explain(model)`` counts these calls, with the reasons.
+    the engine does not know; while someone's hook sits on a module inside the encoder; and, unless a ``head_mask`` is
+    given, on a CPU for which there is no vector ISA tier (``distilbert-fast env``), where torch is faster. Under
+    torch.compile the engine runs as one graph break. ``explain(model)`` counts these calls, with the reasons.
 
     Weights may change at any time and by any means: each call compares their version counters, addresses and some of
     their bytes, and packs them again if they have changed. After the model has trained, all bytes are compared. One
@@ -248,6 +249,8 @@ def _encode(
     given = {name: value for name, value in given.items() if value is not None or name in FLAGS}
     attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in FLAGS)
     refused = why_not(given, names, self.config._attn_implementation, attentions, hidden_states, honoured)
+    if refused is None and given["input_ids"].is_cpu and ("head_mask" not in given or honoured):
+        refused = without_vectors()
     current = refused or accelerator.current(self)
     if isinstance(current, str):
         return current

@@ -166,6 +166,8 @@ std::atomic<const Tier*>& in_use() {
   return tier;
 }
 
+std::atomic<bool> asked{false};
+
 }  // namespace
 
 const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed)->kernels; }
@@ -179,11 +181,14 @@ void set_isa(const std::string& name) {
     if (name != tier.name) continue;
     if (!tier.lacks.empty()) throw std::invalid_argument("ISA tier '" + name + "' cannot run here: " + tier.lacks);
     in_use().store(&tier);
+    asked = true;
     return;
   }
   throw std::invalid_argument("ISA tier must be amx, avx512_bf16, avx512_vnni, avx_vnni, avx2 or scalar, got '" + name +
                               "'");
 }
+
+bool scalar_by_default() { return in_use().load()->kernels == &kernels_scalar && !asked; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

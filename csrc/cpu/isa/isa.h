@@ -20,6 +20,8 @@ std::string isa();
 bool prefers_own_gemm();
 // Throws std::invalid_argument for an unknown tier or one that cannot run here, with the reason.
 void set_isa(const std::string& name);
+// Whether the scalar tier is in use because no other can run here, and nobody has asked for it by set_isa.
+bool scalar_by_default();
 
 // Tiers that can run here, highest first; and for each other one what it lacks.
 std::vector<std::string> available_isas();
