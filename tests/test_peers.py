@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,10 @@ from bench.harness.errors import NotAvailableError
 from bench.harness.processes import Worker
 from bench.peers import contest, engines, report, worker
 from bench.peers import models as peer_models
+from bench.peers.__main__ import checked_isa
 from bench.peers.engines import ENGINES, PRECISIONS
 from bench.peers.workloads import BUCKETS, WORKLOADS, calibration
+from distilbert_fast import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, RIVAL = "distilbert_fast-int8", "onnxruntime-int8"
@@ -193,6 +196,36 @@ def test_engines_are_named_once_and_each_class_has_ours_and_rivals():
     for spec in ENGINES.values():
         module, kind = spec.build.split(":")
         assert f"class {kind}" in (ROOT / "bench" / "peers" / f"{module}.py").read_text()
+
+
+AVX512 = {"avx2", "avx512f", "avx512cd", "avx512vl", "avx512bw", "avx512dq"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa", "expected"),
+    [
+        (AVX512, None, "AVX512"),
+        (AVX512, "avx512_vnni", "AVX512"),
+        (AVX512, "avx2", "AVX2"),
+        (AVX512, "avx_vnni", "AVX2"),
+        (AVX512 - {"avx512dq"}, None, "AVX2"),
+        ({"avx2"}, None, "AVX2"),
+        ({"sse4_1"}, None, None),
+        (set(), None, None),  # ARM
+    ],
+)
+def test_ctranslate2_is_told_an_isa_that_the_processor_has(flags, isa, expected, monkeypatch):
+    monkeypatch.setattr(engines, "cpu_flags", lambda: frozenset(flags))
+    variables = engines.environment(ENGINES["ctranslate2-int8"], 2, Path("cache"), isa)
+    assert variables.get("CT2_FORCE_CPU_ISA") == expected
+
+
+def test_an_isa_that_the_processor_lacks_is_refused():
+    for isa, reason in backends.isa_report()["missing"].items():
+        if isa in engines.FORCED_ISA:
+            with pytest.raises(ValueError, match=re.escape(f"--isa: {isa} cannot run here: {reason}")):
+                checked_isa(isa)
+    assert all(checked_isa(isa) == isa for isa in backends.isa_report()["available"] if isa in engines.FORCED_ISA)
 
 
 def test_a_forced_isa_reaches_ours_and_the_rivals():

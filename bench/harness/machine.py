@@ -15,6 +15,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """What Linux calls the features of the processor; none where it does not say so (ARM)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
 def machine() -> str:
     """What runs contests inside one process, in a line."""
     import torch

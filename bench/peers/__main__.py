@@ -19,6 +19,7 @@ from bench.peers import contest, report
 from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS
 from bench.peers.models import MODELS, default_cache
 from bench.peers.workloads import WORKLOADS
+from distilbert_fast.backends import isa_report
 
 QUICK = {"workloads": "1x16,1x128,8x128", "models": "distilbert-base", "rounds": 3}
 FULL = {"workloads": ",".join(WORKLOADS), "models": ",".join(MODELS), "rounds": 9}
@@ -120,6 +121,9 @@ def checked_models(names: list[str]) -> list[str]:
 def checked_isa(isa: str | None) -> str | None:
     if isa is not None and isa not in FORCED_ISA:
         raise ValueError(f"--isa: expected {' or '.join(FORCED_ISA)}, got {isa!r}")
+    lacking = isa_report()["missing"].get(isa)
+    if lacking:  # torch, for one, takes our word for it
+        raise ValueError(f"--isa: {isa} cannot run here: {lacking}")
     return isa
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness.errors import NotAvailableError
+from bench.harness.machine import cpu_flags
 
 PRECISIONS = ("int8", "bf16", "fp32")
 TCMALLOC = (
@@ -197,14 +198,24 @@ def environment(spec: Spec, threads: int, cache: Path, isa: str | None) -> dict[
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_CACHE_DIR": str(cache / f"inductor-{isa or 'all'}"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "CT2_FORCE_CPU_ISA": "AVX2" if isa == "avx2" else "AVX512",
     }
+    ctranslate2 = ctranslate2_isa(isa)
+    if ctranslate2:
+        variables["CT2_FORCE_CPU_ISA"] = ctranslate2
     if isa:
         variables |= FORCED_ISA[isa]
     preload = tcmalloc()
     if spec.tcmalloc and preload:
         variables["LD_PRELOAD"] = preload
     return variables
+
+
+def ctranslate2_isa(isa: str | None) -> str | None:
+    """What CTranslate2 is told to use: it fails where the processor lacks that. None: what it takes by itself."""
+    flags = cpu_flags()
+    if isa not in ("avx2", "avx_vnni") and flags >= {f"avx512{part}" for part in ("f", "cd", "vl", "bw", "dq")}:
+        return "AVX512"
+    return "AVX2" if "avx2" in flags else None
 
 
 def tcmalloc() -> str | None:
@@ -224,6 +235,12 @@ FORCED_ISA: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(_ONEDNN, "AVX512_CORE_VNNI"),
         "MKL_ENABLE_INSTRUCTIONS": "AVX512_E1",
         "ATEN_CPU_CAPABILITY": "avx512",
+    },
+    "avx_vnni": {
+        "DISTILBERT_FAST_ISA": "avx_vnni",
+        **dict.fromkeys(_ONEDNN, "AVX2_VNNI"),
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2_E1",
+        "ATEN_CPU_CAPABILITY": "avx2",
     },
     "avx2": {
         "DISTILBERT_FAST_ISA": "avx2",

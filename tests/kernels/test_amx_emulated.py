@@ -40,7 +40,7 @@ pytestmark = [
 
 
 def make_checkout(folder: Path, **environment: str) -> None:
-    """A copy of the checkout with emulated instructions, its module built in place; with what ROOT has built, if it may."""
+    """A copy of the checkout with emulated instructions, built in place; with what ROOT has built, if it may."""
     for name in (*NEEDED, "build") if not environment else NEEDED:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "lib.*", "bdist.*")
