@@ -18,7 +18,7 @@ import typer
 from distilbert_fast.cli import distill
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
-from distilbert_fast.jobs import demo
+from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
 
 app = typer.Typer(
     name="distilbert-fast",
@@ -76,7 +76,7 @@ def env(
             _print_environment(report)
 
 
-_STEPS = demo.DemoTraining()
+_STEPS = DemoTraining()
 
 
 @add(
@@ -121,7 +121,7 @@ class Demo(RunCommand):
     eval_data: EvalFile = None
     max_train_rows: Annotated[
         int | None,
-        typer.Option(help=f"Train on this many rows only; by default {demo.ROWS} of stdlib-docs, or all."),
+        typer.Option(help=f"Train on this many rows only; by default {DEMO_ROWS} of stdlib-docs, or all."),
     ] = None
     teacher_epochs: Annotated[int, typer.Option(help="Passes of fine-tuning; 0 for a teacher that knows the task.")] = (
         _STEPS.teacher_epochs
@@ -134,10 +134,12 @@ class Demo(RunCommand):
     seed: Annotated[int, typer.Option(help="Seed of the new head, the batches and dropout.")] = _STEPS.seed
 
     def run(self) -> None:
+        from distilbert_fast.jobs.demo import demo
+
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         steps = {name: settings.pop(name) for name in dataclasses.asdict(_STEPS) if name in settings}
         command = shlex.join(["distilbert-fast", *sys.argv[1:]])
-        demo.demo(**settings, training=dataclasses.replace(_STEPS, **steps), command=command)
+        demo(**settings, training=dataclasses.replace(_STEPS, **steps), command=command)
 
 
 def _print_environment(report: Mapping[str, Any]) -> None:

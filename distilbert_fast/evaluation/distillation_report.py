@@ -8,7 +8,10 @@ quality, int8, parameters ...), `date`, `machine`, `environment`, `inputs` and `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from rich.table import Table
 
 from distilbert_fast.evaluation.report import (
     as_json,
@@ -23,9 +26,6 @@ from distilbert_fast.evaluation.report import (
     timing,
     use,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PLOT = "losses.png"
 _CLOCKS = ("ms, batch 1", "rows/s, batch 32")
@@ -50,8 +50,6 @@ def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
 
 
 def _card(content: Mapping[str, Any], student: str) -> str:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
     row = content["models"][student]
     source = content["settings"]["teacher"].partition(" (")[0]
     results = [

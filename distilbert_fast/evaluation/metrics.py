@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional import classification, regression
 
 from distilbert_fast.data.sentences import Text, by_length, tokenized
 from distilbert_fast.data.tags import Scheme, is_outside, scheme_of
-
-if TYPE_CHECKING:
-    from distilbert_fast.data.tokens import Pieces
+from distilbert_fast.data.tokens import Pieces
+from distilbert_fast.ops.kl_div import kl_div
 
 
 @torch.inference_mode()
@@ -36,23 +36,17 @@ def predictions(
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows of `logits` [N, labels] whose largest entry is at `labels` [N]."""
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    return float(multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro"))
+    return float(classification.multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro"))
 
 
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of each class, averaged with equal weight over the classes that occur in the labels or predictions."""
-    from torchmetrics.functional.classification import multiclass_f1_score
-
-    return float(multiclass_f1_score(logits, labels, num_classes=logits.shape[1], average="macro"))
+    return float(classification.multiclass_f1_score(logits, labels, num_classes=logits.shape[1], average="macro"))
 
 
 def matthews(logits: Tensor, labels: Tensor) -> float:
     """Matthews' correlation of predicted and true classes, -1 to 1; 0 is chance, also for a constant answer."""
-    from torchmetrics.functional.classification import multiclass_matthews_corrcoef
-
-    return float(multiclass_matthews_corrcoef(logits, labels, num_classes=logits.shape[1]))
+    return float(classification.multiclass_matthews_corrcoef(logits, labels, num_classes=logits.shape[1]))
 
 
 def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
@@ -62,23 +56,17 @@ def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
 
 def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean over rows of KL(teacher ‖ student) in nats, at temperature 1."""
-    from distilbert_fast.ops.kl_div import kl_div
-
     return float(kl_div(logits, teacher_logits))
 
 
 def pearson(predicted: Tensor, labels: Tensor) -> float:
     """Pearson's correlation of numbers [N], -1 to 1; 0 for a constant answer."""
-    from torchmetrics.functional.regression import pearson_corrcoef
-
-    return _correlation(pearson_corrcoef, predicted, labels)
+    return _correlation(regression.pearson_corrcoef, predicted, labels)
 
 
 def spearman(predicted: Tensor, labels: Tensor) -> float:
     """Spearman's correlation, of the ranks of numbers [N], -1 to 1; 0 for a constant answer."""
-    from torchmetrics.functional.regression import spearman_corrcoef
-
-    return _correlation(spearman_corrcoef, predicted, labels)
+    return _correlation(regression.spearman_corrcoef, predicted, labels)
 
 
 def _correlation(of: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, labels: Tensor) -> float:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
 
 SPREAD = 2.0  # slowest over fastest turn, above which other work disturbed a timing
 
@@ -243,9 +244,6 @@ def bullets(lines: Sequence[str]) -> list[str]:
 
 def terminal_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     """The same for a terminal."""
-    from rich import box
-    from rich.table import Table
-
     head, *body = rows
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(head):
@@ -261,9 +259,6 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 def new_figure(width: float, height: float) -> Figure:
     """Of so many inches, for `png`, without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -6,8 +6,18 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import TrainingArguments, set_seed
+
+from distilbert_fast.compression.quantize import quantize_model
+from distilbert_fast.data.tasks import BUILT_IN, Task, load_task
+from distilbert_fast.distillation.arguments import DistillationArguments
+from distilbert_fast.distillation.student import student_from_teacher
+from distilbert_fast.distillation.trainer import DistillationTrainer
+from distilbert_fast.evaluation import metrics, report
+from distilbert_fast.evaluation.speed import call_seconds, step_seconds
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.jobs import stage_results
 from distilbert_fast.jobs.flow import (
@@ -28,44 +38,20 @@ from distilbert_fast.jobs.flow import (
     save,
     training_arguments,
 )
+from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
 from distilbert_fast.jobs.task import TaskJob
+from distilbert_fast.modeling.loading import fingerprint, without_bars
+from distilbert_fast.modeling.optimize import optimize
+from distilbert_fast.modeling.training import for_training
+from distilbert_fast.runs.resumable_trainer import ResumableTrainer, newest_complete_checkpoint
 from distilbert_fast.runs.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from distilbert_fast.data.tasks import Task
 
 __all__ = ["DemoTraining", "RecipeError", "demo"]
 
 STUDENT, INT8 = "student", "student-int8"
 MODELS = (TEACHER, STUDENT, INT8)
 MEASURED = "evaluation.json"
-ROWS = 1600  # of the built-in task that are trained on unless more are asked for
 REPORT = ("report.md", "report.json", "report.png")
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoTraining:
-    """How the demo trains. Learning rates fit a small BERT and a few thousand sentences; the rest, a few minutes.
-
-    Attributes:
-        teacher_epochs: 0 takes a teacher that is fine-tuned on the task already.
-        student_epochs: passes over the training split while distilling.
-        batch_size: sentences a step.
-        max_length: tokens; longer sentences are cut.
-        teacher_lr, student_lr: peak learning rates of AdamW, after 10 % linear warm-up, falling linearly to 0.
-        temperature, alpha: of the distillation loss, see `DistillationArguments`.
-        seed: of the new head, the order of the batches and dropout.
-    """
-
-    teacher_epochs: int = 1
-    student_epochs: int = 1
-    batch_size: int = 16
-    max_length: int = 64
-    teacher_lr: float = 3e-4
-    student_lr: float = 3e-4
-    temperature: float = 2.0
-    alpha: float = 0.7
-    seed: int = 0
 
 
 def demo(
@@ -101,13 +87,10 @@ def demo(
         StageError: an output directory that holds something else.
     """
     training = training or DemoTraining()
-    _check(training)
-    from distilbert_fast.data.tasks import BUILT_IN, load_task
-    from distilbert_fast.modeling.loading import fingerprint, without_bars
-
+    training.check()
     say = console()
     if max_train_rows is None and data is None and task in (None, BUILT_IN):
-        max_train_rows = ROWS
+        max_train_rows = DEMO_ROWS
     with refused():
         loaded = load_task(task, data, eval_data, max_train_rows)
     got = "numbers, which are for `distilbert-fast distill`"
@@ -139,8 +122,6 @@ def demo(
         say("[4/5] measure all three beside transformers" + (": done before" if run.is_complete(MEASURED) else ""))
         measured = run.result(MEASURED, flow.measure, stage_results.demo_measured(MODELS))
         say("[5/5] write the report")
-        from distilbert_fast.evaluation import report
-
         content = {
             "command": command or "distilbert_fast.demo(...)",
             "settings": settings,
@@ -166,8 +147,6 @@ class _Demo(Flow):
 
     def prepare(self) -> None:
         """Make the rows, refuse what cannot be trained, and say how long the rest will take."""
-        from distilbert_fast.distillation.student import student_from_teacher
-
         with refused("demo: teacher"):
             tokenizer = self.tokenizer()
         self.job.prepare(tokenizer, self.run.path)
@@ -185,10 +164,6 @@ class _Demo(Flow):
 
     def _seconds(self, teacher: Any, student: Any) -> float:
         """Estimate how long the rest will take, from steps on rows of medium length, which change these models."""
-        from distilbert_fast.evaluation.speed import call_seconds, step_seconds
-        from distilbert_fast.modeling.training import for_training
-        from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
-
         rows = sorted(self.job.train_rows, key=lambda row: len(row["input_ids"]))
         size = min(self.training.batch_size, len(rows))
         first = (len(rows) - size) // 2
@@ -213,11 +188,6 @@ class _Demo(Flow):
         return seconds
 
     def fine_tune(self, path: Path) -> dict[str, Any]:
-        from transformers import TrainingArguments, set_seed
-
-        from distilbert_fast.modeling.training import for_training
-        from distilbert_fast.runs.resumable_trainer import ResumableTrainer
-
         set_seed(self.training.seed)
         epochs = self.training.teacher_epochs
         model, tokenizer, _ = self.load(self.source, epochs > 0, **self.job.config)
@@ -228,11 +198,6 @@ class _Demo(Flow):
         return trained | self._save(path, model, tokenizer)
 
     def distil(self, path: Path) -> dict[str, Any]:
-        from transformers import set_seed
-
-        from distilbert_fast.distillation.student import student_from_teacher
-        from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
-
         set_seed(self.training.seed)
         teacher, tokenizer, _ = self.load(self.run.path / TEACHER)
         student, made_of = student_from_teacher(teacher)
@@ -249,8 +214,6 @@ class _Demo(Flow):
         return trained | {"layers": list(made_of.layers)} | self._save(path, student, tokenizer)
 
     def quantize(self, path: Path) -> dict[str, Any]:
-        from distilbert_fast.compression.quantize import quantize_model
-
         start = time.perf_counter()
         student, tokenizer, _ = self.load(self.run.path / STUDENT)
         quantized = quantize_model(student)
@@ -258,11 +221,6 @@ class _Demo(Flow):
         return {"seconds": seconds} | self._save(path, quantized, tokenizer)
 
     def measure(self) -> dict[str, Any]:
-        import torch
-
-        from distilbert_fast.evaluation import metrics
-        from distilbert_fast.modeling.optimize import optimize
-
         labels = torch.tensor(self.job.task.eval["label"])
         rows: dict[str, dict[str, Any]] = {}
         models: dict[str, Any] = {}
@@ -317,15 +275,6 @@ class _Demo(Flow):
                 f"{len(before)} sentences (largest difference of a logit: {difference:.3g})"
             )
         return {"read_back": {"sentences": len(before), "same_class": same, "largest_difference": difference}}
-
-
-def _check(training: DemoTraining) -> None:
-    for field, least in (("teacher_epochs", 0), ("student_epochs", 1), ("batch_size", 1), ("max_length", 4)):
-        given = getattr(training, field)
-        require(given >= least, f"demo: {field}", f"at least {least}", given)
-    for field in ("teacher_lr", "student_lr"):
-        given = getattr(training, field)
-        require(0 < given < math.inf, f"demo: {field}", "a finite number above 0", given)
 
 
 def _describe(task: Task) -> dict[str, Any]:

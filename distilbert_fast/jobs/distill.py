@@ -19,6 +19,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import ProgressCallback, set_seed
+
+from distilbert_fast.distillation import trainer as trainers
+from distilbert_fast.distillation.arguments import DistillationArguments
+from distilbert_fast.distillation.schedule import at, is_zero
+from distilbert_fast.distillation.student import student_from_teacher
+from distilbert_fast.distillation.teachers.build_cache import build_cache, cache_report
+from distilbert_fast.distillation.teachers.cache import CachedTeacher
+from distilbert_fast.distillation.teachers.model import ModelTeacher
+from distilbert_fast.evaluation import distillation_report as report
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.files.schema import anything, record
 from distilbert_fast.jobs import stage_results
@@ -47,6 +58,9 @@ from distilbert_fast.jobs.settings import (
     merged,
     objective_for,
 )
+from distilbert_fast.modeling.loading import fingerprint, without_bars
+from distilbert_fast.modeling.optimize import optimize
+from distilbert_fast.modeling.training import for_training
 from distilbert_fast.runs.processes import Processes, SharedRun, processes
 from distilbert_fast.runs.run_directory import RunDirectory
 
@@ -84,8 +98,6 @@ def distill(
         RecipeError: data, teacher or a setting that cannot be used.
         StageError: an output directory that holds something else.
     """
-    from distilbert_fast.modeling.loading import fingerprint, without_bars
-
     recipe, together = recipe or Recipe(), processes()
     check_devices(together.count)
     recipe.student.check("student", together.count)
@@ -151,10 +163,6 @@ class _Distillation(Flow):
         self.recipe, self.together = recipe, together
 
     def teach(self, path: Path) -> dict[str, Any]:
-        from transformers import set_seed
-
-        from distilbert_fast.modeling.training import for_training
-
         training = self.recipe.teacher
         set_seed(training.seed)
         model, tokenizer, random = self.load(self.source, new_head=training.epochs != 0, **self.job.config)
@@ -171,11 +179,6 @@ class _Distillation(Flow):
         return made | self._save(path, model, tokenizer, None)
 
     def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
-        from transformers import set_seed
-
-        from distilbert_fast.distillation.student import student_from_teacher
-        from distilbert_fast.modeling.training import for_training
-
         training = self.recipe.student
         set_seed(training.seed)
         teacher, tokenizer, _ = self.load(self.run.path / TEACHER)
@@ -196,10 +199,6 @@ class _Distillation(Flow):
 
     def _cache(self, teacher: Any) -> Path:
         """Return the directory that holds the teacher's answers to all training rows; it is made once."""
-        from distilbert_fast.distillation.schedule import at, is_zero
-        from distilbert_fast.distillation.teachers.build_cache import build_cache
-        from distilbert_fast.distillation.teachers.model import ModelTeacher
-
         objective = objective_for(self.job, self.recipe, teacher, teacher)
         rows = self.job.train_rows
         with refused("distill"):
@@ -216,9 +215,6 @@ class _Distillation(Flow):
 
     def _cache_report(self, cache: str, student: Any, teacher: Any) -> dict[str, float]:
         """Measure the cache's size and error on the first rows."""
-        from distilbert_fast.distillation.teachers.build_cache import cache_report
-        from distilbert_fast.distillation.teachers.cache import CachedTeacher
-
         rows = self.job.train_rows.at_epoch(0)
         batch = self.job.collator([rows[i] for i in range(min(len(rows), _REPORTED))])
         answers = CachedTeacher(cache, rows, teacher)
@@ -227,8 +223,6 @@ class _Distillation(Flow):
 
     def measure(self) -> dict[str, Any]:
         """Speed of teacher and student, by transformers and on the engine, in turns."""
-        from distilbert_fast.modeling.optimize import optimize
-
         models = {}
         for name in (TEACHER, STUDENT.name):
             models[f"{name} transformers"] = self.job.timed(self.load(self.run.path / name)[0])
@@ -237,8 +231,6 @@ class _Distillation(Flow):
         return place | {"speed": measured}
 
     def write_report(self, content: dict[str, Any]) -> dict[str, Any]:
-        from distilbert_fast.evaluation import distillation_report as report
-
         for name, written in report.files(content, STUDENT.name).items():
             write_file(self.run.path / name, written)
         files = f"report: {self.run.path / REPORT[0]}; model card: {self.run.path / STUDENT.name / 'README.md'}"
@@ -248,18 +240,14 @@ class _Distillation(Flow):
     def _train(
         self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
     ) -> dict[str, Any]:
-        from transformers import ProgressCallback
-
-        from distilbert_fast.distillation.trainer import DistillationArguments, DistillationTrainer
-
         rows = self.job.train_rows
         path = self.run.path / CHECKPOINTS / name
         settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
         settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
         arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
-        trainer = DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator)
+        trainer = trainers.DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_progress_bar())
+        trainer.add_callback(_ProgressBar())
         made = self.train(trainer)
         self.together.meet()  # all have read a checkpoint before the first may remove it
         parts, log = ("step", "loss", *trainer.objective.names), trainer.state.log_history
@@ -279,10 +267,6 @@ class _Distillation(Flow):
         """In the first process: save, read back and evaluate what was read, as it is and with int8 linear layers."""
         if not self.together.is_first:
             return {}
-        import torch
-
-        from distilbert_fast.modeling.optimize import optimize
-
         save("distill", path, model, tokenizer)
         kept = model.state_dict()
         model, _, _ = self.load(path)
@@ -295,25 +279,19 @@ class _Distillation(Flow):
 
 def _freeze(body: Any) -> None:
     """No gradient and no dropout: a new head learns from the states that the body will have."""
-    import torch
-
     body.requires_grad_(False)
     for module in body.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
 
-def _progress_bar() -> Any:
+class _ProgressBar(ProgressCallback):
     """Trainer's bar, with the losses in it instead of on lines of their own."""
-    from transformers import ProgressCallback
 
-    class Bar(ProgressCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-                shown = {key: f"{value:.3f}" for key, value in logs.items() if key in _SHOWN}
-                self.training_bar.set_postfix(shown, refresh=False)
-
-    return Bar()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            shown = {key: f"{value:.3f}" for key, value in logs.items() if key in _SHOWN}
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 _SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation", "teacher_mse", "label_mse"}

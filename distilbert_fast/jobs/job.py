@@ -43,16 +43,6 @@ STUDENT = Variant("student", "distilled")
 LABELS_ALONE: Mapping[str, Any] = {"alpha": 0.0}
 
 
-def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
-    """The config of a head for classes of these names."""
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        "ignore_mismatched_sizes": True,  # a head for other classes counts as missing
-    }
-
-
 class Job(ABC):
     """The defaults are those of a task with labels.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from distilbert_fast.data.corpus import Corpus, load_corpus
+from distilbert_fast.data.masking import MaskedDataset, MaskedStream, Masking, pad_collator
+from distilbert_fast.distillation.objectives.mlm import MlmObjective
+from distilbert_fast.distillation.teachers.model import ModelTeacher
+from distilbert_fast.evaluation.speed import Batch
 from distilbert_fast.jobs.job import STUDENT, Job, Metric, Variant
-
-if TYPE_CHECKING:
-    from distilbert_fast.data.corpus import Corpus
-    from distilbert_fast.evaluation.speed import Batch
 
 _HEAD, _SHUFFLED = 50_000, 10_000  # rows of a stream: read before the first step; mixed with each other
 _MLM_ALONE: Mapping[str, Any] = {
@@ -87,9 +90,6 @@ class MlmJob(Job):
         return described | ({"streaming": True} if self.streaming else {})
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        from distilbert_fast.data.corpus import load_corpus
-        from distilbert_fast.data.masking import MaskedDataset, MaskedStream, Masking, pad_collator
-
         corpus = self.corpus = load_corpus(
             self.data[0] if len(self.data) == 1 else self.data,
             tokenizer,
@@ -112,11 +112,6 @@ class MlmJob(Job):
         self.collator = pad_collator(tokenizer)
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
-        import torch
-
-        from distilbert_fast.distillation.objectives.mlm import MlmObjective
-        from distilbert_fast.distillation.teachers.model import ModelTeacher
-
         as_wide = teacher is not None and teacher.config.hidden_size == model.config.hidden_size
         objective = MlmObjective(1.0, kl=float(teacher is not None), mlm=1.0, cos=float(as_wide))
         taught = None if teacher is None else ModelTeacher(teacher.eval(), "model")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from distilbert_fast.data.squad import Questions, Windows
+from distilbert_fast.evaluation.speed import Batch
 from distilbert_fast.jobs.job import Job, Metric
-
-if TYPE_CHECKING:
-    from distilbert_fast.data.squad import Questions
-    from distilbert_fast.evaluation.speed import Batch
 
 
 class QaJob(Job):
@@ -34,8 +32,6 @@ class QaJob(Job):
         }
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        from distilbert_fast.data.squad import Windows
-
         train = Windows(self.train, tokenizer, self.max_length, self.stride)
         self._eval = Windows(self.held_out, tokenizer, self.max_length, self.stride)
         self.train_rows, self.collator = train.rows, train.collator()

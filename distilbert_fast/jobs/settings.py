@@ -1,4 +1,4 @@
-"""The settings of `distill`: how to train, the student's shape, the losses; and checks of them before anything runs."""
+"""The settings of `demo` and `distill`: how to train, the student's shape, the losses; checks before anything runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,42 @@ from distilbert_fast.jobs.job import STUDENT, Job, Variant
 if TYPE_CHECKING:
     from distilbert_fast.distillation.student_report import StudentReport
 
+DEMO_ROWS = 1600  # of the built-in task that `demo` trains on unless more are asked for
 _OF_TEACHER = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # in "mlm"
+
+
+@dataclass(frozen=True)
+class DemoTraining:
+    """How the demo trains. Learning rates fit a small BERT and a few thousand sentences; the rest, a few minutes.
+
+    Attributes:
+        teacher_epochs: 0 takes a teacher that is fine-tuned on the task already.
+        student_epochs: passes over the training split while distilling.
+        batch_size: sentences a step.
+        max_length: tokens; longer sentences are cut.
+        teacher_lr, student_lr: peak learning rates of AdamW, after 10 % linear warm-up, falling linearly to 0.
+        temperature, alpha: of the distillation loss, see `DistillationArguments`.
+        seed: of the new head, the order of the batches and dropout.
+    """
+
+    teacher_epochs: int = 1
+    student_epochs: int = 1
+    batch_size: int = 16
+    max_length: int = 64
+    teacher_lr: float = 3e-4
+    student_lr: float = 3e-4
+    temperature: float = 2.0
+    alpha: float = 0.7
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise RecipeError for a number out of range."""
+        for name, least in (("teacher_epochs", 0), ("student_epochs", 1), ("batch_size", 1), ("max_length", 4)):
+            given = getattr(self, name)
+            require(given >= least, f"demo: {name}", f"at least {least}", given)
+        for name in ("teacher_lr", "student_lr"):
+            given = getattr(self, name)
+            require(0 < given < math.inf, f"demo: {name}", "a finite number above 0", given)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distilbert_fast.jobs.job import Job, Metric, classes_of_head
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorWithPadding
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from distilbert_fast.data.tasks import Task
-    from distilbert_fast.evaluation.speed import Batch
+from distilbert_fast.data.sentences import tokenized
+from distilbert_fast.data.tasks import Task
+from distilbert_fast.evaluation import metrics, speed
+from distilbert_fast.jobs.job import Job, Metric
+from distilbert_fast.modeling.loading import classes_of_head, single_label
 
 
 class TaskJob(Job):
@@ -39,7 +42,7 @@ class TaskJob(Job):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return {**classes_of_head(self.task.label_names), "problem_type": "single_label_classification"}
+        return single_label(self.task.label_names)
 
     def match_classes(self, classes: Sequence[str], kept: bool) -> None:
         self.task = self.task.for_classes(classes, kept)
@@ -60,40 +63,27 @@ class TaskJob(Job):
         return {"classes": ", ".join(self.task.label_names)}
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        from datasets import Dataset
-        from transformers import DataCollatorWithPadding
-
-        from distilbert_fast.data.sentences import tokenized
-
         self.tokenizer = tokenizer
         self.collator = DataCollatorWithPadding(tokenizer)
         encoded = tokenized(tokenizer, self.task.texts(self.task.train), self.max_length)
         self.train_rows = Dataset.from_dict({**encoded, "labels": list(self.task.train["label"])})
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
-        import torch
-
         labels = torch.tensor(self.task.eval["label"])
         return self._judge(self.answers(model), labels, None if teacher is None else self.answers(teacher))
 
     def answers(self, model: Any) -> Tensor:
         """The logits of a model [N, K], or its outputs [N, 1], on the evaluation split."""
-        from distilbert_fast.evaluation.metrics import predictions
-
-        return predictions(model, self.tokenizer, self.task.texts(self.task.eval), max_length=self.max_length)
+        return metrics.predictions(model, self.tokenizer, self.task.texts(self.task.eval), max_length=self.max_length)
 
     def _judge(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, float]:
         """Logits of a model and its teacher [N, K], labels [N]."""
-        from distilbert_fast.evaluation import metrics
-
         row = {name: getattr(metrics, name)(logits, labels) for name in ("accuracy", "matthews", "macro_f1")}
         if taught is not None:
             row |= {"agreement": metrics.agreement(logits, taught), "kl": metrics.mean_kl(logits, taught)}
         return row
 
-    def batches(self, size: int, rows: int) -> Sequence[Batch]:
-        from distilbert_fast.evaluation import speed
-
+    def batches(self, size: int, rows: int) -> Sequence[speed.Batch]:
         texts = self.task.texts(self.task.eval)
         timed = texts[:: max(1, len(texts) // rows)][:rows]
         return speed.batches(self.tokenizer, timed, size, self.max_length, "cpu")
@@ -124,8 +114,6 @@ class RegressionJob(TaskJob):
 
     def _judge(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, float]:
         """Outputs of a model and its teacher [N, 1], labels [N]."""
-        from distilbert_fast.evaluation import metrics
-
         predicted = logits[:, 0]
         row = {name: getattr(metrics, name)(predicted, labels) for name in ("pearson", "spearman", "mse")}
         return row if taught is None else row | {"teacher_mse": metrics.mse(predicted, taught[:, 0])}

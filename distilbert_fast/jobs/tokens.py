@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distilbert_fast.jobs.job import Job, Metric, classes_of_head
+from transformers import DataCollatorForTokenClassification
 
-if TYPE_CHECKING:
-    from distilbert_fast.data.tokens import TagTask
-    from distilbert_fast.evaluation.speed import Batch
+from distilbert_fast.data.tokens import Pieces, TagTask
+from distilbert_fast.evaluation.metrics import tag_scores
+from distilbert_fast.evaluation.speed import Batch
+from distilbert_fast.jobs.job import Job, Metric
+from distilbert_fast.modeling.loading import classes_of_head
 
 
 class TokensJob(Job):
@@ -61,17 +63,11 @@ class TokensJob(Job):
         }
 
     def prepare(self, tokenizer: Any, directory: Path) -> None:
-        from transformers import DataCollatorForTokenClassification
-
-        from distilbert_fast.data.tokens import Pieces
-
         self.train_rows = Pieces(self.task, self.task.train, tokenizer, self.max_length).rows
         self._eval = Pieces(self.task, self.task.eval, tokenizer, self.max_length)
         self.collator = DataCollatorForTokenClassification(tokenizer)
 
     def evaluate(self, model: Any, teacher: Any) -> dict[str, float]:
-        from distilbert_fast.evaluation.metrics import tag_scores
-
         return tag_scores(self._eval, model, teacher)
 
     def batches(self, size: int, rows: int) -> Sequence[Batch]:

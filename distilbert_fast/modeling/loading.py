@@ -11,14 +11,19 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import FileError, regular_size
+from distilbert_fast.modeling import register
 from distilbert_fast.modeling.architectures import ARCHITECTURES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items()}  # the names that messages use
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,8 +66,6 @@ def locate(source: str | Path) -> Path:
 
     Raises CheckpointError when it is neither, or holds no model of `FAMILIES` in whole safetensors files.
     """
-    from safetensors import SafetensorError, safe_open
-
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source))
@@ -138,7 +141,7 @@ def fingerprint(directory: Path) -> str:
 
 def load_classifier(
     source: str | Path, label_names: Sequence[str] | None = None, new_head: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A sequence classifier with its tokenizer, in float32 and eval mode, on the GPU where there is one.
 
     Args:
@@ -148,21 +151,28 @@ def load_classifier(
 
     Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
     """
-    labels: dict[str, Any] = {}
-    if label_names is not None:
-        labels = {
-            "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {name: i for i, name in enumerate(label_names)},
-            "problem_type": "single_label_classification",
-            "ignore_mismatched_sizes": True,  # load_with_head checks them
-        }
-    return load_with_head(source, "SequenceClassification", new_head, **labels)[:2]
+    classes = {} if label_names is None else single_label(label_names)
+    return load_with_head(source, "SequenceClassification", new_head, **classes)[:2]
+
+
+def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
+    """The config of a head for classes of these names."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "ignore_mismatched_sizes": True,  # a head for other classes counts as missing, in load_with_head
+    }
+
+
+def single_label(names: Sequence[str]) -> dict[str, Any]:
+    """That of a classifier whose rows are of one class each."""
+    return {**classes_of_head(names), "problem_type": "single_label_classification"}
 
 
 def load_with_head(
     source: str | Path, head: str, new_head: bool = False, **config: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, tuple[str, ...]]:
     """A model with a head and its tokenizer, as `load_classifier`, and the tensors of the head that started at random.
 
     Args:
@@ -171,11 +181,6 @@ def load_with_head(
         new_head: whether tensors of the head that are missing may start at random.
         **config: for `from_pretrained`.
     """
-    import torch
-    import transformers
-
-    from distilbert_fast.modeling import register
-
     register()  # so that an int8 checkpoint is understood
     directory = locate(source)
     with _without_report(), without_bars(), _reading(source, f"a model for {head}"):
@@ -200,14 +205,12 @@ def load_with_head(
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, random
 
 
-def load_tokenizer(directory: Path, head: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, head: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer for a head. For "TokenClassification" it reads words as if a space stood before each, as in a text;
     RoBERTa's tokenizer needs a flag for that."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if head == "TokenClassification" and _leaves_out_spaces(tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(directory, add_prefix_space=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, add_prefix_space=True)
     return tokenizer
 
 
@@ -220,9 +223,6 @@ def _leaves_out_spaces(tokenizer: Any) -> bool:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     try:
         patterns = ["*.json", "*.txt", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
@@ -251,8 +251,6 @@ def _reading(source: str | Path, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """Without transformers' progress bars of reading and writing weights; a Trainer's own bar stays."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -265,8 +263,6 @@ def without_bars() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
     """Without transformers' table of missing tensors, which `load_classifier` judges."""
-    from transformers.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
