@@ -21,9 +21,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.table import MemoryMappedTable
 
 from distilbert_fast.data.packing import CorpusReport, Flat, LineTokenizer, RowFilter, RowFormat, join
 from distilbert_fast.data.text_sources import Texts
@@ -31,10 +34,6 @@ from distilbert_fast.files.durable import building, lock
 from distilbert_fast.files.schema import integer, record, validate
 from distilbert_fast.ops._check import choice, refuse
 from distilbert_fast.runs import manifest
-
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +239,6 @@ def _splits(
 
 def _store(directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, Flat]], pipeline: _Pipeline) -> None:
     """Write rows to train on, held-out ones, or both, and how often each id stands in the former."""
-    import pyarrow as pa
-
     counts = np.zeros(len(pipeline.tokenizer), np.int64)  # [V]
     schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(pipeline.form.dtype)), "length": pa.int32()})
     with ExitStack() as files:
@@ -256,9 +253,6 @@ def _store(directory: Path, parts: Sequence[str], splits: Iterable[tuple[Flat, F
 
 
 def _open(path: Path) -> Corpus:
-    import datasets
-    from datasets.table import MemoryMappedTable
-
     def part(name: str) -> datasets.Dataset | None:
         file = path / f"{name}.arrow"
         # the fingerprint `datasets` would give it depends on the file's time
@@ -273,8 +267,6 @@ def _open(path: Path) -> Corpus:
 
 def _stream(pipeline: _Pipeline, part: int) -> datasets.IterableDataset:
     """The rows that ``_write`` would write into its train (0) or holdout (1) file, made while they are asked for."""
-    import datasets
-
     features = datasets.Features(
         {"input_ids": datasets.Sequence(datasets.Value(pipeline.form.dtype)), "length": datasets.Value("int32")}
     )

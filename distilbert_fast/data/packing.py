@@ -13,14 +13,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from distilbert_fast.ops._check import refuse
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 class Flat(NamedTuple):
@@ -36,8 +34,6 @@ class Flat(NamedTuple):
         return cls(array.flatten().to_numpy(), np.diff(array.offsets.to_numpy()))
 
     def to_arrow(self) -> pa.ListArray:
-        import pyarrow as pa
-
         return pa.ListArray.from_arrays(np.append(0, np.cumsum(self.lengths)).astype(np.int32), self.ids)
 
     def where(self, keep: np.ndarray) -> Flat:
@@ -80,8 +76,6 @@ class LineTokenizer:
         self.tokenizer, self.column, self.documents, self.form = tokenizer, column, documents, form
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
         kind = table[self.column].type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             refuse("load_corpus", "text_column", "a column of text", f"{self.column} of {kind}", TypeError)

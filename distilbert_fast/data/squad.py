@@ -14,18 +14,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torchmetrics.functional.text import squad
 
 from distilbert_fast.data.sentences import by_length
 from distilbert_fast.data.tables import file_name, is_held_out
 from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, shortened
 from distilbert_fast.ops._check import refuse
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +159,6 @@ class Windows:
     """
 
     def __init__(self, questions: Questions, tokenizer: Any, max_length: int, stride: int) -> None:
-        from datasets import Dataset
-
         self.questions, self.tokenizer = questions, tokenizer
         asked = [row.text.strip() for row in questions.rows]
         longest = max(map(len, tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]))
@@ -246,8 +243,6 @@ class Windows:
     @torch.inference_mode()
     def score(self, model: Any, batch_size: int = 16) -> dict[str, float]:
         """Exact match and F1 in percent; the model is left in eval mode."""
-        from torchmetrics.functional.text import squad
-
         model.eval()
         device = next(model.parameters()).device
         best: dict[int, tuple[float, str]] = {}

@@ -13,6 +13,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import pyarrow.parquet
 
 from distilbert_fast.files.text import (
@@ -69,12 +70,10 @@ def read_table(op: str, argument: str, path: Path) -> Table:
 
 
 def _parquet(path: Path) -> Table:
-    from datasets import Features
-
     table = pyarrow.parquet.read_table(path)
     refuse_twice(table.column_names)
     try:
-        features = Features.from_arrow_schema(table.schema)
+        features = datasets.Features.from_arrow_schema(table.schema)
     except Exception as error:  # `datasets` may raise anything for metadata that it did not write
         if b"huggingface" not in (table.schema.metadata or {}):
             raise
@@ -154,8 +153,6 @@ def hub_splits(op: str, name: str, known: str = "") -> dict[str, Table]:
 
     `known`: another meaning of the name, for the message of the ValueError if it is not on the hub.
     """
-    from datasets import load_dataset
-
     owner, _, rest = name.partition("/")
     if owner == "glue":
         parts = ["nyu-mll/glue", rest]
@@ -163,7 +160,7 @@ def hub_splits(op: str, name: str, known: str = "") -> dict[str, Table]:
         repository, _, config = rest.partition("/")
         parts = [f"{owner}/{repository}" if repository else owner, *([config] if config else [])]
     try:
-        splits = load_dataset(*parts)
+        splits = datasets.load_dataset(*parts)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+
+from distilbert_fast.data.sentences import Text
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
     FORMATS,
@@ -30,11 +33,6 @@ from distilbert_fast.data.tables import (
     text_of,
 )
 from distilbert_fast.files.text import check_file, refuse_input, shortened
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from distilbert_fast.data.sentences import Text
 
 OP = "load_task"
 BUILT_IN = "stdlib-docs"
@@ -333,7 +331,5 @@ def _label_order(labels: set[str]) -> tuple[str, ...]:
 
 
 def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
-    from datasets import Dataset
-
     texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
     return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})

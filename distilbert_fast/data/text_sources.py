@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow
 
 from distilbert_fast.files.durable import regular_size, sha256
 from distilbert_fast.files.text import column_names, json_object, lone_surrogate, refuse_input, refuse_odd_line_ends
 from distilbert_fast.ops._check import refuse
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 # Where it skips blank lines, pandas loses spaces that begin a line at a border of its buffer.
 _SEPARATED: Mapping[str, Any] = {"encoding": "utf-8-sig", "na_filter": False, "skip_blank_lines": False}
@@ -44,7 +44,7 @@ class OpenTexts(NamedTuple):
         added: how many of the rows are not of the source, but there to end a file's last document.
     """
 
-    rows: Dataset | IterableDataset
+    rows: datasets.Dataset | datasets.IterableDataset
     column: str
     documents: bool
     added: int = 0
@@ -158,8 +158,6 @@ class Texts:
 
     def _texts_of(self, files: Sequence[str], dialect: Mapping[str, Any]) -> Any:
         """The columns of CSV or TSV files, all of text: types that are guessed depend on which rows are looked at."""
-        import datasets
-
         found: list[str] = []
         for file in files:
             try:
@@ -178,8 +176,6 @@ class Texts:
         return datasets.Features({name: datasets.Value("string") for name in named})
 
     def _objects(self, num_proc: int | None, how: dict[str, Any]) -> OpenTexts:
-        import datasets
-
         _, options = READERS[".jsonl"]
         files = self._not_empty()
         features = datasets.Features({_LINE: datasets.Value("string")})
@@ -194,8 +190,6 @@ class Texts:
         return OpenTexts(rows, column, documents=True)
 
     def _lines(self, how: dict[str, Any]) -> OpenTexts:
-        import datasets
-
         reader, options = READERS[".txt"]
         features = datasets.Features({"text": datasets.Value("string")})
         how = how | options | {"features": features}
@@ -220,8 +214,6 @@ class Texts:
         return files
 
     def _read(self, *args: Any, **options: Any) -> Any:
-        import datasets
-
         try:
             return datasets.load_dataset(*args, **options)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -242,13 +234,10 @@ class _TextOf:
 
     def _text(self, at: int, line: str) -> str | None:
         """Raises TypeError for what is no text, ValueError for what is no object or half a character."""
-        import pyarrow as pa
-
         text = self.row(at, line).get(str(self.column))
         if text is not None and not isinstance(text, str):
-            refuse(
-                "load_corpus", "text_column", "a column of text", f"{self.column} of {pa.scalar(text).type}", TypeError
-            )
+            kind = pyarrow.scalar(text).type
+            refuse("load_corpus", "text_column", "a column of text", f"{self.column} of {kind}", TypeError)
         if text is not None and (half := lone_surrogate(text)) is not None:
             refuse_input(f"load_corpus: cannot read {self.name!r}: line {at + 1}", "a text", half)
         return text

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from distilbert_fast.data import IGNORED
@@ -39,9 +40,6 @@ from distilbert_fast.data.tables import (
 )
 from distilbert_fast.data.tags import Scheme, is_outside, odd_one, scheme_of
 from distilbert_fast.files.text import read_text, refuse_input, shortened
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 OP = "load_tokens"
 TAG_COLUMNS = ("tags", "ner_tags")
@@ -258,8 +256,6 @@ class Pieces:
     """
 
     def __init__(self, task: TagTask, sentences: Sequence[Sentence], tokenizer: Any, max_length: int) -> None:
-        from datasets import Dataset
-
         self.task, self.sentences, self.tokenizer = task, sentences, tokenizer
         texts: list[list[str]] = []
         firsts: list[int] = []  # the number of each piece's first word

@@ -10,9 +10,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from transformers import DistilBertConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 
 from distilbert_fast.distillation.student_report import StudentReport, by_layer
 from distilbert_fast.modeling.architectures import (
@@ -25,10 +27,9 @@ from distilbert_fast.modeling.architectures import (
     head_of,
     longest_sequence,
 )
+from distilbert_fast.modeling.encoder import refuse_embeddings
+from distilbert_fast.modeling.training import for_training
 from distilbert_fast.ops._check import refuse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 OP = "student_from_teacher"
 _ARCHITECTURES = {"distilbert": DISTILBERT, "roberta": ROBERTA}
@@ -113,10 +114,6 @@ def student_from_teacher(
 
 
 def _model(teacher: PreTrainedModel, made: Architecture, head: str, config: PreTrainedConfig) -> Any:
-    import transformers
-
-    from distilbert_fast.modeling.training import for_training
-
     # a base model has a pooler only if its teacher has one to copy
     pooled = getattr(teacher, "pooler", None) is not None
     poolers = {"add_pooling_layer": pooled} if made is ROBERTA and head == "Model" else {}
@@ -159,8 +156,6 @@ def _family_and_head(teacher: PreTrainedModel) -> tuple[Architecture, str]:
 
 
 def _refuse_features(teacher: PreTrainedModel, family: Architecture, made: Architecture, head: str) -> None:
-    from distilbert_fast.modeling.encoder import refuse_embeddings
-
     config = teacher.config
     features: list[tuple[str, Any]] = [
         ("is_decoder", False),
@@ -197,8 +192,6 @@ def _config(teacher: PreTrainedModel, family: Architecture, made: Architecture, 
         config = copy.deepcopy(old)
         config.num_hidden_layers = num_layers
         return config
-
-    from transformers import DistilBertConfig, RobertaConfig
 
     def of_teacher(*names: str) -> dict[str, Any]:
         return {name: getattr(old, name) for name in names}

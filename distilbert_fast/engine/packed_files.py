@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from distilbert_fast.engine.native_encoder import (
     FORMAT,
@@ -58,8 +60,6 @@ _TABLES, _VECTORS = (torch.float32, torch.bfloat16), (torch.float32,)
 
 def write(packed: PackedEncoder, path: str | Path) -> None:
     """Write a file, or replace one. Raises OSError that names it; no half-written file is left."""
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in packed.tensors.items()}
     metadata = {"format": FORMAT, "shape": json.dumps(packed.shape._asdict()), CHECKSUM: UNSEALED}
     with replacing(path, unique=True) as partial:
@@ -86,8 +86,6 @@ def read(path: str | Path, verify: bool | None) -> PackedEncoder:
 
 def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a file."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
