@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distilbert_fast.cli.command import EvalFile, RunCommand
-from distilbert_fast.jobs.flow import refused, require
-from distilbert_fast.jobs.settings import Recipe, Shape, Training
+from distilbert_fast.jobs.settings import Recipe, Shape, Training, refused, require
 
 if TYPE_CHECKING:
     from distilbert_fast.jobs.job import Job

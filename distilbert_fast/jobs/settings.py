@@ -1,16 +1,20 @@
-"""The settings of `demo` and `distill`: how to train, the student's shape, the losses; checks before anything runs."""
+"""The settings of `demo` and `distill`: how to train, the student's shape, the losses; checks before anything runs.
+
+The command line shows their defaults, so this file loads heavy libraries only inside functions.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.jobs.flow import class_names, config_of, refused, require, training_arguments
+from distilbert_fast.files.schema import anything, mapping, read_json
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 
 if TYPE_CHECKING:
@@ -18,6 +22,38 @@ if TYPE_CHECKING:
 
 DEMO_ROWS = 1600  # of the built-in task that `demo` trains on unless more are asked for
 _OF_TEACHER = ("alpha_ce", "alpha_cos", "alpha_mse", "alpha_hidden", "alpha_relation")  # in "mlm"
+
+
+class RecipeError(ValueError):
+    """Input that a command cannot work with; the message says what was expected."""
+
+
+def require(fits: bool, what: str, expected: str, given: Any) -> None:
+    """Raise RecipeError unless the setting ``what`` of a command is as expected."""
+    if not fits:
+        raise RecipeError(f"{what}: expected {expected}, got {given}")
+
+
+@contextlib.contextmanager
+def refused(job: str = "") -> Iterator[None]:
+    """Turn errors that a user's input causes below into RecipeError; ``job``, if given, begins its message."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if isinstance(error, TypeError) and not job:
+            raise  # what reads data raises none: it is a bug
+        raise RecipeError(f"{job}: {error}" if job else str(error)) from error
+
+
+def config_of(teacher: Path) -> dict[str, Any]:
+    """The config of a checkpoint as it was written."""
+    return read_json(teacher / "config.json", mapping(anything))
+
+
+def class_names(teacher: Path) -> list[str]:
+    """What a checkpoint calls its classes, in the order of its logits; none if it does not say."""
+    names = config_of(teacher).get("id2label") or {}
+    return [str(names[number]) for number in sorted(names, key=int)]
 
 
 @dataclass(frozen=True)
@@ -129,6 +165,25 @@ class Training:
             "logging_steps": max(1, steps // 100),
             **(_checkpointing() if self.gradient_checkpointing else {}),
         }
+
+
+def training_arguments(path: Path, seed: int) -> dict[str, Any]:
+    """Settings of TrainingArguments that every training of these jobs has in common."""
+    import torch
+    from transformers import TrainingArguments
+
+    by_length: dict[str, Any] = {"group_by_length": True}
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # its name in later transformers 5
+        by_length = {"train_sampling_strategy": "group_by_length"}
+    return {
+        "output_dir": str(path),
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "seed": seed,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **by_length,
+    }
 
 
 def _checkpointing() -> dict[str, Any]:
