@@ -84,16 +84,17 @@ def check_pair(op: str, columns: str, student: Any, teacher: Any, mask: Any, red
 
 def select_for_pair(op: str, call: Any) -> str:
     """The backend that serves a call."""
-    return backends.select(op, call.student.device, call.student.dtype, call.teacher.dtype)
+    student, teacher = call[:2]
+    return backends.select(op, student.device, student.dtype, teacher.dtype)
 
 
 def whole_pair(call: Any) -> Any:
     """The same call on matrices whose rows are whole, and on a contiguous ``mask``."""
-    student, teacher, mask = whole_rows(call.student), whole_rows(call.teacher), call.mask
-    mask = None if mask is None else mask.contiguous()
-    if student is call.student and teacher is call.teacher and mask is call.mask:
+    student, teacher, mask = call[:3]
+    if student.is_contiguous() and teacher.is_contiguous() and (mask is None or mask.is_contiguous()):
         return call
-    return call._replace(student=student, teacher=teacher, mask=mask)
+    mask = None if mask is None else mask.contiguous()
+    return call._replace(student=whole_rows(student), teacher=whole_rows(teacher), mask=mask)
 
 
 def reduce(losses: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
@@ -138,9 +139,10 @@ def matrix_arguments(x: torch.Tensor | None, dtype_codes: dict[torch.dtype, int]
 def pair_arguments(call: Any, dtype_codes: dict[torch.dtype, int]) -> tuple[int, ...]:
     """Student, teacher and mask."""
     student, teacher, mask = call[:3]
-    data, strides = (student.data_ptr(), teacher.data_ptr()), (student.stride(0), teacher.stride(0))
-    dtypes = dtype_codes[student.dtype], dtype_codes[teacher.dtype]
-    return *data, *strides, *dtypes, 0 if mask is None else mask.data_ptr()
+    return (
+        student.data_ptr(), teacher.data_ptr(), student.stride(0), teacher.stride(0),
+        dtype_codes[student.dtype], dtype_codes[teacher.dtype], 0 if mask is None else mask.data_ptr(),
+    )  # fmt: skip
 
 
 def parameter(x: X) -> X:
