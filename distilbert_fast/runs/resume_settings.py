@@ -16,6 +16,7 @@ _ARGUMENTS = (
     "train_sampling_strategy group_by_length dataloader_drop_last world_size"
 ).split()
 _CONFIG_IGNORED = ("transformers_version", "_name_or_path", "problem_type", "use_cache")
+_WRITTEN_BY_SAVING = ("architectures", "dtype")  # into the config in memory: of the class and tensors named beside it
 
 
 def describe_arguments(args: Any) -> dict[str, Any]:
@@ -65,5 +66,13 @@ def changes(old: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name} was {json.dumps(old.get(name))}, is {json.dumps(now.get(name))}"
         for name in sorted({*old, *now})
-        if old.get(name) != now.get(name)
+        if _without_saving(old.get(name)) != _without_saving(now.get(name))
     )
+
+
+def _without_saving(setting: Any) -> Any:
+    """A setting, without what the first ``save_pretrained`` adds to the config that ``describe_model`` reads."""
+    if not isinstance(setting, dict) or not isinstance(setting.get("config"), dict):
+        return setting
+    config = {name: value for name, value in setting["config"].items() if name not in _WRITTEN_BY_SAVING}
+    return {**setting, "config": config}

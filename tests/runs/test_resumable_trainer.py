@@ -21,12 +21,12 @@ from distilbert_fast.runs.resumable_trainer import ResumableTrainer, newest_comp
 from distilbert_fast.runs.training_state import load_state, random_state, save_state, set_random_state
 
 
-def trainer(output_dir, rows=None, alpha=0.5, callbacks=(), seed=0, **settings):
+def trainer(output_dir, rows=None, alpha=0.5, callbacks=(), seed=0, student=None, **settings):
     """12 steps, saved after every third."""
     teacher = tiny.teacher(seed=seed)
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 12, "learning_rate": 1e-2}
     args = tiny.arguments(output_dir, alpha=alpha, per_device_train_batch_size=4, **{**saving, **settings})
-    student = tiny.student(tiny.teacher())
+    student = tiny.student(tiny.teacher()) if student is None else student
     rows = tiny.rows(20) if rows is None else rows
     return DistillationTrainer(student, teacher, args, rows, eval_dataset=tiny.rows(6), callbacks=list(callbacks))
 
@@ -290,6 +290,16 @@ def test_a_finished_run_is_loaded_and_nothing_is_trained(tmp_path, steps):
     assert same(again.model.state_dict(), first.model.state_dict())
     assert names(tmp_path) == [f"checkpoint-{step}" for step in {3, steps}]
     assert again.evaluate()["eval_loss"] == first.evaluate()["eval_loss"]
+
+
+def test_a_model_that_was_saved_in_this_process_resumes(tmp_path, whole):
+    """A cell of a notebook that is stopped and run again: saving has written the class and the dtype into config."""
+    student = tiny.student(tiny.teacher())
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[Stop(7)], student=student).train()
+    again = trainer(tmp_path, student=student)
+    again.train(resume_from_checkpoint="auto")
+    assert same(again.model.state_dict(), weights(whole / "checkpoint-12"))
 
 
 def test_a_path_and_true_resume_too(tmp_path, whole):
