@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 
 from distilbert_fast import backends
@@ -32,6 +33,7 @@ MISSING = backends.cpu().missing_isas()
 HELD = {"amx": "avx512_vnni", "avx_vnni": "avx2"}  # what a tier consists of but for the emulated instructions
 
 pytestmark = [
+    pytest.mark.skipif(not cases.WHOLE, reason="run by make test-all, and by CI where csrc/cpu changed"),
     pytest.mark.skipif(
         platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulation needs g++ on x86-64"
     ),
