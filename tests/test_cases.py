@@ -77,6 +77,7 @@ SOME, ALL = "make test ARGS=--durations=25", "make test-all ARGS=--durations=25"
         (["csrc/cuda/kl_div.cu"], SOME),  # the only commit
         (["a", "csrc/cuda/kl_div.cu"], ALL),
         (["a", "csrc/bindings_cuda.cpp"], ALL),
+        (["a", "csrc/cpu/gemm/gemm.h"], ALL),
         (["a", "kernels/kl_div.py"], ALL),
         (["a", "distilbert_fast/runs/manifest.py"], ALL),
         (["csrc/cuda/kl_div.cu", "distilbert_fast/ops/kl_div.py"], SOME),
