@@ -255,6 +255,16 @@ def test_calibration_of_int8_modules_and_files(tmp_path):
     assert str(error.value) == "engine: model must be an int8 one, not from a file, to be calibrated, got another"
 
 
+def test_calibration_refuses_what_is_not_finite_wherever_it_stands():
+    model = make()
+    with torch.no_grad():
+        model.word.weight[3] = float("nan")
+    engine = Engine.from_model(model, "int8")
+    batches = [{"input_ids": torch.full((2, 4), token)} for token in (4, 3, 5)]
+    with pytest.raises(ValueError, match="engine: calibration must be batches with finite activations, got others"):
+        engine.calibrated(batches)
+
+
 @pytest.mark.parametrize(
     ("precision", "batches", "message"),
     [

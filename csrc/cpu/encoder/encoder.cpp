@@ -269,7 +269,7 @@ class Walk {
     for (int64_t c = 0; c < columns; ++c) {
       const float x = flow_.low_is_bfloat16 ? to_float(reinterpret_cast<const bfloat16*>(row)[c])
                                             : reinterpret_cast<const float*>(row)[c];
-      if (!(std::fabs(x) <= out[c])) out[c] = std::fabs(x);  // a NaN too
+      if (!std::isnan(out[c]) && !(std::fabs(x) <= out[c])) out[c] = std::fabs(x);  // a NaN too, which stays
     }
   }
 
