@@ -14,75 +14,44 @@
 // Which groups are signed is a bit each. An encoder finds them once; a call without them does as it reads a panel.
 #pragma once
 
+#include "cpu/gemm/int8_sums.h"
+
 namespace distilbert_fast {
 namespace {
 
-#define DISTILBERT_FAST_INLINE inline __attribute__((always_inline))
+// In assembly, and in this order: left to itself gcc 12 loads the weights again for each row, or spills sums.
+inline __attribute__((always_inline)) void add_plain(__m256i& low, __m256i& high, const uint8_t* codes, __m256i w0,
+                                                     __m256i w1, __m256i ones) {
+  __m256i x, y;
+  __asm__ volatile(
+      "vpbroadcastd %[group], %[x]\n\t"
+      "vpmaddubsw %[w0], %[x], %[y]\n\t"
+      "vpmaddubsw %[w1], %[x], %[x]\n\t"
+      "vpmaddwd %[ones], %[y], %[y]\n\t"
+      "vpmaddwd %[ones], %[x], %[x]\n\t"
+      "vpaddd %[y], %[low], %[low]\n\t"
+      "vpaddd %[x], %[high], %[high]"
+      : [x] "=&x"(x), [y] "=&x"(y), [low] "+x"(low), [high] "+x"(high)
+      : [group] "m"(*reinterpret_cast<const uint32_t*>(codes)), [w0] "x"(w0), [w1] "x"(w1), [ones] "x"(ones));
+}
 
-// Sums of R rows and sixteen columns. Members, not an array: gcc keeps these in registers, and not every array. Row r
-// is at codes + r · stride.
-template <int R>
-struct Int8Sums {
-  Int8Sums<R - 1> before;
-  __m256i low, high;
-
-  DISTILBERT_FAST_INLINE void start(__m256i from_low, __m256i from_high) {
-    before.start(from_low, from_high);
-    low = from_low;
-    high = from_high;
-  }
-  // In assembly, and in this order: left to itself gcc 12 loads the weights again for each row, or spills sums.
-  DISTILBERT_FAST_INLINE void plain(const uint8_t* codes, int64_t stride, __m256i w0, __m256i w1, __m256i ones) {
-    before.plain(codes, stride, w0, w1, ones);
-    __m256i x, y;
-    __asm__ volatile(
-        "vpbroadcastd %[group], %[x]\n\t"
-        "vpmaddubsw %[w0], %[x], %[y]\n\t"
-        "vpmaddubsw %[w1], %[x], %[x]\n\t"
-        "vpmaddwd %[ones], %[y], %[y]\n\t"
-        "vpmaddwd %[ones], %[x], %[x]\n\t"
-        "vpaddd %[y], %[low], %[low]\n\t"
-        "vpaddd %[x], %[high], %[high]"
-        : [x] "=&x"(x), [y] "=&x"(y), [low] "+x"(low), [high] "+x"(high)
-        : [group] "m"(group_of(codes, stride)), [w0] "x"(w0), [w1] "x"(w1), [ones] "x"(ones));
-  }
-  DISTILBERT_FAST_INLINE void with_signs(const uint8_t* codes, int64_t stride, __m256i size0, __m256i size1,
-                                         __m256i flip0, __m256i flip1, __m256i ones) {
-    before.with_signs(codes, stride, size0, size1, flip0, flip1, ones);
-    __m256i x, y;
-    __asm__ volatile(
-        "vpbroadcastd %[group], %[x]\n\t"
-        "vpxor %[flip0], %[x], %[y]\n\t"
-        "vpxor %[flip1], %[x], %[x]\n\t"
-        "vpmaddubsw %[y], %[size0], %[y]\n\t"
-        "vpmaddubsw %[x], %[size1], %[x]\n\t"
-        "vpmaddwd %[ones], %[y], %[y]\n\t"
-        "vpmaddwd %[ones], %[x], %[x]\n\t"
-        "vpaddd %[y], %[low], %[low]\n\t"
-        "vpaddd %[x], %[high], %[high]"
-        : [x] "=&x"(x), [y] "=&x"(y), [low] "+x"(low), [high] "+x"(high)
-        : [group] "m"(group_of(codes, stride)), [size0] "x"(size0), [size1] "x"(size1), [flip0] "x"(flip0),
-          [flip1] "x"(flip1), [ones] "x"(ones));
-  }
-  DISTILBERT_FAST_INLINE void write(int32_t* out) const {
-    before.write(out);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16), low);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16 + 8), high);
-  }
-
- private:
-  static DISTILBERT_FAST_INLINE const uint32_t& group_of(const uint8_t* codes, int64_t stride) {
-    return *reinterpret_cast<const uint32_t*>(codes + (R - 1) * stride);
-  }
-};
-
-template <>
-struct Int8Sums<0> {
-  void start(__m256i, __m256i) {}
-  void plain(const uint8_t*, int64_t, __m256i, __m256i, __m256i) {}
-  void with_signs(const uint8_t*, int64_t, __m256i, __m256i, __m256i, __m256i, __m256i) {}
-  void write(int32_t*) const {}
-};
+inline __attribute__((always_inline)) void add_signed(__m256i& low, __m256i& high, const uint8_t* codes, __m256i size0,
+                                                      __m256i size1, __m256i flip0, __m256i flip1, __m256i ones) {
+  __m256i x, y;
+  __asm__ volatile(
+      "vpbroadcastd %[group], %[x]\n\t"
+      "vpxor %[flip0], %[x], %[y]\n\t"
+      "vpxor %[flip1], %[x], %[x]\n\t"
+      "vpmaddubsw %[y], %[size0], %[y]\n\t"
+      "vpmaddubsw %[x], %[size1], %[x]\n\t"
+      "vpmaddwd %[ones], %[y], %[y]\n\t"
+      "vpmaddwd %[ones], %[x], %[x]\n\t"
+      "vpaddd %[y], %[low], %[low]\n\t"
+      "vpaddd %[x], %[high], %[high]"
+      : [x] "=&x"(x), [y] "=&x"(y), [low] "+x"(low), [high] "+x"(high)
+      : [group] "m"(*reinterpret_cast<const uint32_t*>(codes)), [size0] "x"(size0), [size1] "x"(size1),
+        [flip0] "x"(flip0), [flip1] "x"(flip1), [ones] "x"(ones));
+}
 
 inline __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
@@ -195,6 +164,7 @@ inline void prepare(const Gemm& call, const uint8_t* half, int64_t column, bool 
 
 struct Int8Tile {
   using Sum = int32_t;
+  using Vector = __m256i;
   using Weights = Int8Weights;
   static constexpr bool quantized = true;
   static constexpr int rows = 4, columns = 16;
@@ -206,7 +176,7 @@ struct Int8Tile {
                                             const BlockRange*, int64_t, bool, Prefetch prefetch, int32_t* out) {
     const __m256i* const start = reinterpret_cast<const __m256i*>(weights.start);
     const __m256i ones = _mm256_set1_epi16(1);
-    Int8Sums<R> sums;
+    Int8Sums<R, Int8Tile> sums;
     sums.start(_mm256_load_si256(start), _mm256_load_si256(start + 1));
     const uint32_t* at = weights.at;
     const uint32_t* const plain_end = at + weights.plain;
@@ -218,7 +188,8 @@ struct Int8Tile {
       for (; at < stop; ++at, w += 2) {
         __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
         __asm__("" : "+x"(w0), "+x"(w1));
-        sums.plain(a + *at, stride, w0, w1, ones);
+        sums.each_row([&](int r, __m256i& low, __m256i& high)
+                          __attribute__((always_inline)) { add_plain(low, high, a + *at + r * stride, w0, w1, ones); });
       }
     }
     const uint32_t* const end = at + weights.with_signs;
@@ -230,14 +201,14 @@ struct Int8Tile {
         __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
         __m256i flip0 = _mm256_load_si256(w + 2), flip1 = _mm256_load_si256(w + 3);
         __asm__("" : "+x"(w0), "+x"(w1), "+x"(flip0), "+x"(flip1));
-        sums.with_signs(a + *at, stride, w0, w1, flip0, flip1, ones);
+        sums.each_row([&](int r, __m256i& low, __m256i& high) __attribute__((always_inline)) {
+          add_signed(low, high, a + *at + r * stride, w0, w1, flip0, flip1, ones);
+        });
       }
     }
     sums.write(out);
   }
 };
-
-#undef DISTILBERT_FAST_INLINE
 
 // For the halves [begin, end) of all panels: the bits of their groups [blocks], and what the sums of their columns
 // start from.

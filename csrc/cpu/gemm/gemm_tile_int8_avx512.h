@@ -4,52 +4,26 @@
 // Σ_k w.
 #pragma once
 
+#include "cpu/gemm/int8_sums.h"
+
 namespace distilbert_fast {
 namespace {
 
-#define DISTILBERT_FAST_INLINE inline __attribute__((always_inline))
-
-// Sums of R rows and 32 columns. Members, not an array: gcc keeps these in registers, and not every array.
-template <int R>
-struct Int8Sums {
-  Int8Sums<R - 1> before;
-  __m512i low, high;
-
-  DISTILBERT_FAST_INLINE void start(__m512i from_low, __m512i from_high) {
-    before.start(from_low, from_high);
-    low = from_low;
-    high = from_high;
-  }
-  // Row r is at rows[r / 3] + (r % 3) · stride: three rows by one pointer and what an address can say, for there are
-  // not enough registers for a pointer each.
-  DISTILBERT_FAST_INLINE void add(const uint8_t* const (&rows)[4], int64_t stride, int64_t at, __m512i w0, __m512i w1) {
-    before.add(rows, stride, at, w0, w1);
-    // In assembly, and in this order: left to itself gcc 12 loads w0 and w1 anew for each row, or spills sums.
-    const uint8_t* group = rows[(R - 1) / 3] + (R - 1) % 3 * stride + at;
-    __m512i codes;
-    __asm__ volatile(
-        "vpbroadcastd %[group], %[codes]\n\t"
-        "vpdpbusd %[w0], %[codes], %[low]\n\t"
-        "vpdpbusd %[w1], %[codes], %[high]"
-        : [codes] "=&v"(codes), [low] "+v"(low), [high] "+v"(high)
-        : [group] "m"(*reinterpret_cast<const uint32_t(*)>(group)), [w0] "v"(w0), [w1] "v"(w1));
-  }
-  DISTILBERT_FAST_INLINE void write(int32_t* out) const {
-    before.write(out);
-    _mm512_store_si512(out + (R - 1) * 32, low);
-    _mm512_store_si512(out + (R - 1) * 32 + 16, high);
-  }
-};
-
-template <>
-struct Int8Sums<0> {
-  void start(__m512i, __m512i) {}
-  void add(const uint8_t* const (&)[4], int64_t, int64_t, __m512i, __m512i) {}
-  void write(int32_t*) const {}
-};
+// In assembly, and in this order: left to itself gcc 12 loads w0 and w1 again for each row, or spills sums.
+inline __attribute__((always_inline)) void add_byte_products(__m512i& low, __m512i& high, const uint32_t& group,
+                                                             __m512i w0, __m512i w1) {
+  __m512i codes;
+  __asm__ volatile(
+      "vpbroadcastd %[group], %[codes]\n\t"
+      "vpdpbusd %[w0], %[codes], %[low]\n\t"
+      "vpdpbusd %[w1], %[codes], %[high]"
+      : [codes] "=&v"(codes), [low] "+v"(low), [high] "+v"(high)
+      : [group] "m"(group), [w0] "v"(w0), [w1] "v"(w1));
+}
 
 struct Int8Tile {
   using Sum = int32_t;
+  using Vector = __m512i;
   using Weights = TileWeights;
   static constexpr bool quantized = true;
   static constexpr int rows = 12, columns = 32;
@@ -79,13 +53,14 @@ struct Int8Tile {
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights, const BlockRange* ranges,
                   int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
-    Int8Sums<R> sums;
+    Int8Sums<R, Int8Tile> sums;
     const int32_t* known = weights.column_sums;
     sums.start(start(weights.b, known, ranges, range_count),
                start(weights.b + kHalfBytes, known == nullptr ? nullptr : known + 16, ranges, range_count));
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
       const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
+      // Three rows by one pointer and what an address can say, for there are not enough registers for a pointer each.
       const uint8_t* rows[4] = {x, x + 3 * a_stride, x + 6 * a_stride, x + 9 * a_stride};
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
         prefetch.some();
@@ -94,8 +69,11 @@ struct Int8Tile {
           __asm__("" : "+r"(a_stride));
 #pragma GCC unroll 4
           for (int g = 0; g < 4; ++g) {
-            sums.add(rows, a_stride, g * 4, _mm512_loadu_si512(w + g * 64),
-                     _mm512_loadu_si512(w + g * 64 + kHalfBytes));
+            const __m512i w0 = _mm512_loadu_si512(w + g * 64), w1 = _mm512_loadu_si512(w + g * 64 + kHalfBytes);
+            sums.each_row([&](int r, __m512i& low, __m512i& high) __attribute__((always_inline)) {
+              const uint8_t* group = rows[r / 3] + r % 3 * a_stride + g * 4;
+              add_byte_products(low, high, *reinterpret_cast<const uint32_t*>(group), w0, w1);
+            });
           }
           for (const uint8_t*& row : rows) row += 16;
         }
@@ -105,8 +83,6 @@ struct Int8Tile {
     sums.write(out);
   }
 };
-
-#undef DISTILBERT_FAST_INLINE
 
 }  // namespace
 }  // namespace distilbert_fast

@@ -4,48 +4,17 @@
 // Σ_k w.
 #pragma once
 
+#include "cpu/gemm/int8_sums.h"
 #include "cpu/gemm/vpdpbusd.h"
 
 namespace distilbert_fast {
 namespace {
 
-#define DISTILBERT_FAST_INLINE inline __attribute__((always_inline))
-
-// Sums of R rows and sixteen columns. Members, not an array: gcc keeps these in registers, and not every array.
-template <int R>
-struct Int8Sums {
-  Int8Sums<R - 1> before;
-  __m256i low, high;
-
-  DISTILBERT_FAST_INLINE void start(__m256i from_low, __m256i from_high) {
-    before.start(from_low, from_high);
-    low = from_low;
-    high = from_high;
-  }
-  // Row r is at rows[r / 3] + (r % 3) · stride: three rows by one pointer and what an address can say.
-  DISTILBERT_FAST_INLINE void add(const uint8_t* const (&rows)[2], int64_t stride, int64_t at, __m256i w0, __m256i w1) {
-    before.add(rows, stride, at, w0, w1);
-    const uint8_t* group = rows[(R - 1) / 3] + (R - 1) % 3 * stride + at;
-    add_byte_products(low, high, *reinterpret_cast<const uint32_t*>(group), w0, w1);
-  }
-  DISTILBERT_FAST_INLINE void write(int32_t* out) const {
-    before.write(out);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16), low);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (R - 1) * 16 + 8), high);
-  }
-};
-
-template <>
-struct Int8Sums<0> {
-  void start(__m256i, __m256i) {}
-  void add(const uint8_t* const (&)[2], int64_t, int64_t, __m256i, __m256i) {}
-  void write(int32_t*) const {}
-};
-
 inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 struct Int8Tile {
   using Sum = int32_t;
+  using Vector = __m256i;
   using Weights = TileWeights;
   static constexpr bool quantized = true;
   static constexpr int rows = 6, columns = 16;
@@ -75,13 +44,14 @@ struct Int8Tile {
   static __attribute__((noinline)) void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights,
                                             const BlockRange* ranges, int64_t range_count, bool, Prefetch prefetch,
                                             int32_t* out) {
-    Int8Sums<R> sums;
+    Int8Sums<R, Int8Tile> sums;
     const int32_t* known = weights.column_sums;
     sums.start(start(weights.b, known, ranges, range_count),
                start(weights.b + 32, known == nullptr ? nullptr : known + 8, ranges, range_count));
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
       const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
+      // Three rows by one pointer and what an address can say.
       const uint8_t* rows[2] = {x, x + 3 * a_stride};
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k, w += kHalfBytes) {
         prefetch.some();
@@ -90,7 +60,10 @@ struct Int8Tile {
           for (int g = 0; g < 4; ++g) {
             __m256i w0 = load_bytes(w + g * 64), w1 = load_bytes(w + g * 64 + 32);
             __asm__("" : "+x"(w0), "+x"(w1));
-            sums.add(rows, a_stride, g * 4, w0, w1);
+            sums.each_row([&](int r, __m256i& low, __m256i& high) __attribute__((always_inline)) {
+              const uint8_t* group = rows[r / 3] + r % 3 * a_stride + g * 4;
+              add_byte_products(low, high, *reinterpret_cast<const uint32_t*>(group), w0, w1);
+            });
           }
           for (const uint8_t*& row : rows) row += 16;
         }
@@ -99,8 +72,6 @@ struct Int8Tile {
     sums.write(out);
   }
 };
-
-#undef DISTILBERT_FAST_INLINE
 
 }  // namespace
 }  // namespace distilbert_fast
