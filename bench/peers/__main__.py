@@ -62,7 +62,7 @@ def main(
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each engine. [default: 9]")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads, and cores that everything is pinned to.")] = 2,
     isa: Annotated[
-        str | None, typer.Option(help=f"Force {' or '.join(FORCED_ISA)}, ours and rivals (not ONNX Runtime).")
+        str | None, typer.Option(help=f"Show all engines no more than a processor with {' or '.join(FORCED_ISA)} has.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK['workloads']} on {QUICK['models']}, {QUICK['rounds']} rounds.")

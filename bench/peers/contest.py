@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import turns
+from bench.harness import hidden_isa, turns
 from bench.harness.errors import NotAvailableError
 from bench.harness.machine import cpu_name, now
 from bench.harness.processes import Worker, end_all
@@ -251,7 +251,10 @@ def machine(cores: Sequence[int], settings: Settings) -> dict[str, Any]:
     ]
     if settings.isa:
         forced = ", ".join(f"{name}={value}" for name, value in FORCED_ISA[settings.isa].items())
-        notes.append(f"ISA forced by {forced}; ONNX Runtime has no such switch and uses what the CPU has")
+        hidden = (
+            "CPUID hides the rest" if hidden_isa.library() else "ONNX Runtime has no such switch and uses what is there"
+        )
+        notes.append(f"ISA forced by {forced}; {hidden}")
     return {
         "cpu": cpu_name(),
         "cores": list(cores),

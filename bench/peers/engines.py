@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import hidden_isa
 from bench.harness.errors import NotAvailableError
 from bench.harness.machine import cpu_flags
 
@@ -204,10 +205,9 @@ def environment(spec: Spec, threads: int, cache: Path, isa: str | None) -> dict[
         variables["CT2_FORCE_CPU_ISA"] = ctranslate2
     if isa:
         variables |= FORCED_ISA[isa]
-    preload = tcmalloc()
-    if spec.tcmalloc and preload:
-        variables["LD_PRELOAD"] = preload
-    return variables
+        variables |= hidden_isa.variables(isa)
+    preload = [variables.get("LD_PRELOAD"), tcmalloc() if spec.tcmalloc else None]
+    return variables | ({"LD_PRELOAD": ":".join(filter(None, preload))} if any(preload) else {})
 
 
 def ctranslate2_isa(isa: str | None) -> str | None:
