@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from bench.harness.choose import chosen
 from bench.harness.command import RESULTS, checking, console, show, start
+from bench.harness.isa import FORCED_ISA, checked_isa
 from bench.peers import contest, report
-from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS
+from bench.peers.engines import ENGINES, PRECISIONS
 from bench.peers.models import MODELS, default_cache
 from bench.peers.workloads import WORKLOADS
-from distilbert_fast.backends import isa_report
 
 QUICK = {"workloads": "1x16,1x128,8x128", "models": "distilbert-base", "rounds": 3}
 FULL = {"workloads": ",".join(WORKLOADS), "models": ",".join(MODELS), "rounds": 9}
@@ -116,15 +116,6 @@ def checked_models(names: list[str]) -> list[str]:
         if name not in MODELS and not (Path(name) / "config.json").is_file():
             raise ValueError(f"--models: expected {', '.join(MODELS)} or the directory of a checkpoint, got {name!r}")
     return names
-
-
-def checked_isa(isa: str | None) -> str | None:
-    if isa is not None and isa not in FORCED_ISA:
-        raise ValueError(f"--isa: expected {' or '.join(FORCED_ISA)}, got {isa!r}")
-    lacking = isa_report()["missing"].get(isa)
-    if lacking:  # torch, for one, takes our word for it
-        raise ValueError(f"--isa: {isa} cannot run here: {lacking}")
-    return isa
 
 
 if __name__ == "__main__":

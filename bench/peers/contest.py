@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import hidden_isa, turns
+from bench.harness import isa, turns
 from bench.harness.errors import NotAvailableError
 from bench.harness.machine import cpu_name, now
 from bench.harness.processes import Worker, end_all
-from bench.peers.engines import ENGINES, FORCED_ISA, PRECISIONS, REFERENCE, Spec, environment, tcmalloc
+from bench.peers.engines import ENGINES, PRECISIONS, REFERENCE, Spec, environment, tcmalloc
 from bench.peers.models import MODELS, MissingModelError
 from bench.peers.workloads import SEED, WORKLOADS, Workload
 from distilbert_fast.modeling.loading import fingerprint
@@ -250,11 +250,7 @@ def machine(cores: Sequence[int], settings: Settings) -> dict[str, Any]:
         f"tcmalloc preloaded for torch and CTranslate2: {tcmalloc() or 'no, not found (Debian: libtcmalloc-minimal4)'}"
     ]
     if settings.isa:
-        forced = ", ".join(f"{name}={value}" for name, value in FORCED_ISA[settings.isa].items())
-        hidden = (
-            "CPUID hides the rest" if hidden_isa.library() else "ONNX Runtime has no such switch and uses what is there"
-        )
-        notes.append(f"ISA forced by {forced}; {hidden}")
+        notes.append(isa.said(settings.isa))
     return {
         "cpu": cpu_name(),
         "cores": list(cores),

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import hidden_isa
 from bench.harness.errors import NotAvailableError
+from bench.harness.isa import smaller_processor
 from bench.harness.machine import cpu_flags
 
 PRECISIONS = ("int8", "bf16", "fp32")
@@ -204,8 +204,7 @@ def environment(spec: Spec, threads: int, cache: Path, isa: str | None) -> dict[
     if ctranslate2:
         variables["CT2_FORCE_CPU_ISA"] = ctranslate2
     if isa:
-        variables |= FORCED_ISA[isa]
-        variables |= hidden_isa.variables(isa)
+        variables |= smaller_processor(isa)
     preload = [variables.get("LD_PRELOAD"), tcmalloc() if spec.tcmalloc else None]
     return variables | ({"LD_PRELOAD": ":".join(filter(None, preload))} if any(preload) else {})
 
@@ -220,32 +219,3 @@ def ctranslate2_isa(isa: str | None) -> str | None:
 
 def tcmalloc() -> str | None:
     return next((path for path in TCMALLOC if Path(path).exists()), None)
-
-
-_ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-FORCED_ISA: Mapping[str, Mapping[str, str]] = {
-    "avx512_bf16": {
-        "DISTILBERT_FAST_ISA": "avx512_bf16",
-        **dict.fromkeys(_ONEDNN, "AVX512_CORE_BF16"),
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E2",
-        "ATEN_CPU_CAPABILITY": "avx512",
-    },
-    "avx512_vnni": {
-        "DISTILBERT_FAST_ISA": "avx512_vnni",
-        **dict.fromkeys(_ONEDNN, "AVX512_CORE_VNNI"),
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E1",
-        "ATEN_CPU_CAPABILITY": "avx512",
-    },
-    "avx_vnni": {
-        "DISTILBERT_FAST_ISA": "avx_vnni",
-        **dict.fromkeys(_ONEDNN, "AVX2_VNNI"),
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2_E1",
-        "ATEN_CPU_CAPABILITY": "avx2",
-    },
-    "avx2": {
-        "DISTILBERT_FAST_ISA": "avx2",
-        **dict.fromkeys(_ONEDNN, "AVX2"),
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-    },
-}

@@ -15,6 +15,7 @@ from bench.harness import report
 from bench.harness.choose import chosen
 from bench.harness.command import RESULTS, checking, console, show, start
 from bench.harness.errors import NotAvailableError
+from bench.harness.isa import FORCED_ISA, checked_isa, said, smaller_processor
 from bench.harness.machine import cpu_name, now
 from bench.harness.processes import Worker, end_all
 from bench.harness.turns import Machine, hold, pick_cores, ratio, seconds, spread
@@ -41,6 +42,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
     calls: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads, and cores that everything is pinned to.")] = 2,
+    isa: Annotated[
+        str | None, typer.Option(help=f"Show all ways no more than a processor with {' or '.join(FORCED_ISA)} has.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON.")] = None,
 ) -> None:
     """Time a step of MLM distillation (teacher, student forward, losses, backward, optimizer), ours and the original's.
@@ -52,9 +56,10 @@ def main(
         names = chosen("--ways", ways, list(WAYS))
         if size not in SIZES:
             raise ValueError(f"--size: expected {' or '.join(SIZES)}, got {size!r}")
+        smaller = {} if checked_isa(isa) is None else smaller_processor(isa)
         cores = pick_cores(threads)
     given: dict[str, Any] = {"size": size, "batch": batch, "length": length, "threads": threads, "cores": cores}
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) | smaller
     contenders: dict[str, Worker] = {}
     missing: dict[str, str] = {}
 
@@ -96,6 +101,7 @@ def main(
         "date": now(),
         "python": platform.python_version(),
         **{key: given[key] for key in ("size", "batch", "length", "threads")},
+        "isa": None if isa is None else said(isa),
         "rounds": rounds,
         "ways": rows,
         "missing": missing,
