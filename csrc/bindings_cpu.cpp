@@ -106,8 +106,9 @@ struct InLine<LinearProduct>
     : InLineFields<LinearProduct, const void*, DType, int64_t, int64_t, const void*, DType, int64_t, int64_t,
                    const float*, int64_t, int64_t, int64_t, void*, DType, bool> {};
 template <>
-struct InLine<CodebookLinear> : InLineFields<CodebookLinear, const void*, int64_t, DType, const uint8_t*, int64_t,
-                                             const float*, int64_t, const float*, int64_t, int64_t, int64_t, void*> {};
+struct InLine<CodebookLinear>
+    : InLineFields<CodebookLinear, const void*, int64_t, DType, const uint8_t*, int64_t, int64_t, const float*, int64_t,
+                   int64_t, const float*, int64_t, int64_t, int64_t, void*> {};
 template <>
 struct InLine<AttentionSequences> : InLineFields<AttentionSequences, const int32_t*, const bool*, int64_t, int64_t> {};
 template <>

@@ -1,8 +1,8 @@
 """codebook_linear: a linear layer whose weights share at most 256 values.
 
-    W_fc = codebook[codes_fc]        y = x · Wᵀ + b
+    W_fc = codebook[f div g, codes_fc]        y = x · Wᵀ + b        g: rows that share a codebook
 
-    dx = dy · W        dW = dyᵀ · x,   dcodebook_k = Σ_{fc: codes_fc = k} dW_fc        db = Σ_n dy_n
+    dx = dy · W        dW = dyᵀ · x,   dcodebook_ik = Σ_{fc: f div g = i, codes_fc = k} dW_fc        db = Σ_n dy_n
 
 Han, Mao, Dally: Deep Compression, arXiv:1510.00149, section 3.
 """
@@ -28,14 +28,19 @@ def codebook_linear(
     codes: torch.Tensor,
     codebook: torch.Tensor,
     bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """x · codebook[codes]ᵀ + b.
 
     Args:
         x: [N, C], float32, bfloat16, float16 or float64. Differentiable, as are codebook and bias.
-        codes: uint8 [F, C], same device: each weight's index into codebook.
-        codebook: [K], K ≤ 256, same device and dtype as x.
+        codes: uint8 [F, C], same device: each weight's index into its codebook. Of fewer bits: [F, ⌈C · bits / 8⌉], as
+            ``pack_codes`` lays them out.
+        codebook: [K], K ≤ 256, same device and dtype as x; with ``group_size`` [⌈F / group_size⌉, K].
         bias: [F], likewise; None adds nothing.
+        bits: of a code: 8, 6 or 4.
+        group_size: so many rows of W in a row share a codebook; None: all share one.
 
     Returns:
         y [N, F] in the dtype of x. Inside torch.autocast all is first cast as for torch.nn.functional.linear.
@@ -51,16 +56,22 @@ def codebook_linear(
     """
     _check.tensor(OP, "x", x, ("N", "C"))
     x, codebook, bias = autocast(x.device, x, codebook, bias)
-    _check.tensor(OP, "codes", codes, ("F", x.shape[1]), (torch.uint8,), x.device)
-    _check.tensor(OP, "codebook", codebook, ("K",), (x.dtype,), x.device)
-    if codebook.shape[0] > 256:
+    _check.choice(OP, "bits", bits, (8, 6, 4))
+    _check.tensor(OP, "codes", codes, ("F", packed_size(x.shape[1], bits)), (torch.uint8,), x.device)
+    if group_size is None:
+        _check.tensor(OP, "codebook", codebook, ("K",), (x.dtype,), x.device)
+    else:
+        if not isinstance(group_size, int) or group_size < 1:
+            _check.refuse(OP, "group_size", "an integer of 1 or more", repr(group_size))
+        _check.tensor(OP, "codebook", codebook, (-(-codes.shape[0] // group_size), "K"), (x.dtype,), x.device)
+    if codebook.shape[-1] > 256:
         _check.refuse(OP, "codebook", "of at most 256 values", list(codebook.shape))
     if bias is not None:
         _check.tensor(OP, "bias", bias, (codes.shape[0],), (x.dtype,), x.device)
     differentiable = (x, codebook) if bias is None else (x, codebook, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        return _CodebookLinear.apply(x, codes, codebook, bias)
-    return _forward(Call(x, codes, codebook, bias))
+        return _CodebookLinear.apply(x, codes, codebook, bias, bits, group_size or 0)
+    return _forward(Call(x, codes, codebook, bias, bits, group_size or 0))
 
 
 def codebook_linear_reference(
@@ -68,9 +79,49 @@ def codebook_linear_reference(
     codes: torch.Tensor,
     codebook: torch.Tensor,
     bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """The definition of ``codebook_linear`` in differentiable torch, in the dtype of its arguments."""
-    return torch.nn.functional.linear(x, codebook[codes.long()], bias)
+    codes = unpack_codes(codes, x.shape[1], bits).long()
+    if group_size is None:
+        return torch.nn.functional.linear(x, codebook[codes], bias)
+    rows = torch.arange(codes.shape[0], device=x.device)[:, None] // group_size
+    return torch.nn.functional.linear(x, codebook[rows, codes], bias)
+
+
+# Code c of fewer than 8 bits is in the bits [c · bits, (c + 1) · bits) of its row, from the lowest of each byte on.
+# Bits that are left over are 0.
+
+
+def packed_size(columns: int, bits: int) -> int:
+    """Bytes of a row."""
+    return -(-columns * bits // 8)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below 2^bits, uint8 [F, C], as uint8 [F, ⌈C · bits / 8⌉]; bits is 8, 6 or 4."""
+    if bits == 8:
+        return codes
+    packed = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
+    if bits == 4:
+        packed = packed[:, ::2] | packed[:, 1::2] << 4
+    else:
+        a, b, c, d = packed.unflatten(1, (-1, 4)).unbind(2)
+        packed = torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], dim=2).flatten(1)
+    return packed[:, : packed_size(codes.shape[1], bits)].contiguous()
+
+
+def unpack_codes(packed: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
+    """Undo ``pack_codes``: uint8 [F, C]."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        parts = [packed & 15, packed >> 4]
+    else:
+        a, b, c = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).unflatten(1, (-1, 3)).unbind(2)
+        parts = [a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2]
+    return torch.stack(parts, dim=2).flatten(1)[:, :columns]
 
 
 class _CodebookLinear(torch.autograd.Function):
@@ -78,23 +129,26 @@ class _CodebookLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         """Arguments: those of ``Call``."""
         ctx.save_for_backward(*arguments[:3])
+        ctx.layout = arguments[4:]
         return _forward(Call(*arguments))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, _, codebook, bias = ctx.needs_input_grad
-        dx, dcodebook, dbias = _backward(Gradient(*(dy, *ctx.saved_tensors, [x, codebook, bias])))
-        return dx if x else None, None, dcodebook if codebook else None, dbias if bias else None
+        x, _, codebook, bias = ctx.needs_input_grad[:4]
+        dx, dcodebook, dbias = _backward(Gradient(*(dy, *ctx.saved_tensors, [x, codebook, bias], *ctx.layout)))
+        return dx if x else None, None, dcodebook if codebook else None, dbias if bias else None, None, None
 
 
 class Call(NamedTuple):
     """All arguments of forward."""
 
     x: torch.Tensor  # [N, C]
-    codes: torch.Tensor  # uint8 [F, C]
-    codebook: torch.Tensor  # [K]
+    codes: torch.Tensor  # uint8 [F, bytes]
+    codebook: torch.Tensor  # [K] or [G, K]
     bias: torch.Tensor | None  # [F]
+    bits: int = 8
+    group_size: int = 0  # 0: all rows share the codebook [K]
 
 
 class Gradient(NamedTuple):
@@ -102,9 +156,11 @@ class Gradient(NamedTuple):
 
     dy: torch.Tensor  # [N, F]
     x: torch.Tensor  # [N, C]
-    codes: torch.Tensor  # uint8 [F, C]
-    codebook: torch.Tensor  # [K]
+    codes: torch.Tensor  # uint8 [F, bytes]
+    codebook: torch.Tensor  # [K] or [G, K]
     wanted: list[bool]  # which of dx, dcodebook, dbias
+    bits: int = 8
+    group_size: int = 0
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -128,36 +184,48 @@ def _backward_like(call: Gradient) -> Gradients:
 
 @operator("codebook_linear_backward", _backward_like)
 def _backward(call: Gradient) -> Gradients:
-    """dx [N, C], dcodebook [K] and dbias [F], each [0] if not wanted."""
+    """dx [N, C], dcodebook as codebook and dbias [F], each [0] if not wanted."""
     return _BACKWARD[backends.select_backward(OP, call.x.device, call.x.dtype)](call)
 
 
 # torch ------------------------------------------------------------------------------------------------------
 
 
-def _look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    return codebook.index_select(0, codes.reshape(-1).int()).view(codes.shape)  # [F, C]
+def _places(call: Call | Gradient) -> torch.Tensor:
+    """Where in the flattened codebooks each weight is, int32 [F, C]."""
+    codes = unpack_codes(call.codes, call.x.shape[1], call.bits).int()
+    if call.group_size == 0:
+        return codes
+    rows = torch.arange(codes.shape[0], dtype=torch.int32, device=codes.device)
+    return codes + (rows // call.group_size * call.codebook.shape[1])[:, None]
+
+
+def _look_up(call: Call | Gradient) -> torch.Tensor:
+    places = _places(call)
+    return call.codebook.flatten().index_select(0, places.flatten()).view(places.shape)  # [F, C]
 
 
 def _forward_torch(call: Call) -> torch.Tensor:
-    if call.codebook.shape[0] < 256:
-        _check.below(OP, "codes", call.codes, call.codebook.shape[0], "the values of codebook")
+    values = call.codebook.shape[-1]
+    if values < 1 << call.bits:
+        codes = unpack_codes(call.codes, call.x.shape[1], call.bits)
+        _check.below(OP, "codes", codes, values, "the values of codebook")
     with as_written(call.x.device):
-        return torch.nn.functional.linear(call.x, _look_up(call.codes, call.codebook), call.bias)
+        return torch.nn.functional.linear(call.x, _look_up(call), call.bias)
 
 
 def _backward_torch(call: Gradient) -> Gradients:
-    dy, x, codes, codebook, wanted = call
+    dy, x, codebook, wanted = call.dy, call.x, call.codebook, call.wanted
     dx, dcodebook, dbias = (x.new_empty(0) for _ in wanted)
     with as_written(x.device):
         if wanted[0]:
-            dx = dy @ _look_up(codes, codebook)
+            dx = dy @ _look_up(call)
         if wanted[1]:
             dw = dy.t() @ x  # [F, C]
-            sums = torch.zeros(codebook.shape, dtype=torch.float64, device=x.device)
+            sums = torch.zeros(codebook.numel(), dtype=torch.float64, device=x.device)
             # In float64 index_put_ adds in a fixed order on the CPU too: the same bits every run.
-            sums.index_put_((codes.reshape(-1).int(),), dw.reshape(-1).to(torch.float64), accumulate=True)
-            dcodebook = sums.to(codebook.dtype)
+            sums.index_put_((_places(call).flatten(),), dw.flatten().to(torch.float64), accumulate=True)
+            dcodebook = sums.view(codebook.shape).to(codebook.dtype)
         if wanted[2]:
             dbias = dy.sum(dim=0)
     return dx, dcodebook, dbias
@@ -172,8 +240,9 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     codebook, bias = _rows.parameter(call.codebook), _rows.parameter(call.bias)
     backends.cpu().codebook_linear(
         *_rows.matrix_arguments(x, backends.CPU_DTYPE),
-        *(codes.data_ptr(), codes.stride(0), codebook.data_ptr(), codebook.shape[0], _rows.address(bias)),
-        *(x.shape[0], *codes.shape, y.data_ptr(), torch.get_num_threads()),
+        *(codes.data_ptr(), codes.stride(0), call.bits, codebook.data_ptr(), codebook.shape[-1]),
+        *(call.group_size or max(codes.shape[0], 1), _rows.address(bias)),
+        *(x.shape[0], codes.shape[0], x.shape[1], y.data_ptr(), torch.get_num_threads()),
     )
     return y
 

@@ -10,7 +10,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distilbert_fast import backends
-from distilbert_fast.ops.codebook_linear import codebook_linear, codebook_linear_reference
+from distilbert_fast.ops.codebook_linear import (
+    codebook_linear,
+    codebook_linear_reference,
+    pack_codes,
+    packed_size,
+    unpack_codes,
+)
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -27,21 +33,21 @@ def arguments(n: int, c: int, f: int, k: int, dtype: torch.dtype, seed: int = 0)
     return [logits(n, c, dtype, seed + 3, spread=1.0), codes, codebook, bias]
 
 
-def results(op, x, codes, codebook, bias, dy) -> list[torch.Tensor]:
+def results(op, x, codes, codebook, bias, dy, bits=8, group_size=None) -> list[torch.Tensor]:
     """y, dx, dcodebook, and dbias if there is a bias."""
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, codebook, bias)]
-    y = op(leaves[0], codes, *leaves[1:])
+    y = op(leaves[0], codes, *leaves[1:], bits, group_size)
     y.backward(dy.to(y.dtype))
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def check(x, codes, codebook, bias, dy) -> None:
+def check(x, codes, codebook, bias, dy, bits=8, group_size=None) -> None:
     doubles = [tensor if tensor is None else tensor.double() for tensor in (x, codebook, bias)]
-    exact = results(codebook_linear_reference, doubles[0], codes, *doubles[1:], dy)
-    torchs = results(codebook_linear_reference, x, codes, codebook, bias, dy)
-    ours = results(codebook_linear, x, codes, codebook, bias, dy)
+    exact = results(codebook_linear_reference, doubles[0], codes, *doubles[1:], dy, bits, group_size)
+    torchs = results(codebook_linear_reference, x, codes, codebook, bias, dy, bits, group_size)
+    ours = results(codebook_linear, x, codes, codebook, bias, dy, bits, group_size)
     for found, torch_, want in zip(ours, torchs, exact, strict=True):
-        assert found.dtype == torch_.dtype
+        assert found.dtype == torch_.dtype and found.shape == want.shape
         assert_twice_rule(found, torch_, want)
 
 
@@ -58,6 +64,36 @@ def test_error_is_at_most_twice_torchs(n, c, f, k, dtype):
     dy = logits(n, f, dtype, seed=9, spread=1.0)
     check(x, codes, codebook, bias, dy)
     check(x, codes, codebook, None, dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize(("n", "c", "f", "group"), [(5, 7, 5, 1), (33, 129, 65, 16), (70, 30, 37, 5), (9, 33, 8, 99)])
+def test_groups_of_rows_and_packed_codes(n, c, f, group, bits, dtype):
+    k, groups = 1 << bits, -(-f // group)
+    x, codes, _, bias = arguments(n, c, f, k, dtype)
+    codebook = logits(groups, k, dtype, seed=4, spread=0.05)
+    check(x, pack_codes(codes, bits), codebook, bias, logits(n, f, dtype, seed=9, spread=1.0), bits, group)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("columns", [0, 1, 2, 3, 4, 5, 7, 8, 64, 129])
+def test_packed_codes_are_what_they_were(columns, bits):
+    codes = torch.randint(0, 1 << bits, (6, columns), dtype=torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (6, packed_size(columns, bits)) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_codes(packed, columns, bits), codes)
+    for row, line in zip(codes.tolist(), packed.tolist(), strict=True):
+        number = sum(code << i * bits for i, code in enumerate(row))
+        assert bytes(line) == number.to_bytes(packed_size(columns, bits), "little")
+
+
+def test_packed_codes_outside_their_codebook():
+    codes = pack_codes(CODES, 4)
+    for book, end in ((BOOK[:3], 3), (BOOK[:1], 1)):
+        with pytest.raises(ValueError) as raised:
+            codebook_linear(X, codes, book, None, 4)
+        assert str(raised.value) == f"codebook_linear: codes must be in [0, {end}), the values of codebook, got 3"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -233,6 +269,11 @@ BOOK = torch.ones(4)
         ({"codebook": BOOK[:3]}, ValueError, "codes must be in [0, 3), the values of codebook, got 3"),
         ({"codebook": BOOK[:0]}, ValueError, "codes must be in [0, 0), the values of codebook, got 3"),
         ({"codebook": BOOK[None]}, ValueError, "codebook must be of shape [K], got [1, 4]"),
+        ({"bits": 5}, ValueError, "bits must be one of 8, 6, 4, got 5"),
+        ({"bits": 6}, ValueError, "codes must be of shape [F, 3], got [3, 4]"),
+        ({"group_size": 2}, ValueError, "codebook must be of shape [2, K], got [4]"),
+        ({"group_size": 0}, ValueError, "group_size must be an integer of 1 or more, got 0"),
+        ({"group_size": 2, "codebook": BOOK[None]}, ValueError, "codebook must be of shape [2, K], got [1, 4]"),
         ({"codebook": BOOK.double()}, TypeError, "codebook must be float32, got float64"),
         ({"codebook": torch.ones(257)}, ValueError, "codebook must be of at most 256 values, got [257]"),
         ({"bias": BOOK}, ValueError, "bias must be of shape [3], got [4]"),
@@ -248,8 +289,10 @@ def test_bad_input(changed, error, message):
 # The native entry ------------------------------------------------------------------------------------------------
 
 Y = torch.full((2, 3), 7.0)
-NATIVE = dict(x=X.data_ptr(), x_stride=4, dtype=0, codes=CODES.data_ptr(), codes_stride=4, codebook=BOOK.data_ptr())
-NATIVE |= dict(values=4, bias=0, rows=2, columns=3, depth=4, y=Y.data_ptr(), threads=1)
+NATIVE = dict(x=X.data_ptr(), x_stride=4, dtype=0, codes=CODES.data_ptr(), codes_stride=4, bits=8)
+NATIVE |= dict(
+    codebook=BOOK.data_ptr(), values=4, group=3, bias=0, rows=2, columns=3, depth=4, y=Y.data_ptr(), threads=1
+)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +307,8 @@ NATIVE |= dict(values=4, bias=0, rows=2, columns=3, depth=4, y=Y.data_ptr(), thr
         ({"values": 257}, "codebook must be of at most 256 values, got 257"),
         ({"values": -1}, "codebook must be of at most 256 values, got -1"),
         ({"values": 3}, "codes must be in [0, 3), the values of codebook, got 3"),
+        ({"bits": 5}, "bits must be 4, 6 or 8, got 5"),
+        ({"group": 0}, "group must be 1 or more, got 0"),
         ({"values": 3, "rows": 0}, "codes must be in [0, 3), the values of codebook, got 3"),
         ({"x": 0}, "x must point to memory, got null"),
         ({"codes": 0}, "codes must point to memory, got null"),

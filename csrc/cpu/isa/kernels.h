@@ -129,15 +129,18 @@ struct Matrix {
 using PackPanels = void(const Matrix& b, int64_t columns, int64_t k, void* out);
 using CopyRows = void(const Matrix& a, int64_t rows, int64_t k, void* out, int64_t stride_bytes);
 
-// y = x codebook[codes]ᵀ + bias of rows whose neighbours touch. The codes are below `values`.
+// y = x Wᵀ + bias of rows whose neighbours touch, W[f, c] = codebook[f / group, code (f, c)]. The codes are below
+// `values`; code c of a row is in its bits [c · bits, (c + 1) · bits), counted from the lowest of each byte.
 struct CodebookLinear {
   const void* x;  // [rows, depth]
   int64_t x_stride;
   DType dtype;           // of x and y
-  const uint8_t* codes;  // [columns, depth]
+  const uint8_t* codes;  // [columns, bytes]
   int64_t codes_stride;
-  const float* codebook;  // [values]
+  int64_t bits;           // 4, 6 or 8
+  const float* codebook;  // [groups, values]
   int64_t values;         // at most 256
+  int64_t group;          // columns that share a codebook
   const float* bias;      // [columns], or null
   int64_t rows, columns, depth;
   void* y;                    // [rows, columns] contiguous
@@ -145,7 +148,17 @@ struct CodebookLinear {
   int64_t block_columns = 0;  // and columns; the entry says of how many
 };
 
-constexpr int64_t kCodebookRows = 12;  // of x that a kernel widens at a time, at most
+constexpr int64_t kCodebookRows = 12;     // of x that a kernel widens at a time, at most
+constexpr int64_t kCodebookColumns = 16;  // whose codes it unpacks at a time: a cache line of each in the first cache
+
+// Code k of a row, where it ends before its last byte does.
+inline uint8_t code_at(const uint8_t* row, int64_t bits, int64_t k) {
+  if (bits == 8) return row[k];
+  const int64_t bit = k * bits, shift = bit % 8;
+  const int low = row[bit / 8] >> shift;
+  const int high = shift + bits > 8 ? row[bit / 8 + 1] << (8 - shift) : 0;
+  return static_cast<uint8_t>((low | high) & ((1 << bits) - 1));
+}
 
 // The checked entry: throws std::invalid_argument before it touches y or follows a code.
 void codebook_linear(CodebookLinear call, int threads);
@@ -180,7 +193,8 @@ struct Kernels {
   void (*embedding_backward)(const EmbeddingGradientRows&, int64_t begin, int64_t end);
   void (*cosine_loss_forward)(const CosineForwardRows&, int64_t begin, int64_t end);
   void (*cosine_loss_backward)(const CosineBackwardRows&, int64_t begin, int64_t end);
-  // Blocks [begin, end) of y. scratch: 4 · depth · (block_columns + kCodebookRows) bytes, one for each thread.
+  // Blocks [begin, end) of y. scratch: depth · (4 · (block_columns + kCodebookRows) + kCodebookColumns) bytes, one for
+  // each thread.
   void (*codebook_linear)(const CodebookLinear&, int64_t begin, int64_t end, void* scratch);
 };
 

@@ -27,6 +27,9 @@ void check(const CodebookLinear& call) {
   if (call.values < 0 || call.values > 256) {
     refuse(kOp, "codebook must be of at most 256 values", std::to_string(call.values));
   }
+  if (call.bits != 4 && call.bits != 6 && call.bits != 8)
+    refuse(kOp, "bits must be 4, 6 or 8", std::to_string(call.bits));
+  if (call.group < 1) refuse(kOp, "group must be 1 or more", std::to_string(call.group));
   if (call.rows == 0 || call.columns == 0) return;
   check_pointer(kOp, "y", call.y);
   if (call.depth == 0) return;
@@ -37,11 +40,11 @@ void check(const CodebookLinear& call) {
 
 // Kernels follow the codes unchecked.
 void check_codes(const CodebookLinear& call) {
-  if (call.values == 256 || call.depth == 0) return;
+  if (call.values >> call.bits != 0 || call.depth == 0) return;
   uint8_t highest = 0;
   for (int64_t f = 0; f < call.columns; ++f) {
     const uint8_t* codes = call.codes + f * call.codes_stride;
-    for (int64_t k = 0; k < call.depth; ++k) highest = std::max(highest, codes[k]);
+    for (int64_t k = 0; k < call.depth; ++k) highest = std::max(highest, code_at(codes, call.bits, k));
   }
   if (highest < call.values) return;
   refuse(kOp, "codes must be in [0, " + std::to_string(call.values) + "), the values of codebook",
@@ -66,7 +69,7 @@ void codebook_linear(CodebookLinear call, int threads) {
 
   const int64_t count = groups * blocks(call.rows, call.block_rows);
   const int64_t grain = row_grain((1 + call.block_rows / 16) * call.block_columns * call.depth);
-  const int64_t scratch_bytes = 4 * call.depth * (call.block_columns + kCodebookRows);
+  const int64_t scratch_bytes = call.depth * (4 * (call.block_columns + kCodebookRows) + kCodebookColumns);
   const Kernels& tier = kernels();
   parallel_rows(count, grain, threads, scratch_bytes,
                 [&](int64_t begin, int64_t end, void* scratch) { tier.codebook_linear(call, begin, end, scratch); });

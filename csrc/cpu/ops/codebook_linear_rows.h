@@ -10,15 +10,36 @@ namespace {
 
 static_assert(kMatmulRows <= kCodebookRows, "scratch is too small");
 
+// All codes of a row, a byte each.
+inline const uint8_t* unpacked(const CodebookLinear& call, const uint8_t* row, uint8_t* out) {
+  if (call.bits == 8) return row;
+  const int64_t depth = call.depth, whole = call.bits == 4 ? depth / 2 * 2 : depth / 4 * 4;
+  for (int64_t k = 0; call.bits == 4 && k < whole; k += 2, ++row) {
+    out[k] = *row & 15;
+    out[k + 1] = *row >> 4;
+  }
+  for (int64_t k = 0; call.bits == 6 && k < whole; k += 4, row += 3) {
+    for (int64_t i = 0; i < 4; ++i) out[k + i] = code_at(row, 6, i);
+  }
+  for (int64_t k = whole; k < depth; ++k) out[k] = code_at(row, call.bits, k - whole);
+  return out;
+}
+
 // Columns up to `padded`, whole vectors, are zeros.
-inline void expand_codes(const CodebookLinear& call, int64_t first, int64_t columns, int64_t padded, float* out) {
-  constexpr int64_t kAtOnce = 16;  // columns, of which a cache line of codes each is in the first cache
-  for (int64_t column = 0; column < columns; column += kAtOnce) {
-    const int64_t some = smaller(kAtOnce, columns - column);
-    const uint8_t* codes = call.codes + (first + column) * call.codes_stride;
+inline void expand_codes(const CodebookLinear& call, int64_t first, int64_t columns, int64_t padded, float* out,
+                         uint8_t* bytes) {
+  for (int64_t column = 0; column < columns; column += kCodebookColumns) {
+    const int64_t some = smaller(kCodebookColumns, columns - column);
+    const uint8_t* codes[kCodebookColumns];
+    const float* codebooks[kCodebookColumns];
+    for (int64_t c = 0; c < some; ++c) {
+      const int64_t f = first + column + c;
+      codes[c] = unpacked(call, call.codes + f * call.codes_stride, bytes + c * call.depth);
+      codebooks[c] = call.codebook + f / call.group * call.values;
+    }
     for (int64_t k = 0; k < call.depth; ++k) {
       float* to = out + k * padded + column;
-      for (int64_t c = 0; c < some; ++c) to[c] = call.codebook[codes[c * call.codes_stride + k]];
+      for (int64_t c = 0; c < some; ++c) to[c] = codebooks[c][codes[c][k]];
     }
   }
   for (int64_t k = 0; k < call.depth; ++k) {
@@ -36,8 +57,8 @@ template <class T>
 void codebook_linear_block(const CodebookLinear& call, int64_t row, int64_t rows, int64_t first, int64_t columns,
                            float* scratch) {
   const int64_t padded = (columns + kMatmulColumns - 1) / kMatmulColumns * kMatmulColumns;
-  expand_codes(call, first, columns, padded, scratch);
   float* const widened = scratch + call.depth * padded;
+  expand_codes(call, first, columns, padded, scratch, reinterpret_cast<uint8_t*>(widened + call.depth * kCodebookRows));
   const auto put = [&](T* y, int64_t column, Vec sums) {
     const int64_t n = columns - column;
     if (n <= 0) return;
