@@ -13,6 +13,7 @@
 #include "cpu/ops/embedding.h"
 #include "cpu/ops/int8_linear.h"
 #include "cpu/ops/kl_div.h"
+#include "cpu/ops/kmeans.h"
 #include "cpu/ops/layer_norm.h"
 #include "cpu/ops/linear.h"
 #include "cpu/ops/linear_kl_div.h"
@@ -110,6 +111,9 @@ struct InLine<CodebookLinear>
     : InLineFields<CodebookLinear, const void*, int64_t, DType, const uint8_t*, int64_t, int64_t, const float*, int64_t,
                    int64_t, const float*, int64_t, int64_t, int64_t, void*> {};
 template <>
+struct InLine<KMeans> : InLineFields<KMeans, const float*, const float*, int64_t, int64_t, int64_t, float*, uint8_t*> {
+};
+template <>
 struct InLine<AttentionSequences> : InLineFields<AttentionSequences, const int32_t*, const bool*, int64_t, int64_t> {};
 template <>
 struct InLine<AttentionCall> : InLineFields<AttentionCall, AttentionTensor<const void*>, AttentionTensor<const void*>,
@@ -179,6 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("linear_product", entry(&linear_product), "A Bᵀ + bias of float32 or bfloat16 matrices");
   m.def("codebook_linear", entry(&codebook_linear), "Linear layer on codes of weights that share at most 256 values");
+  m.def("kmeans", entry(&kmeans), "Exact k-means of the numbers of each row");
   m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether the ISA tier in use multiplies bfloat16");
   m.def("prefers_own_gemm", &prefers_own_gemm, "Whether linear_product is faster than torch on this processor");
   m.def("quantize",
