@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._operator import function, is_eager
+from distilbert_fast.ops.codebook_linear import codebook_linear, pack_codes, packed_size, unpack_codes
 from distilbert_fast.ops.int8_linear import int8_linear
+from distilbert_fast.ops.kmeans import kmeans
 from distilbert_fast.ops.quantize import quantize
 
 
@@ -309,3 +311,102 @@ class _StraightThrough(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         dx = (dy * scale.to(dy.dtype)) @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, dy.sum(dim=0) if ctx.needs_input_grad[3] else None
+
+
+class CodebookLinear(nn.Module):
+    """A linear layer whose weights share few values: y = x Wᵀ + b with W[f, c] = values[f div group_size, code (f, c)].
+
+    x [..., C] and y [..., F] are of one float dtype. Han, Mao, Dally: Deep Compression, arXiv:1510.00149, §3.
+
+    Parameters:
+        weight: packed codes uint8 [1, F, bytes], of 8, 6 or 4 bits for 256, 64 or 16 values, see ``pack_codes``. They
+            are fixed. The leading 1 is there as in ``Int8Linear``.
+        values: [G, K], those that each ``group_size`` rows in a row share; G = ⌈F / group_size⌉. The gradient of a
+            value is the sum of those of its weights.
+        bias: [F] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_values: int,
+        group_size: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check.choice("CodebookLinear", "num_values", num_values, CODEBOOK_SIZES)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits = (num_values - 1).bit_length()
+        self.group_size = max(out_features, 1) if group_size is None else group_size
+        codes = torch.empty(1, out_features, packed_size(in_features, self.bits), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        groups = -(-out_features // self.group_size)
+        self.values = nn.Parameter(torch.empty(groups, num_values, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        num_values: int,
+        group_size: int | None = None,
+        importance: torch.Tensor | None = None,
+        threads: int | None = None,
+    ) -> CodebookLinear:
+        """The best shared values for the weights of ``linear``, see ``kmeans``; its bias is shared.
+
+        Args:
+            num_values: 256, 64 or 16.
+            group_size: rows that share values; None: all.
+            importance: [F, C], 0 or more: what a squared error of each weight counts; None: all the same.
+            threads: as for ``kmeans``.
+        """
+        c, f, weight = linear.in_features, linear.out_features, linear.weight
+        made = cls(c, f, num_values, group_size, False, weight.device, weight.dtype)
+        made.assign(weight, importance, threads)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @torch.no_grad()
+    def assign(self, weight: torch.Tensor, importance: torch.Tensor | None = None, threads: int | None = None) -> None:
+        """Make ``values`` and the codes the best ones for weights [F, C], see ``from_linear``."""
+        (f, c), size = weight.shape, self.group_size
+        codes = torch.zeros(f, c, dtype=torch.uint8, device=weight.device)
+        self.values.zero_()
+        whole = f // size * size  # the last group may be smaller
+        for begin, end in ((0, whole), (whole, f)):
+            if (end - begin) * c == 0:
+                continue
+            rows = max((end - begin) // size, 1)
+            counts = None if importance is None else importance[begin:end].reshape(rows, -1)
+            values, found = kmeans(weight[begin:end].reshape(rows, -1), self.values.shape[1], counts, threads)
+            self.values[begin // size : begin // size + rows] = values.to(self.values.dtype)
+            codes[begin:end] = found.view(end - begin, c)
+        self.weight.copy_(pack_codes(codes, self.bits)[None])
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Unpacked, uint8 [F, C]."""
+        return unpack_codes(self.weight[0], self.in_features, self.bits)
+
+    def dequantized(self) -> torch.Tensor:
+        """W [F, C], in the dtype of ``values``."""
+        rows = torch.arange(self.out_features, device=self.values.device)[:, None] // self.group_size
+        return self.values[rows, self.codes.int()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
+        y = codebook_linear(rows, self.weight[0], self.values, self.bias, self.bits, self.group_size)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, num_values={self.values.shape[1]}, group_size={self.group_size}"
+
+
+CODEBOOK_SIZES = (256, 64, 16)
+QUANTIZED_LINEARS = (Int8Linear, CodebookLinear)  # whose ``weight`` holds codes, and which have ``dequantized``

@@ -25,8 +25,8 @@ from distilbert_fast.engine.native_encoder import (
     packed_bytes,
     whole_panels,
 )
-from distilbert_fast.engine.weights import PRECISIONS, EncoderModules, layer_weights
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.engine.weights import PRECISIONS, EncoderModules, float_weight, layer_weights
+from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.ops._rows import parameter
 from distilbert_fast.ops.quantize import quantize
 
@@ -81,6 +81,8 @@ def _packed_precision(linear: Any, precision: str | None) -> str | None:
     """The precision in which the C++ encoder holds a layer's weights; None: it has none for them."""
     if isinstance(linear, Int8Linear) or precision == "int8":
         return "int8" if precision in (None, "int8") else None
+    if precision is None and isinstance(linear, CodebookLinear):
+        return "int8"
     return precision or _NAMES.get(linear.weight.dtype)
 
 
@@ -99,7 +101,7 @@ def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: to
     for i, (layer, heads) in enumerate(zip(model.layers, packed.shape.heads, strict=True)):
         context, gelu = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
         linear: Any = layer.ffn_out
-        weight = linear.dequantized() if isinstance(linear, Int8Linear) else linear.weight.detach()
+        weight = float_weight(linear)
         tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = static_linear(weight, linear.bias, gelu)
         scales.append((float(context.amax()) / 127 if heads else 0.0, scale))
     return PackedEncoder(packed.shape._replace(scales=tuple(scales)), tensors)

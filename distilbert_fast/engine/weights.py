@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.layers import QUANTIZED_LINEARS, CodebookLinear, Int8Linear
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.quantize import quantize
 
@@ -26,7 +26,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class LayerModules(NamedTuple):
-    """One post-norm encoder layer. The linear layers are nn.Linear or hold int8 codes, see ``Int8Linear``."""
+    """One post-norm encoder layer. The linear layers are nn.Linear or of ``QUANTIZED_LINEARS``."""
 
     query: nn.Module  # [C] -> [H·D]
     key: nn.Module
@@ -94,7 +94,10 @@ class Layer(NamedTuple):
 
 
 def layer_weights(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
-    """One layer in a precision of ``PRECISIONS``, None: as it is, without the heads for which mask [H_l] is 0."""
+    """One layer in a precision of ``PRECISIONS``, without the heads for which mask [H_l] is 0.
+
+    None: as it is, but shared values as int8.
+    """
     query, key, value, out, ffn_in, ffn_out = (_linear_weights(linear, precision) for linear in layer.linears)
     heads = layer.heads_under(mask)
     if mask is not None:
@@ -118,11 +121,14 @@ def layer_weights(layer: LayerModules, head_dim: int, precision: str | None, mas
 
 def _linear_weights(linear: Any, precision: str | None) -> Linear:
     """Weights of one linear layer, shared with the module if it has the precision asked for."""
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
     if isinstance(linear, Int8Linear):
         if precision not in (None, "int8"):
             _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
         return Linear(linear.codes.detach(), bias, linear.weight_scale)
+    weight = float_weight(linear)
+    if precision is None and isinstance(linear, CodebookLinear):
+        precision = "int8"
     if precision is None:
         return Linear(weight, bias, None)
     if precision == "int8":
@@ -130,6 +136,11 @@ def _linear_weights(linear: Any, precision: str | None) -> Linear:
         return Linear(codes, bias, scale)
     dtype = PRECISIONS[precision]
     return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
+
+
+def float_weight(linear: Any) -> torch.Tensor:
+    """W [F, C] of any linear layer; that of a float one itself."""
+    return (linear.dequantized() if isinstance(linear, QUANTIZED_LINEARS) else linear.weight).detach()
 
 
 def _select(linear: Linear, features: torch.Tensor) -> Linear:

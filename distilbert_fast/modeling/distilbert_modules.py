@@ -21,7 +21,7 @@ from transformers.models.distilbert import modeling_distilbert
 from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
-from distilbert_fast.layers import Int8Linear, Tokens, head_masks, is_token, traced
+from distilbert_fast.layers import QUANTIZED_LINEARS, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
 from distilbert_fast.modeling.heads import NAME
 from distilbert_fast.modeling.snapshot import is_patched
@@ -224,7 +224,7 @@ _FORWARDS: dict[type, Any] = {
         TransformerBlock,
         DistilBertSelfAttention,
         FFN,
-        Int8Linear,
+        *QUANTIZED_LINEARS,
         nn.Dropout,
         nn.Embedding,
         nn.Identity,

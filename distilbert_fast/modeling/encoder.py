@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, modeling_outputs
 from transformers.activations import GELUActivation
 
 from distilbert_fast.engine.engine import EncoderModules, LayerModules
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION, Architecture, architecture_of, head_of
 from distilbert_fast.ops import _check
 
 _OWNERS = ("torch", "transformers", "distilbert_fast")
-_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, Int8Linear), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
+_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, *QUANTIZED_LINEARS), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
 _OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
 _GELUS = (nn.functional.gelu, "none")  # what ``_activation`` finds in GELUActivation and in nn.GELU
 
@@ -208,7 +208,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
         ValueError: a tensor that torch negates when it reads it.
     """
     dtype = encoder.get_input_embeddings().weight.dtype
-    int8 = precision == "int8" or any(isinstance(module, Int8Linear) for module in encoder.modules())
+    int8 = precision == "int8" or any(isinstance(module, QUANTIZED_LINEARS) for module in encoder.modules())
     allowed = tuple(kind for kind in _check.FLOATS if not (int8 and kind == torch.float64))
     if dtype not in allowed:
         names = " or ".join(str(kind)[6:] for kind in allowed)
@@ -219,7 +219,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
                 _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
             if tensor.is_neg():
                 _check.refuse(caller, f"{prefix}.{name}", "a tensor without torch's negative bit", "one")
-            if isinstance(module, Int8Linear) and name == "weight":
+            if isinstance(module, QUANTIZED_LINEARS) and name == "weight":
                 continue
             wider = isinstance(module, nn.LayerNorm) and dtype in (torch.bfloat16, torch.float16)
             if tensor.dtype != dtype and not (wider and tensor.dtype == torch.float32):
