@@ -35,17 +35,17 @@ struct Blob {
 
 // EncoderLayer, its linear layers still blobs.
 using LayerArguments =
-    std::tuple<Blob, Blob, Blob, Blob, EncoderNorm, EncoderNorm, int64_t, float, float, Address<const float>>;
+    std::tuple<Blob, Blob, Blob, Blob, EncoderNorm, EncoderNorm, int64_t, int64_t, float, float, Address<const float>>;
 
-std::unique_ptr<Encoder> make_encoder(Weights weights, int64_t hidden, int64_t head_size, int64_t ffn,
+std::unique_ptr<Encoder> make_encoder(Weights weights, int64_t hidden, int64_t head_size,
                                       const std::array<EmbeddingTable, 3>& tables, const EncoderNorm& first_norm,
                                       int64_t padding_idx, const std::vector<LayerArguments>& layers) {
   const auto linear = [weights](const Blob& x) { return checked_linear(weights, x.data, x.bytes, x.columns, x.k); };
-  EncoderModel model = {weights, hidden, head_size, ffn, tables[0], tables[1], tables[2], first_norm, padding_idx, {}};
-  for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, context_scale, ffn_scale, ffn_factors] :
-       layers) {
+  EncoderModel model = {weights, hidden, head_size, tables[0], tables[1], tables[2], first_norm, padding_idx, {}};
+  for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, ffn, context_scale, ffn_scale,
+                    ffn_factors] : layers) {
     model.layers.push_back({linear(qkv), linear(out), linear(ffn_in), linear(ffn_out), attention_norm, ffn_norm, heads,
-                            context_scale, ffn_scale, ffn_factors});
+                            ffn, context_scale, ffn_scale, ffn_factors});
   }
   return std::make_unique<Encoder>(std::move(model));
 }

@@ -268,7 +268,7 @@ class Int8Linear(nn.Module):
         return self.codes * self.weight_scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
         y = _dynamic_int8_linear(rows, self.codes, self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,13 +13,27 @@ from distilbert_fast.layers import Int8Linear
 
 C, H, D, FF, V, P = 30, 3, 10, 37, 50, 20
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]])
+PRECISIONS = ("fp32", "bf16", "int8")
+CLOSE = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.08}  # to ``reference``
 
 
-def make(layers=2, types=2, padding_idx=None, int8=False, bias=True, seed=0, dtype=torch.float32):
+def ragged(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [count, 20] of sequences of 0 to 20 tokens, some of which do not begin at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (count, 20), generator=generator)
+    lengths = torch.randint(0, 21, (count, 1), generator=generator)
+    starts = (torch.rand(count, 1, generator=generator) * (21 - lengths)).long()
+    place = torch.arange(20)
+    return ids, ((place >= starts) & (place < starts + lengths)).long()
+
+
+def make(layers=2, types=2, padding_idx=None, int8=False, bias=True, seed=0, dtype=torch.float32, structure=None):
+    """structure: for each layer the numbers of its heads and its feed-forward width."""
     torch.manual_seed(seed)
 
     def linear(c, f):
-        made = nn.Linear(c, f, bias, dtype=dtype)
+        with warnings.catch_warnings(action="ignore"):  # that there is nothing to initialise
+            made = nn.Linear(c, f, bias, dtype=dtype)
         return Int8Linear.from_linear(made) if int8 else made
 
     def norm():
@@ -27,9 +43,15 @@ def make(layers=2, types=2, padding_idx=None, int8=False, bias=True, seed=0, dty
 
     stack = [
         LayerModules(
-            *(linear(C, C) for _ in range(4)), norm(), linear(C, FF), linear(FF, C), norm(), heads=tuple(range(H))
+            *(linear(C, len(heads) * D) for _ in range(3)),
+            linear(len(heads) * D, C),
+            norm(),
+            linear(C, ffn),
+            linear(ffn, C),
+            norm(),
+            heads=tuple(heads),
         )
-        for _ in range(layers)
+        for heads, ffn in (((range(H), FF),) * layers if structure is None else structure)
     ]
     tables = [nn.Embedding(rows, C, dtype=dtype) if rows else None for rows in (V, P, types)]
     return EncoderModules(*tables, norm(), stack, H, D, padding_idx)
@@ -52,10 +74,12 @@ def reference(model, ids, mask=None, types=None, positions=None, head_mask=None,
             x = x + model.token_type(types[b, real])
         x = model.norm(x)
         for layer, factors in zip(model.layers, head_mask, strict=True):
-            q, k, v = (f(x).view(-1, H, D).transpose(0, 1) for f in (layer.query, layer.key, layer.value))
+            q, k, v = (
+                f(x).view(len(x), len(layer.heads), D).transpose(0, 1) for f in (layer.query, layer.key, layer.value)
+            )
             scores = (q @ k.transpose(1, 2) / D**0.5).masked_fill(~keys, float("-inf"))  # [H, t, t]
             p = scores.softmax(-1).nan_to_num(0)
-            context = (p @ v * factors[:, None, None].to(v.dtype)).transpose(0, 1).flatten(1)
+            context = (p @ v * factors[list(layer.heads), None, None].to(v.dtype)).transpose(0, 1).flatten(1)
             x = layer.attention_norm(layer.out(context) + x)
             x = layer.ffn_norm(layer.ffn_out(F.gelu(layer.ffn_in(x))) + x)
         out[b, real] = x

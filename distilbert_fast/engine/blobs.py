@@ -51,15 +51,14 @@ def pack_model(
     kind = kinds.pop()
     if kinds or kind is None:
         return None
-    ffn_in: Any = model.layers[0].ffn_in if model.layers else None
     shape = EncoderShape(
         precision=kind,
         hidden=model.word.weight.shape[1],
         head_size=model.head_dim,
         num_heads=model.num_heads,
-        ffn=1 if ffn_in is None else ffn_in.weight.shape[-2],
         padding_idx=model.padding_idx,
         heads=tuple(layer.heads_under(mask) for layer, mask in zip(model.layers, masks, strict=True)),
+        ffn=tuple(layer.ffn for layer in model.layers),
         eps=(model.norm.eps, *(getattr(layer, name).eps for layer in model.layers for name in NORMS)),
         scales=((0.0, 0.0),) * len(model.layers),
     )
@@ -67,7 +66,7 @@ def pack_model(
     memory = _memory(shape)
     for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
         layer = layer_weights(modules, model.head_dim, precision, mask)
-        for name in shape.linears(len(layer.heads)):
+        for name in shape.linears(i):
             weight, bias, scale = getattr(layer, name)
             tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, next(memory))
         for name in NORMS:
@@ -97,12 +96,14 @@ def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: to
         model: what it was packed from.
         largest: the magnitudes that ``packed.run`` has seen, see ``PackedEncoder.largest``.
     """
-    tensors, scales = dict(packed.tensors), []
+    tensors, scales, widest = dict(packed.tensors), [], packed.shape.widest[0]
     for i, (layer, heads) in enumerate(zip(model.layers, packed.shape.heads, strict=True)):
-        context, gelu = largest[i].split([largest.shape[1] - packed.shape.ffn, packed.shape.ffn])
+        context, gelu = largest[i].tensor_split([widest * packed.shape.head_size])
         linear: Any = layer.ffn_out
-        weight = float_weight(linear)
-        tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = static_linear(weight, linear.bias, gelu)
+        scale, ffn = 0.0, packed.shape.ffn[i]
+        if ffn:
+            found = static_linear(float_weight(linear), linear.bias, gelu[:ffn])
+            tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = found
         scales.append((float(context.amax()) / 127 if heads else 0.0, scale))
     return PackedEncoder(packed.shape._replace(scales=tuple(scales)), tensors)
 
@@ -143,7 +144,7 @@ def _memory(shape: EncoderShape) -> Iterator[torch.Tensor]:
 
     It is one allocation, in huge pages: with pages of 4 KiB, reading the weights takes a third longer.
     """
-    layers = (shape.linears(len(heads)).values() for heads in shape.heads)
+    layers = (shape.linears(i).values() for i in range(len(shape.heads)))
     sizes = [packed_bytes(shape.precision, *size) for layer in layers for size in layer]
     starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]
     memory = torch.frombuffer(backends.cpu().Buffer(max(starts[-1], 1)), dtype=torch.uint8)

@@ -15,7 +15,6 @@ from distilbert_fast.engine.weights import OP
 from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
 
-FORMAT = "distilbert_fast.encoder.1"
 WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}  # enum Weights of csrc/cpu/gemm/gemm.h
 NORMS = ("attention_norm", "ffn_norm")
 
@@ -27,16 +26,22 @@ class EncoderShape(NamedTuple):
     hidden: int
     head_size: int
     num_heads: int
-    ffn: int
     padding_idx: int | None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
     heads: tuple[tuple[int, ...], ...]  # for each layer the numbers of the heads that are left
+    ffn: tuple[int, ...]  # for each layer the width of its feed-forward
     eps: tuple[float, ...]  # of the embedding's norm, then of both norms of each layer
     scales: tuple[tuple[float, float], ...]  # for each layer, of what out and ffn_out read; 0: each token finds its own
 
-    def linears(self, heads: int) -> dict[str, tuple[int, int]]:
-        """[F, K] of the linear layers of a layer with so many heads."""
-        size = heads * self.head_size
-        inner = {"ffn_in": (self.ffn, self.hidden), "ffn_out": (self.hidden, self.ffn)}
+    @property
+    def widest(self) -> tuple[int, int]:
+        """The most heads, and the most feed-forward channels, that a layer has."""
+        return max(map(len, self.heads), default=0), max(self.ffn, default=0)
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """[F, K] of the linear layers of a layer. Without heads, or where its F is 0, some have no columns or no depth:
+        what is left of that block is the bias of its last one."""
+        size, ffn = len(self.heads[layer]) * self.head_size, self.ffn[layer]
+        inner = {"ffn_in": (ffn, self.hidden), "ffn_out": (self.hidden, ffn)}
         return {"qkv": (3 * size, self.hidden), "out": (self.hidden, size), **inner}
 
 
@@ -59,22 +64,21 @@ class PackedEncoder:
         self.shape, self.tensors = shape, tensors
         self.word, self.position, self.token_type = tensors["word"], tensors["position"], tensors.get("token_type")
         self.num_heads, self.heads, self.padding_idx = shape.num_heads, shape.heads, shape.padding_idx
-        self._widest = max(map(len, shape.heads), default=0)
+        self._widest, self._widest_ffn = shape.widest
         layers = []
         for i, heads in enumerate(shape.heads):
-            sizes = shape.linears(len(heads))
+            sizes = shape.linears(i)
             blobs = [tensors[f"{i}.{name}"] for name in sizes]
             linears = [(b.data_ptr(), b.numel(), *size) for b, size in zip(blobs, sizes.values(), strict=True)]
             norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(NORMS)]
             factors = tensors.get(f"{i}.ffn_factors")
             if factors is not None:
-                _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn),), (torch.float32,))
-            layers.append((*linears, *norms, len(heads), *shape.scales[i], address(factors)))
+                _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn[i]),), (torch.float32,))
+            layers.append((*linears, *norms, len(heads), shape.ffn[i], *shape.scales[i], address(factors)))
         self._encoder = backends.cpu().Encoder(
             WEIGHTS[shape.precision],
             shape.hidden,
             shape.head_size,
-            shape.ffn,
             [self._table(name) for name in ("word", "position", "token_type")],
             self._norm("norm", shape.eps[0]),
             -1 if shape.padding_idx is None else shape.padding_idx,
@@ -163,8 +167,10 @@ class PackedEncoder:
         return factors if self._mask is None else factors * self._mask
 
     def largest(self) -> torch.Tensor:
-        """Zeros for ``run`` to raise: for each layer the channels of attention [H·D] and those of GELU [F]."""
-        columns = self._widest * self.shape.head_size + self.shape.ffn
+        """Zeros for ``run`` to raise: for each layer the channels of attention [widest H_i·D] and those of GELU [widest
+        F_i].
+        """
+        columns = self._widest * self.shape.head_size + self._widest_ffn
         return torch.zeros(len(self.shape.heads), columns, device="cpu")
 
 

@@ -170,9 +170,12 @@ class OpEncoder:
             y = _linear(layer.out, context, scale=layer.context_scale)
         else:  # only its bias is left of the attention
             x = x if rows is None else x.index_select(0, rows)
-            y = torch.zeros_like(x) if layer.out.bias is None else layer.out.bias.expand_as(x)
-        x, codes = _add_norm(y, x, layer.attention_norm, layer.ffn_in)
-        if layer.gelu_scale is None:
+            y = _bias_alone(layer.out, x)
+        has_ffn = layer.ffn_in.weight.shape[0] > 0
+        x, codes = _add_norm(y, x, layer.attention_norm, layer.ffn_in if has_ffn else None)
+        if not has_ffn:
+            y = _bias_alone(layer.ffn_out, x)
+        elif layer.gelu_scale is None:
             y = _linear(layer.ffn_in, x, codes, "gelu")
             _raise(largest, 1, y)
             y = _linear(layer.ffn_out, y)
@@ -180,6 +183,11 @@ class OpEncoder:
             y = _int8_linear(layer.ffn_in, codes, "gelu", out_scale=layer.gelu_scale)
             y = _int8_linear(layer.ffn_out, (y, layer.gelu_scale), out_dtype=x.dtype)
         return _add_norm(y, x, layer.ffn_norm, reader)
+
+
+def _bias_alone(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of nothing, [N, C] as x."""
+    return torch.zeros_like(x) if linear.bias is None else linear.bias.to(x.dtype).expand_as(x)
 
 
 def _linear(

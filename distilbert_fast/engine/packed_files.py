@@ -1,7 +1,7 @@
 """Files of packed encoders: safetensors whose metadata say what the tensors are.
 
-    format    "distilbert_fast.encoder.1"
-    shape     the fields of ``EncoderShape`` as JSON
+    format    "distilbert_fast.encoder.2"
+    shape     the fields of ``EncoderShape`` as JSON; in format 1, which is read too, ``ffn`` is a number, of all layers
     xxh3      the checksum that files/durable.py describes; older files have none
 
 The tensors are those of ``PackedEncoder``, all of them and no others. A file is mapped into memory, so what it holds is
@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distilbert_fast.engine.native_encoder import (
-    FORMAT,
     NORMS,
     EncoderShape,
     PackedEncoder,
@@ -43,18 +42,20 @@ from distilbert_fast.ops import _check
 
 VERIFIED = 10**9  # bytes up to which a file is compared with its checksum by default
 
+FORMAT = "distilbert_fast.encoder.2"
 _SIZE = integer(1, 2**24)
 _FIELDS: dict[str, Check] = {
     "precision": one_of("int8", "bf16", "fp32"),
     "hidden": _SIZE,
     "head_size": _SIZE,
     "num_heads": _SIZE,
-    "ffn": _SIZE,
     "padding_idx": nullable(integer(0, 2**31 - 1)),
     "heads": array(array(integer(0, 2**24)), most=2**12),
+    "ffn": array(integer(0, 2**24)),
     "eps": array(number(0)),
     "scales": array(array(number(0), 2, 2)),
 }
+_FORMATS: dict[str, dict[str, Check]] = {"distilbert_fast.encoder.1": _FIELDS | {"ffn": _SIZE}, FORMAT: _FIELDS}
 _TABLES, _VECTORS = (torch.float32, torch.bfloat16), (torch.float32,)
 
 
@@ -89,7 +90,7 @@ def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in _FORMATS:
                 given = f"{str(path)!r} of {metadata.get('format')}"
                 raise FileError(f"path must be a file of format {FORMAT}, got {given}")
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -103,10 +104,12 @@ def _shape(path: str | Path, metadata: dict[str, str]) -> EncoderShape:
     unknown = metadata.keys() - {"format", "shape", CHECKSUM}
     if unknown or "shape" not in metadata:
         refuse_file(path, f"expected the metadata format, shape and {CHECKSUM}, got {', '.join(sorted(metadata))}")
-    fields = parse_json(metadata["shape"], path, record(_FIELDS), "shape")
+    fields = parse_json(metadata["shape"], path, record(_FORMATS[metadata["format"]]), "shape")
     fields["heads"] = tuple(map(tuple, fields["heads"]))
     fields["scales"] = tuple(map(tuple, fields["scales"]))
     fields["eps"] = tuple(map(float, fields["eps"]))
+    ffn = fields["ffn"]
+    fields["ffn"] = (ffn,) * len(fields["heads"]) if isinstance(ffn, int) else tuple(ffn)
     return EncoderShape(**fields)
 
 
@@ -119,7 +122,7 @@ def _check_parts(shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
     for i, heads in enumerate(shape.heads):
         if len(set(heads)) != len(heads) or not all(head < shape.num_heads for head in heads):
             _check.refuse("shape", f"heads[{i}]", f"different ones of {shape.num_heads}", list(heads))
-    for name, wanted in (("eps", 1 + 2 * layers), ("scales", layers)):
+    for name, wanted in (("eps", 1 + 2 * layers), ("scales", layers), ("ffn", layers)):
         if len(getattr(shape, name)) != wanted:
             _check.refuse("shape", name, f"{wanted} for {layers} layers", len(getattr(shape, name)))
     if shape.precision != "int8" and any(map(any, shape.scales)):
@@ -148,9 +151,9 @@ def _expected(
         yield f"{norm}.weight", ((shape.hidden,), _VECTORS)
         yield f"{norm}.bias", ((shape.hidden,), _VECTORS)
     for i, heads in enumerate(shape.heads):
-        for name, size in shape.linears(len(heads)).items():
+        for name, size in shape.linears(i).items():
             yield f"{i}.{name}", ((packed_bytes(shape.precision, *size),), (torch.uint8,))
         if f"{i}.mask" in given:
             yield f"{i}.mask", ((len(heads),), _VECTORS)
         if shape.scales[i][1] > 0:
-            yield f"{i}.ffn_factors", ((whole_panels(shape.ffn),), _VECTORS)
+            yield f"{i}.ffn_factors", ((whole_panels(shape.ffn[i]),), _VECTORS)

@@ -36,7 +36,13 @@ class LayerModules(NamedTuple):
     ffn_in: nn.Module  # [C] -> [F]
     ffn_out: nn.Module  # [F] -> [C]
     ffn_norm: nn.LayerNorm
-    heads: tuple[int, ...]  # the numbers of the heads that are left, of 0…H-1
+    heads: tuple[int, ...]  # the numbers of the heads that are left, of 0…H-1; F and they may differ between layers
+
+    @property
+    def ffn(self) -> int:
+        """F."""
+        weight: Any = self.ffn_in.weight
+        return int(weight.shape[-2])
 
     @property
     def linears(self) -> tuple[Any, ...]:

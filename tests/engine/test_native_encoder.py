@@ -9,14 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny_encoder import MASK, C, H, V, make, reference
+from tiny_encoder import CLOSE, MASK, PRECISIONS, C, H, V, make, ragged, reference
 
 import distilbert_fast
 from distilbert_fast.engine.engine import Engine
-from distilbert_fast.engine.native_encoder import FORMAT, PackedEncoder
-
-PRECISIONS = ("fp32", "bf16", "int8")
-CLOSE = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.08}
+from distilbert_fast.engine.native_encoder import PackedEncoder
+from distilbert_fast.engine.packed_files import FORMAT
 
 
 @pytest.fixture
@@ -30,16 +28,6 @@ def threads():
 def ids():
     torch.manual_seed(1)
     return torch.randint(0, V, MASK.shape)
-
-
-def ragged(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [count, 20] of sequences of 0 to 20 tokens, some of which do not begin at 0."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, V, (count, 20), generator=generator)
-    lengths = torch.randint(0, 21, (count, 1), generator=generator)
-    starts = (torch.rand(count, 1, generator=generator) * (21 - lengths)).long()
-    place = torch.arange(20)
-    return ids, ((place >= starts) & (place < starts + lengths)).long()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

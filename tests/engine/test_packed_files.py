@@ -17,7 +17,7 @@ from tiny_encoder import MASK, V, make
 
 from distilbert_fast.engine import packed_files
 from distilbert_fast.engine.engine import Engine
-from distilbert_fast.engine.native_encoder import FORMAT
+from distilbert_fast.engine.packed_files import FORMAT
 from distilbert_fast.files.durable import FileError
 
 IDS = torch.arange(24).view(4, 6) % V
@@ -92,7 +92,7 @@ WRONG_SHAPES = {
     "hidden": (0, -1, 2**40, 30.0, "30", 31, True, ...),
     "head_size": (0, 9, 11, 2**62, ...),
     "num_heads": (0, 2, 4, None, ...),
-    "ffn": (0, 32, 70, 2**40, ...),
+    "ffn": (0, 37, [37], [37, 70], [0, 37], [-1, 37], [2**40, 37], [37.0, 37], [37] * 3, None, ...),
     "padding_idx": (-1, 20, 2**40, "0", ...),
     "heads": ([], [[1, 2]], [[1, 2], [0, 1, 3]], [[1, 2], [0, 1, 1]], [[1, 2], [0, 1]], [[1], [0, 1, 2]], 3, ...),
     "eps": ([], [1e-12] * 4, [1e-12] * 6, [NAN] * 5, [-1e-12] * 5, ["x"] * 5, [1e400] * 5, 1e-12, ...),
@@ -112,7 +112,7 @@ def test_messages(path):
     assert refused(path) == "engine: PATH: shape: head_size must be 30 / 3, the share of a head, got 9"
     rewrite(path, head_size=10, eps=[NAN] * 5)
     assert refused(path) == "engine: PATH: shape: eps[0] must be a finite number from 0 on, got nan"
-    rewrite(path, eps=[0.0] * 5, heads=[])
+    rewrite(path, eps=[0.0] * 5, heads=[], ffn=[])
     assert refused(path) == "engine: PATH: shape: eps must be 1 for 0 layers, got 5"
     rewrite(path, eps=[0.0], scales=[])
     assert refused(path).startswith("engine: PATH: it holds what no layer uses: 0.attention_norm.bias, 0.attention_")

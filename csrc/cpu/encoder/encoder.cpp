@@ -23,12 +23,6 @@ void require(bool holds, const std::string& expected, const std::string& given) 
   if (!holds) refuse("engine", expected, given);
 }
 
-int64_t widest(const EncoderModel& model) {
-  int64_t heads = 0;
-  for (const EncoderLayer& layer : model.layers) heads = std::max(heads, layer.heads);
-  return heads;
-}
-
 // One member's way through the layers with one chunk.
 class Walk {
  public:
@@ -78,16 +72,19 @@ class Walk {
         project(layer.qkv, x_operand(), Activation::none, at_.qkv, &live.query_panels, {chunk_.keys, chunk_.tokens});
       }
       attend(layer, live);
+      end_rows(at_.context, layer.heads * model_.head_size);
       quantize(at_.context, layer.heads * model_.head_size, at_.context_codes, at_.context_scale, layer.context_scale);
     }
     add_product(layer.out, operand(at_.context, at_.context_codes, at_.context_scale, layer.context_scale),
                 live.out_blocks);
     normalize(layer.attention_norm);
-    if (flow_.codes && layer.ffn_scale > 0) {
+    if (layer.ffn == 0) {  // only its bias is left
+    } else if (flow_.codes && layer.ffn_scale > 0) {
       project_codes(layer.ffn_in, x_operand(), at_.ffn_codes, layer.ffn_factors);
     } else {
       project(layer.ffn_in, x_operand(), Activation::gelu, at_.ffn, nullptr, {0, chunk_.tokens});
-      quantize(at_.ffn, model_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale);
+      end_rows(at_.ffn, layer.ffn);
+      quantize(at_.ffn, layer.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale);
     }
     add_product(layer.ffn_out, operand(at_.ffn, at_.ffn_codes, at_.ffn_scale, layer.ffn_scale),
                 {{0, static_cast<int32_t>(layer.ffn_out.blocks)}});
@@ -132,13 +129,25 @@ class Walk {
     multiply(gemm, weights, a, {{0, static_cast<int32_t>(weights.blocks)}}, nullptr, chunk_.tokens);
   }
 
+  // Zeros after the columns of this layer, where a wider one, or another call, may have left what is not finite: the
+  // weights that it meets are 0, and their product must be. Sums of codes are exact whatever stands there.
+  void end_rows(const Rows& low, int64_t columns) {
+    const int64_t begin = columns * flow_.low_bytes();
+    const int64_t end = round_up(columns, block_elements(model_.weights)) * flow_.low_bytes();
+    if (flow_.codes || begin == end) return;
+    team_.divide(chunk_.tokens, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) std::memset(low.row(r) + begin, 0, static_cast<size_t>(end - begin));
+    });
+  }
+
   // x += a Wᵀ + b
   void add_product(const PackedLinear& weights, const Operand& a, const std::vector<BlockRange>& blocks) {
     Gemm gemm = {};
     gemm.residual = gemm.out = at_.x.data;
     gemm.residual_stride = gemm.out_stride = at_.x.stride / 4;
     gemm.output = Output::float32;
-    multiply(gemm, weights, a, blocks, nullptr, chunk_.tokens);
+    static const float none = 0;  // of no codes: what another layer or call left in their place may not be finite
+    multiply(gemm, weights, weights.blocks > 0 ? a : Operand{a.rows, &none, 0}, blocks, nullptr, chunk_.tokens);
   }
 
   void multiply(Gemm& gemm, const PackedLinear& weights, const Operand& a, const std::vector<BlockRange>& blocks,
@@ -254,13 +263,14 @@ class Walk {
   // For calibration, which is in no hurry.
   void note_largest(size_t index) {
     if (team_.rank == 0) {
-      const int64_t wide = widest(model_) * model_.head_size;
-      float* out = call_.largest + index * static_cast<size_t>(wide + model_.ffn);
+      const Widest most = widest(model_);
+      const int64_t wide = most.heads * model_.head_size;
+      float* out = call_.largest + index * static_cast<size_t>(wide + most.ffn);
       static std::mutex mutex;
       const std::lock_guard<std::mutex> lock(mutex);
       for (int64_t r = 0; r < chunk_.tokens; ++r) {
         raise(at_.context.row(r), model_.layers[index].heads * model_.head_size, out);
-        raise(at_.ffn.row(r), model_.ffn, out + wide);
+        raise(at_.ffn.row(r), model_.layers[index].ffn, out + wide);
       }
     }
     team_.wait();
@@ -302,11 +312,22 @@ void zero_padding(const EncoderModel& model, const EncoderCall& call, const Plan
 
 }  // namespace
 
+Widest widest(const EncoderModel& model) {
+  Widest most;
+  for (const EncoderLayer& layer : model.layers) {
+    most.heads = std::max(most.heads, layer.heads);
+    most.ffn = std::max(most.ffn, layer.ffn);
+  }
+  return most;
+}
+
 Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
   const auto size = [](int64_t n) { return std::to_string(n); };
   require(model_.hidden >= 1, "hidden size must be 1 or more", size(model_.hidden));
   require(model_.head_size >= 1, "head size must be 1 or more", size(model_.head_size));
   for (const EncoderLayer& layer : model_.layers) {
+    require(layer.heads >= 0 && layer.ffn >= 0, "heads and ffn must be 0 or more",
+            size(layer.heads) + " and " + size(layer.ffn));
     const int64_t wide = layer.heads * model_.head_size;
     const auto fits = [&](const char* name, const PackedLinear& linear, int64_t columns, int64_t k) {
       const int64_t blocks = (k + block_elements(model_.weights) - 1) / block_elements(model_.weights);
@@ -316,8 +337,8 @@ Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
     };
     fits("qkv", layer.qkv, 3 * wide, model_.hidden);
     fits("out", layer.out, model_.hidden, wide);
-    fits("ffn_in", layer.ffn_in, model_.ffn, model_.hidden);
-    fits("ffn_out", layer.ffn_out, model_.hidden, model_.ffn);
+    fits("ffn_in", layer.ffn_in, layer.ffn, model_.hidden);
+    fits("ffn_out", layer.ffn_out, model_.hidden, layer.ffn);
     require(layer.ffn_scale == 0 || layer.ffn_factors != nullptr, "ffn_factors must point to memory", "null");
   }
 }

@@ -5,7 +5,7 @@
 // Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a
 // thread takes one through all layers in its own caches and waits for nobody. Of a small batch all threads compute each
 // step together, so that every weight is read once. Which of the two, and by how many threads, changes no bit of the
-// result.
+// result. Layers may differ in heads and F; what is left out of one costs nothing.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +25,13 @@ struct EncoderNorm {
 };
 
 struct EncoderLayer {
-  PackedLinear qkv;  // [C] -> [3, heads, D]
-  PackedLinear out;  // [heads, D] -> [C]
-  PackedLinear ffn_in, ffn_out;
+  PackedLinear qkv;      // [C] -> [3, heads, D]
+  PackedLinear out;      // [heads, D] -> [C]
+  PackedLinear ffn_in;   // [C] -> [F]
+  PackedLinear ffn_out;  // [F] -> [C]
   EncoderNorm attention_norm, ffn_norm;
-  int64_t heads;
+  int64_t heads;        // 0: the attention's result is the bias of `out`
+  int64_t ffn;          // F of this layer; 0: its result is the bias of ffn_out
   float context_scale;  // of the codes that `out` reads, and those that ffn_out reads; 0: each row finds its own
   float ffn_scale;
   const float* ffn_factors;  // [F padded], with a given ffn_scale: codes of GELU's y are y · factor, by channel
@@ -43,7 +45,7 @@ struct EmbeddingTable {
 
 struct EncoderModel {
   Weights weights;
-  int64_t hidden, head_size, ffn;
+  int64_t hidden, head_size;
   EmbeddingTable word, position, token_type;  // token_type.data may be null
   EncoderNorm norm;
   int64_t padding_idx;  // RoBERTa counts positions of other ids from padding_idx + 1; −1: by place
@@ -66,12 +68,18 @@ struct EncoderCall {
   void* out;  // [batch, length, C]; 0 at padding that is not computed
   DType out_dtype;
   std::vector<void*> hidden_states;  // L + 1 times the like of out; empty: not wanted
-  float* largest;  // [L, widest · D + F]: raised to the magnitudes that out and ffn_out read, by channel; or null
+  float* largest;                    // [L, widest · D + widest F], raised to magnitudes of what out and ffn_out read
 };
 
 class Arena;
 struct Flow;
 struct Kernels;
+
+// The most heads, and the most feed-forward channels, that a layer has.
+struct Widest {
+  int64_t heads = 0, ffn = 0;
+};
+Widest widest(const EncoderModel& model);
 
 // Immutable but for its spare working memory; calls may run at the same time.
 class Encoder {

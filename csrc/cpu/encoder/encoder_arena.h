@@ -23,7 +23,8 @@ struct Flow {
   int64_t low_bytes() const { return low_is_bfloat16 ? 2 : 4; }
 };
 
-// A matrix of activations. Rows begin on a cache line and end with zeros up to whole blocks of weights.
+// A matrix of activations, as wide as the widest layer needs it. Rows begin on a cache line and end with zeros up to
+// whole blocks of weights.
 struct Rows {
   uint8_t* data = nullptr;
   int64_t stride = 0;  // bytes
@@ -73,9 +74,9 @@ class Arena {
  private:
   // Bytes of a set that starts at `base`.
   int64_t lay_out(const EncoderModel& model, uint8_t* base, Buffers* out) const {
-    int64_t used = 0, wide = 0;
-    for (const EncoderLayer& layer : model.layers) wide = layer.heads > wide ? layer.heads : wide;
-    wide *= model.head_size;
+    int64_t used = 0;
+    const Widest most = widest(model);
+    const int64_t wide = most.heads * model.head_size;
     const auto floats = [&](float** p) {
       *p = reinterpret_cast<float*>(base + used);
       used += round_up(rows_ * 4, 64);
@@ -94,8 +95,8 @@ class Arena {
     rows(&out->qkv, 3 * wide, low, true);
     rows(&out->context, wide, low, true);
     rows(&out->context_codes, wide, 1, flow_.codes);
-    rows(&out->ffn, model.ffn, low, true);
-    rows(&out->ffn_codes, model.ffn, 1, flow_.codes);
+    rows(&out->ffn, most.ffn, low, true);
+    rows(&out->ffn_codes, most.ffn, 1, flow_.codes);
     return used;
   }
 
