@@ -41,7 +41,7 @@ _HOME = {
     "DistilBertForTokenClassification": "modeling.distilbert",
     "DistilBertModel": "modeling.distilbert",
     "Explanation": "modeling.accelerator",
-    "Int8Config": "modeling.quantizer",
+    "Int8Config": "modeling.compression_config",
     "explain": "modeling.accelerator",
     "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",

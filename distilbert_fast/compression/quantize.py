@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distilbert_fast.modeling.quantizer import Int8Config, quantize_linears
+from distilbert_fast.modeling.compression_config import Int8Config
+from distilbert_fast.modeling.quantizer import quantize_linears
 from distilbert_fast.modeling.training import Model
 
 

@@ -178,9 +178,17 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
         _check.refuse(NAME, "head_mask", "None for an encoder-decoder model", "a tensor")
     batch, heads = query.shape[:2]
     layers = getattr(config, "num_hidden_layers", None)
+    left: Any = getattr(module, "heads", None)
+    pruned = isinstance(left, tuple)
+    heads = getattr(config, "num_attention_heads", heads) if pruned else heads
     mask = parse_head_mask(NAME, head_mask, heads, layers, query.device, batch)
-    if mask.dim() == 1:
-        return mask
+    if mask.dim() > 1:
+        mask = _row(mask, module, heads, head_mask)
+    return mask[..., list(left)] if pruned else mask
+
+
+def _row(mask: torch.Tensor, module: nn.Module, heads: int, head_mask: torch.Tensor) -> torch.Tensor:
+    """That of a mask [L, …] which belongs to a layer."""
     index = getattr(module, "layer_idx", None)
     if index is None:
         expected = (

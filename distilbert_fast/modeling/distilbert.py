@@ -6,8 +6,8 @@ Each class is transformers' own, with the modules inside its encoder turned into
 checkpoints, config, heads, losses and everything built on them stay as they are, and these are new:
 
 - ``head_mask`` (transformers 5 ignores it): [H], [L, H] or the older [L, 1 or B, H, 1, 1], with a gradient.
-- ``prune_heads({layer: [heads]})`` (transformers 5 removed it): shrinks the weights and records itself in
-  ``config.pruned_heads``, which ``from_pretrained`` here reads back.
+- ``prune_heads({layer: [heads]})`` (transformers 5 removed it): shrinks the weights, and what is left stands in the
+  config (docs/formats.md), so that ``from_pretrained`` here and of transformers reads it back.
 - ``keep_padding=True``: compute padded positions too.
 
 Padded positions: their hidden states are 0, unless something may read them; then all are computed exactly as
@@ -37,7 +37,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 
 from distilbert_fast.layers import NO_PADDING, Padding, Tokens, labels_padding, token_mask, traced
 from distilbert_fast.modeling import distilbert_modules as modules
-from distilbert_fast.modeling.heads import NAME, prune
+from distilbert_fast.modeling.encoder import heads_left
+from distilbert_fast.modeling.quantizer import record_structure
+from distilbert_fast.modeling.structure import NAME, LayerStructure, prune_heads, restructure, whole_class
 from distilbert_fast.ops import _check
 
 hf: Any = modeling_distilbert
@@ -63,6 +65,13 @@ class _DropIn(nn.Module):
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
         _adopt(self)
+        model: Any = self
+        settings: Any = getattr(config, "quantization_config", None)
+        structure = getattr(settings, "structure", None)
+        if structure is not None and model.device.type != "meta":  # what is loaded is shaped by who loads it
+            restructure(model.base_model, [LayerStructure(tuple(layer["heads"]), layer["ffn"]) for layer in structure])
+            if settings.is_float:
+                record_structure(model)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Remove attention heads from the weights of q_lin, k_lin, v_lin and out_lin.
@@ -77,7 +86,9 @@ class _DropIn(nn.Module):
             ValueError: a layer or head that the config does not have.
             TypeError: a projection that is not a plain nn.Linear (quantized, or wrapped by an adapter).
         """
-        prune(self.base_model, heads_to_prune)
+        model: Any = self
+        prune_heads(model.base_model, heads_to_prune)
+        record_structure(model)
 
 
 class DistilBertModel(_DropIn, hf.DistilBertModel):
@@ -217,14 +228,14 @@ def _adopt(model: Any) -> None:
     """
     encoder = model.base_model
     for module in encoder.modules():
-        module.__class__ = _MODULES.get(type(module), type(module))
+        module.__class__ = _MODULES.get(whole_class(type(module)), type(module))
     _CAN_RECORD_REGISTRY[encoder] = encoder._can_record_outputs  # as in __init__ of the class that it was not made by
     encoder.always_keep_padding = model.always_keep_padding
     for block in encoder.transformer.layer:
-        block.attention.heads = tuple(range(model.config.n_heads))
-    pruned = getattr(model.config, "pruned_heads", None) or {}
-    if pruned:
-        prune(encoder, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
+        block.attention.heads = heads_left(block.attention)
+    if pruned := getattr(model.config, "pruned_heads", None):  # as earlier versions wrote it
+        prune_heads(encoder, {int(layer): heads for layer, heads in pruned.items()})  # JSON has only string keys
+        record_structure(model)
 
 
 class _Task(_DropIn):

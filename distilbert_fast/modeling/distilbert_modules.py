@@ -23,8 +23,8 @@ from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.layers import QUANTIZED_LINEARS, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
-from distilbert_fast.modeling.heads import NAME
 from distilbert_fast.modeling.snapshot import is_patched
+from distilbert_fast.modeling.structure import NAME
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding

@@ -75,10 +75,15 @@ def attention_of(encoder: Any, layer: Any) -> Any:
     return attrgetter(_known(encoder).layer["query"].rpartition(".")[0])(layer)
 
 
-def _attention(module: Any) -> tuple[int, int, float, bool]:
+def heads_left(attention: Any) -> tuple[int, ...]:
+    """The numbers of the heads that an attention module has; those of one that was not pruned count from 0."""
+    count = attention.n_heads if hasattr(attention, "n_heads") else attention.num_attention_heads
+    return getattr(attention, "heads", tuple(range(count)))
+
+
+def _attention(module: Any) -> tuple[tuple[int, ...], int, float, bool]:
     """Heads, their size, the factor of scores, and whether a query meets only the keys before it."""
-    heads = module.n_heads if hasattr(module, "n_heads") else module.num_attention_heads
-    return heads, module.attention_head_size, module.scaling, module.is_causal
+    return heads_left(module), module.attention_head_size, module.scaling, module.is_causal
 
 
 def encoder_layers(encoder: Any) -> nn.ModuleList:
@@ -108,8 +113,7 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
         parts: Any = {name: attrgetter(path)(layer) for name, path in _known(encoder).linears_and_norms.items()}
         for name, module in parts.items():
             _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
-        heads = getattr(layer.attention, "heads", range(num_heads))  # fewer where our own class was pruned
-        layers.append(LayerModules(**parts, heads=tuple(heads)))
+        layers.append(LayerModules(**parts, heads=heads_left(attention_of(encoder, layer))))
     modules: Any = dict(encoder.named_modules(remove_duplicate=False))
     tables = {name: modules.get(path) for name, path in EMBEDDINGS.items()}  # DistilBERT has no token types
     _check_part(tables["norm"], EMBEDDINGS["norm"], True, caller)
@@ -169,10 +173,11 @@ def _heads(encoder: Any, caller: str) -> tuple[int, int]:
     hidden = encoder.get_input_embeddings().weight.shape[1]
     size = hidden // config.num_attention_heads
     for i, layer in enumerate(encoder_layers(encoder)):
-        heads, own_size, scaling, causal = _attention(attention_of(encoder, layer))
+        attention = attention_of(encoder, layer)
+        left, own_size, scaling, causal = _attention(attention)
         if i == 0:
             size = own_size
-        heads = hidden // size if hasattr(layer.attention, "heads") else heads  # pruned ones aside
+        heads = hidden // size if hasattr(attention, "heads") else len(left)  # pruned ones aside
         if own_size != size or heads * size != hidden:
             expected = f"{hidden // size} of {size} columns"
             _check.refuse(caller, f"heads of layer {i}", expected, f"{heads} of {own_size}")

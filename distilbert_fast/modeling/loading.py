@@ -24,6 +24,7 @@ from distilbert_fast.files import schema
 from distilbert_fast.files.durable import FileError, regular_size
 from distilbert_fast.modeling import register
 from distilbert_fast.modeling.architectures import ARCHITECTURES
+from distilbert_fast.modeling.compression_config import METHOD, check_settings, check_structure
 
 FAMILIES = {model_type: known.name for model_type, known in ARCHITECTURES.items()}  # the names that messages use
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -100,7 +101,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None)
     """Refuse sizes that no model has, or that need far more weights than the files hold, before memory is allocated.
 
     Args:
-        config: of a BERT, RoBERTa or DistilBERT.
+        config: of a BERT, RoBERTa or DistilBERT; what its ``quantization_config`` says of a pruned one counts.
         path: where it was read, for messages.
         weight_bytes: size of its weights, at least one byte each; None: not known yet.
 
@@ -112,12 +113,29 @@ def check_sizes(config: Mapping[str, Any], path: Path, weight_bytes: int | None)
     if heads and hidden % heads:
         raise FileError(f"{str(path)!r}: hidden_size must be a multiple of {heads} heads, got {hidden}")
     rows = sum(config.get(name, 0) for name in ("vocab_size", "max_position_embeddings", "type_vocab_size"))
-    weights = rows * hidden + layers * (4 * hidden**2 + 2 * hidden * inner)
+    left = _structure(config, path, layers, heads, inner)
+    share = hidden // heads if heads else 0  # of a head
+    columns = layers * (2 * hidden + inner) if left is None else sum(2 * share * len(h) + f for h, f in left)
+    weights = rows * hidden + 2 * hidden * columns
     if weight_bytes is not None and weights > max(2 * weight_bytes, _FEW):
         raise FileError(
             f"{str(path)!r}: its sizes must be those of the {weight_bytes} bytes of weights beside it, got sizes of "
             f"{weights} weights"
         )
+
+
+def _structure(
+    config: Mapping[str, Any], path: Path, depth: int, heads: int, ffn: int
+) -> list[tuple[list[int], int]] | None:
+    """Heads and width of each layer of a pruned model; None for another. Raises FileError."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        return None
+    check_settings(settings, path)
+    if (structure := settings.get("structure")) is None:
+        return None
+    check_structure(structure, depth, heads, ffn, path)
+    return [(layer["heads"], layer["ffn"]) for layer in structure]
 
 
 @contextlib.contextmanager

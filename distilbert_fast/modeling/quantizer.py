@@ -1,7 +1,8 @@
-"""Let save_pretrained and from_pretrained handle int8 models, by transformers' quantizer interface.
+"""Let save_pretrained and from_pretrained handle compressed models, by transformers' quantizer interface.
 
-``config.json`` gets ``"quantization_config": {"quant_method": "distilbert_fast", …}``; the safetensors hold
-int8 codes and float32 scales. transformers reads both back itself once this module has registered its classes.
+``config.json`` gets ``"quantization_config": {"quant_method": "distilbert_fast", …}``, see docs/formats.md; the
+safetensors hold pruned weights, int8 codes and float32 scales. transformers reads both back itself once this module has
+registered its classes.
 """
 
 from __future__ import annotations
@@ -10,89 +11,44 @@ import contextlib
 import functools
 import inspect
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distilbert_fast.backends import run_aside
-from distilbert_fast.files import schema
-from distilbert_fast.files.durable import (
-    CHECKSUM,
-    UNSEALED,
-    FileError,
-    check_seal,
-    filling,
-    refuse_file,
-    regular_size,
-    seal,
-)
+from distilbert_fast.files.durable import CHECKSUM, UNSEALED, filling, refuse_file, seal
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import PROJECTION
-from distilbert_fast.modeling.loading import check_sizes
+from distilbert_fast.modeling.compression_config import (
+    FLOAT,
+    INT8,
+    METHOD,
+    CompressionConfig,
+    Int8Config,
+    Kind,
+    check_settings,
+    part_of,
+)
+from distilbert_fast.modeling.stored_weights import (
+    SAVED,
+    check_config,
+    check_config_sizes,
+    check_files,
+    decisive,
+    opened,
+)
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "distilbert_fast"
-_CONFIG = schema.record(
-    {"quant_method": schema.one_of(METHOD)},
-    {"heads": schema.boolean, "modules_to_not_convert": schema.array(schema.text())},
-    others=True,
-)
-_FLOATS = ("F64", "F32", "BF16", "F16")
-_SAVED = "config"  # in the metadata of weights: what config.json said of _DECISIVE when they were written, as JSON
-# What of a config decides the numbers that a model gives, in any architecture. Whatever a user may change for the same
-# weights (names of labels, dropout, what is returned) is not here.
-_DECISIVE = (
-    *("model_type", "num_hidden_layers", "n_layers", "num_attention_heads", "n_heads", "hidden_size", "dim"),
-    *("embedding_size", "intermediate_size", "hidden_dim", "vocab_size", "max_position_embeddings", "type_vocab_size"),
-    *("task_type_vocab_size", "use_task_id", "hidden_act", "activation", "layer_norm_eps", "sinusoidal_pos_embds"),
-    *("position_embedding_type", "pad_token_id", "relative_attention_num_buckets", "is_decoder", "add_cross_attention"),
-    *("summary_type", "summary_activation", "summary_use_proj"),
-)
-
-
-@register_quantization_config(METHOD)
-@dataclass(kw_only=True)
-class Int8Config(QuantizationConfigMixin):
-    """Which linear layers hold int8 weights. Activations are quantized as they come, a scale for each token.
-
-    Also for quantizing while loading: ``from_pretrained(..., quantization_config=Int8Config())``.
-
-    Args:
-        heads: also those of pooler and task head.
-        modules_to_not_convert: dotted names, or dotted parts of names, of layers that stay float.
-    """
-
-    heads: bool = False
-    modules_to_not_convert: list[str] = field(default_factory=list)
-    quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enumeration does not have it
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in transformers. The settings of a config.json are checked where its path is known."""
-        made = super().from_dict({}, return_unused_kwargs, **kwargs)
-        vars(made[0] if return_unused_kwargs else made).update(config_dict)
-        return made
-
-    def skips(self, name: str) -> bool:
-        return any(_part_of(part, name) for part in self.modules_to_not_convert)
-
-
-def _part_of(part: str, name: str) -> bool:
-    return f".{part}." in f".{name}."
+# Compressing ---------------------------------------------------------------------------------------------------------
 
 
 def quantize_linears(model: Model, config: Int8Config, caller: str) -> Model:
@@ -100,35 +56,76 @@ def quantize_linears(model: Model, config: Int8Config, caller: str) -> Model:
     linears = list(_linears(model, config, caller))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for part in config.modules_to_not_convert:
-        if not any(_part_of(part, name) for name in names):
+        if not any(part_of(part, name) for name in names):
             _check.refuse(caller, "modules_to_not_convert", "names of linear layers", repr(part))
-    made = run_aside(lambda: [(name, Int8Linear.from_linear(linear)) for name, linear in linears])
+    made = run_aside(lambda: [(name, Int8Linear.from_linear(linear)) for name, linear, _ in linears])
     for name, linear in made:
         model.set_submodule(name, linear)
-    quantizer = Int8Quantizer(config, pre_quantized=True)
+    earlier: Any = getattr(model.config, "quantization_config", None)
+    structure = getattr(earlier, "structure", None)
+    return _mark(model, config if structure is None else _of_format_2(model, structure))
+
+
+def _of_format_2(model: PreTrainedModel, structure: list[dict[str, Any]]) -> CompressionConfig:
+    """What a pruned model with int8 layers is."""
+    from distilbert_fast.modeling.encoder import encoder_layers
+
+    inside = {id(module) for module in encoder_layers(model.base_model).modules()}
+    linears = {}
+    for name, module in model.named_modules():
+        kind = INT8 if isinstance(module, Int8Linear) else FLOAT
+        if isinstance(module, (nn.Linear, Int8Linear)) and kind != (INT8 if id(module) in inside else FLOAT):
+            linears[name.removeprefix(f"{model.base_model_prefix}.")] = dict(kind)
+    return CompressionConfig(structure=structure, linear=dict(INT8), linears=linears)
+
+
+def record_structure(model: Model) -> Model:
+    """Say in the config of a float model what is left of its layers, so that it is saved and read back; in place."""
+    from distilbert_fast.modeling.structure import structure_of
+
+    model.config.__dict__.pop("pruned_heads", None)  # where earlier versions kept it
+    left = structure_of(model.base_model)
+    return _mark(model, CompressionConfig(structure=[{"heads": list(heads), "ffn": ffn} for heads, ffn in left]))
+
+
+def _mark(model: Model, config: CompressionConfig | Int8Config) -> Model:
+    """The model itself, which transformers now saves as what ``config`` says."""
     marked: Any = _saved_whole(model)
-    marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
+    marked.hf_quantizer = Int8Quantizer(config, pre_quantized=True)
     marked.config.quantization_config = config
+    return _as_quantized(model, config)
+
+
+def _as_quantized(model: Model, config: CompressionConfig | Int8Config) -> Model:
+    """The model itself: one that holds floats alone may be cast and trained as any other."""
+    marked: Any = model
+    marked.is_quantized, marked.quantization_method = not config.is_float, METHOD
     return model
 
 
-def _linears(model: PreTrainedModel, config: Int8Config, caller: str) -> Iterator[tuple[str, nn.Linear]]:
-    """The float linear layers to quantize, with their dotted names in ``model``."""
+def _linears(
+    model: PreTrainedModel, config: CompressionConfig | Int8Config, caller: str
+) -> Iterator[tuple[str, nn.Linear, Kind]]:
+    """The float linear layers that ``config`` says are none, with their dotted names in ``model``."""
     # Not above: this module is imported in the middle of transformers' own import, before any of its models can be.
     from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder
 
     encoder = find_encoder(model, caller)
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         _check.refuse(caller, "model", "a float model", "one that is int8 already")
-    check_weights(encoder, "int8", caller)
+    check_weights(encoder, None if config.is_float else "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
     words = encoder.get_input_embeddings().weight
     float_ones = (model.get_output_embeddings(), getattr(encoder, PROJECTION, None))
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or config.skips(name) or module in float_ones or module.weight is words:
+        if type(module) is not nn.Linear or module in float_ones or module.weight is words:
             continue
-        if config.heads or id(module) in inside:
-            yield name, module
+        kind = config.kind_of(name, model.base_model_prefix, id(module) in inside)
+        if kind != FLOAT:
+            yield name, module, kind
+
+
+# Saving and loading ---------------------------------------------------------------------------------------------------
 
 
 def _saved_whole(model: Model) -> Model:
@@ -156,49 +153,67 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
             seal(file)
 
 
-class _UnknownSettingError(FileError, TypeError):
-    """A setting that Int8Config does not know, as of a later version."""
-
-
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
-    """What transformers' from_pretrained and save_pretrained call for a model with an ``Int8Config``."""
+    """What transformers' from_pretrained and save_pretrained call for a compressed model."""
 
     requires_calibration = False
     is_trainable = True  # biases, LayerNorms, embeddings and task head; the codes are fixed
     is_qat_trainable = True  # what lets transformers' Trainer take the model, if only to evaluate it
     is_compileable = True
-    quantization_config: Int8Config
+    quantization_config: CompressionConfig | Int8Config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
             return  # its floats are loaded first
-        files = checkpoint_files or ()
+        files, settings = checkpoint_files or (), self.quantization_config.to_dict()
         config = Path(files[0]).with_name("config.json") if files else None
         if config:
-            settings = self.quantization_config.to_dict()
-            schema.validate(settings, config, _CONFIG, "quantization_config")
-            if unknown := sorted(settings.keys() - {field.name for field in fields(Int8Config)}):
-                given = f"unexpected keyword argument {unknown[0]!r}"
-                raise _UnknownSettingError(f"{str(config)!r}: quantization_config: {given}", given)
-            _check_sizes(model.config, config, [Path(file) for file in files])
-        with contextlib.ExitStack() as opened:
-            tensors = {file: opened.enter_context(_opened(file)) for file in files}
+            check_settings(settings, config)
+            check_config_sizes(model.config, settings, config, [Path(file) for file in files])
+        with contextlib.ExitStack() as stack:
+            tensors = {file: stack.enter_context(opened(file)) for file in files}
             if config:
-                _check_config(model.config, config, tensors)
-            for name, linear in _linears(model, self.quantization_config, METHOD):
-                bias, dtype = linear.bias is not None, linear.weight.dtype
-                made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
-                model.set_submodule(name, made)
+                check_config(model.config, config, tensors)
+            self._make_places(model, config)
             if checkpoint_files is not None:
-                _check_files(model, tensors)
+                check_files(model, tensors, settings.get("structure") is not None)
+
+    def _make_places(self, model: PreTrainedModel, path: Path | None) -> None:
+        """Give a model the layers that its tensors fit."""
+        from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
+        from distilbert_fast.modeling.structure import LayerStructure, restructure
+
+        encoder, given = find_encoder(model, METHOD), self.quantization_config
+        if (structure := getattr(given, "structure", None)) is not None:
+            restructure(encoder, [LayerStructure(tuple(layer["heads"]), layer["ffn"]) for layer in structure])
+        stack, named = encoder_layers(encoder), dict(model.named_modules())
+        place = next(name for name, module in named.items() if module is stack)
+        prefix = f"{model.base_model_prefix}."
+        known = {name.removeprefix(prefix) for name, module in named.items() if type(module) is nn.Linear}
+        for name in list(getattr(given, "linears", {})):
+            if name in known:
+                continue
+            if name.startswith(f"{place.removeprefix(prefix)}.") and path is not None:
+                refuse_file(path, f"quantization_config: linears must name linear layers, got {name!r}")
+            del given.linears[name]  # of a head that this model does not have
+        for name, linear, _ in _linears(model, given, METHOD):
+            bias, dtype = linear.bias is not None, linear.weight.dtype
+            made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
+            model.set_submodule(name, made)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
-            return quantize_linears(model, self.quantization_config, METHOD)
-        return _saved_whole(model)
+            return self._quantize(model)
+        return _as_quantized(_saved_whole(model), self.quantization_config)
+
+    def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:
+        config = self.quantization_config
+        if not isinstance(config, Int8Config):
+            _check.refuse(METHOD, "quantization_config", "an Int8Config", type(config).__name__, TypeError)
+        return quantize_linears(model, config, METHOD)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """What transformers calls before it makes the model: the place to refuse sizes that no file of it has.
@@ -208,110 +223,13 @@ class Int8Quantizer(HfQuantizer):
         if self.pre_quantized:
             directory = Path(config._name_or_path)
             known = config._name_or_path and directory.is_dir()
-            _check_sizes(config, directory / "config.json", list(directory.glob("*.safetensors")) if known else [])
+            settings = self.quantization_config.to_dict() if known else {}
+            weights = list(directory.glob("*.safetensors")) if known else []
+            check_config_sizes(config, settings, directory / "config.json", weights)
         return super().update_attn_implementation(config)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        return None, {CHECKSUM: UNSEALED, _SAVED: json.dumps(_decisive(model.config))}
+        return None, {CHECKSUM: UNSEALED, SAVED: json.dumps(decisive(model.config), sort_keys=True)}
 
     def is_serializable(self) -> bool:
         return True
-
-
-def _check_sizes(config: Any, path: Path, weights: Sequence[Path]) -> None:
-    """Refuse sizes that no model has, or that do not match ``weights``, if there are any. Raises FileError."""
-    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float))}
-    check_sizes(sizes, path, sum(map(regular_size, weights)) if weights else None)
-
-
-def _decisive(config: Any) -> dict[str, Any]:
-    given = config.to_dict()
-    return json.loads(json.dumps({name: given[name] for name in _DECISIVE if name in given}, default=str))
-
-
-def _check_config(config: Any, path: Path, files: Mapping[str, Any]) -> None:
-    """Refuse a config.json whose numbers do not match the weights beside it.
-
-    It is the file that is compared, not the config in use: what a caller asks for in its place is up to the caller.
-
-    Args:
-        config: of the class in use, which knows the defaults.
-        path: of config.json; nothing is compared if there is none.
-        files: the weights by path; those of an earlier version do not say what they were saved with.
-    """
-    if not path.is_file():
-        return
-    given = schema.read_json(path, schema.mapping(schema.anything))
-    found = _decisive(type(config).from_dict(given)) | {"model_type": given.get("model_type")}
-    for file, tensors in files.items():
-        saved = (tensors.metadata() or {}).get(_SAVED, "{}")
-        wanted = schema.parse_json(saved, file, schema.mapping(schema.anything), _SAVED)
-        for name in wanted.keys() & found.keys():
-            if found[name] != wanted[name]:
-                refuse_file(path, f"{name} must be {wanted[name]!r}, as {file} was saved with, got {found[name]!r}")
-
-
-def _check_files(model: PreTrainedModel, files: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint without the codes and scales that ``model`` needs, or with codes that it has no place for.
-
-    Args:
-        files: opened safetensors by path.
-
-    Raises:
-        FileError: a ValueError that names the file.
-    """
-    prefix = f"{model.base_model_prefix}."  # of a task model: its checkpoint may be read without the head
-    places = {  # of a tensor: file, the same opened, its name in it
-        name.removeprefix(prefix): (file, tensors, name)
-        for file, tensors in files.items()
-        for name in tensors.keys()  # noqa: SIM118, it is no dict
-    }
-    layers = [entry for entry in model.named_modules() if isinstance(entry[1], Int8Linear)]
-    wanted = {f"{name}.{part}": (part, x) for name, layer in layers for part, x in layer.state_dict().items()}
-    for name in wanted:
-        if name.removeprefix(prefix) not in places:
-            raise FileError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}")
-    for name, (part, tensor) in wanted.items():
-        _check_tensor(*places[name.removeprefix(prefix)], part, tensor)
-    _check_unused(model, {name.removeprefix(prefix) for name in wanted}, places, prefix)
-
-
-def _check_unused(model: PreTrainedModel, taken: Set[str], places: Mapping[str, Any], prefix: str) -> None:
-    """Refuse codes for a layer that the model does not have, or has as a float one; other heads' are left out."""
-    from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
-
-    stack = encoder_layers(find_encoder(model, METHOD))
-    inside = next(name for name, module in model.named_modules() if module is stack).removeprefix(prefix)
-    floats = {name.removeprefix(prefix) for name in model.state_dict()} - taken
-    for name, (file, tensors, full) in places.items():
-        ours = name in floats or (name.startswith(f"{inside}.") and name not in taken)
-        if ours and tensors.get_slice(full).get_dtype() == "I8":
-            refuse_file(file, f"{full} is int8, but the model that config.json describes has no int8 layer there")
-
-
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[Any]:
-    """A safetensors file that fits its checksum, if it has one."""
-    if Path(file).suffix != ".safetensors":
-        _check.refuse(METHOD, "weights", "in safetensors, pickle is never loaded", file, FileError)
-    try:
-        regular_size(file)
-        with safe_open(file, framework="pt") as tensors:
-            check_seal(file, (tensors.metadata() or {}).get(CHECKSUM))
-            yield tensors
-    except SafetensorError as error:
-        raise FileError(f"{METHOD}: {file} is truncated or no safetensors file ({error})") from error
-
-
-def _check_tensor(file: str, tensors: Any, name: str, part: str, wanted: torch.Tensor) -> None:
-    """Codes must be int8, scales finite and not negative."""
-    found = tensors.get_slice(name)
-    dtypes = {"weight": ("I8",), "weight_scale": ("F32",)}.get(part, _FLOATS)
-    if found.get_dtype() not in dtypes or found.get_shape() != list(wanted.shape):
-        expected = f"{' or '.join(dtypes)} {list(wanted.shape)}"
-        refuse_file(file, f"{name} must be {expected}, got {found.get_dtype()} {found.get_shape()}")
-    if part == "weight_scale":
-        scales = tensors.get_tensor(name)
-        wrong = scales[~((scales >= 0) & (scales < math.inf))]
-        if len(wrong):
-            refuse_file(file, f"{name} must be finite and not negative, got {float(wrong[0])}")

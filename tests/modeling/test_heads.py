@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import distilbert_fast
@@ -140,6 +141,10 @@ def test_bad_masks(head_mask, error, message, model):
 PRUNED = {0: [1], 2: [2, 0]}
 
 
+def left(pruned):
+    return [[head for head in range(HEADS) if head not in pruned.get(i, [])] for i in range(LAYERS)]
+
+
 def mask_of(pruned):
     head_mask = torch.ones(LAYERS, HEADS)
     for layer, heads in pruned.items():
@@ -156,7 +161,7 @@ def test_pruning_is_masking_with_fewer_weights(pruned, model, ragged):
     torch.testing.assert_close(result.hidden_states, expected.hidden_states, atol=2e-5, rtol=1e-4)
     gone = sum(map(len, pruned.values()))
     assert before - sum(p.numel() for p in model.parameters()) == gone * (4 * 30 * SIZE + 3 * SIZE)
-    assert model.config.pruned_heads == {layer: sorted(heads) for layer, heads in pruned.items() if heads}
+    assert [layer["heads"] for layer in model.config.quantization_config.structure] == left(pruned)
     attentions = model(**ragged, output_attentions=True).attentions
     assert [x.shape[1] for x in attentions] == [HEADS - len(pruned.get(i, [])) for i in range(LAYERS)]
 
@@ -169,7 +174,7 @@ def test_pruning_twice_and_masking_keep_the_original_numbers(model, ragged):
     expected = tokens(model(**ragged, head_mask=mask), ragged)
     model.prune_heads({0: [2]})
     model.prune_heads({0: [0, 2], 1: [1]})
-    assert model.config.pruned_heads == both
+    assert [layer["heads"] for layer in model.config.quantization_config.structure] == left(both)
     torch.testing.assert_close(tokens(model(**ragged, head_mask=mask), ragged), expected, atol=2e-5, rtol=1e-4)
 
 
@@ -188,15 +193,38 @@ def test_pruned_files_round_trip(name, pruned, tiny_config, ragged, tmp_path):
     model = getattr(distilbert_fast, name)(tiny_config).eval()
     model.prune_heads(pruned)
     model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["pruned_heads"]
-    assert stored == {str(layer): sorted(heads) for layer, heads in pruned.items()}
+    stored = json.loads((tmp_path / "config.json").read_text())
+    structure = [{"heads": heads, "ffn": 37} for heads in left(pruned)]
+    assert stored["quantization_config"] == {"quant_method": "distilbert_fast", "format": 2, "structure": structure}
+    assert "pruned_heads" not in stored
     again, info = getattr(distilbert_fast, name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(again.eval()(**ragged)[0], model(**ragged)[0])
     again.prune_heads({0: [0]})
-    assert again.config.pruned_heads[0] == sorted({0, *pruned.get(0, [])})
-    with pytest.raises(RuntimeError, match="mismatched"):
-        getattr(transformers, name).from_pretrained(tmp_path)
+    assert 0 not in again.config.quantization_config.structure[0]["heads"]
+    theirs = getattr(transformers, name).from_pretrained(tmp_path).eval()
+    full = {"input_ids": ragged["input_ids"]}
+    torch.testing.assert_close(theirs(**full)[0], model(**full)[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DistilBertModel", "DistilBertForSequenceClassification"])
+def test_directories_of_earlier_versions_keep_loading(name, tiny_config, ragged, tmp_path):
+    """They have the heads that are gone in ``pruned_heads``, and nothing else says that they were pruned."""
+    model = getattr(distilbert_fast, name)(tiny_config).eval()
+    model.prune_heads(PRUNED)
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    config = transformers.DistilBertConfig.from_dict(tiny_config.to_dict() | {"pruned_heads": PRUNED})
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pruned_heads"] == {"0": [1], "2": [2, 0]}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    again, info = getattr(distilbert_fast, name).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again.eval()(**ragged)[0], model(**ragged)[0])
+    again.save_pretrained(tmp_path)
+    assert "pruned_heads" not in json.loads((tmp_path / "config.json").read_text())
+    again = getattr(distilbert_fast, name).from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(**ragged)[0], model(**ragged)[0])
 
 
 def test_pruning_keeps_dtype_mode_and_frozen_weights(model):
