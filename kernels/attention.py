@@ -98,6 +98,12 @@ def head_mask_of(head_mask, head_mask_stride, b, head):
 
 
 @triton.jit
+def of_sequence(x, b, length):
+    """Address of a sequence's row of x [B, T], or None."""
+    return None if x is None else x + b.to(tl.int64) * length
+
+
+@triton.jit
 def counts(mask, row, count):
     """Which rows of a sequence hold a token that counts."""
     inside = row < count
@@ -276,10 +282,7 @@ def _attention_fwd_kernel(
         )  # fmt: skip
         return
 
-    if mask is not None:
-        mask += b.to(tl.int64) * length
-    if rank is not None:
-        rank += b.to(tl.int64) * length
+    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
     counted = counts(mask, query, count)
     bits = None
     if seed is not None:

@@ -34,6 +34,7 @@ from distilbert_fast.kernels.attention import (
     load_rows,
     longest,
     mean_length,
+    of_sequence,
     place_of,
     random_bits,
     scores,
@@ -85,10 +86,7 @@ def _attention_bwd_short_kernel(
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     first = 0 * b
     row = tl.arange(0, BLOCK)
-    if mask is not None:
-        mask += b.to(tl.int64) * length
-    if rank is not None:
-        rank += b.to(tl.int64) * length
+    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
     counted = counts(mask, row, count)
     dead = count == 0
     if dm is None:
@@ -203,10 +201,7 @@ def _attention_bwd_dq_kernel(
     if (rows <= SHORT) | (first >= rows):
         return
     query = first + tl.arange(0, BLOCK_M)
-    if mask is not None:
-        mask += b.to(tl.int64) * length
-    if rank is not None:
-        rank += b.to(tl.int64) * length
+    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
     counted = counts(mask, query, count)
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     live = (first < count) & (m_h != 0.0)
@@ -281,10 +276,7 @@ def _attention_bwd_dkv_kernel(
     if (rows <= SHORT) | (first >= rows):
         return
     row = first + tl.arange(0, BLOCK_N)
-    if mask is not None:
-        mask += b.to(tl.int64) * length
-    if rank is not None:
-        rank += b.to(tl.int64) * length
+    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
     counted = counts(mask, row, count)
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     base = head.to(tl.int64) * tokens + b.to(tl.int64) * length + begin
