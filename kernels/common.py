@@ -14,10 +14,14 @@ Statistics are kept per lane and merged once a row, so that threads synchronize 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+
+from distilbert_fast.kernels import tuning
 
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: finite, so that a difference to it is never NaN
@@ -161,6 +165,31 @@ def row_configs(
     rows, warps = max(1, per_warp // block), min(32, max(1, block // per_warp))
     room = [(k, w) for k, w in multiples if w * warps <= 32 and k * rows * block <= 2 * per_warp * w * warps]
     return [{"ROWS": k * rows, "BLOCK_C": block, "num_warps": w * warps} for k, w in room or [(1, 1)]]
+
+
+def rows_key(matrices: Iterable[torch.Tensor | None], columns: int) -> str:
+    """What a configuration of ``row_configs`` depends on: the dtypes of what is read, and C."""
+    return ",".join([*(str(x.dtype)[6:] for x in matrices if x is not None), f"C={columns}"])
+
+
+def launch_rows(
+    kernel: Any, like: torch.Tensor, name: str, matrices: Sequence[torch.Tensor | None], *arguments: Any, **named: Any
+) -> None:
+    """Launch a kernel, one program a tile of whole rows of ``like`` [N, C].
+
+    Args:
+        name: of the kernel in the tables of configurations; the key is that of the ``matrices``.
+        arguments, named: all that the kernel takes but N, C and its configuration.
+    """
+    n, c = like.shape
+    if n == 0:
+        return
+
+    def launch(config: tuning.Config) -> None:
+        with torch.cuda.device_of(like):
+            kernel[(triton.cdiv(n, config["ROWS"]),)](*arguments, N=n, C=c, **named, **config)
+
+    launch(tuning.pick(name, rows_key(matrices, c), row_configs(c), like.device, launch))
 
 
 def logits_configuration(columns: int, element_size: int) -> dict[str, int]:

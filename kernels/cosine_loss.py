@@ -6,12 +6,13 @@ gradient. Rows that do not count are not read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from distilbert_fast.kernels import tuning
-from distilbert_fast.kernels.common import row_configs, row_tile
+from distilbert_fast.kernels.common import launch_rows, row_tile
 
 
 @triton.jit
@@ -111,26 +112,7 @@ def cosine_loss_fwd(
         loss: float32 [N], contiguous; gets 0 in rows that do not count.
         stats: float32 [N, 3], contiguous; gets c, a, b.
     """
-    n, c = student.shape
-    if n == 0:
-        return
-
-    def launch(config: tuning.Config) -> None:
-        with torch.cuda.device_of(student):
-            _cosine_loss_fwd_kernel[(triton.cdiv(n, config["ROWS"]),)](
-                student,
-                teacher,
-                mask,
-                loss,
-                stats,
-                *_strides(student, teacher, mask),
-                n,
-                c,
-                epsilon,
-                **config,
-            )
-
-    launch(tuning.pick("cosine_loss_fwd", _key(student, teacher), row_configs(c), student.device, launch))
+    _launch(_cosine_loss_fwd_kernel, "cosine_loss_fwd", student, teacher, mask, loss, stats, epsilon=epsilon)
 
 
 def cosine_loss_bwd(
@@ -149,31 +131,17 @@ def cosine_loss_bwd(
         stats: float32 [N, 3], contiguous; what ``cosine_loss_fwd`` wrote.
         dstudent: [N, C], contiguous; gets drows · d loss / d student.
     """
-    n, c = student.shape
-    if n == 0:
-        return
-
-    def launch(config: tuning.Config) -> None:
-        with torch.cuda.device_of(student):
-            _cosine_loss_bwd_kernel[(triton.cdiv(n, config["ROWS"]),)](
-                student,
-                teacher,
-                mask,
-                drows,
-                stats,
-                dstudent,
-                *_strides(student, teacher, mask),
-                n,
-                c,
-                **config,
-            )
-
-    launch(tuning.pick("cosine_loss_bwd", _key(student, teacher), row_configs(c), student.device, launch))
+    _launch(_cosine_loss_bwd_kernel, "cosine_loss_bwd", student, teacher, mask, drows, stats, dstudent)
 
 
-def _strides(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, int, int]:
-    return student.stride(0), teacher.stride(0), 0 if mask is None else mask.stride(0)
-
-
-def _key(student: torch.Tensor, teacher: torch.Tensor) -> str:
-    return f"{str(student.dtype)[6:]},{str(teacher.dtype)[6:]},C={student.shape[1]}"
+def _launch(
+    kernel: Any,
+    name: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    *others: Any,
+    **named: Any,
+) -> None:
+    strides = student.stride(0), teacher.stride(0), 0 if mask is None else mask.stride(0)
+    launch_rows(kernel, student, name, (student, teacher), student, teacher, mask, *others, *strides, **named)

@@ -13,6 +13,8 @@ Backward, where forward kept only m and Z, is pass 2 alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -191,27 +193,7 @@ def kl_div_fwd(
         stats: float32 [N, 4], contiguous; gets m_s, Z_s, m_t, Z_t.
         gradient: [N, V], any row stride, last stride 1; gets scale · d rows / d student.
     """
-    if student.shape[0] == 0:
-        return
-    with torch.cuda.device_of(student):
-        _kl_div_fwd_kernel[(student.shape[0],)](
-            student,
-            teacher,
-            mask,
-            scale,
-            rows,
-            stats,
-            gradient,
-            student.stride(0),
-            teacher.stride(0),
-            0 if gradient is None else gradient.stride(0),
-            0 if mask is None else mask.stride(0),
-            student.shape[1],
-            float(temperature),  # Triton would compile again for an int
-            LOG2E / temperature,
-            enable_fp_fusion=True,
-            **configuration(student, teacher, gradient),
-        )
+    _launch(_kl_div_fwd_kernel, student, teacher, mask, temperature, gradient, scale, rows, stats)
 
 
 def kl_div_bwd(
@@ -231,23 +213,35 @@ def kl_div_bwd(
         stats: float32 [N, 4], contiguous.
         dstudent: [N, V], any row stride, last stride 1; gets drows · d rows / d student.
     """
+    _launch(_kl_div_bwd_kernel, student, teacher, mask, temperature, dstudent, drows, stats)
+
+
+def _launch(
+    kernel: Any,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    gradient: torch.Tensor | None,
+    *others: torch.Tensor | None,
+) -> None:
+    """Launch a program a row; ``others``: what the kernel takes between the mask and the gradient."""
     if student.shape[0] == 0:
         return
     with torch.cuda.device_of(student):
-        _kl_div_bwd_kernel[(student.shape[0],)](
+        kernel[(student.shape[0],)](
             student,
             teacher,
             mask,
-            drows,
-            stats,
-            dstudent,
+            *others,
+            gradient,
             student.stride(0),
             teacher.stride(0),
-            dstudent.stride(0),
+            0 if gradient is None else gradient.stride(0),
             0 if mask is None else mask.stride(0),
             student.shape[1],
             float(temperature),  # Triton would compile again for an int
             LOG2E / temperature,
             enable_fp_fusion=True,
-            **configuration(student, teacher, dstudent),
+            **configuration(student, teacher, gradient),
         )

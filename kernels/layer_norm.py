@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from distilbert_fast.kernels import tuning
-from distilbert_fast.kernels.common import quantize_rows, row_configs, row_tile
+from distilbert_fast.kernels.common import launch_rows, quantize_rows, row_configs, row_tile, rows_key
 from distilbert_fast.kernels.quantize import stride_of
 
 
@@ -180,31 +180,23 @@ def normalize_fwd(
         scale: of y_q: float32 [] or [N] of any stride; None finds each row's own and writes it to ``found``.
         found: float32 [N].
     """
-    n, c = y.shape
-    if n == 0:
-        return
-
-    def launch(config: tuning.Config) -> None:
-        with torch.cuda.device_of(y):
-            _layer_norm_fwd_kernel[(triton.cdiv(n, config["ROWS"]),)](
-                **_terms(terms, ids),
-                weight=weight,
-                bias=bias,
-                y=y,
-                mean=mean,
-                rstd=rstd,
-                y_q=y_q,
-                scale=scale,
-                found=found if scale is None else None,
-                N=n,
-                C=c,
-                scale_stride=stride_of(scale),
-                eps=float(eps),  # Triton would compile again for an int
-                **config,
-            )
-
-    name = "layer_norm_fwd" if y_q is None else "layer_norm_quantize_fwd"
-    launch(tuning.pick(name, _key(terms, c), row_configs(c), y.device, launch))
+    launch_rows(
+        _layer_norm_fwd_kernel,
+        y,
+        "layer_norm_fwd" if y_q is None else "layer_norm_quantize_fwd",
+        terms,
+        **_terms(terms, ids),
+        weight=weight,
+        bias=bias,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        y_q=y_q,
+        scale=scale,
+        found=found if scale is None else None,
+        scale_stride=stride_of(scale),
+        eps=float(eps),  # Triton would compile again for an int
+    )
 
 
 def normalize_bwd(
@@ -252,7 +244,7 @@ def normalize_bwd(
 
     # Four warps for 1024 columns: dw and db stay in registers for the whole run, eight columns of each a thread.
     configs = row_configs(c, 256, ((2, 1), (1, 1), (4, 2), (2, 2), (1, 2)))
-    launch(tuning.pick("layer_norm_bwd", _key(terms, c), configs, dy.device, launch))
+    launch(tuning.pick("layer_norm_bwd", rows_key(terms, c), configs, dy.device, launch))
 
 
 @functools.cache
@@ -268,7 +260,3 @@ def _terms(terms: Sequence[torch.Tensor | None], ids: Sequence[torch.Tensor | No
         arguments[f"{name}_height"] = 0 if named is None else term.shape[0]
         arguments[f"{name}_stride"] = 0 if term is None else term.stride(0)
     return arguments
-
-
-def _key(terms: Sequence[torch.Tensor | None], c: int) -> str:
-    return ",".join([*(str(term.dtype)[6:] for term in terms if term is not None), f"C={c}"])

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from distilbert_fast.kernels import tuning
-from distilbert_fast.kernels.common import quantize_rows, row_configs, row_tile
+from distilbert_fast.kernels.common import launch_rows, quantize_rows, row_tile
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -42,25 +41,9 @@ def quantize(x: torch.Tensor, scale: torch.Tensor | None, x_q: torch.Tensor, fou
         x_q: int8 [N, C], contiguous.
         found: float32 [N], contiguous; gets each row's own scale if none is given.
     """
-    n, c = x.shape
-    if n == 0:
-        return
-
-    def launch(config: tuning.Config) -> None:
-        with torch.cuda.device_of(x):
-            _quantize_kernel[(triton.cdiv(n, config["ROWS"]),)](
-                x,
-                scale,
-                x_q,
-                found if scale is None else None,
-                n,
-                c,
-                x.stride(0),
-                stride_of(scale),
-                **config,
-            )
-
-    launch(tuning.pick("quantize", f"{str(x.dtype)[6:]},C={c}", row_configs(c), x.device, launch))
+    found_by = found if scale is None else None
+    strides = {"x_stride": x.stride(0), "scale_stride": stride_of(scale)}
+    launch_rows(_quantize_kernel, x, "quantize", [x], x, scale, x_q, found_by, **strides)
 
 
 def stride_of(scale: torch.Tensor | None) -> int:
