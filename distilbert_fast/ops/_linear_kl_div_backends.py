@@ -22,9 +22,9 @@ OP = "linear_kl_div"
 class Call(NamedTuple):
     """All arguments, and which of the student's gradients are wanted."""
 
-    h_s: torch.Tensor  # [N, C_s]
-    W_s: torch.Tensor  # [V, C_s]
-    b_s: torch.Tensor | None  # [V]
+    h: torch.Tensor  # [N, C_s], the student's
+    W: torch.Tensor  # [V, C_s]
+    b: torch.Tensor | None  # [V]
     h_t: torch.Tensor  # [N, C_t]
     W_t: torch.Tensor  # [V, C_t]
     b_t: torch.Tensor | None  # [V]
@@ -36,18 +36,6 @@ class Call(NamedTuple):
     dW: bool
     db: bool
     mean: bool = True
-
-    @property
-    def h(self) -> torch.Tensor:  # as _vocabulary_losses.py calls the student's
-        return self.h_s
-
-    @property
-    def W(self) -> torch.Tensor:
-        return self.W_s
-
-    @property
-    def b(self) -> torch.Tensor | None:
-        return self.b_s
 
 
 # torch ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from distilbert_fast.ops._operator import function
 from distilbert_fast.ops._vocabulary_losses import check_rows, check_side, losses_of, reference_cross_entropy
 from distilbert_fast.ops.kl_div import kl_div_reference
 
-_losses = losses_of(OP, Call, FORWARD, ("h_s", "h_t"))
+_losses = losses_of(OP, Call, FORWARD, ("h", "h_t"))
 
 
 @function(casts=True)
