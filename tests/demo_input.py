@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from distilbert_fast.modeling.loading import load_with_head, single_label
+
 WORDS = {
     "animal": ["cat", "dog", "horse", "sparrow", "salmon", "otter", "goat", "heron", "beetle", "mouse"],
     "tool": ["hammer", "saw", "wrench", "chisel", "drill", "plane", "file", "clamp", "level", "pliers"],
@@ -72,3 +74,9 @@ def bert(path: Path, layers: int = 2, **config: object) -> Path:
     }
     BertModel(BertConfig(**settings)).save_pretrained(path)
     return path
+
+
+def load_classifier(source, label_names=None, new_head: bool = False):
+    """A sequence classifier with its tokenizer; with these classes, or those in its config."""
+    classes = {} if label_names is None else single_label(label_names)
+    return load_with_head(source, "SequenceClassification", new_head, **classes)[:2]

@@ -109,14 +109,3 @@ def tag_scores(pieces: Pieces, model: Any, teacher: Any = None) -> dict[str, flo
         taught = pieces.logits(teacher)
         row |= {"agreement": agreement(logits, taught), "kl": mean_kl(logits, taught)}
     return row
-
-
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Type, first word and the word after the last of each entity of a sentence; see `Scheme.entities`.
-
-    Raises ValueError for tags that are of no scheme.
-    """
-    scheme = scheme_of(tags)
-    if scheme is None and not all(map(is_outside, tags)):
-        raise ValueError(f"entities: expected tags such as B-PER, I-PER and O, got {', '.join(tags)}")
-    return set() if scheme is None else scheme.entities(tags)

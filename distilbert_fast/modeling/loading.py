@@ -157,22 +157,6 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def load_classifier(
-    source: str | Path, label_names: Sequence[str] | None = None, new_head: bool = False
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A sequence classifier with its tokenizer, in float32 and eval mode, on the GPU where there is one.
-
-    Args:
-        source: directory or hub id.
-        label_names: the classes that it must have; None: those in its config.
-        new_head: whether a head that is missing, or of another number of classes, may start at random.
-
-    Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
-    """
-    classes = {} if label_names is None else single_label(label_names)
-    return load_with_head(source, "SequenceClassification", new_head, **classes)[:2]
-
-
 def classes_of_head(names: Sequence[str]) -> dict[str, Any]:
     """The config of a head for classes of these names."""
     return {
@@ -191,13 +175,16 @@ def single_label(names: Sequence[str]) -> dict[str, Any]:
 def load_with_head(
     source: str | Path, head: str, new_head: bool = False, **config: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, tuple[str, ...]]:
-    """A model with a head and its tokenizer, as `load_classifier`, and the tensors of the head that started at random.
+    """A model with a head and its tokenizer, in float32 and eval mode, on the GPU where there is one; and the tensors
+    of the head that started at random.
 
     Args:
         source: directory or hub id.
         head: "SequenceClassification", "TokenClassification", "MaskedLM" or "QuestionAnswering".
-        new_head: whether tensors of the head that are missing may start at random.
+        new_head: whether tensors of the head that are missing, or for another number of classes, may start at random.
         **config: for `from_pretrained`.
+
+    Raises CheckpointError when the checkpoint cannot be used, lacks tensors or has no usable tokenizer.
     """
     register()  # so that an int8 checkpoint is understood
     directory = locate(source)
@@ -280,7 +267,7 @@ def without_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of missing tensors, which `load_classifier` judges."""
+    """Without transformers' table of missing tensors, which `load_with_head` judges."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -94,7 +94,7 @@ def test_schemes_of_tags(tmp_path, tokenizer, name):
     task = load_tokens(data=path, eval_data=path)
     lines = [line.split() for line in content.splitlines() if line]
     assert [task.tag_names[tag] for row in task.train for tag in row.tags] == [tag for _, tag in lines]
-    assert task.has_entities and metrics.entities(["O", "O"]) == set()
+    assert task.has_entities and task.scheme.entities(["O", "O"]) == set()
     names = [task.tag_names[tag] for tag in task.train[1].tags]
     assert task.scheme.entities(names) == {(person, 0, 2), (person, 2, 3)}
     pieces = Pieces(task, (Sentence(("a", "b", "c"), task.train[1].tags),), tokenizer, 16)

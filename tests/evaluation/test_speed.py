@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from demo_input import bert, sentences
+from demo_input import bert, load_classifier, sentences
 from safetensors.torch import save_file
 
 from distilbert_fast.evaluation import speed
-from distilbert_fast.modeling.loading import load_classifier
 
 
 def inputs(count: int) -> list[dict[str, torch.Tensor]]:

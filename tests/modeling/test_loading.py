@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_input import bert
+from demo_input import bert, load_classifier
 from safetensors.torch import load_file, save_file
 
-from distilbert_fast.modeling.loading import CheckpointError, fingerprint, load_classifier, locate
+from distilbert_fast.modeling.loading import CheckpointError, fingerprint, locate
 
 
 @pytest.fixture(scope="module")
