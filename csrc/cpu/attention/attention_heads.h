@@ -88,20 +88,16 @@ void pack_columns(const T* x, int64_t token_stride, const int32_t* tokens, int64
 inline void pack_rows(const AttentionTensor<const void*>& x, DType dtype, const Sequence& sequence, int64_t head,
                       int64_t first, int64_t n, int64_t d, float* out, int64_t stride) {
   const int32_t* tokens = sequence.tokens + first;
-  if (dtype == DType::float32) {
-    pack_rows(head_of<const float>(x, sequence.index, head), x.token, tokens, n, d, out, stride);
-  } else {
-    pack_rows(head_of<const bfloat16>(x, sequence.index, head), x.token, tokens, n, d, out, stride);
-  }
+  with_type(dtype, [&](auto type) {
+    pack_rows(head_of<const decltype(type)>(x, sequence.index, head), x.token, tokens, n, d, out, stride);
+  });
 }
 
 inline void pack_columns(const AttentionTensor<const void*>& x, DType dtype, const Sequence& sequence, int64_t head,
                          int64_t d, float* out) {
-  if (dtype == DType::float32) {
-    pack_columns(head_of<const float>(x, sequence.index, head), x.token, sequence.tokens, sequence.n, d, out);
-  } else {
-    pack_columns(head_of<const bfloat16>(x, sequence.index, head), x.token, sequence.tokens, sequence.n, d, out);
-  }
+  with_type(dtype, [&](auto type) {
+    pack_columns(head_of<const decltype(type)>(x, sequence.index, head), x.token, sequence.tokens, sequence.n, d, out);
+  });
 }
 
 // Scores of some queries: q rows [rows, columns], k panels, s [rows, stride].
@@ -196,11 +192,7 @@ struct WriteHead {
     }
   }
   void write(int64_t row, int64_t column, Vec x) const {
-    if (dtype == DType::float32) {
-      write<float>(row, column, x);
-    } else {
-      write<bfloat16>(row, column, x);
-    }
+    with_type(dtype, [&](auto type) { write<decltype(type)>(row, column, x); });
   }
   void operator()(int64_t row, int64_t column, Vec low, Vec high) const {
     const Vec f = broadcast(factor[row]);

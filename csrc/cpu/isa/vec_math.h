@@ -32,5 +32,15 @@ inline Vec exp2(Vec x) {
   return times_power_of_two(p, n);
 }
 
+// function(x) with an element of a dtype, function(x, y) with one of each of two.
+template <class Function>
+void with_type(DType dtype, const Function& function) {
+  dtype == DType::float32 ? function(float{}) : function(bfloat16{});
+}
+template <class Function>
+void with_types(DType first, DType second, const Function& function) {
+  with_type(first, [&](auto x) { with_type(second, [&](auto y) { function(x, y); }); });
+}
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -94,19 +94,13 @@ void cosine_backward_rows(const CosineBackwardRows& call, int64_t begin, int64_t
 }
 
 inline void cosine_loss_forward(const CosineForwardRows& call, int64_t begin, int64_t end) {
-  using Rows = void (*)(const CosineForwardRows&, int64_t, int64_t);
-  static constexpr Rows instances[2][2] = {
-      {cosine_forward_rows<float, float>, cosine_forward_rows<float, bfloat16>},
-      {cosine_forward_rows<bfloat16, float>, cosine_forward_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.pair.student_dtype)][static_cast<int>(call.pair.teacher_dtype)](call, begin, end);
+  with_types(call.pair.student_dtype, call.pair.teacher_dtype,
+             [&](auto s, auto t) { cosine_forward_rows<decltype(s), decltype(t)>(call, begin, end); });
 }
 
 inline void cosine_loss_backward(const CosineBackwardRows& call, int64_t begin, int64_t end) {
-  using Rows = void (*)(const CosineBackwardRows&, int64_t, int64_t);
-  static constexpr Rows instances[2][2] = {
-      {cosine_backward_rows<float, float>, cosine_backward_rows<float, bfloat16>},
-      {cosine_backward_rows<bfloat16, float>, cosine_backward_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.pair.student_dtype)][static_cast<int>(call.pair.teacher_dtype)](call, begin, end);
+  with_types(call.pair.student_dtype, call.pair.teacher_dtype,
+             [&](auto s, auto t) { cosine_backward_rows<decltype(s), decltype(t)>(call, begin, end); });
 }
 
 }  // namespace

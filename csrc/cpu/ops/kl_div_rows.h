@@ -180,22 +180,14 @@ void backward_rows(const KlDivBackward& call, int64_t begin, int64_t end) {
   if (call.stream) finish_streams();
 }
 
-// The instance for the dtypes of a call.
-template <class Call>
-using RowsFunction = void (*)(const Call&, int64_t, int64_t);
-
 inline void kl_div_forward(const KlDivForward& call, int64_t begin, int64_t end) {
-  static constexpr RowsFunction<KlDivForward> instances[2][2] = {
-      {forward_rows<float, float>, forward_rows<float, bfloat16>},
-      {forward_rows<bfloat16, float>, forward_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.logits.student_dtype)][static_cast<int>(call.logits.teacher_dtype)](call, begin, end);
+  with_types(call.logits.student_dtype, call.logits.teacher_dtype,
+             [&](auto s, auto t) { forward_rows<decltype(s), decltype(t)>(call, begin, end); });
 }
 
 inline void kl_div_backward(const KlDivBackward& call, int64_t begin, int64_t end) {
-  static constexpr RowsFunction<KlDivBackward> instances[2][2] = {
-      {backward_rows<float, float>, backward_rows<float, bfloat16>},
-      {backward_rows<bfloat16, float>, backward_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.logits.student_dtype)][static_cast<int>(call.logits.teacher_dtype)](call, begin, end);
+  with_types(call.logits.student_dtype, call.logits.teacher_dtype,
+             [&](auto s, auto t) { backward_rows<decltype(s), decltype(t)>(call, begin, end); });
 }
 
 }  // namespace

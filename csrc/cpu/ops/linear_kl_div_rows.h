@@ -102,10 +102,8 @@ void linear_kl_div_rows(const LinearKlDivRows& call, int64_t begin, int64_t end)
 }
 
 inline void linear_kl_div(const LinearKlDivRows& call, int64_t begin, int64_t end) {
-  static constexpr RowsFunction<LinearKlDivRows> instances[2][2] = {
-      {linear_kl_div_rows<float, float>, linear_kl_div_rows<float, bfloat16>},
-      {linear_kl_div_rows<bfloat16, float>, linear_kl_div_rows<bfloat16, bfloat16>}};
-  instances[static_cast<int>(call.losses.student_dtype)][static_cast<int>(call.teacher_dtype)](call, begin, end);
+  with_types(call.losses.student_dtype, call.teacher_dtype,
+             [&](auto s, auto t) { linear_kl_div_rows<decltype(s), decltype(t)>(call, begin, end); });
 }
 
 }  // namespace

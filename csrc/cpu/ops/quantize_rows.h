@@ -68,7 +68,7 @@ void quantize_rows(const QuantizeRows& call, int64_t begin, int64_t end) {
 }
 
 inline void quantize(const QuantizeRows& call, int64_t begin, int64_t end) {
-  (call.x_dtype == DType::float32 ? quantize_rows<float> : quantize_rows<bfloat16>)(call, begin, end);
+  with_type(call.x_dtype, [&](auto x) { quantize_rows<decltype(x)>(call, begin, end); });
 }
 
 }  // namespace
