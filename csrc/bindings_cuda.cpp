@@ -2,10 +2,7 @@
 // the device and stream to use, so the module needs neither torch nor a GPU to build and import. How Python gives
 // pointers and structs: see arguments.h.
 #include "arguments.h"
-#include "cuda/attention.h"
-#include "cuda/int8_linear.h"
-#include "cuda/kl_div.h"
-#include "cuda/layer_norm.h"
+#include "cuda/entries.h"
 
 using namespace distilbert_fast;
 

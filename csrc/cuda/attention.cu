@@ -5,8 +5,6 @@
 // added before is scaled down (Dao: FlashAttention-2, arXiv:2307.08691). q, k, v are read in place, whatever their
 // strides; o is written once, and for backward m, Σ p and, if the gradient of m_h is wanted, o before m_h. A head of
 // mask 0, unless that gradient is wanted, and tiles of padding cost nothing.
-#include "attention.h"
-
 #include "attention.cuh"
 
 namespace distilbert_fast {

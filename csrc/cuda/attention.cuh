@@ -9,8 +9,8 @@
 
 #include <cmath>
 
-#include "attention.h"
 #include "common.cuh"
+#include "entries.h"
 #include "mma.cuh"
 
 namespace distilbert_fast {

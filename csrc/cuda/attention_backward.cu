@@ -9,8 +9,6 @@
 //   mask:    a block takes one head of a sequence and adds up r, if dm is wanted.
 // Scores are computed again in both of the first two, seven products where five would do with atomics, and dropped
 // again by the same hash; nothing as large as they are is stored.
-#include "attention.h"
-
 #include "attention.cuh"
 
 namespace distilbert_fast {

@@ -7,9 +7,6 @@
 // each other. The epilogue reads and writes each number once.
 //
 // Compute capability 9.0 has faster products of its own: int8_linear_sm90.cu.
-#include "int8_linear.h"
-
-#include "int8_linear_sm90.h"
 #include "int8_tile.cuh"
 
 namespace distilbert_fast {

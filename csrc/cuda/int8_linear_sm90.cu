@@ -6,8 +6,6 @@
 // step s run, their threads begin the copies of step s + 2, into the stage whose products (of step s − 1) both
 // warpgroups had finished at the last barrier. Three stages are 96 KB, so that two blocks share a multiprocessor: one
 // multiplies while the other waits, or writes its results.
-#include "int8_linear_sm90.h"
-
 #include "int8_tile.cuh"
 #include "wgmma.cuh"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "int8_linear.h"
+#include "entries.h"
 #include "mma.cuh"
 
 namespace distilbert_fast {
@@ -148,5 +148,10 @@ __device__ __forceinline__ void finish_tile(const Int8Linear& call, int64_t firs
     }
   }
 }
+
+// Whether this build has the kernel for compute capability 9.0: with code for sm_90a.
+bool int8_linear_sm90_built();
+// Called by int8_linear.cu, which has checked everything.
+void int8_linear_sm90(const Int8Linear& call, int device, cudaStream_t stream);
 
 }  // namespace distilbert_fast

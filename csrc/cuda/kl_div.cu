@@ -8,7 +8,7 @@
 // sums of its own that grow together; then the block joins them. Pass 2, if the gradient is wanted, goes through the
 // row again from its end, which the L2 cache holds still. Neighbouring threads read neighbouring elements one by one:
 // a row of 30522 starts on no 16-byte boundary, and student and teacher may each start on another.
-#include "kl_div.h"
+#include "entries.h"
 
 #include <cfloat>
 #include <cmath>
@@ -178,9 +178,8 @@ void check(const KlDivLogits& logits) {
   require(logits.columns >= 1 || logits.rows == 0, kOp, "columns must be 1 or more", text(logits.columns));
   require(logits.student_stride >= 0, kOp, "student_stride must be 0 or more", text(logits.student_stride));
   require(logits.teacher_stride >= 0, kOp, "teacher_stride must be 0 or more", text(logits.teacher_stride));
-  const auto known = [](int dtype) { return dtype >= kFloat32 && dtype <= kFloat16; };
-  require(known(logits.student_dtype), kOp, "student_dtype must be 0, 1 or 2", text(logits.student_dtype));
-  require(known(logits.teacher_dtype), kOp, "teacher_dtype must be 0, 1 or 2", text(logits.teacher_dtype));
+  require(is_float(logits.student_dtype), kOp, "student_dtype must be 0, 1 or 2", text(logits.student_dtype));
+  require(is_float(logits.teacher_dtype), kOp, "teacher_dtype must be 0, 1 or 2", text(logits.teacher_dtype));
   require(std::isfinite(logits.temperature) && logits.temperature > 0, kOp, "temperature must be finite and above 0",
           text(logits.temperature));
   require(logits.student || logits.rows == 0, kOp, "student must point to logits", "null");

@@ -7,7 +7,7 @@
 // A warp takes a row of up to 1024 columns: x and residual are read once, 16 bytes at a time, and stay in registers
 // while sums, y, its largest magnitude and its codes are made. A longer row has a block, which reads it again, from the
 // caches, for each of those.
-#include "layer_norm.h"
+#include "entries.h"
 
 #include <cmath>
 
