@@ -28,6 +28,13 @@ void parallel_rows(int64_t rows, int64_t grain, int threads, const Body& body) {
   }
 }
 
+// kernel(call, begin, end) likewise.
+template <class Call>
+void parallel_rows(int64_t rows, int64_t grain, int threads, void (*kernel)(const Call&, int64_t, int64_t),
+                   const Call& call) {
+  parallel_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
 // body(begin, end, scratch) likewise, with scratch_bytes of 64 byte aligned memory for each thread.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t grain, int threads, int64_t scratch_bytes, const Body& body) {

@@ -1,7 +1,6 @@
 #include "cpu/attention/attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "cpu/attention/attention_scratch.h"
@@ -36,9 +35,8 @@ int64_t check(const AttentionCall& call, int64_t tokens) {
   require(sequences.batch >= 0, "batch must be 0 or more", std::to_string(sequences.batch));
   require(call.heads >= 0, "heads must be 0 or more", std::to_string(call.heads));
   require(call.head_size >= 1, "head_size must be 1 or more", std::to_string(call.head_size));
-  require(call.dtype == DType::float32 || call.dtype == DType::bfloat16, "dtype must be 0 (float32) or 1 (bfloat16)",
-          std::to_string(static_cast<int>(call.dtype)));
-  require(std::isfinite(call.scale) && call.scale > 0, "scale must be finite and above 0", std::to_string(call.scale));
+  check_dtype("attention", call.dtype);
+  check_positive("attention", "scale", call.scale);
   require(call.dropout_p >= 0 && call.dropout_p < 1, "dropout_p must be at least 0 and below 1",
           std::to_string(call.dropout_p));
   int64_t longest = sequences.batch > 0 ? sequences.length : 0;

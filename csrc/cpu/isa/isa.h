@@ -14,7 +14,7 @@ namespace distilbert_fast {
 const Kernels& kernels();
 
 std::string isa();
-// Whether the products of linear.h are faster than torch's on this processor, as far as that was timed. AMD with
+// Whether linear_product is faster than torch's on this processor, as far as that was timed. AMD with
 // AVX-512: MKL takes its vectors of float32 only by halves, and under autocast torch copies every weight and every
 // gradient.
 bool prefers_own_gemm();

@@ -1,4 +1,4 @@
-#include "cpu/ops/cosine_loss.h"
+#include "cpu/ops/entries.h"
 
 #include "cpu/check.h"
 #include "cpu/isa/isa.h"
@@ -23,9 +23,7 @@ void cosine_loss_forward(const CosineForwardRows& call, int64_t rows, int thread
   if (rows == 0) return;
   check_pointer("cosine_loss", "loss", call.loss);
   check_pointer("cosine_loss", "stats", call.stats);
-  const Kernels& tier = kernels();
-  parallel_rows(rows, row_grain(call.pair.columns), threads,
-                [&](int64_t begin, int64_t end) { tier.cosine_loss_forward(call, begin, end); });
+  parallel_rows(rows, row_grain(call.pair.columns), threads, kernels().cosine_loss_forward, call);
 }
 
 void cosine_loss_backward(const CosineBackwardRows& call, int64_t rows, int threads) {
@@ -34,9 +32,7 @@ void cosine_loss_backward(const CosineBackwardRows& call, int64_t rows, int thre
   check_pointer("cosine_loss", "dloss", call.dloss);
   check_pointer("cosine_loss", "stats", call.stats);
   check_pointer("cosine_loss", "gradient", call.gradient);
-  const Kernels& tier = kernels();
-  parallel_rows(rows, row_grain(call.pair.columns), threads,
-                [&](int64_t begin, int64_t end) { tier.cosine_loss_backward(call, begin, end); });
+  parallel_rows(rows, row_grain(call.pair.columns), threads, kernels().cosine_loss_backward, call);
 }
 
 }  // namespace distilbert_fast

@@ -1,4 +1,4 @@
-#include "cpu/ops/embedding.h"
+#include "cpu/ops/entries.h"
 
 #include <algorithm>
 
@@ -56,16 +56,13 @@ void embedding_forward(const EmbeddingRows& call, int64_t rows, int threads) {
     check_pointer(op, "weight", call.out.weight);
     check_pointer(op, "bias", call.out.bias);
   }
-  const Kernels& tier = kernels();
-  parallel_rows(rows, row_grain(call.out.columns), threads,
-                [&](int64_t begin, int64_t end) { tier.embedding_forward(call, begin, end); });
+  parallel_rows(rows, row_grain(call.out.columns), threads, kernels().embedding_forward, call);
 }
 
 void embedding_backward(const EmbeddingGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads) {
   check_gradient("embedding", call.gradient, rows, dweight, dbias);
   if (rows > 0) check_lookups("embedding", call.lookups, rows, call.gradient.columns);
-  const Kernels& tier = kernels();
-  with_row_sums(call, rows, dweight, dbias, threads, tier.embedding_backward);
+  with_row_sums(call, rows, dweight, dbias, threads, kernels().embedding_backward);
 }
 
 }  // namespace distilbert_fast

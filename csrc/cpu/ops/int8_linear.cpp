@@ -1,4 +1,4 @@
-#include "cpu/ops/int8_linear.h"
+#include "cpu/ops/entries.h"
 
 #include <algorithm>
 #include <cstring>

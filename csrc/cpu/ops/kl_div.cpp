@@ -1,6 +1,5 @@
-#include "cpu/ops/kl_div.h"
+#include "cpu/ops/entries.h"
 
-#include <cmath>
 #include <string>
 
 #include "cpu/buffer.h"
@@ -16,16 +15,10 @@ void require(bool holds, const char* expected, const std::string& given) {
 }
 
 void check(const KlDivLogits& logits) {
-  require(logits.rows >= 0, "rows must be 0 or more", std::to_string(logits.rows));
-  require(logits.columns >= 1 || logits.rows == 0, "columns must be 1 or more", std::to_string(logits.columns));
-  require(logits.columns <= INT64_MAX / 8 / (logits.rows + 1), "rows · columns must fit in 60 bits",
-          std::to_string(logits.rows) + " · " + std::to_string(logits.columns));
-  for (const DType dtype : {logits.student_dtype, logits.teacher_dtype}) {
-    require(dtype == DType::float32 || dtype == DType::bfloat16, "dtype must be 0 (float32) or 1 (bfloat16)",
-            std::to_string(static_cast<int>(dtype)));
-  }
-  require(std::isfinite(logits.temperature) && logits.temperature > 0, "temperature must be finite and above 0",
-          std::to_string(logits.temperature));
+  require(logits.columns >= 1 || logits.rows <= 0, "columns must be 1 or more", std::to_string(logits.columns));
+  check_sizes("kl_div", logits.rows, logits.columns);
+  for (const DType dtype : {logits.student_dtype, logits.teacher_dtype}) check_dtype("kl_div", dtype);
+  check_positive("kl_div", "temperature", logits.temperature);
   const bool present = logits.student != nullptr && logits.teacher != nullptr;
   require(logits.rows == 0 || present, "student and teacher must point to logits", "null");
 }
@@ -34,8 +27,6 @@ bool large(const KlDivLogits& logits, const void* gradient) {
   const int64_t element = logits.student_dtype == DType::float32 ? 4 : 2;
   return gradient != nullptr && logits.rows * logits.columns * element >= kLargeBytes;
 }
-
-int64_t grain(const KlDivLogits& logits) { return 1 + kGrainElements / logits.columns; }
 
 int64_t counted(const KlDivLogits& logits) {
   if (logits.mask == nullptr) return logits.rows;
@@ -53,9 +44,7 @@ void kl_div_forward(KlDivForward call, bool mean, int threads) {
   const int64_t n = counted(call.logits);
   call.gradient_scale = mean && n > 0 ? 1.0 / static_cast<double>(n) : 1.0;
   call.stream = large(call.logits, call.gradient);
-  const Kernels& tier = kernels();
-  parallel_rows(call.logits.rows, grain(call.logits), threads,
-                [&](int64_t begin, int64_t end) { tier.kl_div_forward(call, begin, end); });
+  parallel_rows(call.logits.rows, row_grain(call.logits.columns), threads, kernels().kl_div_forward, call);
 }
 
 void kl_div_backward(KlDivBackward call, int threads) {
@@ -64,9 +53,7 @@ void kl_div_backward(KlDivBackward call, int threads) {
   const bool present = call.dloss != nullptr && call.stats != nullptr && call.gradient != nullptr;
   require(present, "dloss, stats and gradient must point to memory", "null");
   call.stream = large(call.logits, call.gradient);
-  const Kernels& tier = kernels();
-  parallel_rows(call.logits.rows, grain(call.logits), threads,
-                [&](int64_t begin, int64_t end) { tier.kl_div_backward(call, begin, end); });
+  parallel_rows(call.logits.rows, row_grain(call.logits.columns), threads, kernels().kl_div_backward, call);
 }
 
 }  // namespace distilbert_fast

@@ -1,4 +1,4 @@
-#include "cpu/ops/layer_norm.h"
+#include "cpu/ops/entries.h"
 
 #include "cpu/check.h"
 #include "cpu/isa/isa.h"
@@ -17,17 +17,14 @@ void layer_norm_forward(const LayerNormRows& call, int64_t rows, int threads) {
     check_pointer("layer_norm", "weight", call.out.weight);
     check_pointer("layer_norm", "bias", call.out.bias);
   }
-  const Kernels& tier = kernels();
-  parallel_rows(rows, row_grain(call.out.columns), threads,
-                [&](int64_t begin, int64_t end) { tier.layer_norm_forward(call, begin, end); });
+  parallel_rows(rows, row_grain(call.out.columns), threads, kernels().layer_norm_forward, call);
 }
 
 void layer_norm_backward(const LayerNormGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads) {
   check_gradient("layer_norm", call.gradient, rows, dweight, dbias);
   for (const DType dtype : {call.x_dtype, call.residual_dtype}) check_dtype("layer_norm", dtype);
   if (rows > 0 && call.gradient.columns > 0) check_pointer("layer_norm", "x", call.x);
-  const Kernels& tier = kernels();
-  with_row_sums(call, rows, dweight, dbias, threads, tier.layer_norm_backward);
+  with_row_sums(call, rows, dweight, dbias, threads, kernels().layer_norm_backward);
 }
 
 }  // namespace distilbert_fast

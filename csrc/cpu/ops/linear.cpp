@@ -1,4 +1,4 @@
-#include "cpu/ops/linear.h"
+#include "cpu/ops/entries.h"
 
 #include <algorithm>
 #include <memory>

@@ -1,4 +1,4 @@
-#include "cpu/ops/quantize.h"
+#include "cpu/ops/entries.h"
 
 #include "cpu/check.h"
 #include "cpu/isa/isa.h"
@@ -14,9 +14,7 @@ void quantize(const QuantizeRows& call, int64_t rows, int threads) {
     check_pointer("quantize", "x", call.x);
     check_pointer("quantize", "codes", call.codes.data);
   }
-  const Kernels& tier = kernels();
-  parallel_rows(rows, row_grain(call.columns), threads,
-                [&](int64_t begin, int64_t end) { tier.quantize(call, begin, end); });
+  parallel_rows(rows, row_grain(call.columns), threads, kernels().quantize, call);
 }
 
 }  // namespace distilbert_fast
