@@ -58,6 +58,22 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(tier, precision, th
     assert torch.equal(hidden[-1], want) and not any(state[mask == 0].any() for state in hidden)
 
 
+def test_the_first_calls_have_the_bits_of_later_ones(tier, ids):
+    """AVX2 looks at int8 weights for a faster order only after calls of 128 tokens in all."""
+    engine = Engine.from_model(make(), "int8")
+    want = engine(ids, MASK)
+    engine(*ragged(40))
+    assert torch.equal(engine(ids, MASK), want)
+
+
+def test_calls_at_the_same_time_as_the_first_have_its_bits(tier, ids):
+    for _ in range(5):
+        engine = Engine.from_model(make(), "int8")
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(engine, [ids] * 40, [MASK] * 40))
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_padding_is_computed_on_demand(tier, precision, threads):
     ids, mask = ragged(40)

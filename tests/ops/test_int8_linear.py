@@ -22,15 +22,18 @@ from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
 pytestmark = pytest.mark.usefixtures("place")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FILLS = ("random", "all 127", "all -128", "alternating", "gaussian")
+FILLS = ("random", "all 127", "all -128", "alternating", "gaussian", "limits")
+LIMITS = (-128, 127, -128, 127, 127, -65, -64, 63, 64, 1, 0)  # sums of two and of four of them lie about 128
 
 
 def make_codes(rows: int, c: int, fill: str = "random", seed: int = 0) -> torch.Tensor:
-    """int8 [rows, c] from all 256 values, one of the extremes at which saturating instructions go wrong, or, as real
-    weights are, with few such pairs."""
+    """int8 [rows, c] from all 256 values, one of the extremes at which saturating instructions go wrong, with few such
+    pairs, as real weights are, or with sums at the very edge of saturation."""
     if fill == "gaussian":
         x = torch.randn(rows, c, generator=torch.Generator().manual_seed(seed)) * 40
         return x.round().clamp(-128, 127).to(torch.int8)
+    if fill == "limits":
+        return torch.tensor(LIMITS, dtype=torch.int8)[make_codes(rows, c, seed=seed).long() % len(LIMITS)]
     if fill == "random":
         return torch.randint(-128, 128, (rows, c), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     x = torch.full((rows, c), 127 if fill == "all 127" else -128, dtype=torch.int8)

@@ -11,6 +11,7 @@
 #include "cpu/encoder/encoder_arena.h"
 #include "cpu/encoder/encoder_live_heads.h"
 #include "cpu/encoder/encoder_plan.h"
+#include "cpu/gemm/matches.h"
 #include "cpu/isa/bfloat16.h"
 #include "cpu/isa/isa.h"
 #include "cpu/team.h"
@@ -343,32 +344,20 @@ Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
   }
 }
 
-// Of a short batch it would be a third of the work.
-void Encoder::find_signed_groups(const Kernels& tier, int threads) {
-  const auto each = [&](const auto& body) {
-    for (EncoderLayer& layer : model_.layers) {
-      for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) body(*linear);
+// The model as a call of so many tokens is to read it.
+const EncoderModel& Encoder::model_for(int64_t tokens, const Kernels& tier, int threads) {
+  constexpr int64_t kTokensWorthMatching = 128;  // those before them are answered sooner without
+  if (model_.weights != Weights::int8 || tier.match_groups == nullptr) return model_;
+  if (tokens_.fetch_add(tokens, std::memory_order_relaxed) + tokens < kTokensWorthMatching) return model_;
+  std::call_once(matched_, [&] {
+    matched_model_ = model_;
+    std::vector<PackedLinear*> linears;
+    for (EncoderLayer& layer : matched_model_.layers) {
+      linears.insert(linears.end(), {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out});
     }
-  };
-  size_t bits = 0, columns = 0;
-  each([&](const PackedLinear& linear) {
-    columns += static_cast<size_t>(linear.panel_count() * kPanelColumns);
-    bits += static_cast<size_t>(linear.panel_count() * 2 * linear.blocks);
+    matches_ = match_groups(linears, tier, threads);
   });
-  signed_groups_.resize(bits);
-  sums_start_.resize(columns);
-  uint16_t* next_bits = signed_groups_.data();
-  int32_t* next_start = sums_start_.data();
-  each([&](PackedLinear& linear) {
-    const int64_t halves = linear.panel_count() * 2;
-    run_team(threads, [&](int rank, int size) {
-      tier.find_signed_groups(linear, halves * rank / size, halves * (rank + 1) / size, next_bits, next_start);
-    });
-    linear.signed_groups = next_bits;
-    linear.sums_start = next_start;
-    next_bits += halves * linear.blocks;
-    next_start += halves * 16;
-  });
+  return matched_model_;
 }
 
 Encoder::~Encoder() = default;
@@ -397,33 +386,31 @@ void Encoder::run(const EncoderCall& call, int threads) {
   if (plan.ids.empty()) return;
 
   const Kernels& tier = kernels();
-  if (model_.weights == Weights::int8 && tier.find_signed_groups != nullptr) {
-    std::call_once(signed_groups_found_, [&] { find_signed_groups(tier, threads); });
-  }
+  const EncoderModel& model = model_for(static_cast<int64_t>(plan.ids.size()), tier, threads);
   std::vector<LiveHeads> live;
   int64_t blocks = 0;
-  for (size_t i = 0; i < model_.layers.size(); ++i) {
-    const EncoderLayer& layer = model_.layers[i];
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    const EncoderLayer& layer = model.layers[i];
     const float* mask = call.head_mask == nullptr ? nullptr : call.head_mask + i * call.head_mask_stride;
-    live.push_back(live_heads(model_, layer, mask));
+    live.push_back(live_heads(model, layer, mask));
     for (const PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) {
       blocks = std::max(blocks, linear->blocks);
     }
   }
 
-  const Flow flow(tier, model_.weights);
+  const Flow flow(tier, model.weights);
   const int64_t groups = static_cast<int64_t>(plan.groups.size()) - 1, sets = plan.shared ? 1 : threads;
   std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(groups));  // of each group's chunks
   for (int64_t i = 0; i < groups; ++i) taken[i] = plan.groups[i];
   const int64_t scratch =
-      std::max(gemm_scratch_bytes(blocks), attention_forward_scratch(plan.longest, model_.head_size));
+      std::max(gemm_scratch_bytes(blocks), attention_forward_scratch(plan.longest, model.head_size));
   std::unique_ptr<Arena> arena = take(flow, plan.largest, sets, scratch, threads);
   SpinBarrier barrier;
   run_team(threads, [&](int rank, int size) {
     if (plan.shared) {
       Team team = {rank, size, &barrier};
       for (const Chunk& chunk : plan.chunks) {
-        Walk(model_, call, plan, live, tier, arena->set(model_, 0), arena->scratch(rank), team, chunk).go();
+        Walk(model, call, plan, live, tier, arena->set(model, 0), arena->scratch(rank), team, chunk).go();
       }
       return;
     }
@@ -431,7 +418,7 @@ void Encoder::run(const EncoderCall& call, int threads) {
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t group = (rank + i) % groups;
       for (int64_t next = taken[group]++; next < plan.groups[group + 1]; next = taken[group]++) {
-        Walk(model_, call, plan, live, tier, arena->set(model_, rank), arena->scratch(rank), Team(), plan.chunks[next])
+        Walk(model, call, plan, live, tier, arena->set(model, rank), arena->scratch(rank), Team(), plan.chunks[next])
             .go();
       }
     }

@@ -8,6 +8,7 @@
 // result. Layers may differ in heads and F; what is left out of one costs nothing.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -95,12 +96,13 @@ class Encoder {
   std::unique_ptr<Arena> take(const Flow& flow, int64_t rows, int64_t sets, int64_t scratch, int64_t threads);
   void give(std::unique_ptr<Arena> arena);
 
-  void find_signed_groups(const Kernels& tier, int threads);
+  const EncoderModel& model_for(int64_t tokens, const Kernels& tier, int threads);
 
-  EncoderModel model_;
-  std::once_flag signed_groups_found_;   // by the first call on a tier that reads them
-  std::vector<uint16_t> signed_groups_;  // of all linear layers, and what the sums of their columns start from
-  std::vector<int32_t> sums_start_;
+  const EncoderModel model_;
+  std::atomic<int64_t> tokens_{0};  // of all calls
+  std::once_flag matched_;          // of a tier that reads matches, once they pay
+  EncoderModel matched_model_;
+  std::vector<uint32_t> matches_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> spare_;
 };

@@ -33,9 +33,13 @@ struct PackedLinear {
   const float* bias;           // [F padded]
   int64_t blocks;              // of a panel
   int64_t columns;             // F
-  // Of a tier that multiplies by vpmaddubsw, see gemm_tile_int8_avx2.h; null: found by each call.
-  const uint16_t* signed_groups = nullptr;  // [F padded / 16, blocks]: a bit for each of a block's groups
-  const int32_t* sums_start = nullptr;      // [F padded]
+  // Of a tier that multiplies by vpmaddubsw, see gemm_tile_int8_avx2.h: [F padded / 8, match_words(blocks)]. Null:
+  // none.
+  const uint32_t* matches = nullptr;
+  // The first group of this column and of those after it in half a panel.
+  const uint8_t* at(int64_t column) const {
+    return panels + column / kPanelColumns * panel_bytes() + column % kPanelColumns / 16 * kHalfBytes + column % 16 * 4;
+  }
   int64_t panel_bytes() const { return blocks * kBlockBytes; }
   int64_t panel_count() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
 };
@@ -82,7 +86,10 @@ struct Gemm {
 using GemmKernel = void (*)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
                             uint8_t* scratch);
 
-// Half a panel, doubled, a number for each of its groups and a bit: see gemm_tile_int8_avx2.h.
-inline int64_t gemm_scratch_bytes(int64_t blocks) { return 64 + 16 * blocks * (128 + 4) + 8 * 4 + 2 * blocks; }
+// Of eight columns: what their sums start from, how many matches, 32 bits for each of these and 16 for each group.
+inline int64_t match_words(int64_t blocks) { return 8 + 1 + 8 * blocks + 8 * blocks; }
+
+// Eight columns, doubled, and their matches: see gemm_tile_int8_avx2.h.
+inline int64_t gemm_scratch_bytes(int64_t blocks) { return 64 + 16 * blocks * 64 + 4 * match_words(blocks); }
 
 }  // namespace distilbert_fast

@@ -35,6 +35,8 @@ int64_t packed_bytes(Weights kind, int64_t columns, int64_t k) {
           std::to_string(columns) + " and " + std::to_string(k));
   require(columns <= INT32_MAX && k <= INT32_MAX, "columns and k must fit in 31 bits",
           std::to_string(columns) + " and " + std::to_string(k));
+  require(kind != Weights::int8 || k < 1 << 17, "k must be at most 131071 for int32 to hold the sums of int8",
+          std::to_string(k));
   const int64_t blocks = (k + block_elements(kind) - 1) / block_elements(kind);
   return padded(columns) / kPanelColumns * blocks * kBlockBytes + 3 * 4 * padded(columns);
 }

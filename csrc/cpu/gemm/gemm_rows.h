@@ -91,7 +91,8 @@ struct TileWeights {
   const int32_t* column_sums;  // null where not all of K is read
 };
 
-inline void prepare(const Gemm& call, const uint8_t* b, int64_t column, bool all_blocks, uint8_t*, TileWeights* out) {
+inline void prepare(const Gemm& call, const uint8_t* b, int64_t column, bool all_blocks, int64_t, uint8_t*,
+                    TileWeights* out) {
   *out = {b, all_blocks ? call.weights.column_sums + column : nullptr};
 }
 
@@ -171,12 +172,11 @@ void gemm(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_be
   const int64_t tiles = (rows.count + Tile::rows - 1) / Tile::rows;
   const int64_t passes = tiles * (kPanelColumns / Tile::columns);
   for_each_panel(call, panel_begin, panel_end, passes, [&](int64_t panel, Prefetch prefetch) {
-    const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
-    for (int64_t half = 0; half < kPanelColumns; half += Tile::columns, b += kHalfBytes) {
-      const int64_t column = panel * kPanelColumns + half;
+    for (int64_t i = 0; i < kPanelColumns; i += Tile::columns) {
+      const int64_t column = panel * kPanelColumns + i;
       if (column >= call.weights.columns) return;
       typename Tile::Weights weights;
-      prepare(call, b, column, parts.all_blocks(), scratch, &weights);
+      prepare(call, call.weights.at(column), column, parts.all_blocks(), rows.count, scratch, &weights);
       multiply_columns<Tile>(call, rows, weights, column, parts, prefetch);
     }
   });

@@ -92,7 +92,7 @@ const Kernels* kernels_avx_vnni() {
   static const Kernels kernels = [] {
     Kernels copy = kernels_avx2;
     copy.gemm_int8 = gemm_int8_avx_vnni;
-    copy.find_signed_groups = nullptr;
+    copy.match_groups = nullptr;
     copy.code_flip = 0x80;
     return copy;
   }();

@@ -178,8 +178,8 @@ struct Kernels {
   PackPanels* pack_pair_panels;
   CopyRows* copy_rows;
   CopyRows* copy_pair_rows;
-  // The signed_groups and sums_start of a PackedLinear, of halves [begin, end) of its panels; null: none are read.
-  void (*find_signed_groups)(const PackedLinear&, int64_t begin, int64_t end, uint16_t* bits, int32_t* sums_start);
+  // The matches of a PackedLinear, of [begin, end) of its columns, eight at a time; null: none are read.
+  void (*match_groups)(const PackedLinear&, int64_t begin, int64_t end, uint32_t* matches);
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);

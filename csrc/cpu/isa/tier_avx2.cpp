@@ -10,7 +10,7 @@ namespace {
 constexpr Kernels table() {
   Kernels kernels = common_kernels();
   kernels.gemm_int8 = gemm<Int8Tile>;
-  kernels.find_signed_groups = find_signed_groups;
+  kernels.match_groups = match_groups;
   kernels.code_flip = 0x80;
   return kernels;
 }

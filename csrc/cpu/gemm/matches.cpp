@@ -1,0 +1,23 @@
+#include "cpu/gemm/matches.h"
+
+#include "cpu/team.h"
+
+namespace distilbert_fast {
+
+std::vector<uint32_t> match_groups(const std::vector<PackedLinear*>& layers, const Kernels& tier, int threads) {
+  const auto strips = [](const PackedLinear& layer) { return layer.panel_count() * kPanelColumns / 8; };
+  int64_t words = 0;
+  for (const PackedLinear* layer : layers) words += strips(*layer) * match_words(layer->blocks);
+  std::vector<uint32_t> memory(static_cast<size_t>(words));
+  uint32_t* next = memory.data();
+  for (PackedLinear* layer : layers) {
+    const int64_t n = strips(*layer);
+    run_team(threads,
+             [&](int rank, int size) { tier.match_groups(*layer, n * rank / size, n * (rank + 1) / size, next); });
+    layer->matches = next;
+    next += n * match_words(layer->blocks);
+  }
+  return memory;
+}
+
+}  // namespace distilbert_fast
