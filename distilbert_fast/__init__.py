@@ -47,6 +47,9 @@ _HOME = {
     "optimize": "modeling.optimize",
     "pack_encoder": "modeling.optimize",
     # data, compression and distillation
+    "PruningConfig": "compression.structure",
+    "PruningReport": "compression.structure",
+    "prune_model": "compression.structure",
     "quantize_model": "compression.quantize",
     "CachedTeacher": "distillation.teachers.cache",
     "DistillationArguments": "distillation.arguments",

@@ -41,12 +41,16 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        (["demo"], ["distilbert-fast demo --data train.tsv", "the same command continues"]),
+        (["demo"], ["--teacher", "distilbert-fast demo --data train.tsv", "the same command continues"]),
+        (["prune"], ["--amount", "--measure", "distilbert-fast prune --model ./my-bert --data train.tsv"]),
         (
             ["distill", "mlm"],
             ["--alpha-relation", "--kd-positions", "--ablate", "--teacher-cache", "--streaming"],
         ),
-        (["distill", "task"], ["--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"]),
+        (
+            ["distill", "task"],
+            ["--teacher", "--baseline", "--alpha", "--layers", "--teacher-precision", "--regression"],
+        ),
         (["distill", "tokens"], ["--baseline", "distill tokens --teacher ./my-bert --data eng.train", "ner_tags"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
     ],
@@ -66,7 +70,7 @@ print("LOADED", sorted(heavy & set(sys.modules)))
     done = python("-c", code, *command)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    for said in ("--teacher", "--overwrite", *shown):
+    for said in ("--overwrite", *shown):
         assert said in done.stdout
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast.cli import distill
+from distilbert_fast.cli import distill, prune
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
@@ -32,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(distill.app, name="distill")
+app.command("prune", epilog=prune.EPILOG)(prune.prune)
 
 
 def main() -> None:
