@@ -17,6 +17,7 @@ constexpr int64_t kGroupBytes = 512 << 10;  // of packed panels that stay in a s
 constexpr int64_t kRows = 48;               // that pass by together, as long as they stay in a first or second cache
 constexpr int64_t kPairRows = 96;           // the same of bfloat16; a multiple of kRowUnit
 constexpr int64_t kSumBlocks = 24;          // summed at once: longer chains of float32 sums lose digits
+constexpr int64_t kSumBlocksOfFewRows = 8;  // of fewer than kRows, which MKL sums in many parts at once
 constexpr int64_t kPairDepth = 4096;        // of K at once in bfloat16: panels of more leave the caches
 
 void require(bool holds, const std::string& expected, const std::string& given) {
@@ -104,7 +105,7 @@ void multiply(const Part& call, int threads) {
   std::vector<float> bias(static_cast<size_t>(2 * padded));  // behind the bias, none: for sums that go on
   if (call.bias != nullptr) std::copy_n(call.bias, call.columns, bias.data());
 
-  const int64_t sum_blocks = call.pairs ? blocks : kSumBlocks;
+  const int64_t sum_blocks = call.pairs ? blocks : call.rows < kRows ? kSumBlocksOfFewRows : kSumBlocks;
   const int64_t rows_at_once = call.pairs ? kPairRows : kRows;
   const auto pack_panels = call.pairs ? tier.pack_pair_panels : tier.pack_panels;
   const auto gemm_rows = call.pairs ? tier.gemm_bfloat16 : tier.gemm_float32;
