@@ -8,6 +8,7 @@
 #include "cpu/buffer.h"
 #include "cpu/encoder/encoder.h"
 #include "cpu/gemm/gemm_pack.h"
+#include "cpu/gemm/matches.h"
 #include "cpu/isa/isa.h"
 #include "cpu/ops/entries.h"
 #include "cpu/ops/kmeans.h"
@@ -52,6 +53,18 @@ template <>
 struct type_caster<Weights> : FromNumber<Weights> {};
 
 template <>
+struct type_caster<Address<const LayerMatches>> {
+  PYBIND11_TYPE_CASTER(Address<const LayerMatches>, const_name("LayerMatches | None"));
+
+  bool load(handle source, bool convert) {
+    make_caster<LayerMatches> caster;
+    if (!caster.load(source, convert)) return false;
+    value = {cast_op<LayerMatches*>(caster)};  // None: null
+    return true;
+  }
+};
+
+template <>
 struct type_caster<Codes> : FromTuple<Codes, uint8_t*, int64_t, uint8_t, float*, const float*, int64_t> {};
 template <>
 struct type_caster<Normalized> : FromTuple<Normalized, int64_t, const float*, const float*, double, void*, int64_t,
@@ -91,9 +104,10 @@ template <>
 struct InLine<PackSource> : InLineFields<PackSource, const void*, bool, int64_t, int64_t, const float*, const float*> {
 };
 template <>
-struct InLine<Int8Linear> : InLineFields<Int8Linear, const int8_t*, int64_t, int64_t, const float*, int64_t,
-                                         const uint8_t*, int64_t, const float*, const float*, int64_t, int64_t, int64_t,
-                                         bool, const void*, int64_t, bool, void*, int, const float*, int64_t> {};
+struct InLine<Int8Linear>
+    : InLineFields<Int8Linear, const int8_t*, int64_t, int64_t, const float*, int64_t, const uint8_t*, int64_t,
+                   const float*, const float*, int64_t, int64_t, int64_t, bool, const void*, int64_t, bool, void*, int,
+                   const float*, int64_t, const LayerMatches*> {};
 template <>
 struct InLine<LinearProduct>
     : InLineFields<LinearProduct, const void*, DType, int64_t, int64_t, const void*, DType, int64_t, int64_t,
@@ -125,6 +139,13 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Buffer& buffer) { return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.bytes()); });
   m.def("release_spares", &release_spares, "Free the memory that is kept for the next large outputs; its bytes");
+
+  py::class_<LayerMatches>(m, "LayerMatches",
+                           "What int8_linear on AVX2 is faster with: address, bytes, columns, k of a blob")
+      .def(py::init([](Address<const uint8_t> blob, int64_t bytes, int64_t columns, int64_t k) {
+             return std::make_unique<LayerMatches>(blob, bytes, columns, k);
+           }),
+           py::call_guard<py::gil_scoped_release>());
 
   py::class_<Fingerprint>(m, "Fingerprint", "Hashes of memory, (address, bytes) each, which must outlive it")
       .def(py::init<std::vector<Fingerprint::Region>, int64_t>(), py::call_guard<py::gil_scoped_release>())

@@ -18,8 +18,13 @@ _VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a st
 _LINES = 32  # cache lines of a weight that each call compares: a microsecond or two
 
 
+class Packed(NamedTuple):
+    blob: torch.Tensor  # uint8, as pack_linear lays it out
+    matches: Any  # LayerMatches of it, or None
+
+
 class _Pack(NamedTuple):
-    blob: torch.Tensor  # uint8
+    packed: Packed
     storage: torch.UntypedStorage  # kept alive: no other weights can come to lie at its address
     fingerprint: Any
 
@@ -29,16 +34,16 @@ _packs: MutableMapping[torch.Tensor, dict[tuple[Any, ...], _Pack]] = WeakIdKeyDi
 _lock = threading.Lock()
 
 
-def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
-    """int8 [F, C] as ``pack_linear`` lays it out, uint8 [bytes]; its scales are 1 and its biases 0.
+def packed_int8(w_q: torch.Tensor) -> Packed:
+    """int8 [F, C] for the native ``int8_linear``; the scales in the blob are 1 and the biases 0.
 
     The pack is remembered with the tensor that owns the memory and made again once torch has counted a change of it
     (``_version``), or once a sample of the bytes shows one that torch does not count (through ``.data``, NumPy, another
     process): at the next call if it is of many numbers, within ``samples()`` calls if of few. Inference tensors have no
-    counter: they are packed every time.
+    counter: they are packed every time, without matches.
     """
     if w_q.is_inference():
-        return _pack_int8(w_q)
+        return Packed(_pack_int8(w_q), None)
     owner = w_q if w_q._base is None else w_q._base
     # Read before the pack is made: torch raises it after a write, so a pack made meanwhile is not found again.
     version = w_q._version
@@ -49,11 +54,13 @@ def packed_int8(w_q: torch.Tensor) -> torch.Tensor:
     if pack is None or not pack.fingerprint.matches_sample(1):
         # Hashed before it is packed: a write meanwhile shows at the next call.
         fingerprint = backends.fingerprint([w_q], _LINES)
-        pack = _Pack(_pack_int8(w_q), w_q.untyped_storage(), fingerprint)
+        blob = _pack_int8(w_q)
+        matches = backends.cpu().LayerMatches(blob.data_ptr(), blob.numel(), *w_q.shape)
+        pack = _Pack(Packed(blob, matches), w_q.untyped_storage(), fingerprint)
         with _lock:
             kept = [(k, p) for k, p in _packs.get(owner, {}).items() if k[0] == version and p.storage is pack.storage]
             _packs[owner] = dict([*kept[1 - _VIEWS :], (key, pack)])
-    return pack.blob
+    return pack.packed
 
 
 def _pack_int8(w_q: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,7 @@ def _forward_torch(call: Call) -> torch.Tensor:
 def _forward_cpu(call: Call) -> torch.Tensor:
     x_q, x_scale, w_q, w_scale, bias, gelu, residual, out_scale, _ = call
     y = _forward_fake(call)
-    blob = packed_int8(w_q)
+    blob, matches = packed_int8(w_q)
     w_scale, bias, residual = w_scale.contiguous(), _rows.parameter(bias), _rows.whole_rows(residual)
     backends.cpu().int8_linear(
         *(x_q.data_ptr(), *x_q.stride()),
@@ -176,6 +176,7 @@ def _forward_cpu(call: Call) -> torch.Tensor:
         residual is not None and residual.dtype == torch.bfloat16,
         *(y.data_ptr(), backends.CPU_DTYPE[y.dtype]),
         *_rows.scale_arguments(out_scale),
+        matches,
         torch.get_num_threads(),
     )
     return y

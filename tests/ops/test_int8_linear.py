@@ -294,7 +294,7 @@ def test_scales_of_rows_may_have_any_stride():
 def native_arguments(tensors, result, **changed):
     """Arguments of the native entry for the tensors of ``arguments``; the result goes to ``result``."""
     (n, c), f = tensors["x_q"].shape, tensors["w_q"].shape[0]
-    blob = _packed.packed_int8(tensors["w_q"])
+    blob, matches = _packed.packed_int8(tensors["w_q"])
     values = {
         "x": tensors["x_q"].data_ptr(), "x_row_stride": c, "x_column_stride": 1,
         "x_scale": tensors["x_scale"].data_ptr(), "x_scale_stride": 1,
@@ -303,7 +303,7 @@ def native_arguments(tensors, result, **changed):
         "rows": n, "columns": f, "k": c, "gelu": False,
         "residual": tensors["residual"].data_ptr(), "residual_stride": f, "residual_is_bfloat16": False,
         "out": result.data_ptr(), "output": {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}[result.dtype],
-        "out_scale": tensors["x_scale"].data_ptr(), "out_scale_stride": 1, "threads": 2,
+        "out_scale": tensors["x_scale"].data_ptr(), "out_scale_stride": 1, "matches": matches, "threads": 2,
     }  # fmt: skip
     assert set(changed) <= set(values)
     return list({**values, **changed}.values())
@@ -359,6 +359,26 @@ def test_the_native_entry_refuses_before_touching_memory(native_tier, changed, m
     assert (out == 99).all()
 
 
+def test_the_native_entry_refuses_matches_of_other_weights(native_tier):
+    given, out = arguments(3, 67, 33), torch.full((3, 33), 99.0)
+    blob, others = _packed.packed_int8(given["w_q"].clone())
+    assert blob.data_ptr() != _packed.packed_int8(given["w_q"]).blob.data_ptr()
+    with pytest.raises(ValueError, match="int8_linear: matches must be of these packed weights, got others"):
+        backends.cpu().int8_linear(*native_arguments(given, out, matches=others))
+    assert (out == 99).all()
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_accumulators_are_exact_with_and_without_matches(native_tier, fill):
+    """Which AVX2 alone has; made on one tier they are read, or not, on any."""
+    given = arguments(40, 200, 70)
+    given["x_q"], given["w_q"] = make_codes(40, 200, fill), make_codes(70, 200, fill, seed=1)
+    found = [torch.empty(40, 70) for _ in range(2)]
+    backends.cpu().int8_linear(*native_arguments(given, found[0]))
+    backends.cpu().int8_linear(*native_arguments(given, found[1], matches=None))
+    assert torch.equal(*found)
+
+
 def test_no_rows_and_no_columns_touch_nothing(native_tier):
     nothing = dict.fromkeys(("x", "x_scale", "residual", "out", "out_scale"), 0)
     given, out = arguments(3, 67, 33), torch.empty(0)
@@ -389,7 +409,7 @@ def is_served(w_q: torch.Tensor) -> torch.Tensor:
     """The blob that serves w_q, after a look into it."""
     x_q = make_codes(5, w_q.shape[1], seed=7)
     assert torch.equal(int8_linear(x_q, 1.0, w_q, torch.ones(w_q.shape[0])), exact(x_q, w_q).float())
-    return _packed.packed_int8(w_q)
+    return _packed.packed_int8(w_q).blob
 
 
 def test_weights_are_packed_once(native_tier):

@@ -1,5 +1,7 @@
 #include "cpu/gemm/matches.h"
 
+#include "cpu/gemm/gemm_pack.h"
+#include "cpu/isa/isa.h"
 #include "cpu/team.h"
 
 namespace distilbert_fast {
@@ -18,6 +20,11 @@ std::vector<uint32_t> match_groups(const std::vector<PackedLinear*>& layers, con
     next += n * match_words(layer->blocks);
   }
   return memory;
+}
+
+LayerMatches::LayerMatches(const uint8_t* blob, int64_t blob_bytes, int64_t columns, int64_t k)
+    : layer_(checked_linear(Weights::int8, blob, blob_bytes, columns, k)) {
+  if (kernels().match_groups != nullptr) memory_ = match_groups({&layer_}, kernels(), 1);
 }
 
 }  // namespace distilbert_fast

@@ -6,6 +6,8 @@
 
 namespace distilbert_fast {
 
+class LayerMatches;
+
 void quantize(const QuantizeRows& call, int64_t rows, int threads);
 
 void layer_norm_forward(const LayerNormRows& call, int64_t rows, int threads);
@@ -44,6 +46,7 @@ struct Int8Linear {
   int output;  // 0 float32, 1 bfloat16, 2 codes
   const float* out_scale;
   int64_t out_scale_stride;
+  const LayerMatches* matches;  // of the blob, or null
 };
 
 void int8_linear(const Int8Linear& call, int threads);

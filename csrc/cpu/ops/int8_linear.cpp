@@ -9,6 +9,7 @@
 
 #include "cpu/check.h"
 #include "cpu/gemm/gemm_pack.h"
+#include "cpu/gemm/matches.h"
 #include "cpu/isa/isa.h"
 #include "cpu/parallel.h"
 
@@ -45,6 +46,9 @@ void check(const Int8Linear& call) {
   require(call.scale != nullptr, "scale must point to memory", "null");
   require(call.out != nullptr, "out must point to memory", "null");
   require(call.output != 2 || call.out_scale != nullptr, "out_scale must point to memory", "null");
+  require(
+      call.matches == nullptr || call.matches->are_of(packed_linear(Weights::int8, call.blob, call.columns, call.k)),
+      "matches must be of these packed weights", "others");
 }
 
 constexpr int64_t kGrainRows = 256;          // enough for a panel of weights to pay for its way to the cache
@@ -63,6 +67,7 @@ void int8_linear(const Int8Linear& call, int threads) {
   if (call.bias != nullptr) std::copy_n(call.bias, call.columns, scale_and_bias.data() + padded);
   weights.scale = scale_and_bias.data();
   weights.bias = scale_and_bias.data() + padded;
+  if (call.matches != nullptr) weights.matches = call.matches->data();
 
   const int64_t row_bytes = weights.blocks * 64;
   const std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>((call.rows + kRowUnit) * row_bytes + 64)]);
