@@ -283,6 +283,9 @@ def _encode(
     return output.to_tuple() if return_dict is False else output
 
 
+_CALL = nn.Module._call_impl.__code__  # by which every module is called, whatever its forward is named
+
+
 def _is_read(encoder: nn.Module, accelerator: Accelerator, asked: bool | None) -> bool:
     """Whether what an encoder puts out at padding is wanted: by its user, by its caller, who knows, or perhaps."""
     if accelerator.keep_padding is None and asked is None:
@@ -299,8 +302,8 @@ def _unknown_reader(encoder: nn.Module) -> bool:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_name == "forward":
+        if frame.f_code is _CALL or frame.f_code.co_name == "forward":
             caller = frame.f_locals.get("self")
-            if isinstance(caller, nn.Module) and caller is not encoder:
+            if isinstance(caller, nn.Module) and encoder not in (caller, getattr(caller, "_orig_mod", None)):
                 return not type(caller).__module__.startswith("sentence_transformers.")
     return False

@@ -216,15 +216,35 @@ def test_two_heads_on_one_encoder():
         assert qa(IDS, MASK).start_logits[1, 7:].unique().numel() == 1  # of zeros, as asked for
 
 
+class Around(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, *given):
+        return (self.encoder(*given).last_hidden_state.mean(1),)
+
+
+class Predict(Around):
+    def predict(me, *given):
+        return (me.encoder(*given).last_hidden_state.mean(1),)
+
+    forward = predict
+
+
+class Lambda(Around):
+    def __init__(self, encoder):
+        super().__init__(encoder)
+        self.forward = lambda *given: (encoder(*given).last_hidden_state.mean(1),)
+
+
+@pytest.mark.parametrize("kind", [Predict, Lambda])
+def test_whatever_the_forward_around_an_encoder_is_named(kind):
+    theirs = make()
+    same(kind(optimize(copy.deepcopy(theirs))), kind(theirs), IDS, MASK)
+
+
 def test_a_module_around_an_optimized_encoder_may_read_padding():
-    class Around(nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.encoder = encoder
-
-        def forward(self, *given):
-            return (self.encoder(*given).last_hidden_state.mean(1),)
-
     theirs = make()
     ours = optimize(copy.deepcopy(theirs))
     same(Around(ours), Around(theirs), IDS, MASK)
