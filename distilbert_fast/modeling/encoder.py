@@ -42,8 +42,9 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         _check.refuse(caller, "model.config.position_embedding_type", "'absolute'", repr(positions))
-    for i, layer in enumerate(encoder_layers(encoder)):
-        activation = part(encoder, layer, "activation")
+    layers = _reach(encoder, known[0].layers, caller, "model")
+    for i, layer in enumerate(layers.children()):
+        activation = _reach(layer, known[0].layer["activation"], caller, f"layer {i}")
         if _activation(activation) not in _GELUS:
             key = known[0].activation
             if getattr(config, key) != "gelu":
@@ -110,7 +111,8 @@ def encoder_modules(encoder: Any, caller: str, precision: str | None = None) -> 
     num_heads, head_size = _heads(encoder, caller)
     layers = []
     for i, layer in enumerate(encoder_layers(encoder)):
-        parts: Any = {name: attrgetter(path)(layer) for name, path in _known(encoder).linears_and_norms.items()}
+        paths = _known(encoder).linears_and_norms
+        parts: Any = {name: _reach(layer, path, caller, f"layer {i}") for name, path in paths.items()}
         for name, module in parts.items():
             _check_part(module, f"{name} of layer {i}", name.endswith("norm"), caller)
         layers.append(LayerModules(**parts, heads=heads_left(attention_of(encoder, layer))))
@@ -153,12 +155,24 @@ def _check_modules(encoder: Any, caller: str) -> None:
             _check.refuse(caller, f"forward of {_class(module)}", "the one that its library gave it", patch, TypeError)
 
 
+def _reach(module: Any, path: str, caller: str, place: str) -> Any:
+    """The part of a module at a dotted path. Raise TypeError where the module, of another class, has none."""
+    for name in path.split("."):
+        found = getattr(module, name, None)
+        if found is None:
+            _check.refuse(caller, place, f"a module of transformers with {name!r}", _class(module), TypeError)
+        module = found
+    return module
+
+
 def _check_part(module: Any, place: str, is_norm: bool, caller: str) -> None:
     """Raise TypeError for a linear layer or a LayerNorm that is another module, or a LayerNorm without parameters."""
     allowed = _NORMS if is_norm else _LINEARS
     if type(module) not in allowed:
         names = " or ".join(sorted({kind.__name__ for kind in allowed}, reverse=True))
         _check.refuse(caller, place, names, _class(module), TypeError)
+    if module.weight is None and not is_norm:
+        _check.refuse(caller, place, "a layer with a weight", "one without", TypeError)
     if is_norm and (module.weight is None or module.bias is None):
         _check.refuse(caller, place, "a LayerNorm with weight and bias", "one without", TypeError)
 

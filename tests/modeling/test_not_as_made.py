@@ -73,6 +73,20 @@ def hook_in_a_new_dict(m):
     m.encoder.layer[0].register_forward_hook(lambda module, args, output: 2 * output)
 
 
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class LeftOut(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
 EDITS = {
     "scaling": of_all_layers(scaling=1.5),
     "causal": of_all_layers(is_causal=True),
@@ -88,6 +102,10 @@ EDITS = {
     "identity": lambda m: setattr(m.embeddings, "LayerNorm", nn.Identity()),
     "RMSNorm": lambda m: setattr(m.embeddings, "LayerNorm", nn.RMSNorm(32)),
     "class": lambda m: setattr(m.encoder.layer[0], "__class__", Sub),
+    "layer wrapped": lambda m: m.encoder.layer.__setitem__(0, Wrapped(m.encoder.layer[0])),
+    "layer left out": lambda m: m.encoder.layer.__setitem__(0, LeftOut()),
+    "attention wrapped": lambda m: setattr(m.encoder.layer[0], "attention", Wrapped(m.encoder.layer[0].attention)),
+    "encoder wrapped": lambda m: setattr(m, "encoder", Wrapped(m.encoder)),
     "hook": hook_in_a_new_dict,
     "positions": lambda m: m.embeddings.position_ids.add_(3),
     "token types": lambda m: m.embeddings.token_type_ids.fill_(1),
@@ -104,8 +122,9 @@ def test_edits(edit):
         torch.manual_seed(7)
         EDITS[edit](model)
     same(ours, theirs, IDS)
-    ours.encoder.layer[0].attention.self.query.weight.data.mul_(1.1)  # packs again, if it can
-    theirs.encoder.layer[0].attention.self.query.weight.data.mul_(1.1)
+    for model in (ours, theirs):
+        linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
+        linear.weight.data.mul_(1.1)  # packs again, if it can
     same(ours, theirs, IDS)
     try:
         before = optimize(copy.deepcopy(theirs))
