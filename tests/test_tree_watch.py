@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from distilbert_fast import backends, optimize
-from distilbert_fast.modeling.snapshot import Snapshot
+from distilbert_fast.modeling.snapshot import Snapshot, own_tensors
 
 CONFIG = dict(n_layers=1, n_heads=2, dim=8, hidden_dim=16, vocab_size=20, max_position_embeddings=8)
 if not backends.availability("cpu").ok:
@@ -30,7 +30,7 @@ def make():
 
 def seen(model):
     """A snapshot that has looked once, so that its watch is set."""
-    snapshot = Snapshot(model, [])
+    snapshot = Snapshot(model)
     assert snapshot.look(model) == (True, None)
     return snapshot
 
@@ -58,6 +58,9 @@ OTHERS = {
     "in place": lambda m: layer(m).ffn.lin1.weight.detach().mul_(2),
     "one number": lambda m: layer(m).attention.q_lin.bias.detach().__setitem__(3, 1.0),
     "data": lambda m: setattr(layer(m).ffn.lin1.weight, "data", layer(m).ffn.lin1.weight + 1),
+    "transposed": lambda m: setattr(layer(m).attention.q_lin.weight, "data", layer(m).attention.q_lin.weight.data.t()),
+    "cut": lambda m: setattr(m.embeddings.word_embeddings.weight, "data", m.embeddings.word_embeddings.weight.data[:9]),
+    "expanded": lambda m: setattr(layer(m).ffn.lin1.bias, "data", layer(m).ffn.lin1.bias.data.as_strided((16,), (0,))),
     "set_": set_memory,
     "swap_tensors": swap,
     "dtype": lambda m: m.half(),
@@ -84,6 +87,7 @@ OBSTACLES = {
     "hook on all": hook_all,
     "dropout": lambda m: m.embeddings.dropout.train(),
     "forward": lambda m: setattr(layer(m).ffn.lin1, "forward", lambda x: x),
+    "method": lambda m: setattr(layer(m).ffn, "ff_chunk", lambda x: x),
     "dictionary of hooks": lambda m: setattr(layer(m), "_forward_hooks", {1: lambda *_: None}),
     "dictionary of attributes": lambda m: setattr(layer(m), "__dict__", {**vars(layer(m)), "forward": lambda x: x}),
 }
@@ -127,10 +131,11 @@ def test_an_obstacle_that_goes():
     assert snapshot.look(model) == (True, None)
 
 
-def test_a_class_whose_forward_is_replaced(monkeypatch):
+@pytest.mark.parametrize("name", ["forward", "ff_chunk", "__call__"])
+def test_a_class_whose_method_is_replaced(name, monkeypatch):
     model = make()
     snapshot = seen(model)
-    monkeypatch.setattr(type(layer(model).ffn), "forward", lambda self, x: x)
+    monkeypatch.setattr(nn.Module if name == "__call__" else type(layer(model).ffn), name, lambda self, x: x)
     assert snapshot.look(model) == (True, "another forward inside the encoder")
 
 
@@ -194,7 +199,8 @@ def test_models_are_freed():
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_tree_and_its_bytes_on_threads(threads):
     model = make()
-    snapshot = Snapshot(model, [layer(model).ffn.lin1])
+    snapshot = Snapshot(model)
+    snapshot.watch(own_tensors(layer(model).ffn.lin1), [])
     assert snapshot.look(model) == (True, None)
     for _ in range(3):
         assert snapshot.glance(model, threads) == (True, None)
@@ -213,7 +219,10 @@ def test_tensors_without_torchs_functions():
 import distilbert_fast._cpu as cpu
 class Tensor:
     _version = 3
+    shape = (2, 2)
+    strides = (2, 1)
     def data_ptr(self): return self.address
+    def stride(self): return self.strides
     def __init__(self): self.address = 64
 tensor, other = Tensor(), Tensor()
 watch = cpu.TreeWatch([], [], [], [tensor, other])
@@ -222,8 +231,12 @@ other.address = 128
 assert not watch.holds()
 other.address = 64
 assert watch.holds()
-other._version = 4
-assert not watch.holds()
+for name, value in (("_version", 4), ("shape", (4,)), ("strides", (1, 2)), ("shape", None)):
+    before = getattr(other, name)
+    setattr(other, name, value)
+    assert not watch.holds(), name
+    setattr(other, name, before)
+    assert watch.holds(), name
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -232,6 +245,6 @@ def test_what_is_no_tree():
     watch = backends.cpu().TreeWatch
     with pytest.raises(ValueError, match=r"^TreeWatch: dictionaries must be dicts, got list$"):
         watch([({}, [])], [], [], [])
-    with pytest.raises(ValueError, match=r"^TorchTensor: tensor must have a version and memory, got object$"):
+    with pytest.raises(ValueError, match=r"^TorchTensor: tensor must have a version, memory and a layout, got object$"):
         watch([], [], [], [object()])
     assert watch([], [], [], []).holds()

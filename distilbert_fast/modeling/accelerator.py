@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from distilbert_fast import backends
 from distilbert_fast.engine.engine import EncoderModules, Engine
 from distilbert_fast.modeling.encoder import encoder_modules, find_encoder, settings
-from distilbert_fast.modeling.snapshot import Snapshot
+from distilbert_fast.modeling.snapshot import Snapshot, loose_tensors, obstacle, own_tensors
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._operator import is_eager
 
@@ -75,14 +75,18 @@ class Accelerator:
         Raises:
             TypeError, ValueError: weights that the engine cannot run.
         """
-        if any(tensor.is_inference() for tensor in (*encoder.parameters(), *encoder.buffers())):
+        weights = [*encoder.parameters(), *(x for m in encoder.modules() for _, x in loose_tensors(m))]
+        if any(tensor.is_inference() for tensor in (*weights, *encoder.buffers())):
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         with torch.inference_mode(False):
-            modules = encoder_modules(find_encoder(encoder, OP), OP, self.precision)
-            if not is_eager(list(encoder.parameters()), default_device=True):  # in a tracer's hands, or torch.func's
-                _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             self._suspect = False
-            snapshot = Snapshot(encoder, _copied(modules), settings(encoder))
+            # Before anything is read, so that a change meanwhile shows at the next call. None: in a tracer's hands, or
+            # torch.func's.
+            snapshot = Snapshot(encoder) if is_eager(weights, default_device=True) else None
+            modules = encoder_modules(find_encoder(encoder, OP), OP, self.precision)
+            if snapshot is None:
+                _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
+            snapshot.watch(_copied(encoder, modules), settings(encoder))
             if modules.word.weight.is_cpu and backends.without_vectors():  # hardly a call needs an engine
                 engine = Engine(None, modules, self.precision, [None] * len(modules.layers))
             else:
@@ -100,18 +104,22 @@ class Accelerator:
         """The weights that the encoder has now, packed; or why its own forward must run."""
         packed = self._packed
         if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
-            holds, obstacle = packed.snapshot.glance(encoder, torch.get_num_threads())
+            holds, why = packed.snapshot.glance(encoder, torch.get_num_threads())
             if holds:
-                return obstacle or packed
+                return why or packed
         with self._lock:
             packed = self._packed
             if packed is None or not (packed.snapshot.look(encoder)[0] and self._all_bytes_hold(packed.snapshot)):
+                why = obstacle(m for m in encoder.modules() if m is not encoder)
+                if why is not None:  # such as a hook that makes the weights again in each call
+                    return why
                 try:
                     if self._calibrated:
                         warn_once(_UNCALIBRATED)
                         self._calibrated = False
                     packed = self.pack(encoder)
                 except (TypeError, ValueError) as error:
+                    self._suspect = True  # of what was packed before not all bytes have been compared
                     warn_once(f"the model has changed, transformers' own forward runs: {error}")
                     return str(error)
             return packed.snapshot.look(encoder)[1] or packed  # what changes from here on shows at the next call
@@ -136,12 +144,14 @@ class Accelerator:
         return False
 
 
-def _copied(model: EncoderModules) -> list[nn.Module]:
-    """The modules whose values an engine copies. Tables, unless they are strided, it reads where the model has them."""
+def _copied(encoder: PreTrainedModel, model: EncoderModules) -> list[torch.Tensor]:
+    """The tensors whose values an engine copies, or is made for: ids that the embeddings hold. Tables, unless they are
+    strided, it reads where the model has them."""
     tables = (model.word, model.position, model.token_type)
     strided = [table for table in tables if table is not None and not table.weight.is_contiguous()]
     layers = [part for layer in model.layers for part in layer if isinstance(part, nn.Module)]
-    return [*strided, model.norm, *layers]
+    copied = [tensor for module in (*strided, model.norm, *layers) for tensor in own_tensors(module)]
+    return [*copied, *own_tensors(cast(nn.Module, encoder.embeddings))]
 
 
 # What happened to the calls -------------------------------------------------------------------------------------

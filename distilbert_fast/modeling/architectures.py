@@ -45,6 +45,16 @@ EMBEDDINGS = {
     "token_type": "embeddings.token_type_embeddings",
     "norm": "embeddings.LayerNorm",
 }
+# The methods by which modules inside an encoder compute. Somebody may put others in their places.
+METHODS = (
+    "forward",
+    "feed_forward_chunk",
+    "ff_chunk",
+    "create_position_ids_from_input_ids",
+    "create_position_ids_from_inputs_embeds",
+)
+# The names by which modules inside an encoder read tensors. One may be no parameter and no buffer, but an attribute.
+TENSORS = ("weight", "bias", "weight_scale", "values", "position_ids", "token_type_ids")
 PROJECTION = "embeddings_project"  # of ELECTRA's, after the LayerNorm, to the width of the layers
 
 

@@ -14,12 +14,21 @@ from transformers.activations import GELUActivation
 
 from distilbert_fast.engine.engine import EncoderModules, LayerModules
 from distilbert_fast.layers import QUANTIZED_LINEARS
-from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION, Architecture, architecture_of, head_of
+from distilbert_fast.modeling.architectures import (
+    EMBEDDINGS,
+    METHODS,
+    PROJECTION,
+    Architecture,
+    architecture_of,
+    head_of,
+)
+from distilbert_fast.modeling.snapshot import loose_tensors
 from distilbert_fast.ops import _check
 
 _OWNERS = ("torch", "transformers", "distilbert_fast")
 _LINEARS, _NORMS, _DROPOUTS = (nn.Linear, *QUANTIZED_LINEARS), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
 _OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
+_DECODES = ("is_decoder", "add_cross_attention", "is_causal")  # settings of a config
 _GELUS = (nn.functional.gelu, "none")  # what ``_activation`` finds in GELUActivation and in nn.GELU
 
 
@@ -36,7 +45,7 @@ def find_encoder(model: Any, caller: str) -> PreTrainedModel:
         given = type(model).__name__
         _check.refuse(caller, "model", "a DistilBERT, BERT or RoBERTa encoder", given, TypeError)
     config = encoder.config
-    for name in ("is_decoder", "add_cross_attention", "is_causal"):
+    for name in _DECODES:
         if getattr(config, name, False):
             _check.refuse(caller, f"model.config.{name}", "False", getattr(config, name))
     positions = getattr(config, "position_embedding_type", None) or "absolute"
@@ -60,7 +69,7 @@ def _activation(module: Any) -> Any:
 
 def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
     """Settings of an encoder's modules that change results and are no tensors: how to read each, from which module."""
-    found: list[tuple[Callable[[Any], Any], nn.Module]] = []
+    found: list[tuple[Callable[[Any], Any], nn.Module]] = [(_decoding, encoder)]
     for layer in encoder_layers(encoder):
         found += [(_attention, attention_of(encoder, layer)), (_activation, part(encoder, layer, "activation"))]
     for module in encoder.modules():
@@ -69,6 +78,11 @@ def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
     if _known(encoder).after_padding:
         found.append((attrgetter("padding_idx"), encoder.embeddings))
     return found
+
+
+def _decoding(encoder: Any) -> list[Any]:
+    """Settings of its config that would make it another kind of model."""
+    return [getattr(encoder.config, name, None) for name in (*_DECODES, "position_embedding_type")]
 
 
 def attention_of(encoder: Any, layer: Any) -> Any:
@@ -149,10 +163,12 @@ def _check_modules(encoder: Any, caller: str) -> None:
         allowed = _DROPOUTS if is_dropout else (*_LINEARS, *_NORMS, *_OTHERS)
         if kind not in allowed and (is_dropout or kind.__module__ not in homes):
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
-        forward: Any = kind.forward
-        if forward.__module__.split(".")[0] not in _OWNERS:
-            patch = f"{forward.__module__}.{forward.__qualname__}"
-            _check.refuse(caller, f"forward of {_class(module)}", "the one that its library gave it", patch, TypeError)
+        for method in METHODS:
+            found: Any = getattr(kind, method, None)
+            if found is not None and found.__module__.split(".")[0] not in _OWNERS:
+                patch = f"{found.__module__}.{found.__qualname__}"
+                owner = f"{method} of {_class(module)}"
+                _check.refuse(caller, owner, "the one that its library gave it", patch, TypeError)
 
 
 def _reach(module: Any, path: str, caller: str, place: str) -> Any:
@@ -233,7 +249,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
         names = " or ".join(str(kind)[6:] for kind in allowed)
         _check.refuse(caller, "model.dtype", f"{names}{' for int8' if int8 else ''}", str(dtype)[6:], TypeError)
     for prefix, module in encoder.named_modules():
-        for name, tensor in module.named_parameters(recurse=False):
+        for name, tensor in (*module.named_parameters(recurse=False), *loose_tensors(module)):
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
             if tensor.is_neg():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from distilbert_fast import backends
+from distilbert_fast.modeling.architectures import METHODS, TENSORS
 
 _LINES = 256  # cache lines of a small model that a sample compares: some 20 µs
-_version = operator.attrgetter("_version")
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+_Setting = tuple[Callable[[Any], Any], nn.Module]
 
 
 class _Sight(NamedTuple):
@@ -33,37 +36,39 @@ class Snapshot:
 
     Args:
         root: whose modules and tensors may be exchanged.
-        copied: modules below it whose values were copied, so that a write to them must be seen.
-        settings: what else changes results: how to read it, and from which module.
 
-    ``look`` sees each time: a replaced, added or removed module or parameter; a tensor written in place (by its
-    version counter), moved or cast (by its address); another class or setting. torch does not count what fused
-    optimizers, ``parameter.data``, NumPy, DLPack and other processes write. ``fingerprint`` holds hashes of
-    those bytes; None on another device than a CPU, and where the native module is not built.
+    ``look`` sees each time: a replaced, added or removed module or tensor; a tensor written in place (by its version
+    counter), moved or cast (by its address) or laid out anew (by shape and strides); another class; and the settings
+    that ``watch`` was given. torch does not count what fused optimizers, ``parameter.data``, NumPy, DLPack and
+    other processes write. ``fingerprint`` holds hashes of those bytes; None before ``watch``, on another device than
+    a CPU, and where the native module is not built.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        copied: Iterable[nn.Module],
-        settings: Iterable[tuple[Callable[[Any], Any], nn.Module]] = (),
-    ) -> None:
+    def __init__(self, root: nn.Module) -> None:
         self._inner = [m for m in root.modules() if m is not root]
-        self._dropouts = [(m, x) for m in self._inner for x in (m, *m.children()) if isinstance(x, nn.Dropout)]
         self._types: list[Any] = list(map(type, self._inner))
-        self._forwards = {kind: kind.forward for kind in self._types}
+        methods = [(kind, name) for kind in set(self._types) for name in METHODS if hasattr(kind, name)]
+        self._methods = [(kind, name, getattr(kind, name)) for kind, name in (*methods, (nn.Module, "__call__"))]
         self._entries = _entries([root, *self._inner])
         self._tensors = [entry for entry in self._entries if isinstance(entry, torch.Tensor)]
-        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
-        self._versions = list(map(_version, self._tensors))
+        self._states = list(map(_state, self._tensors))
+        self._settings: list[_Setting] = []
+        self._set: list[Any] = []
+        self.fingerprint: Any = None
+        self._seen: _Sight | None = None
+
+    def watch(self, copied: Sequence[torch.Tensor], settings: Iterable[_Setting]) -> None:
+        """Also watch the bytes of tensors, before they are copied, and settings.
+
+        Args:
+            copied: whose values are going to be copied, so that a write to them must be seen.
+            settings: what else changes results: how to read it, and from which module.
+        """
         self._settings = list(settings)
         self._set = [get(module) for get, module in self._settings]
-        values = [tensor for module in copied for tensor in (*module.parameters(), *module.buffers())]
-        self.fingerprint: Any = None
-        if backends.availability("cpu").ok and all(tensor.device.type == "cpu" for tensor in values):
-            self._storages = [tensor.untyped_storage() for tensor in values]  # not freed while their bytes are read
-            self.fingerprint = backends.fingerprint(values, _LINES)
-        self._seen: _Sight | None = None
+        if backends.availability("cpu").ok and all(tensor.device.type == "cpu" for tensor in copied):
+            self._storages = [tensor.untyped_storage() for tensor in copied]  # not freed while their bytes are read
+            self.fingerprint = backends.fingerprint(copied, _LINES)
 
     def look(self, root: nn.Module) -> tuple[bool, str | None]:
         """Whether this is the tree that was read, with its settings and with nothing written that torch counts; and why
@@ -97,10 +102,12 @@ class Snapshot:
         if not backends.availability("cpu").ok:
             return None
         modules = (root, *self._inner)
-        dictionaries: list[Any] = [*map(vars, modules), *(home for m in modules for home in _homes(m)), *self._hooks()]
-        forwards = [(kind, "forward", kind.forward) for kind in self._forwards]
+        dictionaries: list[Any] = [*map(vars, modules), *(home for m in modules for home in _homes(m))]
+        dictionaries += [*_hooks(self._inner), *_GLOBAL_HOOKS]
+        dictionaries += [vars(root.config)] if "config" in vars(root) else []
+        methods = [(kind, name, getattr(kind, name, None)) for kind, name, _ in self._methods]
         try:
-            watched = ([(live, dict(live)) for live in dictionaries], self._inner, forwards, self._tensors)
+            watched = ([(live, dict(live)) for live in dictionaries], self._inner, methods, self._tensors)
             return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched, None)
         except (TypeError, ValueError):
             return None
@@ -111,37 +118,60 @@ class Snapshot:
             len(entries) == len(self._entries)
             and all(map(operator.is_, entries, self._entries))
             and list(map(type, self._inner)) == self._types
-            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
-            and list(map(_version, self._tensors)) == self._versions
+            and list(map(_state, self._tensors)) == self._states
             and [get(module) for get, module in self._settings] == self._set
         )
 
     def _obstacle(self) -> str | None:
-        """Why the modules below the root must be called: a hook, a replaced forward, or training (an active dropout).
-        transformers' own hooks, which collect requested outputs, do not count.
-        """
-        if any(module.training and dropout.p > 0 for module, dropout in self._dropouts):
-            return "a module inside the encoder in training mode"
-        if any(_GLOBAL_HOOKS):
-            return "a hook on all modules"
-        hooks = (hook for found in self._hooks() for hook in found.values())
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return "a hook inside the encoder"
-        replaced = any(kind.forward is not forward for kind, forward in self._forwards.items())
-        return "another forward inside the encoder" if replaced or any(map(is_patched, self._inner)) else None
-
-    def _hooks(self) -> list[dict[int, Any]]:
-        own = [hooks for m in self._inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        return [*own, *_GLOBAL_HOOKS]
+        """Why the modules below the root must be called."""
+        replaced = any(getattr(kind, name, None) is not method for kind, name, method in self._methods)
+        return obstacle(self._inner) or (_PATCHED if replaced else None)
 
     def requires_grad(self) -> bool:
         return any(tensor.requires_grad for tensor in self._tensors)
 
 
+_PATCHED = "another forward inside the encoder"
+
+
+def obstacle(inner: Iterable[nn.Module]) -> str | None:
+    """Why the modules inside an encoder must be called: a hook, a replaced forward, or training (an active dropout).
+    transformers' own hooks, which collect requested outputs, do not count.
+    """
+    inner = list(inner)
+    dropouts = ((m, x) for m in inner for x in (m, *m.children()) if isinstance(x, nn.Dropout))
+    if any(module.training and dropout.p > 0 for module, dropout in dropouts):
+        return "a module inside the encoder in training mode"
+    if any(_GLOBAL_HOOKS):
+        return "a hook on all modules"
+    hooks = (hook for found in _hooks(inner) for hook in found.values())
+    if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+        return "a hook inside the encoder"
+    return _PATCHED if any(map(is_patched, inner)) else None
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
 def is_patched(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own, which is not that of its class."""
+    """Whether a module has a forward, or a method that this calls, of its own, which is not that of its class."""
+    own, kind = vars(module), type(module)
+    found = (name for name in METHODS if name in own)
+    return any(getattr(own[name], "__func__", None) is not getattr(kind, name, None) for name in found)
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, and what stands in their places."""
+    held = (*module._parameters.values(), *module._buffers.values(), *dict(loose_tensors(module)).values())
+    return [tensor for tensor in held if tensor is not None]
+
+
+def loose_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """By name, what stands in the places of parameters and buffers and is neither, as pruning, hypernetworks and
+    meta-learning put it there."""
     own = vars(module)
-    return "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward
+    return [(name, own[name]) for name in TENSORS if isinstance(own.get(name), torch.Tensor)]
 
 
 def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -150,6 +180,14 @@ def _homes(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _entries(modules: Iterable[nn.Module]) -> list[Any]:
-    """The homes of modules, and all names and values in them."""
+    """The homes of modules, and all names and values in them and in their places."""
+    modules = list(modules)
     homes = [home for module in modules for home in _homes(module)]
-    return [*homes, *(part for home in homes for entry in home.items() for part in entry)]
+    entries = [*(entry for home in homes for entry in home.items()), *(x for m in modules for x in loose_tensors(m))]
+    return [*homes, *(part for entry in entries for part in entry)]
+
+
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What torch tells of its memory."""
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride()

@@ -70,6 +70,18 @@ def inputs(model, lengths=(9, 4, 1, 6), length=9):
     return batch
 
 
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_names_by_which_modules_compute_and_read(model_type):
+    """A method or a tensor under a name that is not in the table could be exchanged and not be noticed."""
+    encoder = make(model_type)
+    for module in (m for name, m in encoder.named_modules() if name and not name.startswith("pooler")):
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")]
+        methods = {name for kind in kinds for name in vars(kind) if callable(getattr(kind, name))}
+        assert {name for name in methods if not name.startswith("__")} <= set(architectures.METHODS)
+    names = {name.rpartition(".")[2] for name, _ in (*encoder.named_parameters(), *encoder.named_buffers())}
+    assert names <= set(architectures.TENSORS)
+
+
 def answers(model, batch):
     """All tensors that a model returns, of real tokens where there is a row for each position."""
     with torch.no_grad():

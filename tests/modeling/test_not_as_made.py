@@ -106,8 +106,11 @@ EDITS = {
     "layer left out": lambda m: m.encoder.layer.__setitem__(0, LeftOut()),
     "attention wrapped": lambda m: setattr(m.encoder.layer[0], "attention", Wrapped(m.encoder.layer[0].attention)),
     "encoder wrapped": lambda m: setattr(m, "encoder", Wrapped(m.encoder)),
+    "method": lambda m: setattr(m.encoder.layer[0], "feed_forward_chunk", lambda x: 2 * x),
+    "decoder": lambda m: setattr(m.config, "is_decoder", True),
     "hook": hook_in_a_new_dict,
     "positions": lambda m: m.embeddings.position_ids.add_(3),
+    "positions, uncounted": lambda m: m.embeddings.position_ids.numpy().__iadd__(3),
     "token types": lambda m: m.embeddings.token_type_ids.fill_(1),
 }
 

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations, prune, stateless
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import distilbert_fast
-from distilbert_fast import explain, optimize, quantize_model
+from distilbert_fast import backends, explain, optimize, quantize_model
 from distilbert_fast.modeling import accelerator
-from distilbert_fast.modeling.snapshot import Snapshot
+from distilbert_fast.modeling.snapshot import own_tensors
 
 # Wide enough that some weights are sampled and others, such as biases, compared whole.
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=128, intermediate_size=256, vocab_size=90)
@@ -121,6 +121,31 @@ def test_training_one_number_in_eval_mode():
     model(IDS, labels=LABELS).loss.backward()
     weight.data[200, 77] += 5
     assert_current(model)
+
+
+def test_training_one_number_and_a_call_that_is_refused():
+    model = optimize(make())
+    ask(model)
+    layer = model.bert.encoder.layer[1]
+    model(IDS, labels=LABELS).loss.backward()
+    layer.intermediate.dense.weight.data[200, 77] += 5
+    query = layer.attention.self.query
+    layer.attention.self.query = torch.nn.Sequential(query)
+    ask(model)
+    layer.attention.self.query = query
+    assert_current(model)
+
+
+def test_pruning_that_is_not_made_permanent_packs_once(monkeypatch):
+    """Its hook makes the weights in each call."""
+    model, plain = optimize(make()), make()
+    for m in (model, plain):
+        prune.l1_unstructured(m.bert.encoder.layer[0].output.dense, "weight", 0.5)
+    packs = []
+    monkeypatch.setattr(accelerator.Accelerator, "pack", lambda *_: packs.append(1))
+    for _ in range(3):
+        torch.testing.assert_close(ask(model), ask(plain))
+    assert not packs and set(explain(model).fallbacks) == {"a hook inside the encoder"}
 
 
 def test_trainer_evaluates_what_it_has_trained(tmp_path):
@@ -355,6 +380,85 @@ def test_changes_of_the_tree():
     assert_current(model)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_tensors_in_the_places_of_parameters(precision):
+    """As hypernetworks and meta-learning put them there: neither parameters nor buffers."""
+    model = optimize(make(), precision)
+    bert = model.bert
+    changes = (
+        lambda module, name, tensor: setattr(module, name, tensor * 1.5),
+        lambda module, name, tensor: setattr(module, name, tensor * 2),
+        lambda module, name, tensor: getattr(module, name).mul_(1.5),
+        lambda module, name, tensor: getattr(module, name).numpy().__imul__(1.5),
+    )
+    for module, name in (
+        (bert.encoder.layer[0].attention.self.query, "weight"),
+        (bert.encoder.layer[1].output.LayerNorm, "bias"),
+        (bert.embeddings.word_embeddings, "weight"),
+    ):
+        tensor = getattr(module, name).detach().clone()
+        delattr(module, name)
+        setattr(module, name, tensor.clone())
+        for change in changes:
+            before, served = ask(model), explain(model).served
+            change(module, name, tensor)
+            assert not torch.equal(ask(model), before)
+            torch.testing.assert_close(ask(model), ask(optimize(copy.deepcopy(model), precision)), rtol=0, atol=0)
+            assert explain(model).served == served + 2
+    module, served = bert.embeddings.word_embeddings, explain(model).served
+    with torch.inference_mode():
+        module.weight = tensor * 3
+    fallen_back = ask(model)
+    assert explain(model).served == served
+    module.weight = tensor * 3
+    torch.testing.assert_close(ask(model), fallen_back, rtol=0, atol=0.02 if precision == "int8" else 1e-4)
+    assert explain(model).served == served + 1
+    module.weight = tensor.to_sparse()
+    with pytest.raises(RuntimeError):  # torch's own
+        ask(model)
+    bert.encoder.layer[0].attention.self.query.weight = torch.zeros(128, 128, dtype=torch.float64)
+    module.weight = tensor
+    with pytest.raises(RuntimeError, match="dtype"):
+        ask(model)
+
+
+def test_weights_laid_out_anew():
+    model = optimize(make())
+    ask(model)
+    for path, change in (
+        ("encoder.layer.0.attention.self.query.weight", lambda w: w.t()),
+        ("encoder.layer.1.output.dense.bias", lambda b: b[:1].expand(128)),
+        ("embeddings.position_embeddings.weight", lambda w: w[:1].expand(16, 128)),
+    ):
+        parameter = model.bert.get_parameter(path)
+        before, address = ask(model), parameter.data_ptr()
+        parameter.data = change(parameter.data)
+        assert parameter.data_ptr() == address and not torch.equal(ask(model), before)
+        assert_current(model)
+    table = model.bert.embeddings.word_embeddings.weight
+    table.data = table.data[:3]
+    with pytest.raises(ValueError, match=r"input_ids must be in \[0, 3\)"):
+        ask(model)
+
+
+@pytest.mark.parametrize("step", ["find_encoder", "encoder_modules", "settings"])
+def test_a_module_exchanged_while_weights_are_packed(step, monkeypatch):
+    """By another thread: it shows at the next call."""
+    model = optimize(make())
+    run, new = getattr(accelerator, step), torch.nn.Linear(128, 128)
+
+    def meanwhile(*args):
+        found = run(*args)
+        model.bert.encoder.layer[0].attention.self.query = new
+        return found
+
+    model.bert.encoder.layer[0].attention.self.key.bias.data.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, step, meanwhile)
+        ask(model)
+    assert_current(model)
+
+
 def test_drop_in_classes_too():
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(n_layers=2, n_heads=2, dim=128, hidden_dim=256, vocab_size=90)
@@ -374,7 +478,7 @@ def test_every_byte_is_seen():
     torch.manual_seed(0)
     for shape, samples in (((5,), 1), ((300, 301), 17), ((1000, 1001), 127)):
         linear = torch.nn.Linear(shape[-1], shape[0]) if len(shape) == 2 else torch.nn.LayerNorm(shape)
-        fingerprint = Snapshot(linear, [linear]).fingerprint
+        fingerprint = backends.fingerprint(own_tensors(linear), 256)
         count = fingerprint.samples()
         assert count <= samples and fingerprint.matches()
         raw = linear.weight.data.view(-1).view(torch.uint8)
@@ -392,11 +496,11 @@ def test_strided_and_empty_weights():
     wide = torch.randn(30, 100)
     linear.weight = torch.nn.Parameter(wide[:, 7:47])
     linear.empty = torch.nn.Parameter(torch.empty(0, 3))
-    fingerprint = Snapshot(linear, [linear]).fingerprint
+    fingerprint = backends.fingerprint(own_tensors(linear), 256)
     assert fingerprint.matches() and fingerprint.matches_sample(2)
     wide[29, 46] += 1
     assert not fingerprint.matches()
-    native = distilbert_fast.backends.cpu().Fingerprint
+    native = backends.cpu().Fingerprint
     with pytest.raises(ValueError, match="Fingerprint: bytes must be 0 or more, got -1"):
         native([(wide.data_ptr(), -1)], 1)
     with pytest.raises(ValueError, match="Fingerprint: data must point to memory, got null"):

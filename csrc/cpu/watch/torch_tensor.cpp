@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/check.h"
@@ -13,21 +14,28 @@ constexpr uint64_t kLine = 64;
 constexpr int kImplementationLines = 4, kStorageLines = 2;  // of torch's C++ objects, as far as they are read
 
 // at::TensorBase is one pointer, to the implementation; a reference to it is a pointer to that pointer.
-using Version = int64_t (*)(const uint64_t* tensor);                      // at::TensorBase::_version() const
-using DataPointer = int32_t (*)(const uint64_t* tensor, void** address);  // of torch's stable C interface
+using Version = int64_t (*)(const uint64_t* tensor);  // at::TensorBase::_version() const
+// The others are of torch's stable C interface; what they return is 0 where they succeed.
+using DataPointer = int32_t (*)(const uint64_t* tensor, void** address);
+using Dimensions = int32_t (*)(const uint64_t* tensor, int64_t* count);
+using Numbers = int32_t (*)(const uint64_t* tensor, int64_t** borrowed);
 
 template <class Function>
 Function torch_function(const char* name) {
   void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   return library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, name));
 }
-Version version_function() {
-  static const auto function = torch_function<Version>("_ZNK2at10TensorBase8_versionEv");
-  return function;
-}
-DataPointer data_pointer_function() {
-  static const auto function = torch_function<DataPointer>("aoti_torch_get_data_ptr");
-  return function;
+struct Torch {
+  Version version = torch_function<Version>("_ZNK2at10TensorBase8_versionEv");
+  DataPointer data_pointer = torch_function<DataPointer>("aoti_torch_get_data_ptr");
+  Dimensions dimensions = torch_function<Dimensions>("aoti_torch_get_dim");
+  Numbers sizes = torch_function<Numbers>("aoti_torch_get_sizes");
+  Numbers strides = torch_function<Numbers>("aoti_torch_get_strides");
+  bool found() const { return version && data_pointer && dimensions && sizes && strides; }
+};
+const Torch& torch() {
+  static const Torch functions;
+  return functions;
 }
 
 // The number that attribute `name` of an object is or, if it is a method, returns; false where there is none.
@@ -37,6 +45,19 @@ bool number(PyObject* object, PyObject* name, bool call, uint64_t* value) {
     *value = PyLong_AsUnsignedLongLongMask(found);
     Py_DECREF(found);
   }
+  if (PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// The numbers that a sequence holds, appended; consumes the reference.
+bool numbers(PyObject* sequence, std::vector<int64_t>* values) {
+  PyObject* items = sequence == nullptr ? nullptr : PySequence_Fast(sequence, "");
+  Py_XDECREF(sequence);
+  for (Py_ssize_t i = 0; items != nullptr && i < PySequence_Fast_GET_SIZE(items); ++i) {
+    values->push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i)));
+  }
+  Py_XDECREF(items);
   if (PyErr_Occurred() == nullptr) return true;
   PyErr_Clear();
   return false;
@@ -56,27 +77,39 @@ void prefetch_lines(uint64_t first, int lines) {
 }  // namespace
 
 TorchTensor::TorchTensor(PyObject* tensor) : object_(tensor), implementation_(cdata(tensor)) {
-  if (!read(tensor, &state_)) refuse("TorchTensor", "tensor must have a version and memory", Py_TYPE(tensor)->tp_name);
+  if (!read(tensor, &state_))
+    refuse("TorchTensor", "tensor must have a version, memory and a layout", Py_TYPE(tensor)->tp_name);
   PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
   if (storage == nullptr) PyErr_Clear();
   storage_ = cdata(storage);
   Py_XDECREF(storage);
   bytes_.assign(own_bytes(), own_bytes() + Py_TYPE(tensor)->tp_basicsize - sizeof(PyObject));
-  const bool found = version_function() != nullptr && data_pointer_function() != nullptr;
-  direct_ = implementation_ != 0 && found && read_directly() == state_;
+  direct_ = implementation_ != 0 && torch().found() && holds_directly();
 }
 
 bool TorchTensor::read(PyObject* tensor, State* state) {
   static PyObject* const version = PyUnicode_InternFromString("_version");
   static PyObject* const address = PyUnicode_InternFromString("data_ptr");
-  return number(tensor, version, false, &state->version) && number(tensor, address, true, &state->address);
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
+  return number(tensor, version, false, &state->version) && number(tensor, address, true, &state->address) &&
+         numbers(PyObject_GetAttr(tensor, shape), &state->layout) &&
+         numbers(PyObject_CallMethodNoArgs(tensor, stride), &state->layout);
 }
 
-TorchTensor::State TorchTensor::read_directly() const {
+bool TorchTensor::holds_directly() const {
   void* address = nullptr;
-  const bool failed = data_pointer_function()(&implementation_, &address) != 0;
-  const auto version = static_cast<uint64_t>(version_function()(&implementation_));
-  return {version, failed ? UINT64_MAX : reinterpret_cast<uint64_t>(address)};
+  int64_t dimensions = 0, *sizes = nullptr, *strides = nullptr;
+  const uint64_t* tensor = &implementation_;
+  if (torch().data_pointer(tensor, &address) != 0 || torch().dimensions(tensor, &dimensions) != 0 ||
+      torch().sizes(tensor, &sizes) != 0 || torch().strides(tensor, &strides) != 0)
+    return false;
+  const int64_t* layout = state_.layout.data();
+  return static_cast<uint64_t>(torch().version(tensor)) == state_.version &&
+         reinterpret_cast<uint64_t>(address) == state_.address &&
+         2 * dimensions == static_cast<int64_t>(state_.layout.size()) &&
+         std::equal(layout, layout + dimensions, sizes) &&
+         std::equal(layout + dimensions, layout + 2 * dimensions, strides);
 }
 
 void TorchTensor::prefetch() const {
@@ -88,7 +121,7 @@ void TorchTensor::prefetch() const {
 bool TorchTensor::holds() const {
   // torch.utils.swap_tensors puts another C++ tensor behind the same object; the one that was there may be gone.
   if (std::memcmp(own_bytes(), bytes_.data(), bytes_.size()) != 0) return false;
-  if (direct_) return read_directly() == state_;
+  if (direct_) return holds_directly();
   State now;
   return read(object_, &now) && now == state_;
 }
