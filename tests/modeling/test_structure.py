@@ -16,6 +16,7 @@ from operator import attrgetter
 import pytest
 import torch
 import transformers
+from demo_input import load_classifier
 from safetensors.torch import load_file, save_file
 
 import distilbert_fast
@@ -25,7 +26,7 @@ from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import architecture_of
 from distilbert_fast.modeling.distilbert import adopt
 from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
-from distilbert_fast.modeling.loading import CheckpointError, load_classifier
+from distilbert_fast.modeling.loading import CheckpointError
 from distilbert_fast.modeling.quantizer import record_structure
 from distilbert_fast.modeling.structure import LayerStructure, keep_heads, keep_neurons, structure_of
 
