@@ -41,6 +41,7 @@ _HOME = {
     "DistilBertForTokenClassification": "modeling.distilbert",
     "DistilBertModel": "modeling.distilbert",
     "Explanation": "modeling.accelerator",
+    "CodebookConfig": "modeling.compression_config",
     "Int8Config": "modeling.compression_config",
     "explain": "modeling.accelerator",
     "number_layers": "modeling.attention_interface",

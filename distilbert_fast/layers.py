@@ -321,8 +321,8 @@ class CodebookLinear(nn.Module):
     Parameters:
         weight: packed codes uint8 [1, F, bytes], of 8, 6 or 4 bits for 256, 64 or 16 values, see ``pack_codes``. They
             are fixed. The leading 1 is there as in ``Int8Linear``.
-        values: [G, K], those that each ``group_size`` rows in a row share; G = ⌈F / group_size⌉. The gradient of a
-            value is the sum of those of its weights.
+        values: [G, K], those that each ``group_size`` rows in a row share; G = ⌈F / group_size⌉, or 1 where all rows
+            share them (None). The gradient of a value is the sum of those of its weights.
         bias: [F] or None.
     """
 
@@ -339,11 +339,10 @@ class CodebookLinear(nn.Module):
         super().__init__()
         _check.choice("CodebookLinear", "num_values", num_values, CODEBOOK_SIZES)
         self.in_features, self.out_features = in_features, out_features
-        self.bits = (num_values - 1).bit_length()
-        self.group_size = max(out_features, 1) if group_size is None else group_size
+        self.bits, self.group_size = (num_values - 1).bit_length(), group_size
         codes = torch.empty(1, out_features, packed_size(in_features, self.bits), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        groups = -(-out_features // self.group_size)
+        groups = -(-out_features // self._rows)
         self.values = nn.Parameter(torch.empty(groups, num_values, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
@@ -374,7 +373,7 @@ class CodebookLinear(nn.Module):
     @torch.no_grad()
     def assign(self, weight: torch.Tensor, importance: torch.Tensor | None = None, threads: int | None = None) -> None:
         """Make ``values`` and the codes the best ones for weights [F, C], see ``from_linear``."""
-        (f, c), size = weight.shape, self.group_size
+        (f, c), size = weight.shape, self._rows
         codes = torch.zeros(f, c, dtype=torch.uint8, device=weight.device)
         self.values.zero_()
         whole = f // size * size  # the last group may be smaller
@@ -389,18 +388,23 @@ class CodebookLinear(nn.Module):
         self.weight.copy_(pack_codes(codes, self.bits)[None])
 
     @property
+    def _rows(self) -> int:
+        """Those that share a codebook."""
+        return self.group_size or max(self.out_features, 1)
+
+    @property
     def codes(self) -> torch.Tensor:
         """Unpacked, uint8 [F, C]."""
         return unpack_codes(self.weight[0], self.in_features, self.bits)
 
     def dequantized(self) -> torch.Tensor:
         """W [F, C], in the dtype of ``values``."""
-        rows = torch.arange(self.out_features, device=self.values.device)[:, None] // self.group_size
+        rows = torch.arange(self.out_features, device=self.values.device)[:, None] // self._rows
         return self.values[rows, self.codes.int()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
-        y = codebook_linear(rows, self.weight[0], self.values, self.bias, self.bits, self.group_size)
+        y = codebook_linear(rows, self.weight[0], self.values, self.bias, self.bits, self._rows)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import FileError, refuse_file
+from distilbert_fast.layers import CODEBOOK_SIZES
+from distilbert_fast.ops import _check
 
 METHOD = "distilbert_fast"
 FORMAT = 2
@@ -23,7 +25,11 @@ Kind: TypeAlias = dict[str, Any]  # "kind" and its settings
 FLOAT: Kind = {"kind": "float"}
 INT8: Kind = {"kind": "int8"}
 # How a linear layer may hold its weights, and what each says of itself beside "kind".
-KINDS: dict[str, dict[str, schema.Check]] = {"float": {}, "int8": {}}
+KINDS: dict[str, dict[str, schema.Check]] = {
+    "float": {},
+    "int8": {},
+    "codebook": {"values": schema.one_of(*CODEBOOK_SIZES), "group_size": schema.nullable(schema.integer(1, 2**20))},
+}
 
 
 class _Config(QuantizationConfigMixin):
@@ -104,6 +110,53 @@ class Int8Config(_Config):
     def kind_of(self, name: str, prefix: str, inside: bool) -> Kind:
         skipped = any(part_of(part, name) for part in self.modules_to_not_convert)
         return INT8 if (self.heads or inside) and not skipped else FLOAT
+
+    @property
+    def is_float(self) -> bool:
+        return False
+
+
+@dataclass
+class CodebookConfig(_Config):
+    """Which linear layers hold weights that share values, and how many. A model so quantized is saved as format 2.
+
+    Also for quantizing while loading: ``from_pretrained(..., quantization_config=CodebookConfig(16))``.
+
+    Args:
+        values: 256, 64 or 16: codes of 8, 6 or 4 bits.
+        granularity: what shares them: "tensor", all weights of a layer; "row", those of each row, or output feature;
+            "group", those of each ``group_size`` rows in a row.
+        group_size: for "group" alone.
+        heads, modules_to_not_convert: as for ``Int8Config``.
+
+    Raises:
+        TypeError, ValueError: another number, granularity or size, by name.
+    """
+
+    values: int = 256
+    granularity: str = "tensor"
+    group_size: int | None = None
+    heads: bool = False
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    quant_method: str = field(default=METHOD, kw_only=True)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        _check.choice("CodebookConfig", "values", self.values, CODEBOOK_SIZES)
+        _check.choice("CodebookConfig", "granularity", self.granularity, ("tensor", "row", "group"))
+        size, grouped = self.group_size, self.granularity == "group"
+        if grouped and not (type(size) is int and 1 <= size <= 2**20):
+            _check.refuse("CodebookConfig", "group_size", f"an integer from 1 to {2**20} for groups", repr(size))
+        if not grouped and size is not None:
+            _check.refuse("CodebookConfig", "group_size", f"None for granularity {self.granularity!r}", repr(size))
+
+    @property
+    def kind(self) -> Kind:
+        size = 1 if self.granularity == "row" else self.group_size
+        return {"kind": "codebook", "values": self.values, "group_size": size}
+
+    def kind_of(self, name: str, prefix: str, inside: bool) -> Kind:
+        skipped = any(part_of(part, name) for part in self.modules_to_not_convert)
+        return self.kind if (self.heads or inside) and not skipped else FLOAT
 
     @property
     def is_float(self) -> bool:

@@ -12,28 +12,32 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.files.durable import CHECKSUM, UNSEALED, filling, refuse_file, seal
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.architectures import PROJECTION
 from distilbert_fast.modeling.compression_config import (
     FLOAT,
     INT8,
     METHOD,
+    CodebookConfig,
     CompressionConfig,
     Int8Config,
     Kind,
     check_settings,
     part_of,
 )
+from distilbert_fast.modeling.linear_kinds import converted, empty, kind_of
 from distilbert_fast.modeling.stored_weights import (
     SAVED,
     check_config,
@@ -48,35 +52,56 @@ from distilbert_fast.ops import _check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+AnyConfig: TypeAlias = CompressionConfig | Int8Config | CodebookConfig
+
 # Compressing ---------------------------------------------------------------------------------------------------------
 
 
-def quantize_linears(model: Model, config: Int8Config, caller: str) -> Model:
-    """Turn the layers that ``config`` means into ``Int8Linear``, in place, and mark the model as quantized."""
-    linears = list(_linears(model, config, caller))
+def quantize_linears(
+    model: Model, config: Int8Config | CodebookConfig, caller: str, importance: Mapping[str, torch.Tensor] | None = None
+) -> Model:
+    """Turn the layers that ``config`` means into what it says, in place, and mark the model as quantized.
+
+    Args:
+        importance: of the weights of layers, by their dotted names: what a squared error of each counts, for codebooks.
+    """
+    linears = list(linears_of(model, config, caller))
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for part in config.modules_to_not_convert:
         if not any(part_of(part, name) for name in names):
             _check.refuse(caller, "modules_to_not_convert", "names of linear layers", repr(part))
-    made = run_aside(lambda: [(name, Int8Linear.from_linear(linear)) for name, linear, _ in linears])
-    for name, linear in made:
+    threads = 1 if isinstance(config, Int8Config) else torch.get_num_threads()  # shared by layers, not within one
+
+    def convert(one: tuple[str, nn.Linear, Kind]) -> tuple[str, nn.Module]:
+        return one[0], converted(one[1], one[2], (importance or {}).get(one[0]), 1)
+
+    def convert_all() -> list[tuple[str, nn.Module]]:
+        if threads == 1:
+            return list(map(convert, linears))
+        with ThreadPoolExecutor(threads, "distilbert_fast") as pool:
+            return list(pool.map(convert, linears))
+
+    for name, linear in run_aside(convert_all):
         model.set_submodule(name, linear)
     earlier: Any = getattr(model.config, "quantization_config", None)
     structure = getattr(earlier, "structure", None)
-    return _mark(model, config if structure is None else _of_format_2(model, structure))
+    if isinstance(config, Int8Config) and structure is None:
+        return _mark(model, config)
+    return _mark(model, _of_format_2(model, structure, INT8 if isinstance(config, Int8Config) else config.kind))
 
 
-def _of_format_2(model: PreTrainedModel, structure: list[dict[str, Any]]) -> CompressionConfig:
-    """What a pruned model with int8 layers is."""
+def _of_format_2(model: PreTrainedModel, structure: list[dict[str, Any]] | None, usual: Kind) -> CompressionConfig:
+    """What a model is whose encoder's linear layers are usually of one kind."""
     from distilbert_fast.modeling.encoder import encoder_layers
 
     inside = {id(module) for module in encoder_layers(model.base_model).modules()}
     linears = {}
     for name, module in model.named_modules():
-        kind = INT8 if isinstance(module, Int8Linear) else FLOAT
-        if isinstance(module, (nn.Linear, Int8Linear)) and kind != (INT8 if id(module) in inside else FLOAT):
-            linears[name.removeprefix(f"{model.base_model_prefix}.")] = dict(kind)
-    return CompressionConfig(structure=structure, linear=dict(INT8), linears=linears)
+        if isinstance(module, (nn.Linear, *QUANTIZED_LINEARS)):
+            kind = kind_of(module)
+            if kind != (usual if id(module) in inside else FLOAT):
+                linears[name.removeprefix(f"{model.base_model_prefix}.")] = dict(kind)
+    return CompressionConfig(structure=structure, linear=dict(usual), linears=linears)
 
 
 def record_structure(model: Model) -> Model:
@@ -96,23 +121,22 @@ def _mark(model: Model, config: CompressionConfig | Int8Config) -> Model:
     return _as_quantized(model, config)
 
 
-def _as_quantized(model: Model, config: CompressionConfig | Int8Config) -> Model:
+def _as_quantized(model: Model, config: AnyConfig) -> Model:
     """The model itself: one that holds floats alone may be cast and trained as any other."""
     marked: Any = model
     marked.is_quantized, marked.quantization_method = not config.is_float, METHOD
     return model
 
 
-def _linears(
-    model: PreTrainedModel, config: CompressionConfig | Int8Config, caller: str
-) -> Iterator[tuple[str, nn.Linear, Kind]]:
+def linears_of(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Linear, Kind]]:
     """The float linear layers that ``config`` says are none, with their dotted names in ``model``."""
     # Not above: this module is imported in the middle of transformers' own import, before any of its models can be.
     from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder
 
     encoder = find_encoder(model, caller)
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        _check.refuse(caller, "model", "a float model", "one that is int8 already")
+    for module in model.modules():
+        if isinstance(module, QUANTIZED_LINEARS):
+            _check.refuse(caller, "model", "a float model", f"one that is {kind_of(module)['kind']} already")
     check_weights(encoder, None if config.is_float else "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
     words = encoder.get_input_embeddings().weight
@@ -158,10 +182,10 @@ class Int8Quantizer(HfQuantizer):
     """What transformers' from_pretrained and save_pretrained call for a compressed model."""
 
     requires_calibration = False
-    is_trainable = True  # biases, LayerNorms, embeddings and task head; the codes are fixed
+    is_trainable = True  # biases, LayerNorms, embeddings, shared values and task head; the codes are fixed
     is_qat_trainable = True  # what lets transformers' Trainer take the model, if only to evaluate it
     is_compileable = True
-    quantization_config: CompressionConfig | Int8Config
+    quantization_config: AnyConfig
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -199,10 +223,8 @@ class Int8Quantizer(HfQuantizer):
             if name.startswith(f"{place.removeprefix(prefix)}.") and path is not None:
                 refuse_file(path, f"quantization_config: linears must name linear layers, got {name!r}")
             del given.linears[name]  # of a head that this model does not have
-        for name, linear, _ in _linears(model, given, METHOD):
-            bias, dtype = linear.bias is not None, linear.weight.dtype
-            made = Int8Linear(linear.in_features, linear.out_features, bias, linear.weight.device, dtype)
-            model.set_submodule(name, made)
+        for name, linear, kind in linears_of(model, given, METHOD):
+            model.set_submodule(name, empty(linear, kind))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -211,8 +233,9 @@ class Int8Quantizer(HfQuantizer):
 
     def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:
         config = self.quantization_config
-        if not isinstance(config, Int8Config):
-            _check.refuse(METHOD, "quantization_config", "an Int8Config", type(config).__name__, TypeError)
+        if not isinstance(config, (Int8Config, CodebookConfig)):
+            given = type(config).__name__
+            _check.refuse(METHOD, "quantization_config", "an Int8Config or CodebookConfig", given, TypeError)
         return quantize_linears(model, config, METHOD)
 
     def update_attn_implementation(self, config: Any) -> Any:

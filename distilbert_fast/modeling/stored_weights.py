@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from torch import nn
 
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import CHECKSUM, FileError, check_seal, refuse_file, regular_size
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.compression_config import METHOD
+from distilbert_fast.modeling.linear_kinds import stored_dtypes
 from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_LARGEST = sys.float_info.max
 SAVED = "config"  # in the metadata of weights: what config.json said of _DECISIVE when they were written, as JSON
 # What of a config decides the numbers that a model gives, in any architecture. Whatever a user may change for the same
 # weights (names of labels, dropout, what is returned) is not here.
@@ -97,7 +99,7 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Any], pruned: bool) 
         for name in tensors.keys()  # noqa: SIM118, it is no dict
     }
     wanted = {  # of a tensor that compression has changed: the dtypes that it may have, and its like
-        f"{name}.{part}": (_dtypes(layer, part), x)
+        f"{name}.{part}": (stored_dtypes(layer, part), x)
         for name, layer in _compressed(model, pruned)
         for part, x in layer.state_dict().items()
     }
@@ -115,13 +117,8 @@ def _compressed(model: PreTrainedModel, pruned: bool) -> Iterator[tuple[str, nn.
 
     inside = {id(module) for module in encoder_layers(find_encoder(model, METHOD)).modules()} if pruned else set()
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear) or (type(module) is nn.Linear and id(module) in inside):
+        if isinstance(module, QUANTIZED_LINEARS) or (type(module) is nn.Linear and id(module) in inside):
             yield name, module
-
-
-def _dtypes(layer: nn.Module, part: str) -> tuple[str, ...]:
-    codes = {"weight": ("I8",), "weight_scale": ("F32",)} if isinstance(layer, Int8Linear) else {}
-    return codes.get(part, _FLOATS)
 
 
 def _check_unused(model: PreTrainedModel, taken: Set[str], places: Mapping[str, Any], prefix: str) -> None:
@@ -133,8 +130,11 @@ def _check_unused(model: PreTrainedModel, taken: Set[str], places: Mapping[str, 
     floats = {name.removeprefix(prefix) for name in model.state_dict()} - taken
     for name, (file, tensors, full) in places.items():
         ours = name in floats or (name.startswith(f"{inside}.") and name not in taken)
-        if ours and tensors.get_slice(full).get_dtype() == "I8":
-            refuse_file(file, f"{full} is int8, but the model that config.json describes has no int8 layer there")
+        dtype, kind = {"I8": ("int8", "int8"), "U8": ("uint8", "codebook")}.get(
+            tensors.get_slice(full).get_dtype(), ("", "")
+        )
+        if ours and kind:
+            refuse_file(file, f"{full} is {dtype}, but the model that config.json describes has no {kind} layer there")
 
 
 @contextlib.contextmanager
@@ -152,13 +152,14 @@ def opened(file: str) -> Iterator[Any]:
 
 
 def _check_tensor(file: str, tensors: Any, name: str, dtypes: tuple[str, ...], wanted: torch.Tensor) -> None:
-    """Codes must be int8, scales finite and not negative."""
+    """Scales must be finite and not negative, shared values finite."""
     found = tensors.get_slice(name)
     if found.get_dtype() not in dtypes or found.get_shape() != list(wanted.shape):
         expected = f"{' or '.join(dtypes)} {list(wanted.shape)}"
         refuse_file(file, f"{name} must be {expected}, got {found.get_dtype()} {found.get_shape()}")
-    if name.endswith(".weight_scale"):
-        scales = tensors.get_tensor(name)
-        wrong = scales[~((scales >= 0) & (scales < math.inf))]
-        if len(wrong):
-            refuse_file(file, f"{name} must be finite and not negative, got {float(wrong[0])}")
+    for part, least, expected in (("weight_scale", 0.0, "finite and not negative"), ("values", -_LARGEST, "finite")):
+        if name.endswith(f".{part}"):
+            numbers = tensors.get_tensor(name).double()
+            wrong = numbers[~((numbers >= least) & (numbers < math.inf))]
+            if len(wrong):
+                refuse_file(file, f"{name} must be {expected}, got {float(wrong[0])}")

@@ -484,7 +484,7 @@ def test_what_a_caller_asks_for_is_given(saved):
 )
 @pytest.mark.parametrize("reader", [READERS[4][1], READERS[5][1], READERS[0][1]])
 def test_a_config_beside_weights_of_an_earlier_version(heads, changes, message, reader, tmp_path):
-    quantize_model(make("BertForSequenceClassification"), heads).save_pretrained(tmp_path)
+    quantize_model(make("BertForSequenceClassification"), heads=heads).save_pretrained(tmp_path)
     without_metadata(tmp_path)
     reader.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,0 +1,43 @@
+"""How a linear layer may hold its weights, by the names that config.json gives it: docs/formats.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distilbert_fast.layers import CodebookLinear, Int8Linear
+from distilbert_fast.modeling.compression_config import FLOAT, INT8, Kind
+
+FLOATS = ("F64", "F32", "BF16", "F16")  # what safetensors call the dtypes of a float layer
+_STORED = {Int8Linear: {"weight": ("I8",), "weight_scale": ("F32",)}, CodebookLinear: {"weight": ("U8",)}}
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a linear layer, with its settings."""
+    if isinstance(module, CodebookLinear):
+        return {"kind": "codebook", "values": module.values.shape[1], "group_size": module.group_size}
+    return INT8 if isinstance(module, Int8Linear) else FLOAT
+
+
+def empty(linear: nn.Linear, kind: Kind) -> nn.Module:
+    """A layer of a kind that is not float, as large as ``linear``, for weights that are loaded afterwards."""
+    c, f, rest = linear.in_features, linear.out_features, (linear.bias is not None, linear.weight.device)
+    if kind["kind"] == "int8":
+        return Int8Linear(c, f, *rest, linear.weight.dtype)
+    return CodebookLinear(c, f, kind["values"], kind["group_size"], *rest, linear.weight.dtype)
+
+
+def converted(linear: nn.Linear, kind: Kind, importance: torch.Tensor | None, threads: int | None) -> nn.Module:
+    """``linear`` as a layer of a kind that is not float.
+
+    Args:
+        importance, threads: as for ``CodebookLinear.from_linear``, alone.
+    """
+    if kind["kind"] == "int8":
+        return Int8Linear.from_linear(linear)
+    return CodebookLinear.from_linear(linear, kind["values"], kind["group_size"], importance, threads)
+
+
+def stored_dtypes(layer: nn.Module, part: str) -> tuple[str, ...]:
+    """What safetensors may call the dtype of a part of a layer."""
+    return _STORED.get(type(layer), {}).get(part, FLOATS)

@@ -1,0 +1,150 @@
+"""Shared values: which weights count more, and values that are trained."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from distilbert_fast import CodebookConfig, quantize_model
+from distilbert_fast.compression import fisher
+from distilbert_fast.compression.fisher import squared_gradients
+from distilbert_fast.layers import CodebookLinear
+
+SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
+SIZES |= dict(hidden_size=30, intermediate_size=37, pad_token_id=0, num_labels=3)
+
+
+def make(kind=transformers.BertForSequenceClassification, **changes):
+    torch.manual_seed(0)
+    return kind(kind.config_class(**SIZES | changes)).eval()
+
+
+def batches(count=4, rows=6):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        mask = (torch.arange(9) < torch.randint(1, 10, (rows, 1), generator=generator)).long()
+        yield {"input_ids": torch.randint(2, 97, (rows, 9), generator=generator), "attention_mask": mask}
+
+
+def weights(model):
+    return {name: m.weight for name, m in model.named_modules() if type(m) is nn.Linear and "layer." in name}
+
+
+# Which weights count more --------------------------------------------------------------------------------------------
+
+
+def test_squared_gradients_are_the_fisher_information(monkeypatch):
+    """Of a classifier it is Σ_rows Σ_classes p (∂ log p / ∂ w)², which many draws come near to."""
+    model, name = make(), "bert.encoder.layer.1.output.dense"
+    model.classifier.weight.data.mul_(30)
+    weight, batch = weights(model)[name], next(batches(1, 3))
+    exact = torch.zeros_like(weight)
+    for row in range(3):
+        log_p = model(**{key: x[row : row + 1] for key, x in batch.items()}).logits.log_softmax(-1)[0]
+        for score in log_p:
+            (gradient,) = torch.autograd.grad(score, weight, retain_graph=True)
+            exact += score.exp().detach() * gradient**2
+    monkeypatch.setattr(fisher, "_ROWS", 3)
+    draws = 400
+    found = squared_gradients(model, [batch] * draws, {name: weight})[name] / draws
+    assert float(((found - exact) ** 2).sum() / (exact**2).sum()) < 0.03
+    assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.15)
+
+
+HEADS = ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["DistilBert", "Bert", "Roberta"])
+def test_every_head_has_squared_gradients_and_stays_as_it_was(family, head):
+    model = make(getattr(transformers, family + head), num_labels=2).train()
+    next(iter(model.parameters())).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    given = weights(model)
+    assert len(given) == 12
+    found = squared_gradients(model, batches(), given)
+    assert found.keys() == given.keys()
+    for name, squared in found.items():
+        assert squared.shape == given[name].shape and bool((squared >= 0).all())
+        if not name.endswith(("query", "key", "q_lin", "k_lin")):  # attention to one token alone has no gradient
+            assert float(squared.sum()) > 0
+    assert model.training and [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = squared_gradients(model, batches(), given)
+    assert all(torch.equal(again[name], squared) for name, squared in found.items())
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_heads_of_other_losses(kind):
+    model = make(problem_type=kind, num_labels=1 if kind == "regression" else 3)
+    assert all(float(x.sum()) > 0 for name, x in squared_gradients(model, batches(), weights(model)).items())
+
+
+def test_padding_decides_nothing():
+    model = make(transformers.BertForTokenClassification)
+    batch = next(batches(1))
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 5, batch["input_ids"])}
+    for name, found in squared_gradients(model, [batch], weights(model)).items():
+        torch.testing.assert_close(found, squared_gradients(model, [other], weights(model))[name])
+
+
+def test_a_gradient_that_is_no_number_is_refused():
+    model = make()
+    model.classifier.weight.data[0, 0] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"^squared_gradients: answers of the model must be finite, got other numbers$"
+    ):
+        squared_gradients(model, batches(), weights(model))
+
+
+def test_calibration_changes_which_values_are_best():
+    model, plain = make(), make()
+    quantize_model(model, CodebookConfig(16, "row"), batches())
+    quantize_model(plain, CodebookConfig(16, "row"))
+    before = make()
+    importance, before = squared_gradients(before, batches(), weights(before)), weights(before)
+    for name, linear in model.named_modules():
+        if isinstance(linear, CodebookLinear):
+            errors = [
+                float((importance[name] * (m.get_submodule(name).dequantized() - before[name]) ** 2).sum())
+                for m in (model, plain)
+            ]
+            assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+# Values that are trained ----------------------------------------------------------------------------------------------
+
+
+def rows():
+    for batch in batches(8, 4):
+        for i in range(4):
+            yield {key: x[i] for key, x in batch.items()} | {"labels": int(batch["input_ids"][i, 0]) % 3}
+
+
+def train(model, tmp_path, **more):
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path / "run", report_to=[], use_cpu=True, disable_tqdm=True, num_train_epochs=8,
+        per_device_train_batch_size=8, learning_rate=5e-3, save_strategy="no", seed=0, **more,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=list(rows()), eval_dataset=list(rows()))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return before, trainer.evaluate()["eval_loss"]
+
+
+def test_values_are_trained_by_the_trainer_and_saved(tmp_path):
+    model = quantize_model(make(), CodebookConfig(16, "row"))
+    layers = [module for module in model.modules() if isinstance(module, CodebookLinear)]
+    codes, values = [x.weight.clone() for x in layers], [x.values.detach().clone() for x in layers]
+    before, after = train(model, tmp_path)
+    assert after < before - 0.1
+    assert all(torch.equal(x.weight, code) for x, code in zip(layers, codes, strict=True))
+    assert not any(torch.equal(x.values, value) for x, value in zip(layers, values, strict=True))
+    model.save_pretrained(tmp_path / "saved")
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    batch = next(batches())
+    with torch.no_grad():
+        assert torch.equal(read(**batch).logits, model.eval()(**batch).logits)
