@@ -51,6 +51,7 @@ _HOME = {
     "PruningConfig": "compression.structure",
     "PruningReport": "compression.structure",
     "prune_model": "compression.structure",
+    "prepare_qat": "compression.qat",
     "quantize_model": "compression.quantize",
     "CachedTeacher": "distillation.teachers.cache",
     "DistillationArguments": "distillation.arguments",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.compression.fisher import squared_gradients
+from distilbert_fast.compression.qat import finish_qat
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
 from distilbert_fast.modeling.quantizer import linears_of, quantize_linears
@@ -62,6 +63,7 @@ def quantize_model(
     if not isinstance(config, (Int8Config, CodebookConfig)):
         given = type(config).__name__
         _check.refuse(OP, "config", "an Int8Config or a CodebookConfig", given, TypeError)
+    finish_qat(model)
     if calibration is None:
         return quantize_linears(model, config, OP)
     if isinstance(config, Int8Config):

@@ -1,16 +1,19 @@
-"""Shared values: which weights count more, and values that are trained."""
+"""Shared values: which weights count more, values and float weights that are trained, by both trainers."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from distilbert_fast import CodebookConfig, quantize_model
+from distilbert_fast import CodebookConfig, optimize, prepare_qat, quantize_model
 from distilbert_fast.compression import fisher
 from distilbert_fast.compression.fisher import squared_gradients
+from distilbert_fast.compression.qat import SharingLinear
 from distilbert_fast.layers import CodebookLinear
 
 SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
@@ -148,3 +151,85 @@ def test_values_are_trained_by_the_trainer_and_saved(tmp_path):
     batch = next(batches())
     with torch.no_grad():
         assert torch.equal(read(**batch).logits, model.eval()(**batch).logits)
+
+
+# Float weights that are trained --------------------------------------------------------------------------------------
+
+
+CONFIG = CodebookConfig(16, "group", 16)
+
+
+def test_it_computes_as_the_model_that_it_becomes():
+    model, batch = make(), next(batches())
+    expected = quantize_model(copy.deepcopy(model), CONFIG)
+    names = list(model.state_dict())
+    assert prepare_qat(model, CONFIG) is model and list(model.state_dict()) == names
+    assert sum(type(m) is SharingLinear for m in model.modules()) == 12
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-5, atol=1e-6)
+        quantize_model(model, CONFIG)
+        assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
+def test_gradients_go_straight_through():
+    model, batch = make(), next(batches())
+    dense = copy.deepcopy(model)
+    quantized = quantize_model(copy.deepcopy(model), CONFIG)
+    for name, m in quantized.named_modules():
+        if isinstance(m, CodebookLinear):
+            dense.get_submodule(name).weight.data.copy_(m.dequantized())
+    prepare_qat(model, CONFIG)
+    for one in (model, dense):
+        one(**batch, labels=torch.tensor([0, 1, 2, 0, 1, 2])).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_when_values_are_found_again():
+    model, batch = prepare_qat(make(), CONFIG, every=3).train(), next(batches())
+    linear = model.bert.encoder.layer[0].output.dense
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=1.0), []
+    for _ in range(7):
+        model(**batch, labels=torch.zeros(6, dtype=torch.int64)).loss.backward()
+        optimizer.step()
+        seen.append(linear.shared)
+    assert [a is b for a, b in itertools.pairwise(seen)] == [True, True, False, True, True, False]
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+        now = CodebookLinear.from_linear(linear, 16, 16).dequantized()
+        assert torch.equal(linear.shared, now)
+        model.load_state_dict({name: x * 0.5 for name, x in model.state_dict().items()})
+        model(**batch)
+        torch.testing.assert_close(linear.shared, now * 0.5)
+
+
+def test_float_weights_are_trained_by_the_trainer(tmp_path):
+    model = prepare_qat(make(), CONFIG, every=5)
+    before, after = train(model, tmp_path)
+    assert after < before - 0.1
+    batch = next(batches())
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    quantize_model(model, CONFIG)
+    assert not any(type(m) is SharingLinear for m in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+        optimize(model, "fp32")
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_prepare_qat_refuses():
+    for arguments, error, message in (
+        (("int8",), TypeError, "config must be a CodebookConfig, got str"),
+        ((CONFIG, 0), ValueError, "every must be an integer of 1 or more, got 0"),
+    ):
+        with pytest.raises(error) as caught:
+            prepare_qat(make(), *arguments)
+        assert str(caught.value) == f"prepare_qat: {message}"
+    with pytest.raises(
+        ValueError, match=r"^prepare_qat: model must be a float model, got one that is codebook already$"
+    ):
+        prepare_qat(quantize_model(make(), CONFIG), CONFIG)
+    with pytest.raises(TypeError, match="SharingLinear"):
+        optimize(prepare_qat(make(), CONFIG))
