@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.compression.fisher import squared_gradients
+from distilbert_fast.compression.fisher import smoothed, squared_gradients
 from distilbert_fast.compression.qat import finish_qat
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
@@ -70,4 +70,4 @@ def quantize_model(
         _check.refuse(OP, "calibration", "None for int8, which optimize calibrates", type(calibration).__name__)
     weights = {name: linear.weight for name, linear, _ in linears_of(model, config, OP)}
     importance = squared_gradients(model, batches(calibration, model, tokenizer, OP), weights)
-    return quantize_linears(model, config, OP, importance)
+    return quantize_linears(model, config, OP, {name: smoothed(squared) for name, squared in importance.items()})

@@ -8,12 +8,14 @@ import itertools
 import pytest
 import torch
 import transformers
+from distillation import tiny
 from torch import nn
 
 from distilbert_fast import CodebookConfig, optimize, prepare_qat, quantize_model
 from distilbert_fast.compression import fisher
-from distilbert_fast.compression.fisher import squared_gradients
+from distilbert_fast.compression.fisher import smoothed, squared_gradients
 from distilbert_fast.compression.qat import SharingLinear
+from distilbert_fast.distillation.trainer import DistillationTrainer
 from distilbert_fast.layers import CodebookLinear
 
 SIZES = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
@@ -103,6 +105,15 @@ def test_a_gradient_that_is_no_number_is_refused():
         squared_gradients(model, batches(), weights(model))
 
 
+def test_smoothing_keeps_sums_and_what_rows_and_columns_explain():
+    squared = torch.rand(7, 5) ** 4
+    for dim in (0, 1):
+        torch.testing.assert_close(smoothed(squared).sum(dim), squared.sum(dim))
+    product = squared[:, :1] * squared[:1]
+    torch.testing.assert_close(smoothed(product), product)
+    assert torch.equal(smoothed(squared * 0), squared * 0)
+
+
 def test_calibration_changes_which_values_are_best():
     model, plain = make(), make()
     quantize_model(model, CodebookConfig(16, "row"), batches())
@@ -112,7 +123,7 @@ def test_calibration_changes_which_values_are_best():
     for name, linear in model.named_modules():
         if isinstance(linear, CodebookLinear):
             errors = [
-                float((importance[name] * (m.get_submodule(name).dequantized() - before[name]) ** 2).sum())
+                float((smoothed(importance[name]) * (m.get_submodule(name).dequantized() - before[name]) ** 2).detach().sum())
                 for m in (model, plain)
             ]
             assert errors[0] <= errors[1] * (1 + 1e-6)
@@ -217,6 +228,23 @@ def test_float_weights_are_trained_by_the_trainer(tmp_path):
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
         optimize(model, "fp32")
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [quantize_model, prepare_qat])
+def test_distillation_trains_both(change, tmp_path):
+    teacher, rows = tiny.teacher(), tiny.rows(24)
+    student = change(tiny.student(teacher, 0.0), CONFIG)
+    args = tiny.arguments(
+        tmp_path, num_train_epochs=6, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="no"
+    )
+    trainer = DistillationTrainer(student, teacher, args, rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    if change is prepare_qat:
+        quantize_model(student, CONFIG)
+    layers = [module for module in student.modules() if isinstance(module, CodebookLinear)]
+    assert len(layers) == 6 and all(len(layer.dequantized().unique()) <= 16 * len(layer.values) for layer in layers)
 
 
 def test_what_prepare_qat_refuses():
