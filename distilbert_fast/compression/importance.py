@@ -24,14 +24,21 @@ from typing import Any
 import torch
 
 from distilbert_fast.compression.sublayers import Batch, States, Sublayer, from_layer, inputs_of
+from distilbert_fast.ops import _check
 
 LogLikelihood = Callable[[Any, Batch, torch.Tensor], torch.Tensor]  # of a model's answers, summed over a batch
 
 
-def drawn(temperature: float, generator: torch.Generator) -> LogLikelihood:
-    """τ log p(y), with y drawn from the model's own answers."""
+def drawn(temperature: float, generator: torch.Generator, multi_label: bool = False) -> LogLikelihood:
+    """τ log p(y), with y drawn from the model's own answers. It raises ValueError where these are not finite.
+
+    Args:
+        multi_label: whether the logits of a sequence are of labels that do not exclude each other.
+    """
 
     def categorical(logits: torch.Tensor) -> torch.Tensor:
+        if bool(logits.isnan().any() | (logits == torch.inf).any()):
+            _check.refuse("calibration", "answers of the model", "finite", "other numbers")
         log_p = (logits.float() / temperature).log_softmax(-1)
         y = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(logits.device)
         return temperature * log_p.gather(-1, y).sum()
@@ -45,6 +52,8 @@ def drawn(temperature: float, generator: torch.Generator) -> LogLikelihood:
             return categorical(starts) + categorical(ends)
         if "logits" in outputs:  # [B, K], or of each token [B, T, K]
             logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[real]
+            if multi_label:
+                logits = torch.stack([logits, torch.zeros_like(logits)], dim=-1).flatten(0, 1)  # yes or no
             return gaussian(logits) if logits.shape[-1] == 1 else categorical(logits)
         x = outputs.last_hidden_state[real]  # [N, C]
         return gaussian(x / x.detach().square().mean().sqrt())

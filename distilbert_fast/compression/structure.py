@@ -175,7 +175,8 @@ class _Pruning:
         self.costs = Costs.measured(encoder, self.states.masks, config.measure, config.precision, config.neurons)
         self.budget = (1 - config.amount) * self.costs.of(self.before)
         generator = torch.Generator().manual_seed(config.seed)
-        own = drawn(config.temperature, generator)
+        multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
+        own = drawn(config.temperature, generator, multi_label)
         common = (model, encoder, self.states, self._counted())
         fisher = config.method == "fisher"
         labels = [batch["labels"] for batch in given] if fisher else None
