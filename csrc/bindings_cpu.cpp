@@ -203,6 +203,11 @@ PYBIND11_MODULE(_cpu, m) {
         entry([](const void* x, int64_t x_stride, DType x_dtype, int64_t rows, int64_t columns, const Codes& x_q,
                  int threads) { quantize({x, x_stride, x_dtype, columns, x_q}, rows, threads); }),
         "int8 codes of rows by the scales given or by those found");
+  m.def("fit_scale",
+        entry([](const void* w, int64_t w_stride, DType w_dtype, int64_t rows, int64_t columns, const float* importance,
+                 float* scale,
+                 int threads) { fit_scale({w, w_stride, w_dtype, columns, importance, scale}, rows, threads); }),
+        "The scale of each row by which its int8 codes come nearest to it");
   m.def("layer_norm_forward",
         entry([](const void* x, int64_t x_stride, DType x_dtype, const void* residual, int64_t residual_stride,
                  DType residual_dtype, int64_t rows, const Normalized& out, int threads) {

@@ -42,6 +42,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_topk_kl_div": {"cpu": ("float32", "bfloat16")},
     "attention": {"triton": _FLOAT, "cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")},
     "quantize": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},
+    "fit_scale": {"cpu": ("float32", "bfloat16")},
     "int8_linear": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm": {"triton": _FLOAT, "cuda": _FLOAT, "cpu": ("float32", "bfloat16")},
     "layer_norm_backward": {"triton": _FLOAT, "cpu": ("float32", "bfloat16")},

@@ -183,6 +183,7 @@ struct Kernels {
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
+  void (*fit_scale)(const FitScaleRows&, int64_t begin, int64_t end);
   void (*layer_norm_forward)(const LayerNormRows&, int64_t begin, int64_t end);
   // scratch: attention_forward_scratch or _backward_scratch bytes for the longest sequence, 64 byte aligned, one for
   // each thread.

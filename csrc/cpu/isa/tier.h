@@ -7,6 +7,7 @@
 // clang-format off: in this order
 #include "cpu/isa/vec_math.h"
 #include "cpu/ops/quantize_rows.h"
+#include "cpu/ops/fit_scale_rows.h"
 #include "cpu/ops/layer_norm_rows.h"
 #include "cpu/ops/layer_norm_gradient_rows.h"
 #include "cpu/ops/embedding_rows.h"
@@ -34,6 +35,7 @@ constexpr Kernels common_kernels() {
   kernels.linear_kl_div = linear_kl_div;
   kernels.linear_topk_kl_div = linear_topk_kl_div;
   kernels.quantize = quantize;
+  kernels.fit_scale = fit_scale;
   kernels.layer_norm_forward = layer_norm_forward;
   kernels.attention_forward = attention_forward;
   kernels.attention_backward = attention_backward;

@@ -10,6 +10,8 @@ class LayerMatches;
 
 void quantize(const QuantizeRows& call, int64_t rows, int threads);
 
+void fit_scale(const FitScaleRows& call, int64_t rows, int threads);
+
 void layer_norm_forward(const LayerNormRows& call, int64_t rows, int threads);
 // dweight and dbias are [columns]; call.gradient.sums is not read.
 void layer_norm_backward(const LayerNormGradientRows& call, int64_t rows, float* dweight, float* dbias, int threads);

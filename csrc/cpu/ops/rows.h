@@ -31,6 +31,17 @@ struct QuantizeRows {
   Codes codes;
 };
 
+constexpr int kFitSteps = 80;  // scales that are tried for a row
+
+struct FitScaleRows {
+  const void* w;  // [rows, columns]
+  int64_t w_stride;
+  DType w_dtype;
+  int64_t columns;
+  const float* importance;  // [columns]; null: 1
+  float* scale;             // [rows]
+};
+
 // LayerNorm of rows h that a kernel makes: where its parameters come from and its results go.
 struct Normalized {
   int64_t columns;
