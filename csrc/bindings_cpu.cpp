@@ -22,6 +22,7 @@ namespace {
 
 // A layer that pack_linear laid out.
 struct Blob {
+  Weights kind;
   const uint8_t* data;
   int64_t bytes, columns, k;
 };
@@ -30,11 +31,11 @@ struct Blob {
 using LayerArguments =
     std::tuple<Blob, Blob, Blob, Blob, EncoderNorm, EncoderNorm, int64_t, int64_t, float, float, Address<const float>>;
 
-std::unique_ptr<Encoder> make_encoder(Weights weights, int64_t hidden, int64_t head_size,
-                                      const std::array<EmbeddingTable, 3>& tables, const EncoderNorm& first_norm,
-                                      int64_t padding_idx, const std::vector<LayerArguments>& layers) {
-  const auto linear = [weights](const Blob& x) { return checked_linear(weights, x.data, x.bytes, x.columns, x.k); };
-  EncoderModel model = {weights, hidden, head_size, tables[0], tables[1], tables[2], first_norm, padding_idx, {}};
+std::unique_ptr<Encoder> make_encoder(int64_t hidden, int64_t head_size, const std::array<EmbeddingTable, 3>& tables,
+                                      const EncoderNorm& first_norm, int64_t padding_idx,
+                                      const std::vector<LayerArguments>& layers) {
+  const auto linear = [](const Blob& x) { return checked_linear(x.kind, x.data, x.bytes, x.columns, x.k); };
+  EncoderModel model = {hidden, head_size, tables[0], tables[1], tables[2], first_norm, padding_idx, {}};
   for (const auto& [qkv, out, ffn_in, ffn_out, attention_norm, ffn_norm, heads, ffn, context_scale, ffn_scale,
                     ffn_factors] : layers) {
     model.layers.push_back({linear(qkv), linear(out), linear(ffn_in), linear(ffn_out), attention_norm, ffn_norm, heads,
@@ -83,9 +84,9 @@ struct type_caster<AttentionTensor<Pointer>> : FromTuple<AttentionTensor<Pointer
 template <>
 struct type_caster<EncoderNorm> : FromTuple<EncoderNorm, const float*, const float*, double> {};
 template <>
-struct type_caster<EmbeddingTable> : FromTuple<EmbeddingTable, const void*, int64_t, DType> {};
+struct type_caster<EmbeddingTable> : FromTuple<EmbeddingTable, const void*, int64_t, DType, const float*> {};
 template <>
-struct type_caster<Blob> : FromTuple<Blob, const uint8_t*, int64_t, int64_t, int64_t> {};
+struct type_caster<Blob> : FromTuple<Blob, Weights, const uint8_t*, int64_t, int64_t, int64_t> {};
 template <>
 struct type_caster<Fingerprint::Region> : FromTuple<Fingerprint::Region, const uint8_t*, int64_t> {};
 template <>

@@ -17,7 +17,7 @@ PACKAGE = "distilbert_fast"
 # A room of the package and the rooms that it may import, itself aside: floor by floor, and none up. testing stands
 # apart: it serves tests/ and bench/.
 LAYERS = {"backends", "ops"}
-MODELING = LAYERS | {"files", "layers", "engine"}
+MODELING = LAYERS | {"files", "layers", "embeddings", "engine"}
 DATA = MODELING | {"modeling", "runs"}
 ABOVE = DATA | {"data"}
 JOBS = ABOVE | {"compression", "distillation", "evaluation"}
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"_cpu", "_cuda", "_build_info"},
     "ops": {"backends", "kernels", "_cpu", "_cuda"},
     "layers": LAYERS,
-    "engine": LAYERS | {"layers", "files"},
+    "embeddings": LAYERS,
+    "engine": LAYERS | {"layers", "embeddings", "files"},
     "modeling": MODELING,
     "runs": {"files"},
     "data": DATA,
@@ -47,6 +48,7 @@ THIRD_PARTY = {
     "backends": {"torch"},
     "ops": {"torch"},
     "layers": {"torch"},
+    "embeddings": {"torch"},
     "engine": {"torch", "safetensors"},
     "testing": {"torch"},
     "__init__": set(),

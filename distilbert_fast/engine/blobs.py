@@ -17,6 +17,7 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import (
+    DTYPES,
     NORMS,
     WEIGHTS,
     EncoderShape,
@@ -25,12 +26,13 @@ from distilbert_fast.engine.native_encoder import (
     packed_bytes,
     whole_panels,
 )
-from distilbert_fast.engine.weights import PRECISIONS, EncoderModules, float_weight, layer_weights
+from distilbert_fast.engine.weights import EncoderModules, LayerModules, float_weight, layer_weights
 from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.ops._rows import parameter
 from distilbert_fast.ops.quantize import quantize
 
-_NAMES = {PRECISIONS[name]: name for name in ("fp32", "bf16")}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TABLES = (*_NAMES, torch.int8)
 
 
 def pack_model(
@@ -38,22 +40,25 @@ def pack_model(
 ) -> PackedEncoder | None:
     """A model for the C++ encoder; None if that is not built, or takes no such device, dtypes or mixture of them.
 
+    Each linear layer may be int8; all others are float32, or all bfloat16. So may the tables, all or none.
+
     Args:
         precision: as for ``Engine.from_model``.
         masks: for each layer None or a factor for each of its heads [H_l]; heads with 0 are left out.
     """
-    tables = {"word": model.word, "position": model.position, "token_type": model.token_type}
-    tensors = {name: table.weight.detach() for name, table in tables.items() if table is not None}
-    known = all(t.device.type == "cpu" and t.dtype in _NAMES for t in tensors.values())
-    if not known or precision == "fp16" or not backends.availability("cpu").ok:
+    tables = model.tables
+    known = all(table.weight.device.type == "cpu" and table.weight.dtype in _TABLES for table in tables.values())
+    alike = len({table.scale is None for table in tables.values()}) == 1
+    if not (known and alike) or precision == "fp16" or not backends.availability("cpu").ok:
         return None
-    kinds = {_packed_precision(linear, precision) for layer in model.layers for linear in layer.linears} or {"fp32"}
-    kind = kinds.pop()
-    if kinds or kind is None:
+    kinds = [_kinds(layer, precision) for layer in model.layers]
+    floats = {kind for layer in kinds for kind in layer} - {"int8"}
+    if None in floats or len(floats) > 1 or model.dtype not in _NAMES:
         return None
     shape = EncoderShape(
-        precision=kind,
-        hidden=model.word.weight.shape[1],
+        kinds=tuple(tuple(map(str, layer)) for layer in kinds),
+        dtype=_NAMES[model.dtype],
+        hidden=tables["word"].weight.shape[1],
         head_size=model.head_dim,
         num_heads=model.num_heads,
         padding_idx=model.padding_idx,
@@ -62,11 +67,12 @@ def pack_model(
         eps=(model.norm.eps, *(getattr(layer, name).eps for layer in model.layers for name in NORMS)),
         scales=((0.0, 0.0),) * len(model.layers),
     )
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()} | _norm("norm", model.norm)
+    tensors = {name: table.weight.contiguous() for name, table in tables.items()} | _norm("norm", model.norm)
+    tensors |= {f"{name}.scale": table.scale.contiguous() for name, table in tables.items() if table.scale is not None}
     memory = _memory(shape)
     for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
         layer = layer_weights(modules, model.head_dim, precision, mask)
-        for name in shape.linears(i):
+        for name, kind in zip(shape.linears(i), shape.kinds[i], strict=True):
             weight, bias, scale = getattr(layer, name)
             tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, next(memory))
         for name in NORMS:
@@ -74,6 +80,12 @@ def pack_model(
         if layer.mask is not None:
             tensors[f"{i}.mask"] = parameter(layer.mask)
     return PackedEncoder(shape, tensors)
+
+
+def _kinds(layer: LayerModules, precision: str | None) -> tuple[str | None, ...]:
+    """The kinds of qkv, out, ffn_in and ffn_out in the C++ encoder; None: one that it lacks."""
+    query, key, value, *others = (_packed_precision(linear, precision) for linear in layer.linears)
+    return query if query == key == value else None, *others
 
 
 def _packed_precision(linear: Any, precision: str | None) -> str | None:
@@ -90,7 +102,7 @@ def _norm(name: str, norm: nn.LayerNorm) -> dict[str, torch.Tensor]:
 
 
 def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: torch.Tensor) -> PackedEncoder:
-    """The same int8 encoder with one scale for all tokens of what out and ffn_out read.
+    """The same encoder with one scale for all tokens of what int8 out and ffn_out read.
 
     Args:
         model: what it was packed from.
@@ -100,11 +112,11 @@ def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: to
     for i, (layer, heads) in enumerate(zip(model.layers, packed.shape.heads, strict=True)):
         context, gelu = largest[i].tensor_split([widest * packed.shape.head_size])
         linear: Any = layer.ffn_out
-        scale, ffn = 0.0, packed.shape.ffn[i]
-        if ffn:
+        (_, out, _, ffn_out), scale, ffn = packed.shape.kinds[i], 0.0, packed.shape.ffn[i]
+        if ffn and ffn_out == "int8":
             found = static_linear(float_weight(linear), linear.bias, gelu[:ffn])
             tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = found
-        scales.append((float(context.amax()) / 127 if heads else 0.0, scale))
+        scales.append((float(context.amax()) / 127 if heads and out == "int8" else 0.0, scale))
     return PackedEncoder(packed.shape._replace(scales=tuple(scales)), tensors)
 
 
@@ -144,8 +156,8 @@ def _memory(shape: EncoderShape) -> Iterator[torch.Tensor]:
 
     It is one allocation, in huge pages: with pages of 4 KiB, reading the weights takes a third longer.
     """
-    layers = (shape.linears(i).values() for i in range(len(shape.heads)))
-    sizes = [packed_bytes(shape.precision, *size) for layer in layers for size in layer]
+    layers = (zip(kinds, shape.linears(i).values(), strict=True) for i, kinds in enumerate(shape.kinds))
+    sizes = [packed_bytes(kind, *size) for layer in layers for kind, size in layer]
     starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]
     memory = torch.frombuffer(backends.cpu().Buffer(max(starts[-1], 1)), dtype=torch.uint8)
     return (memory[start : start + size] for start, size in zip(starts, sizes, strict=False))

@@ -100,7 +100,7 @@ class Engine:
         if not isinstance(graphs, int) or graphs < 0:
             _check.refuse(OP, "graphs", "a number from 0 on", graphs)
         heads = [layer.heads for layer in model.layers]
-        masks = head_masks(OP, head_mask, model.num_heads, heads, model.word.weight.device)
+        masks = head_masks(OP, head_mask, model.num_heads, heads, model.device)
         return cls(pack_model(model, precision, masks), model, precision, masks, graphs=graphs)
 
     @classmethod
@@ -152,7 +152,7 @@ class Engine:
         packed, model = self.packed, self._model
         if packed is None:
             return self._calibrated_ops(batches)
-        if model is None or packed.shape.precision != "int8":
+        if model is None or not any("int8" in kinds for kinds in packed.shape.kinds):
             _check.refuse(OP, "model", "an int8 one, not from a file, to be calibrated", "another")
         dynamic = pack_model(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
         assert dynamic is not None

@@ -16,13 +16,15 @@ from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
 
 WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}  # enum Weights of csrc/cpu/gemm/gemm.h
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORMS = ("attention_norm", "ffn_norm")
 
 
 class EncoderShape(NamedTuple):
     """The numbers that describe an encoder."""
 
-    precision: str  # of the linear layers: "int8", "bf16" or "fp32"
+    kinds: tuple[tuple[str, ...], ...]  # for each layer, of qkv, out, ffn_in and ffn_out: "int8", "bf16" or "fp32"
+    dtype: str  # of hidden states: "fp32" or "bf16"
     hidden: int
     head_size: int
     num_heads: int
@@ -31,6 +33,12 @@ class EncoderShape(NamedTuple):
     ffn: tuple[int, ...]  # for each layer the width of its feed-forward
     eps: tuple[float, ...]  # of the embedding's norm, then of both norms of each layer
     scales: tuple[tuple[float, float], ...]  # for each layer, of what out and ffn_out read; 0: each token finds its own
+
+    @property
+    def precision(self) -> str:
+        """The kinds in words: that of all linear layers, or those that there are."""
+        kinds = {kind for layer in self.kinds for kind in layer}
+        return " and ".join(name for name in WEIGHTS if name in kinds) or self.dtype
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -50,11 +58,12 @@ class PackedEncoder:
 
     Args:
         shape: what the tensors are.
-        tensors: "word", "position" and, if there is one, "token_type" [rows, C], float32 or bfloat16; "norm.weight"
-            and "norm.bias" [C]; for each layer i "i.qkv", "i.out", "i.ffn_in", "i.ffn_out", uint8 blobs of
-            blobs.py, and "i.attention_norm.weight", … float32 [C]; "i.mask" [H_i] where the model was packed
-            with a head mask that is not only 0 and 1; "i.ffn_factors" where a scale is given for what ffn_out reads:
-            what makes GELU's results codes, float32 [F in whole panels]. On the CPU, contiguous.
+        tensors: "word", "position" and, if there is one, "token_type" [rows, C], float32 or bfloat16, or all of them
+            int8 with "word.scale", … float32 [rows]; "norm.weight" and "norm.bias" [C]; for each layer i "i.qkv",
+            "i.out", "i.ffn_in", "i.ffn_out", uint8 blobs of blobs.py, and "i.attention_norm.weight", … float32 [C];
+            "i.mask" [H_i] where the model was packed with a head mask that is not only 0 and 1; "i.ffn_factors" where a
+            scale is given for what ffn_out reads: what makes GELU's results codes, float32 [F in whole panels]. On the
+            CPU, contiguous.
 
     Raises:
         ValueError: a blob of another size than its layer takes.
@@ -65,18 +74,20 @@ class PackedEncoder:
         self.word, self.position, self.token_type = tensors["word"], tensors["position"], tensors.get("token_type")
         self.num_heads, self.heads, self.padding_idx = shape.num_heads, shape.heads, shape.padding_idx
         self._widest, self._widest_ffn = shape.widest
+        self._dtype = DTYPES[shape.dtype]
         layers = []
         for i, heads in enumerate(shape.heads):
             sizes = shape.linears(i)
-            blobs = [tensors[f"{i}.{name}"] for name in sizes]
-            linears = [(b.data_ptr(), b.numel(), *size) for b, size in zip(blobs, sizes.values(), strict=True)]
+            linears = []
+            for kind, (name, size) in zip(shape.kinds[i], sizes.items(), strict=True):
+                blob = tensors[f"{i}.{name}"]
+                linears.append((WEIGHTS[kind], blob.data_ptr(), blob.numel(), *size))
             norms = [self._norm(f"{i}.{name}", shape.eps[1 + 2 * i + j]) for j, name in enumerate(NORMS)]
             factors = tensors.get(f"{i}.ffn_factors")
             if factors is not None:
                 _check.tensor(OP, "ffn_factors", factors, (whole_panels(shape.ffn[i]),), (torch.float32,))
             layers.append((*linears, *norms, len(heads), shape.ffn[i], *shape.scales[i], address(factors)))
         self._encoder = backends.cpu().Encoder(
-            WEIGHTS[shape.precision],
             shape.hidden,
             shape.head_size,
             [self._table(name) for name in ("word", "position", "token_type")],
@@ -93,12 +104,16 @@ class PackedEncoder:
             _check.tensor(OP, f"{name}.{part}", tensor, (self.shape.hidden,), (torch.float32,))
         return self.tensors[f"{name}.weight"].data_ptr(), self.tensors[f"{name}.bias"].data_ptr(), eps
 
-    def _table(self, name: str) -> tuple[int, int, int]:
-        table = self.tensors.get(name)
+    def _table(self, name: str) -> tuple[int, int, int, int]:
+        table, scale = self.tensors.get(name), self.tensors.get(f"{name}.scale")
         if table is None:
-            return 0, 0, 0
-        _check.tensor(OP, name, table, ("rows", self.shape.hidden), backends.CPU_FLOATS)
-        return table.data_ptr(), table.shape[0], backends.CPU_DTYPE[table.dtype]
+            return 0, 0, 0, 0
+        if scale is None:
+            _check.tensor(OP, name, table, ("rows", self.shape.hidden), backends.CPU_FLOATS)
+            return table.data_ptr(), table.shape[0], backends.CPU_DTYPE[table.dtype], 0
+        _check.tensor(OP, name, table, ("rows", self.shape.hidden), (torch.int8,))
+        _check.tensor(OP, f"{name}.scale", scale, (table.shape[0],), (torch.float32,))
+        return table.data_ptr(), table.shape[0], 0, scale.data_ptr()
 
     def run(
         self,
@@ -111,7 +126,7 @@ class PackedEncoder:
         largest: torch.Tensor | None = None,
         padding: bool = False,
     ) -> list[torch.Tensor]:
-        """Hidden states [B, T, C] in the dtype of the embeddings: the last, or with ``hidden_states`` the embeddings
+        """Hidden states [B, T, C] in the shape's dtype: the last, or with ``hidden_states`` the embeddings
         and the output of each layer. They are 0 at padding, or, with ``padding``, what its queries find at the tokens.
 
         Args:
@@ -133,7 +148,8 @@ class PackedEncoder:
         positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
         factors = self._factors(head_masks)
         count = len(self.shape.heads) + 1 if hidden_states else 1
-        outputs = [self.word.new_empty(batch, length, self.shape.hidden) for _ in range(count)]
+        size = batch, length, self.shape.hidden
+        outputs = [torch.empty(size, dtype=self._dtype, device="cpu") for _ in range(count)]
         self._encoder.run(
             ids.data_ptr(),
             ids.dtype == torch.int64,
@@ -149,7 +165,7 @@ class PackedEncoder:
             address(factors),
             self._widest,
             outputs[-1].data_ptr(),
-            backends.CPU_DTYPE[self.word.dtype],
+            backends.CPU_DTYPE[self._dtype],
             [output.data_ptr() for output in outputs] if hidden_states else [],
             address(largest),
             torch.get_num_threads(),

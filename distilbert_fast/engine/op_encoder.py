@@ -50,11 +50,13 @@ class OpEncoder:
         masks: Sequence[torch.Tensor | None],
         scales: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]] = (),
     ) -> None:
-        self.word, self.position = model.word.weight.detach(), model.position.weight.detach()
-        self.token_type = None if model.token_type is None else model.token_type.weight.detach()
+        self.tables = model.tables
+        self.word, self.position = self.tables["word"].weight, self.tables["position"].weight
+        self.token_type = self.tables["token_type"].weight if "token_type" in self.tables else None
         self.norm = norm_weights(model.norm)
         self.num_heads, self.padding_idx, self.head_dim = model.num_heads, model.padding_idx, model.head_dim
-        self.dtype = (precision and PRECISIONS[precision]) or self.word.dtype  # of activations
+        self.out_dtype = model.dtype
+        self.dtype = (precision and PRECISIONS[precision]) or model.dtype  # of activations
         pairs = zip(model.layers, masks, strict=True)
         self.layers = [layer_weights(layer, model.head_dim, precision, mask) for layer, mask in pairs]
         for i, (context, gelu) in enumerate(scales):
@@ -110,7 +112,7 @@ class OpEncoder:
         rows = None
         if first:
             if ids.shape[0] == 0:
-                return [self.word.new_zeros(cu_seqlens.shape[0] - 1, self.word.shape[1])]
+                return [self.norm.weight.new_zeros(cu_seqlens.shape[0] - 1, self.word.shape[1], dtype=self.out_dtype)]
             rows = cu_seqlens[:-1].clamp(max=ids.shape[0] - 1)  # [B]; any row will do where there is no token
         x, codes = self._embed(ids, positions, types)
         states = [x]
@@ -124,18 +126,32 @@ class OpEncoder:
         if rows is not None:
             x = states[-1] if self.layers else states[-1].index_select(0, rows)
             states = [x.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)]  # [B, C]
-        return [state.to(self.word.dtype) for state in states]
+        return [state.to(self.out_dtype) for state in states]
 
     def _embed(
         self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None
     ) -> tuple[torch.Tensor, Codes | None]:
         """Embeddings [N, C], and their codes if the first layer reads codes."""
         weight, bias, eps = self.norm
+        reader = self.layers[0].qkv if self.layers and self.layers[0].heads else None
+        if any(table.scale is not None for table in self.tables.values()):
+            x = self._dequantized(ids, positions, types)
+            return _normalized(x, self.norm, None, reader, self.dtype)
         tables = (self.word, self.position, weight, bias, types, self.token_type, eps)
-        if not self.layers or self.layers[0].qkv.scale is None:
+        if reader is None or reader.scale is None:
             return embedding(ids, positions, *tables).to(self.dtype), None
         x, x_q, x_scale = embedding_quantize(ids, positions, *tables)
         return x.to(self.dtype), (x_q, x_scale)
+
+    def _dequantized(self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
+        """The sum of the vectors that the tables give, where some are int8: float32 [N, C]."""
+        terms = [
+            rows.float() if scale is None else rows * scale.index_select(0, places)[:, None]
+            for (weight, scale), places in zip(self.tables.values(), (ids, positions, types), strict=False)
+            if places is not None
+            for rows in [weight.index_select(0, places)]
+        ]
+        return sum(terms[1:], terms[0])
 
     def _layer(
         self,
@@ -219,7 +235,14 @@ def _raise(largest: torch.Tensor | None, place: int, x: torch.Tensor) -> None:
 
 def _add_norm(y: torch.Tensor, x: torch.Tensor, norm: Norm, reader: Linear | None) -> tuple[torch.Tensor, Codes | None]:
     """LayerNorm(y + x), and its codes if ``reader`` wants them."""
+    return _normalized(y, norm, x, reader, x.dtype)
+
+
+def _normalized(
+    y: torch.Tensor, norm: Norm, residual: torch.Tensor | None, reader: Linear | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, Codes | None]:
+    """LayerNorm(y + residual) in a dtype, and its codes if ``reader`` wants them."""
     if reader is None or reader.scale is None:
-        return layer_norm(y, norm.weight, norm.bias, x, norm.eps), None
-    y, y_q, y_scale = layer_norm_quantize(y, norm.weight, norm.bias, x, norm.eps)
-    return y, (y_q, y_scale)
+        return layer_norm(y, norm.weight, norm.bias, residual, norm.eps).to(dtype), None
+    y, y_q, y_scale = layer_norm_quantize(y, norm.weight, norm.bias, residual, norm.eps)
+    return y.to(dtype), (y_q, y_scale)

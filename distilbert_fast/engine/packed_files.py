@@ -1,7 +1,8 @@
 """Files of packed encoders: safetensors whose metadata say what the tensors are.
 
     format    "distilbert_fast.encoder.2"
-    shape     the fields of ``EncoderShape`` as JSON; in format 1, which is read too, ``ffn`` is a number, of all layers
+    shape     the fields of ``EncoderShape`` as JSON. In format 1, which is read too, ``ffn`` and ``precision`` are
+              those of all layers, and hidden states are of the dtype of the tables
     xxh3      the checksum that files/durable.py describes; older files have none
 
 The tensors are those of ``PackedEncoder``, all of them and no others. A file is mapped into memory, so what it holds is
@@ -19,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distilbert_fast.engine.native_encoder import (
+    DTYPES,
     NORMS,
+    WEIGHTS,
     EncoderShape,
     PackedEncoder,
     packed_bytes,
@@ -45,7 +48,8 @@ VERIFIED = 10**9  # bytes up to which a file is compared with its checksum by de
 FORMAT = "distilbert_fast.encoder.2"
 _SIZE = integer(1, 2**24)
 _FIELDS: dict[str, Check] = {
-    "precision": one_of("int8", "bf16", "fp32"),
+    "kinds": array(array(one_of(*WEIGHTS), 4, 4), most=2**12),
+    "dtype": one_of(*DTYPES),
     "hidden": _SIZE,
     "head_size": _SIZE,
     "num_heads": _SIZE,
@@ -55,7 +59,11 @@ _FIELDS: dict[str, Check] = {
     "eps": array(number(0)),
     "scales": array(array(number(0), 2, 2)),
 }
-_FORMATS: dict[str, dict[str, Check]] = {"distilbert_fast.encoder.1": _FIELDS | {"ffn": _SIZE}, FORMAT: _FIELDS}
+_FIELDS_1 = {name: check for name, check in _FIELDS.items() if name not in ("kinds", "dtype")}
+_FORMATS: dict[str, dict[str, Check]] = {
+    "distilbert_fast.encoder.1": _FIELDS_1 | {"ffn": _SIZE, "precision": one_of(*WEIGHTS)},
+    FORMAT: _FIELDS,
+}
 _TABLES, _VECTORS = (torch.float32, torch.bfloat16), (torch.float32,)
 
 
@@ -73,7 +81,7 @@ def read(path: str | Path, verify: bool | None) -> PackedEncoder:
     try:
         size = regular_size(path)
         metadata, tensors = _parts(path)
-        shape = _shape(path, metadata)
+        shape = _shape(path, metadata, tensors)
         if verify and metadata.get(CHECKSUM, UNSEALED) == UNSEALED:
             refuse_file(path, "expected a checksum to verify, got a file of an earlier version; save it again")
         check_seal(path, metadata.get(CHECKSUM), size < VERIFIED if verify is None else verify)
@@ -100,7 +108,7 @@ def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise FileError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
 
 
-def _shape(path: str | Path, metadata: dict[str, str]) -> EncoderShape:
+def _shape(path: str | Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> EncoderShape:
     unknown = metadata.keys() - {"format", "shape", CHECKSUM}
     if unknown or "shape" not in metadata:
         refuse_file(path, f"expected the metadata format, shape and {CHECKSUM}, got {', '.join(sorted(metadata))}")
@@ -108,8 +116,11 @@ def _shape(path: str | Path, metadata: dict[str, str]) -> EncoderShape:
     fields["heads"] = tuple(map(tuple, fields["heads"]))
     fields["scales"] = tuple(map(tuple, fields["scales"]))
     fields["eps"] = tuple(map(float, fields["eps"]))
-    ffn = fields["ffn"]
-    fields["ffn"] = (ffn,) * len(fields["heads"]) if isinstance(ffn, int) else tuple(ffn)
+    if "precision" in fields:  # format 1
+        depth = len(fields["heads"])
+        fields |= {"ffn": [fields["ffn"]] * depth, "kinds": [[fields.pop("precision")] * 4] * depth}
+        fields["dtype"] = "bf16" if "word" in tensors and tensors["word"].dtype == torch.bfloat16 else "fp32"
+    fields["ffn"], fields["kinds"] = tuple(fields["ffn"]), tuple(map(tuple, fields["kinds"]))
     return EncoderShape(**fields)
 
 
@@ -122,11 +133,15 @@ def _check_parts(shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
     for i, heads in enumerate(shape.heads):
         if len(set(heads)) != len(heads) or not all(head < shape.num_heads for head in heads):
             _check.refuse("shape", f"heads[{i}]", f"different ones of {shape.num_heads}", list(heads))
-    for name, wanted in (("eps", 1 + 2 * layers), ("scales", layers), ("ffn", layers)):
+    for name, wanted in (("eps", 1 + 2 * layers), ("scales", layers), ("ffn", layers), ("kinds", layers)):
         if len(getattr(shape, name)) != wanted:
             _check.refuse("shape", name, f"{wanted} for {layers} layers", len(getattr(shape, name)))
-    if shape.precision != "int8" and any(map(any, shape.scales)):
-        _check.refuse("shape", "scales", f"0 for {shape.precision}", shape.scales)
+    for i, ((_, *readers), scales) in enumerate(zip(shape.kinds, shape.scales, strict=True)):
+        for kind, scale in zip((readers[0], readers[2]), scales, strict=True):
+            if scale != 0 and kind != "int8":
+                _check.refuse("shape", f"scales[{i}]", f"0 for {kind}", scale)
+    if len({kind for kinds in shape.kinds for kind in kinds} - {"int8"}) > 1:
+        _check.refuse("shape", "kinds", "int8 and one of the others", shape.precision)
     expected = dict(_expected(shape, tensors))
     if lacking := expected.keys() - tensors.keys():
         raise ValueError(f"it lacks {few(sorted(lacking))}")
@@ -145,14 +160,17 @@ def _expected(
 ) -> Iterator[tuple[str, tuple[tuple[int | str, ...], tuple[torch.dtype, ...]]]]:
     """Name, shape and dtypes of each tensor; of the optional ones, of those that are there."""
     for name in ("word", "position", *(["token_type"] if "token_type" in given else [])):
-        yield name, (("rows", shape.hidden), _TABLES)
+        coded = "word.scale" in given
+        yield name, (("rows", shape.hidden), (torch.int8,) if coded else _TABLES)
+        if coded and name in given:
+            yield f"{name}.scale", ((given[name].shape[0] if given[name].dim() else 0,), _VECTORS)
     norms = ["norm", *(f"{i}.{norm}" for i in range(len(shape.heads)) for norm in NORMS)]
     for norm in norms:
         yield f"{norm}.weight", ((shape.hidden,), _VECTORS)
         yield f"{norm}.bias", ((shape.hidden,), _VECTORS)
     for i, heads in enumerate(shape.heads):
-        for name, size in shape.linears(i).items():
-            yield f"{i}.{name}", ((packed_bytes(shape.precision, *size),), (torch.uint8,))
+        for kind, (name, size) in zip(shape.kinds[i], shape.linears(i).items(), strict=True):
+            yield f"{i}.{name}", ((packed_bytes(kind, *size),), (torch.uint8,))
         if f"{i}.mask" in given:
             yield f"{i}.mask", ((len(heads),), _VECTORS)
         if shape.scales[i][1] > 0:

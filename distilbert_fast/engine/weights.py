@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.layers import QUANTIZED_LINEARS, CodebookLinear, Int8Linear
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.quantize import quantize
@@ -56,14 +57,28 @@ class LayerModules(NamedTuple):
 class EncoderModules(NamedTuple):
     """The modules of a DistilBERT, BERT or RoBERTa encoder: erf-GELU, LayerNorm after the residual."""
 
-    word: nn.Embedding
-    position: nn.Embedding
-    token_type: nn.Embedding | None
+    word: nn.Module  # nn.Embedding or Int8Embedding, as the other two
+    position: nn.Module
+    token_type: nn.Module | None
     norm: nn.LayerNorm
     layers: Sequence[LayerModules]
     num_heads: int
     head_dim: int
     padding_idx: int | None = None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        named = {"word": self.word, "position": self.position, "token_type": self.token_type}
+        return {name: table_weights(table) for name, table in named.items() if table is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors that the tables give."""
+        return table_dtype(self.word)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
 
 # What it is computed with ------------------------------------------------------------------------------------
@@ -75,6 +90,13 @@ class Linear(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None  # float32 [F]
+
+
+class Table(NamedTuple):
+    """Vectors [rows, C]: weight, or row by row scale · weight where that holds int8 codes."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None  # float32 [rows]
 
 
 class Norm(NamedTuple):
@@ -161,6 +183,18 @@ def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
         _check.refuse(OP, "query, key and value of a layer", "all int8 or all float, with or without bias", "both")
     joined: list[Any] = [None if three[0] is None else torch.cat(three) for three in parts]
     return Linear(*joined)
+
+
+def table_weights(table: Any) -> Table:
+    if isinstance(table, Int8Embedding):
+        return Table(table.codes.detach(), table.weight_scale)
+    return Table(table.weight.detach(), None)
+
+
+def table_dtype(table: Any) -> torch.dtype:
+    """Of the vectors that a table of embeddings gives."""
+    found: torch.dtype = table.dtype if isinstance(table, Int8Embedding) else table.weight.dtype
+    return found
 
 
 def norm_weights(norm: nn.LayerNorm) -> Norm:

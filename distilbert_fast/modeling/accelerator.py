@@ -87,7 +87,7 @@ class Accelerator:
             if snapshot is None:
                 _check.refuse(OP, "model weights", "plain tensors with values", "wrapped ones")
             snapshot.watch(_copied(encoder, modules), settings(encoder))
-            if modules.word.weight.is_cpu and backends.without_vectors():  # hardly a call needs an engine
+            if modules.device.type == "cpu" and backends.without_vectors():  # hardly a call needs an engine
                 engine = Engine(None, modules, self.precision, [None] * len(modules.layers))
             else:
                 engine = Engine.from_model(modules, self.precision, graphs=self.graphs)
@@ -147,7 +147,7 @@ class Accelerator:
 def _copied(encoder: PreTrainedModel, model: EncoderModules) -> list[torch.Tensor]:
     """The tensors whose values an engine copies, or is made for: ids that the embeddings hold. Tables, unless they are
     strided, it reads where the model has them."""
-    tables = (model.word, model.position, model.token_type)
+    tables: list[Any] = [model.word, model.position, model.token_type]
     strided = [table for table in tables if table is not None and not table.weight.is_contiguous()]
     layers = [part for layer in model.layers for part in layer if isinstance(part, nn.Module)]
     copied = [tensor for module in (*strided, model.norm, *layers) for tensor in own_tensors(module)]

@@ -21,6 +21,7 @@ from transformers.models.distilbert import modeling_distilbert
 from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.layers import QUANTIZED_LINEARS, Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
 from distilbert_fast.modeling.snapshot import is_patched
@@ -225,6 +226,7 @@ _FORWARDS: dict[type, Any] = {
         DistilBertSelfAttention,
         FFN,
         *QUANTIZED_LINEARS,
+        Int8Embedding,
         nn.Dropout,
         nn.Embedding,
         nn.Identity,

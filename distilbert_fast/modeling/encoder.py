@@ -12,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_outputs
 from transformers.activations import GELUActivation
 
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.engine.engine import EncoderModules, LayerModules
+from distilbert_fast.engine.weights import table_dtype
 from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.architectures import (
     EMBEDDINGS,
@@ -27,7 +29,7 @@ from distilbert_fast.ops import _check
 
 _OWNERS = ("torch", "transformers", "distilbert_fast")
 _LINEARS, _NORMS, _DROPOUTS = (nn.Linear, *QUANTIZED_LINEARS), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
-_OTHERS = (nn.Embedding, nn.ModuleList, nn.GELU, GELUActivation)
+_OTHERS = (nn.Embedding, Int8Embedding, nn.ModuleList, nn.GELU, GELUActivation)
 _DECODES = ("is_decoder", "add_cross_attention", "is_causal")  # settings of a config
 _GELUS = (nn.functional.gelu, "none")  # what ``_activation`` finds in GELUActivation and in nn.GELU
 
@@ -200,7 +202,7 @@ def _heads(encoder: Any, caller: str) -> tuple[int, int]:
         ValueError: layers that differ, scale scores in another way, or are causal.
     """
     config = encoder.config
-    hidden = encoder.get_input_embeddings().weight.shape[1]
+    hidden = encoder.get_input_embeddings().embedding_dim
     size = hidden // config.num_attention_heads
     for i, layer in enumerate(encoder_layers(encoder)):
         attention = attention_of(encoder, layer)
@@ -242,7 +244,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
         TypeError: another dtype or a mixture of them, a tensor that is no plain one, or float64 with int8, by name.
         ValueError: a tensor that torch negates when it reads it.
     """
-    dtype = encoder.get_input_embeddings().weight.dtype
+    dtype = table_dtype(encoder.get_input_embeddings())
     int8 = precision == "int8" or any(isinstance(module, QUANTIZED_LINEARS) for module in encoder.modules())
     allowed = tuple(kind for kind in _check.FLOATS if not (int8 and kind == torch.float64))
     if dtype not in allowed:
@@ -254,7 +256,7 @@ def check_weights(encoder: Any, precision: str | None, caller: str) -> None:
                 _check.refuse(caller, f"{prefix}.{name}", "a plain tensor", type(tensor).__name__, TypeError)
             if tensor.is_neg():
                 _check.refuse(caller, f"{prefix}.{name}", "a tensor without torch's negative bit", "one")
-            if isinstance(module, QUANTIZED_LINEARS) and name == "weight":
+            if isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding)) and name == "weight":
                 continue
             wider = isinstance(module, nn.LayerNorm) and dtype in (torch.bfloat16, torch.float16)
             if tensor.dtype != dtype and not (wider and tensor.dtype == torch.float32):

@@ -88,7 +88,17 @@ def test_what_is_verified(engine, path, monkeypatch):
 
 NAN = float("nan")
 WRONG_SHAPES = {
-    "precision": ("int7", 8, None, ...),
+    "kinds": (
+        [],
+        [["int8"] * 4],
+        [["int7"] * 4] * 2,
+        [["fp32"] * 4] * 2,
+        [["int8"] * 3] * 2,
+        [["int8"] * 3, 8],
+        None,
+        ...,
+    ),
+    "dtype": ("int8", 8, None, ...),
     "hidden": (0, -1, 2**40, 30.0, "30", 31, True, ...),
     "head_size": (0, 9, 11, 2**62, ...),
     "num_heads": (0, 2, 4, None, ...),
@@ -114,7 +124,7 @@ def test_messages(path):
     assert refused(path) == "engine: PATH: shape: eps[0] must be a finite number from 0 on, got nan"
     rewrite(path, eps=[0.0] * 5, heads=[], ffn=[])
     assert refused(path) == "engine: PATH: shape: eps must be 1 for 0 layers, got 5"
-    rewrite(path, eps=[0.0], scales=[])
+    rewrite(path, eps=[0.0], scales=[], ffn=[], kinds=[])
     assert refused(path).startswith("engine: PATH: it holds what no layer uses: 0.attention_norm.bias, 0.attention_")
 
 

@@ -135,7 +135,8 @@ def as_format_1(path, **fields):
         shape = json.loads(file.metadata()["shape"])
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     path.unlink()
-    shape |= {"ffn": shape["ffn"][0] if shape["ffn"] else 1} | fields
+    kinds, _ = shape.pop("kinds"), shape.pop("dtype")
+    shape |= {"ffn": shape["ffn"][0] if kinds else 1, "precision": kinds[0][0] if kinds else "fp32"} | fields
     save_file(tensors, path, {"format": "distilbert_fast.encoder.1", "shape": json.dumps(shape)})
 
 

@@ -5,9 +5,11 @@
 // Padding goes on entry, unless it is asked for. A batch of many tokens is dealt out by sequences, chunk by chunk: a
 // thread takes one through all layers in its own caches and waits for nobody. Of a small batch all threads compute each
 // step together, so that every weight is read once. Which of the two, and by how many threads, changes no bit of the
-// result. Layers may differ in heads and F; what is left out of one costs nothing.
+// result. Layers may differ in heads and F; what is left out of one costs nothing. Each linear layer may be int8, all
+// others are of one kind, float32 or bfloat16.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -33,19 +35,21 @@ struct EncoderLayer {
   EncoderNorm attention_norm, ffn_norm;
   int64_t heads;        // 0: the attention's result is the bias of `out`
   int64_t ffn;          // F of this layer; 0: its result is the bias of ffn_out
-  float context_scale;  // of the codes that `out` reads, and those that ffn_out reads; 0: each row finds its own
+  float context_scale;  // of the codes that an int8 `out` reads, and ffn_out likewise; 0: each row finds its own
   float ffn_scale;
   const float* ffn_factors;  // [F padded], with a given ffn_scale: codes of GELU's y are y · factor, by channel
+
+  std::array<const PackedLinear*, 4> linears() const { return {&qkv, &out, &ffn_in, &ffn_out}; }
 };
 
 struct EmbeddingTable {
-  const void* data;  // [rows, C]
+  const void* data;  // [rows, C]; int8 codes where there are scales
   int64_t rows;
   DType dtype;
+  const float* scale;  // [rows], or null
 };
 
 struct EncoderModel {
-  Weights weights;
   int64_t hidden, head_size;
   EmbeddingTable word, position, token_type;  // token_type.data may be null
   EncoderNorm norm;

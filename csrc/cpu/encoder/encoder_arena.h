@@ -11,16 +11,31 @@
 
 namespace distilbert_fast {
 
-// How activations flow. "Low" ones are bfloat16 where the tier multiplies bfloat16, else float32.
-struct Flow {
-  bool low_is_bfloat16;
-  bool codes;  // int8 weights read codes, others the low activations
+// "Low" activations are bfloat16 where the tier multiplies that and all weights of a layer take it, else float32.
+inline bool low_is_bfloat16(const EncoderLayer& layer, const Kernels& tier) {
+  bool takes = tier.reads_bfloat16;
+  for (const PackedLinear* linear : layer.linears()) takes = takes && linear->kind != Weights::float32;
+  return takes;
+}
 
-  Flow(const Kernels& tier, Weights weights)
-      : low_is_bfloat16(tier.reads_bfloat16 && weights != Weights::float32), codes(weights == Weights::int8) {}
-  bool operator==(const Flow& other) const { return low_is_bfloat16 == other.low_is_bfloat16 && codes == other.codes; }
-  DType low() const { return low_is_bfloat16 ? DType::bfloat16 : DType::float32; }
-  int64_t low_bytes() const { return low_is_bfloat16 ? 2 : 4; }
+// What of it a model needs. int8 weights read codes, bfloat16 ones x_low where the tier multiplies bfloat16.
+struct Flow {
+  int64_t low_bytes = 2;  // of the widest low activations
+  bool codes = false;
+  bool x_low = false;
+
+  Flow(const EncoderModel& model, const Kernels& tier) {
+    for (const EncoderLayer& layer : model.layers) {
+      if (!low_is_bfloat16(layer, tier)) low_bytes = 4;
+      for (const PackedLinear* linear : layer.linears()) {
+        codes = codes || linear->kind == Weights::int8;
+        x_low = x_low || (linear->kind == Weights::bfloat16 && tier.reads_bfloat16);
+      }
+    }
+  }
+  bool operator==(const Flow& other) const {
+    return low_bytes == other.low_bytes && codes == other.codes && x_low == other.x_low;
+  }
 };
 
 // A matrix of activations, as wide as the widest layer needs it. Rows begin on a cache line and end with zeros up to
@@ -34,7 +49,7 @@ struct Rows {
 
 struct Buffers {
   Rows x;              // float32 [rows, C], the residual stream
-  Rows x_low;          // bfloat16 [rows, C]: of x, where the weights read that
+  Rows x_low;          // bfloat16 [rows, C]: of x
   Rows x_codes;        // [rows, C]
   Rows qkv;            // low [rows, 3, heads, D]
   Rows context;        // low [rows, heads, D]
@@ -85,12 +100,12 @@ class Arena {
       *p = {base + used, round_up(columns * bytes, 128)};  // 128: a block where float32 meets bfloat16 weights
       if (wanted) used += (rows_ + kRowUnit) * p->stride;
     };
-    const int64_t low = flow_.low_bytes();
+    const int64_t low = flow_.low_bytes;
     floats(&out->x_scale);
     floats(&out->context_scale);
     floats(&out->ffn_scale);
     rows(&out->x, model.hidden, 4, true);
-    rows(&out->x_low, model.hidden, 2, flow_.low_is_bfloat16 && !flow_.codes);
+    rows(&out->x_low, model.hidden, 2, flow_.x_low);
     rows(&out->x_codes, model.hidden, 1, flow_.codes);
     rows(&out->qkv, 3 * wide, low, true);
     rows(&out->context, wide, low, true);

@@ -20,7 +20,7 @@ struct LiveHeads {
 inline LiveHeads live_heads(const EncoderModel& model, const EncoderLayer& layer, const float* mask) {
   LiveHeads live;
   live.mask = mask;
-  const int64_t wide = layer.heads * model.head_size, block = block_elements(model.weights);
+  const int64_t wide = layer.heads * model.head_size, block = block_elements(layer.out.kind);
   const auto any = [&](int64_t begin, int64_t end) {  // of the columns [begin, end) of the heads
     for (int64_t c = begin; c < end; ++c) {
       if (mask[c / model.head_size] != 0) return true;

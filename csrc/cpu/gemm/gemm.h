@@ -27,6 +27,7 @@ constexpr int64_t block_elements(Weights kind) {  // K of one block
 }
 
 struct PackedLinear {
+  Weights kind;
   const uint8_t* panels;
   const int32_t* column_sums;  // [F padded] Σ_k w, int8 only
   const float* scale;          // [F padded], int8 only

@@ -44,7 +44,8 @@ int64_t packed_bytes(Weights kind, int64_t columns, int64_t k) {
 PackedLinear packed_linear(Weights kind, const uint8_t* blob, int64_t columns, int64_t k) {
   const int64_t blocks = (k + block_elements(kind) - 1) / block_elements(kind);
   const uint8_t* sums = blob + padded(columns) / kPanelColumns * blocks * kBlockBytes;
-  return {blob,
+  return {kind,
+          blob,
           reinterpret_cast<const int32_t*>(sums),
           reinterpret_cast<const float*>(sums + 4 * padded(columns)),
           reinterpret_cast<const float*>(sums + 8 * padded(columns)),

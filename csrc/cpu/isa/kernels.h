@@ -190,6 +190,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end, void* scratch);
   void (*embedding_forward)(const EmbeddingRows&, int64_t begin, int64_t end);
+  void (*add_coded_rows)(const CodedRows&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormGradientRows&, int64_t begin, int64_t end);
   void (*embedding_backward)(const EmbeddingGradientRows&, int64_t begin, int64_t end);
   void (*cosine_loss_forward)(const CosineForwardRows&, int64_t begin, int64_t end);

@@ -40,6 +40,7 @@ constexpr Kernels common_kernels() {
   kernels.attention_forward = attention_forward;
   kernels.attention_backward = attention_backward;
   kernels.embedding_forward = embedding_forward;
+  kernels.add_coded_rows = add_coded_rows;
   kernels.layer_norm_backward = layer_norm_backward;
   kernels.embedding_backward = embedding_backward;
   kernels.cosine_loss_forward = cosine_loss_forward;

@@ -77,6 +77,9 @@ inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec from_int32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+inline Vec from_int8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 
 // In a register from here on: not to be loaded again by each instruction that reads it.
 inline void hold(Vec& x) { __asm__("" : "+v"(x.v)); }

@@ -91,6 +91,7 @@ inline Vec from_int32(const int32_t* p) {
   std::memcpy(&x, p, sizeof x);
   return {__builtin_convertvector(x, Floats)};
 }
+inline Vec from_int8(const int8_t* p) { return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
 
 // In a register from here on: not to be loaded again by each instruction that reads it.
 inline void hold(Vec&) {}

@@ -26,6 +26,39 @@ inline void embedding_forward(const EmbeddingRows& call, int64_t begin, int64_t 
   normalize_rows(add_rows_of(call.lookups), terms_of, call.out, begin, end);
 }
 
+inline void add_coded_rows(const CodedRows& call, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Vec::lanes;
+  const int terms = call.lookups[2].codes == nullptr ? 2 : 3;
+  for (int64_t r = begin; r < end; ++r) {
+    const int8_t* codes[3];
+    Vec scale[3];
+    for (int k = 0; k < terms; ++k) {
+      const int64_t id = call.lookups[k].ids[r];
+      codes[k] = call.lookups[k].codes + id * call.columns;
+      scale[k] = broadcast(call.lookups[k].scale[id]);
+    }
+    float* out = call.out + r * call.out_stride;
+    const auto sum_at = [&](int64_t c, const auto& load_codes) {
+      Vec x = mul(load_codes(codes[0] + c), scale[0]);
+      for (int k = 1; k < terms; ++k) x = fma(load_codes(codes[k] + c), scale[k], x);
+      return x;
+    };
+    int64_t c = 0;
+    for (; c + lanes <= call.columns; c += lanes) {
+      store(out + c, sum_at(c, [](const int8_t* p) { return from_int8(p); }));
+    }
+    if (c < call.columns) {
+      const int64_t n = call.columns - c;
+      const auto load_codes = [n](const int8_t* p) {
+        int8_t part[lanes] = {};
+        for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+        return from_int8(part);
+      };
+      store_first(out + c, sum_at(c, load_codes), n);
+    }
+  }
+}
+
 inline void embedding_backward(const EmbeddingGradientRows& call, int64_t begin, int64_t end) {
   const AddRows add_rows = add_rows_of(call.lookups);
   const DifferentiateRow differentiate_row = differentiate_row_of(call.gradient);

@@ -93,7 +93,8 @@ LeftSide left_side(const Part& call, int64_t blocks, int threads) {
 
 void multiply(const Part& call, int threads) {
   const Kernels& tier = kernels();
-  const int64_t elements = block_elements(call.pairs ? Weights::bfloat16 : Weights::float32);
+  const Weights kind = call.pairs ? Weights::bfloat16 : Weights::float32;
+  const int64_t elements = block_elements(kind);
   const int64_t blocks = std::max<int64_t>(1, (call.k + elements - 1) / elements), panel_bytes = blocks * kBlockBytes;
   const LeftSide a = left_side(call, blocks, threads);
 
@@ -118,7 +119,7 @@ void multiply(const Part& call, int threads) {
       pack_panels({from, call.b_dtype, call.b_row, call.b_step},
                   std::min(last * kPanelColumns, call.columns) - first * kPanelColumns, call.k, packed);
       Gemm gemm = {};
-      gemm.weights = {packed, nullptr, nullptr, nullptr, blocks, call.columns - first * kPanelColumns};
+      gemm.weights = {kind, packed, nullptr, nullptr, nullptr, blocks, call.columns - first * kPanelColumns};
       gemm.out_stride = gemm.residual_stride = call.columns;
       gemm.output = call.out_dtype == DType::bfloat16 ? Output::bfloat16 : Output::float32;
       gemm.block_ranges = 1;

@@ -110,6 +110,20 @@ struct EmbeddingRows {
   Normalized out;
 };
 
+// The same of int8 tables, without LayerNorm: out = Σ scale[id] · codes[id].
+struct CodedLookup {
+  const int64_t* ids;   // [rows]
+  const int8_t* codes;  // [table rows, columns] contiguous, or null: nothing is looked up
+  const float* scale;   // [table rows]
+};
+
+struct CodedRows {
+  CodedLookup lookups[3];  // the last may be null
+  int64_t columns;
+  float* out;
+  int64_t out_stride;
+};
+
 struct EmbeddingGradientRows {
   Lookup lookups[3];
   NormalizedGradient gradient;
