@@ -53,6 +53,7 @@ _HOME = {
     "prune_model": "compression.structure",
     "prepare_qat": "compression.qat",
     "quantize_model": "compression.quantize",
+    "sensitivity": "compression.sensitivity",
     "CachedTeacher": "distillation.teachers.cache",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",

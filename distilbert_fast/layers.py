@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._operator import function, is_eager
 from distilbert_fast.ops.codebook_linear import codebook_linear, pack_codes, packed_size, unpack_codes
+from distilbert_fast.ops.fit_scale import fit_scale
 from distilbert_fast.ops.int8_linear import int8_linear
 from distilbert_fast.ops.kmeans import kmeans
 from distilbert_fast.ops.quantize import quantize
@@ -250,12 +251,26 @@ class Int8Linear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
-        """Quantize the weights of ``linear``; its bias is shared."""
+    def from_linear(
+        cls, linear: nn.Linear, mean: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
+    ) -> Int8Linear:
+        """Quantize the weights of ``linear``.
+
+        Args:
+            linear: its bias is shared, unless it is corrected.
+            mean: E[x] of its inputs, float32 [C]. What rounding the weights would add to the mean of the outputs, the
+                bias takes back: b − (Ŵ − W) E[x]. Nagel, van Baalen, Blankevoort, Welling: arXiv:1906.04721, §4.2.
+            mean_square: E[x²], float32 [C]: scales are those of the least error of the outputs, see ``fit_scale``.
+                None: the largest weight of each row gets the code 127.
+        """
         made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
-        codes, scale = quantize(linear.weight)  # [F, C], [F]
-        made.weight = nn.Parameter(codes[None], requires_grad=False)
-        made.weight_scale, made.bias = scale, linear.bias
+        scale = None if mean_square is None else fit_scale(linear.weight, mean_square)
+        codes, made.weight_scale = quantize(linear.weight, scale)  # [F, C], [F]
+        made.weight, made.bias = nn.Parameter(codes[None], requires_grad=False), linear.bias
+        if mean is not None and linear.bias is not None:
+            added = (made.dequantized() - linear.weight.float()) @ mean  # [F]
+            bias = (linear.bias.float() - added).to(linear.bias.dtype)
+            made.bias = nn.Parameter(bias, linear.bias.requires_grad)
         return made.train(linear.training)
 
     @property

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from distilbert_fast.compression.activations import moments
 from distilbert_fast.compression.fisher import smoothed, squared_gradients
 from distilbert_fast.compression.qat import finish_qat
+from distilbert_fast.compression.sensitivity import exceptions
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
-from distilbert_fast.modeling.quantizer import linears_of, quantize_linears
+from distilbert_fast.modeling.quantizer import linear_names, linears_of, quantize_linears
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
@@ -25,24 +28,28 @@ def quantize_model(
     calibration: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    budget: float | None = None,
     heads: bool = False,
     modules_to_not_convert: Sequence[str] = (),
 ) -> Model:
     """Replace the linear layers of an encoder that ``optimize`` knows by int8 ones, or by ones with shared values, in
     place.
 
-    int8: each weight row gets its own symmetric scale, max|row| / 127; activations are quantized in each call, each
-    token by its own scale. Shared values: those with the least squared error, exactly (see ``kmeans``); the engine runs
-    them as int8, each row by its own scale, unless a float precision is asked for. Embeddings, LayerNorms and attention
-    stay as they are.
+    int8: each weight row gets its own symmetric scale; activations are quantized in each call, each token by its own
+    scale. Shared values: those with the least squared error, exactly (see ``kmeans``); the engine runs them as int8,
+    each row by its own scale, unless a float precision is asked for. LayerNorms and attention stay as they are, and so
+    do embeddings, unless an ``Int8Config`` says so.
 
     Args:
         model: one that ``optimize`` takes, or any ELECTRA or ERNIE. ``copy.deepcopy`` it first to keep its floats.
         config: an ``Int8Config`` or a ``CodebookConfig``; None: int8, with the two settings below.
-        calibration: for shared values, an iterable of texts or of batches, as for ``optimize``; some hundred sentences
-            of the task, no labels. A squared error of a weight then counts as much as the squared gradients of the
-            model's answers say. None: all weights count the same.
+        calibration: an iterable of texts or of batches, as for ``optimize``; some hundred sentences of the task, no
+            labels. For int8, an error of a weight then counts by how large what it is multiplied with is, and biases
+            are corrected by the mean that is left; None: the scale of a row is max|row| / 127. For shared values, a
+            squared error counts as much as the squared gradients of the model's answers say; None: all the same.
         tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
+        budget: for int8, the most that the answers to the calibration may differ from those of the float model, as a
+            mean KL in nats; the layers that cost most stay float until that is so, see ``sensitivity``.
         heads: also the linear layers of pooler and task head, except the one that computes vocabulary logits.
         modules_to_not_convert: dotted names, or dotted parts of names, of layers that stay float: "lin2",
             "layer.0", "transformer.layer.5.ffn.lin1".
@@ -54,7 +61,9 @@ def quantize_model(
 
     Raises:
         TypeError, ValueError: an unsupported or already quantized model, by name; weights of several dtypes, or float64
-            ones, which int8 layers do not compute in; a name in ``modules_to_not_convert`` that no layer has.
+            ones, which int8 layers do not compute in; a name in ``modules_to_not_convert`` that no layer has; int8
+            embeddings for a model whose vocabulary logits share their table; a budget without a calibration, for shared
+            values, or one that cannot be kept.
     """
     if config is None:
         config = Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert))
@@ -63,11 +72,22 @@ def quantize_model(
     if not isinstance(config, (Int8Config, CodebookConfig)):
         given = type(config).__name__
         _check.refuse(OP, "config", "an Int8Config or a CodebookConfig", given, TypeError)
+    if budget is not None:
+        _check.positive(OP, "budget", budget)
+        if calibration is None or not isinstance(config, Int8Config):
+            _check.refuse(OP, "budget", "None without calibration, and for shared values", budget)
     finish_qat(model)
     if calibration is None:
         return quantize_linears(model, config, OP)
-    if isinstance(config, Int8Config):
-        _check.refuse(OP, "calibration", "None for int8, which optimize calibrates", type(calibration).__name__)
-    weights = {name: linear.weight for name, linear, _ in linears_of(model, config, OP)}
-    importance = squared_gradients(model, batches(calibration, model, tokenizer, OP), weights)
-    return quantize_linears(model, config, OP, {name: smoothed(squared) for name, squared in importance.items()})
+    if isinstance(config, CodebookConfig):
+        weights = {name: linear.weight for name, linear, _ in linears_of(model, config, OP)}
+        importance = squared_gradients(model, batches(calibration, model, tokenizer, OP), weights)
+        return quantize_linears(model, config, OP, {name: smoothed(squared) for name, squared in importance.items()})
+    names = linear_names(model, config, OP)
+    given = list(batches(calibration, model, tokenizer, OP))
+    seen = moments(model, names, given, OP)
+    if budget is not None:
+        left = exceptions(model, config, given, seen, budget, OP)
+        left = [name.removeprefix(f"{model.base_model_prefix}.") for name in left]  # as read without the task head
+        config = replace(config, modules_to_not_convert=[*config.modules_to_not_convert, *left])
+    return quantize_linears(model, config, OP, seen=seen)

@@ -6,7 +6,7 @@ Nothing here knows a model: which layers a config means is asked of it name by n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,8 +57,13 @@ class _Config(QuantizationConfigMixin):
 
     @property
     def is_float(self) -> bool:
-        """Whether all linear layers are plain ones."""
+        """Whether all linear layers and tables are plain ones."""
         raise NotImplementedError
+
+    @property
+    def int8_embeddings(self) -> bool:
+        """Whether the tables of words, positions and token types hold int8 codes."""
+        return False
 
 
 @register_quantization_config(METHOD)
@@ -72,16 +77,18 @@ class CompressionConfig(_Config):
         linear: how the linear layers of the encoder's layers hold their weights, {"kind": …, settings}.
         linears: the same for those that differ from it, and for others of the model that are no floats, by their dotted
             names in the encoder or, outside of that, in the model.
+        embeddings: how the tables of words, positions and token types hold theirs, {"kind": "float" or "int8"}.
     """
 
     structure: list[dict[str, Any]] | None = None
     linear: Kind = field(default_factory=lambda: dict(FLOAT))
     linears: dict[str, Kind] = field(default_factory=dict)
+    embeddings: Kind = field(default_factory=lambda: dict(FLOAT))
     format: int = FORMAT
     quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enumeration does not have it
 
     def to_dict(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {"structure": None, "linear": FLOAT, "linears": {}}
+        empty: dict[str, Any] = {"structure": None, "linear": FLOAT, "linears": {}, "embeddings": FLOAT}
         return {name: value for name, value in super().to_dict().items() if name not in empty or value != empty[name]}
 
     def kind_of(self, name: str, prefix: str, inside: bool) -> Kind:
@@ -89,23 +96,35 @@ class CompressionConfig(_Config):
 
     @property
     def is_float(self) -> bool:
-        return all(kind == FLOAT for kind in (self.linear, *self.linears.values()))
+        return all(kind == FLOAT for kind in (self.linear, self.embeddings, *self.linears.values()))
+
+    @property
+    def int8_embeddings(self) -> bool:
+        return self.embeddings == INT8
 
 
 @dataclass(kw_only=True)
 class Int8Config(_Config):
-    """Which linear layers hold int8 weights: format 1. Activations are quantized as they come, a scale for each token.
+    """Which linear layers hold int8 weights. Activations are quantized as they come, a scale for each token.
 
-    Also for quantizing while loading: ``from_pretrained(..., quantization_config=Int8Config())``.
+    Also for quantizing while loading: ``from_pretrained(..., quantization_config=Int8Config())``. What config.json
+    says of a model with int8 tables, or a pruned one, is a ``CompressionConfig``; of any other this, format 1.
 
     Args:
         heads: also those of pooler and task head.
-        modules_to_not_convert: dotted names, or dotted parts of names, of layers that stay float.
+        modules_to_not_convert: dotted names, or dotted parts of names, of layers that stay float. If one of query, key
+            and value of a layer does, all three do.
+        embeddings: also the tables of words, positions and token types.
     """
 
     heads: bool = False
     modules_to_not_convert: list[str] = field(default_factory=list)
+    embeddings: bool = False
     quant_method: str = METHOD  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of format 1, which has no ``embeddings``."""
+        return {name: value for name, value in super().to_dict().items() if name != "embeddings" or value}
 
     def kind_of(self, name: str, prefix: str, inside: bool) -> Kind:
         skipped = any(part_of(part, name) for part in self.modules_to_not_convert)
@@ -114,6 +133,10 @@ class Int8Config(_Config):
     @property
     def is_float(self) -> bool:
         return False
+
+    @property
+    def int8_embeddings(self) -> bool:
+        return self.embeddings
 
 
 @dataclass
@@ -184,8 +207,14 @@ _FORMAT_1 = schema.record(
 )
 _FORMAT_2 = schema.record(
     {"quant_method": schema.one_of(METHOD), "format": schema.one_of(FORMAT)},
-    {"structure": schema.array(_LAYER, most=2**12), "linear": _kind, "linears": schema.mapping(_kind)},
+    {
+        "structure": schema.array(_LAYER, most=2**12),
+        "linear": _kind,
+        "linears": schema.mapping(_kind),
+        "embeddings": schema.record({"kind": schema.one_of("float", "int8")}),
+    },
 )
+_KEYS_1 = {"quant_method", "heads", "modules_to_not_convert"}
 
 
 class _UnknownSettingError(FileError, TypeError):
@@ -195,7 +224,7 @@ class _UnknownSettingError(FileError, TypeError):
 def check_settings(settings: dict[str, Any], path: Path) -> None:
     """Refuse settings of ``path`` that no version writes, or another version. Raises FileError."""
     schema.validate(settings, path, _FORMAT_2 if "format" in settings else _FORMAT_1, "quantization_config")
-    if "format" not in settings and (unknown := sorted(settings.keys() - {one.name for one in fields(Int8Config)})):
+    if "format" not in settings and (unknown := sorted(settings.keys() - _KEYS_1)):
         given = f"unexpected keyword argument {unknown[0]!r}"
         raise _UnknownSettingError(f"{str(path)!r}: quantization_config: {given}", given)
 

@@ -1,22 +1,26 @@
-"""How a linear layer may hold its weights, by the names that config.json gives it: docs/formats.md."""
+"""How a linear layer, or a table, may hold its weights, by the names that config.json gives it: docs/formats.md."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.modeling.compression_config import FLOAT, INT8, Kind
 
 FLOATS = ("F64", "F32", "BF16", "F16")  # what safetensors call the dtypes of a float layer
-_STORED = {Int8Linear: {"weight": ("I8",), "weight_scale": ("F32",)}, CodebookLinear: {"weight": ("U8",)}}
+_INT8 = {"weight": ("I8",), "weight_scale": ("F32",)}
+_STORED = {Int8Linear: _INT8, Int8Embedding: _INT8, CodebookLinear: {"weight": ("U8",)}}
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """The kind of a linear layer, with its settings."""
+    """The kind of a linear layer, with its settings, or of a table."""
     if isinstance(module, CodebookLinear):
         return {"kind": "codebook", "values": module.values.shape[1], "group_size": module.group_size}
-    return INT8 if isinstance(module, Int8Linear) else FLOAT
+    return INT8 if isinstance(module, (Int8Linear, Int8Embedding)) else FLOAT
 
 
 def empty(linear: nn.Linear, kind: Kind) -> nn.Module:
@@ -27,14 +31,21 @@ def empty(linear: nn.Linear, kind: Kind) -> nn.Module:
     return CodebookLinear(c, f, kind["values"], kind["group_size"], *rest, linear.weight.dtype)
 
 
-def converted(linear: nn.Linear, kind: Kind, importance: torch.Tensor | None, threads: int | None) -> nn.Module:
+def converted(
+    linear: nn.Linear,
+    kind: Kind,
+    importance: torch.Tensor | None,
+    threads: int | None,
+    seen: Sequence[torch.Tensor] = (),
+) -> nn.Module:
     """``linear`` as a layer of a kind that is not float.
 
     Args:
         importance, threads: as for ``CodebookLinear.from_linear``, alone.
+        seen: mean and mean_square for ``Int8Linear.from_linear``, alone, or none.
     """
     if kind["kind"] == "int8":
-        return Int8Linear.from_linear(linear)
+        return Int8Linear.from_linear(linear, *seen)
     return CodebookLinear.from_linear(linear, kind["values"], kind["group_size"], importance, threads)
 
 

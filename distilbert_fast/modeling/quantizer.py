@@ -14,8 +14,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -23,9 +24,10 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from distilbert_fast.backends import run_aside
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.files.durable import CHECKSUM, UNSEALED, filling, refuse_file, seal
 from distilbert_fast.layers import QUANTIZED_LINEARS
-from distilbert_fast.modeling.architectures import PROJECTION
+from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION
 from distilbert_fast.modeling.compression_config import (
     FLOAT,
     INT8,
@@ -57,40 +59,105 @@ AnyConfig: TypeAlias = CompressionConfig | Int8Config | CodebookConfig
 # Compressing ---------------------------------------------------------------------------------------------------------
 
 
+QKV = ("query", "key", "value")
+Chosen = TypeVar("Chosen", bound=Int8Config | CodebookConfig)
+
+
+class Moments(NamedTuple):
+    """What a linear layer was seen to read: E[x] and E[x²], float32 [C]."""
+
+    mean: torch.Tensor
+    mean_square: torch.Tensor
+
+
 def quantize_linears(
-    model: Model, config: Int8Config | CodebookConfig, caller: str, importance: Mapping[str, torch.Tensor] | None = None
+    model: Model,
+    config: Int8Config | CodebookConfig,
+    caller: str,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    seen: Mapping[str, Moments] | None = None,
 ) -> Model:
     """Turn the layers that ``config`` means into what it says, in place, and mark the model as quantized.
 
     Args:
         importance: of the weights of layers, by their dotted names: what a squared error of each counts, for codebooks.
+        seen: what layers read, by the same names, for int8; see ``Int8Linear.from_linear``.
     """
-    linears = list(linears_of(model, config, caller))
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    for part in config.modules_to_not_convert:
-        if not any(part_of(part, name) for name in names):
-            _check.refuse(caller, "modules_to_not_convert", "names of linear layers", repr(part))
-    threads = 1 if isinstance(config, Int8Config) else torch.get_num_threads()  # shared by layers, not within one
-
-    def convert(one: tuple[str, nn.Linear, Kind]) -> tuple[str, nn.Module]:
-        return one[0], converted(one[1], one[2], (importance or {}).get(one[0]), 1)
-
-    def convert_all() -> list[tuple[str, nn.Module]]:
-        if threads == 1:
-            return list(map(convert, linears))
-        with ThreadPoolExecutor(threads, "distilbert_fast") as pool:
-            return list(pool.map(convert, linears))
-
-    for name, linear in run_aside(convert_all):
-        model.set_submodule(name, linear)
+    config = _with_whole_projections(model, config, caller)
+    made = run_aside(lambda: compressed_modules(model, config, caller, importance or {}, seen or {}))
+    for modules in made.values():
+        for name, module in modules:
+            model.set_submodule(name, module)
     earlier: Any = getattr(model.config, "quantization_config", None)
     structure = getattr(earlier, "structure", None)
-    if isinstance(config, Int8Config) and structure is None:
+    if isinstance(config, Int8Config) and structure is None and not config.embeddings:
         return _mark(model, config)
-    return _mark(model, _of_format_2(model, structure, INT8 if isinstance(config, Int8Config) else config.kind))
+    usual = INT8 if isinstance(config, Int8Config) else config.kind
+    return _mark(model, _of_format_2(model, structure, usual, config.int8_embeddings))
 
 
-def _of_format_2(model: PreTrainedModel, structure: list[dict[str, Any]] | None, usual: Kind) -> CompressionConfig:
+def compressed_modules(
+    model: PreTrainedModel,
+    config: Int8Config | CodebookConfig,
+    caller: str,
+    importance: Mapping[str, torch.Tensor],
+    seen: Mapping[str, Moments],
+) -> dict[tuple[str, ...], list[tuple[str, nn.Module]]]:
+    """The modules that ``quantize_linears`` puts in place, each with its dotted name, by the names of those that go
+    together: query, key and value of a layer, and the tables."""
+    from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
+
+    encoder, config = find_encoder(model, caller), _with_whole_projections(model, config, caller)
+    linears = list(linears_of(model, config, caller))
+    tables = list(_tables(model, config, caller))
+    groups: dict[nn.Module, tuple[str, ...]] = {linear: (name,) for name, linear, _ in linears}
+    for layer in encoder_layers(encoder):
+        projections = [part(encoder, layer, which) for which in QKV]
+        groups |= dict.fromkeys(projections, tuple(name for name, linear, _ in linears if linear in projections))
+
+    def convert(one: tuple[str, nn.Linear, Kind]) -> nn.Module:
+        name, linear, kind = one
+        return converted(linear, kind, importance.get(name), 1, seen.get(name, ()))
+
+    threads = 1 if isinstance(config, Int8Config) else torch.get_num_threads()  # shared by layers, not within one
+    with ThreadPoolExecutor(threads, "distilbert_fast") if threads > 1 else contextlib.nullcontext() as pool:
+        modules = list((map if pool is None else pool.map)(convert, linears))
+    made: dict[tuple[str, ...], list[tuple[str, nn.Module]]] = {}
+    for (name, linear, _), module in zip(linears, modules, strict=True):
+        made.setdefault(groups[linear], []).append((name, module))
+    if tables:
+        made[tuple(name for name, _ in tables)] = [
+            (name, Int8Embedding.from_embedding(table)) for name, table in tables
+        ]
+    return made
+
+
+def linear_names(model: PreTrainedModel, config: Int8Config, caller: str) -> list[str]:
+    """The dotted names of the linear layers that ``quantize_linears`` would turn into others. Raises as it does."""
+    return [name for name, _, _ in linears_of(model, _with_whole_projections(model, config, caller), caller)]
+
+
+def _with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str) -> Chosen:
+    """The same where query, key and value of a layer are of one kind: the engine multiplies them at once."""
+    from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
+
+    encoder = find_encoder(model, caller)
+    named = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
+    left = list(config.modules_to_not_convert)
+    for skipped in left:
+        if not any(part_of(skipped, name) for name in named.values()):
+            _check.refuse(caller, "modules_to_not_convert", "names of linear layers", repr(skipped))
+    for layer in encoder_layers(encoder):
+        names = [named.get(part(encoder, layer, which)) for which in QKV]
+        known = [name for name in names if name is not None]
+        split = {config.kind_of(name, model.base_model_prefix, True) == FLOAT for name in known}
+        left += [name.removeprefix(f"{model.base_model_prefix}.") for name in known if len(split) > 1]
+    return replace(config, modules_to_not_convert=left)
+
+
+def _of_format_2(
+    model: PreTrainedModel, structure: list[dict[str, Any]] | None, usual: Kind, int8_embeddings: bool
+) -> CompressionConfig:
     """What a model is whose encoder's linear layers are usually of one kind."""
     from distilbert_fast.modeling.encoder import encoder_layers
 
@@ -101,7 +168,8 @@ def _of_format_2(model: PreTrainedModel, structure: list[dict[str, Any]] | None,
             kind = kind_of(module)
             if kind != (usual if id(module) in inside else FLOAT):
                 linears[name.removeprefix(f"{model.base_model_prefix}.")] = dict(kind)
-    return CompressionConfig(structure=structure, linear=dict(usual), linears=linears)
+    embeddings = dict(INT8 if int8_embeddings else FLOAT)
+    return CompressionConfig(structure=structure, linear=dict(usual), linears=linears, embeddings=embeddings)
 
 
 def record_structure(model: Model) -> Model:
@@ -135,7 +203,7 @@ def linears_of(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterat
 
     encoder = find_encoder(model, caller)
     for module in model.modules():
-        if isinstance(module, QUANTIZED_LINEARS):
+        if isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding)):
             _check.refuse(caller, "model", "a float model", f"one that is {kind_of(module)['kind']} already")
     check_weights(encoder, None if config.is_float else "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
@@ -147,6 +215,38 @@ def linears_of(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterat
         kind = config.kind_of(name, model.base_model_prefix, id(module) in inside)
         if kind != FLOAT:
             yield name, module, kind
+
+
+def _tables(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Embedding]]:
+    """The tables to hold in int8, if ``config`` says so, with their dotted names in ``model``."""
+    from distilbert_fast.modeling.encoder import find_encoder
+
+    if not config.int8_embeddings:
+        return
+    encoder = find_encoder(model, caller)
+    if (why := _tied(model)) is not None:
+        _check.refuse(caller, "embeddings", f"float for {why}", "int8")
+    for path in (EMBEDDINGS[name] for name in ("word", "position", "token_type")):
+        holder, _, name = path.rpartition(".")
+        table = getattr(encoder.get_submodule(holder), name, None)
+        if table is None:
+            continue
+        if type(table) is not nn.Embedding or table.max_norm is not None:
+            given = type(table).__name__
+            _check.refuse(caller, path, "an nn.Embedding without max_norm to be held in int8", given, TypeError)
+        yield _name_of(model, table), table
+
+
+def _tied(model: PreTrainedModel) -> str | None:
+    """Whose vocabulary logits are computed with the table of words, in words; None if there are no such."""
+    projection, words = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if projection is None or not (projection.weight is words or model.config.tie_word_embeddings):
+        return None
+    return f"{type(model).__name__}, whose {_name_of(model, projection)} shares the table of words"
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 # Saving and loading ---------------------------------------------------------------------------------------------------
@@ -225,6 +325,10 @@ class Int8Quantizer(HfQuantizer):
             del given.linears[name]  # of a head that this model does not have
         for name, linear, kind in linears_of(model, given, METHOD):
             model.set_submodule(name, empty(linear, kind))
+        if given.int8_embeddings and path is not None and (why := _tied(model)) is not None:
+            refuse_file(path, f"quantization_config: embeddings must be float for {why}, got int8")
+        for name, table in list(_tables(model, given, METHOD)):
+            model.set_submodule(name, Int8Embedding.like(table))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:

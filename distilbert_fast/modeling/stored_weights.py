@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import CHECKSUM, FileError, check_seal, refuse_file, regular_size
 from distilbert_fast.layers import QUANTIZED_LINEARS
@@ -112,12 +113,13 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Any], pruned: bool) 
 
 
 def _compressed(model: PreTrainedModel, pruned: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers that hold no floats and, of a pruned model, all in the encoder's layers."""
+    """Linear layers and tables that hold no floats and, of a pruned model, all in the encoder's layers."""
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
 
     inside = {id(module) for module in encoder_layers(find_encoder(model, METHOD)).modules()} if pruned else set()
     for name, module in model.named_modules():
-        if isinstance(module, QUANTIZED_LINEARS) or (type(module) is nn.Linear and id(module) in inside):
+        known = isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding))
+        if known or (type(module) is nn.Linear and id(module) in inside):
             yield name, module
 
 

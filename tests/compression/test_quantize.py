@@ -7,41 +7,13 @@ import copy
 import pytest
 import torch
 import transformers
+from tiny_models import SENTENCES, tiny
 from torch import nn
 
-from distilbert_fast import optimize, quantize_model
+from distilbert_fast import Int8Config, optimize, quantize_model
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.ops.int8_linear import int8_linear_reference
 from distilbert_fast.ops.quantize import quantize_reference
-
-SENTENCES = [
-    "It's a charming and often affecting journey.",
-    "Unflinchingly bleak and desperate.",
-    "Return the number of items in a container.",
-    "The year's best and most unpredictable comedy, or so the poster claims; the audience, which had paid for its"
-    " seats, sat through two hours of it without laughing once and went home in the rain.",
-    "No.",
-    "What is the airspeed velocity of an unladen swallow?",
-    "Water boils at 100 °C at sea level, but at about 93 °C in Denver.",
-    "def f(x): return x + 1",
-    "The committee adjourned until Thursday, having decided nothing.",
-    "Ein deutscher Satz zwischen lauter englischen.",
-    "He opened the letter, read it twice, and put it back without a word.",
-    "The new bridge will carry two lanes of traffic and a cycle path across the river.",
-    "Prices rose by three per cent in March, the fastest pace in four years.",
-    "My grandmother kept bees, and every autumn we ate bread with honey on her porch.",
-    "Please restart the server before you install the update.",
-    "Nobody could say for certain when the painting had been stolen, or by whom.",
-    "The recipe calls for two eggs, a cup of flour and a pinch of salt.",
-    "After a slow first half, the visitors scored three times in ten minutes.",
-]
-
-
-def tiny(kind=transformers.BertForSequenceClassification, **changes):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
-    config = kind.config_class(**sizes | dict(hidden_size=30, intermediate_size=37, pad_token_id=0) | changes)
-    return kind(config).eval()
 
 
 def int8_names(model):
@@ -129,18 +101,20 @@ def test_which_layers():
     parts += ["intermediate.dense", "output.dense"]
     assert int8_names(model) == sorted(f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in parts)
     assert type(model.bert.pooler.dense) is nn.Linear and type(model.classifier) is nn.Linear
-    with_heads = int8_names(quantize_model(tiny(), heads=True))
+    with_heads = int8_names(quantize_model(tiny(), Int8Config(heads=True)))
     assert set(with_heads) - set(int8_names(model)) == {"bert.pooler.dense", "classifier"}
 
 
 def test_left_alone_on_request():
-    model = quantize_model(tiny(), modules_to_not_convert=["layer.0", "self.query", "intermediate.dense"])
-    rest = ["attention.output.dense", "attention.self.key", "attention.self.value", "output.dense"]
+    model = quantize_model(tiny(), Int8Config(modules_to_not_convert=["layer.0", "self.query", "intermediate.dense"]))
+    rest = ["attention.output.dense", "output.dense"]  # key and value go with the query
     assert int8_names(model) == [f"bert.encoder.layer.1.{name}" for name in rest]
+    skipped = model.config.quantization_config.modules_to_not_convert
+    assert {"encoder.layer.1.attention.self.key", "encoder.layer.1.attention.self.value"} <= set(skipped)
 
 
 def test_vocabulary_logits_are_never_quantized():
-    model = quantize_model(tiny(transformers.BertForMaskedLM), heads=True)
+    model = quantize_model(tiny(transformers.BertForMaskedLM), Int8Config(heads=True))
     assert "cls.predictions.transform.dense" in int8_names(model)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
@@ -183,10 +157,10 @@ def test_engine_computes_what_the_layers_do(bert, tokenizer, tier):
 
 
 @pytest.mark.parametrize(
-    "left", [["layer.0"], ["layer.1"], ["intermediate.dense"], ["attention"], ["self.query", "self.key", "self.value"]]
+    "left", [["layer.0"], ["layer.1"], ["intermediate.dense"], ["attention"], ["self.query"], ["output.dense"]]
 )
 def test_engine_runs_partly_quantized_models(left):
-    model = quantize_model(tiny(transformers.BertModel), modules_to_not_convert=left)
+    model = quantize_model(tiny(transformers.BertModel), Int8Config(modules_to_not_convert=left))
     ids = torch.randint(2, 97, (3, 9))
     with torch.no_grad():
         expected = model(ids)[0]
@@ -214,16 +188,12 @@ REFUSED = {
         "quantize_model: model must be a float model, got one that is int8 already",
     ),
     "no such layer": (
-        lambda: quantize_model(tiny(), modules_to_not_convert=["lin2"]),
+        lambda: quantize_model(tiny(), Int8Config(modules_to_not_convert=["lin2"])),
         "quantize_model: modules_to_not_convert must be names of linear layers, got 'lin2'",
     ),
     "float engine": (
         lambda: optimize(quantize_model(tiny()), "bf16"),
         "engine: precision must be 'int8' or None for a model that holds int8 weights, got 'bf16'",
-    ),
-    "half a projection": (
-        lambda: optimize(quantize_model(tiny(), modules_to_not_convert=["key"])),
-        "engine: query, key and value of a layer must be all int8 or all float, with or without bias, got both",
     ),
 }
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from modeling.test_optimize import assert_same, calls, expect  # noqa: F401  (a fixture)
 
-from distilbert_fast import optimize, pack_encoder, quantize_model
+from distilbert_fast import Int8Config, optimize, pack_encoder, quantize_model
 from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.distillation.teachers.model import last_attention_inputs
 from distilbert_fast.engine.engine import Engine
@@ -210,7 +210,7 @@ def test_quantized_saved_and_read_back_bit_for_bit(model_type, head, tmp_path):
 
 def test_a_small_electra_is_quantized_all_but_its_projection(tmp_path):
     theirs = make("electra", "ForMaskedLM", embedding_size=16)
-    model, batch = quantize_model(copy.deepcopy(theirs), heads=True), inputs(theirs)
+    model, batch = quantize_model(copy.deepcopy(theirs), Int8Config(heads=True)), inputs(theirs)
     assert type(model.electra.embeddings_project) is type(model.generator_lm_head) is torch.nn.Linear
     assert_near(answers(model, batch)[1], answers(theirs, batch)[1])
     model.save_pretrained(tmp_path)

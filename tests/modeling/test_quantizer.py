@@ -84,7 +84,7 @@ def test_our_own_classes_read_and_write_the_same_files(head, batch, tmp_path):
 
 
 def test_what_is_written(tmp_path):
-    model = quantize_model(make("BertForSequenceClassification"), modules_to_not_convert=["layer.0"])
+    model = quantize_model(make("BertForSequenceClassification"), Int8Config(modules_to_not_convert=["layer.0"]))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
@@ -101,7 +101,7 @@ def test_what_is_written(tmp_path):
 
 
 def test_real_model_is_read_back_and_smaller(bert, bert_dir, tokenizer, texts, tmp_path):
-    model = quantize_model(copy.deepcopy(bert), heads=True)
+    model = quantize_model(copy.deepcopy(bert), Int8Config(heads=True))
     model.save_pretrained(tmp_path)
     read = transformers.AutoModel.from_pretrained(tmp_path)
     assert_same_bits(read, model, tokenizer(texts, padding=True, return_tensors="pt"))
@@ -113,7 +113,7 @@ def test_real_model_is_read_back_and_smaller(bert, bert_dir, tokenizer, texts, t
 
 
 def test_head_left_out_or_added(batch, tmp_path):
-    model = quantize_model(make("BertForSequenceClassification"), heads=True)
+    model = quantize_model(make("BertForSequenceClassification"), Int8Config(heads=True))
     model.save_pretrained(tmp_path / "task")
     read = transformers.BertModel.from_pretrained(tmp_path / "task")
     assert_same_bits(read, model.bert, batch)
@@ -152,7 +152,7 @@ def test_quantized_while_loading(batch, tmp_path):
     model.save_pretrained(tmp_path)
     config = Int8Config(modules_to_not_convert=["layer.1"])
     read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
-    assert_same_bits(read, quantize_model(model, modules_to_not_convert=["layer.1"]), batch)
+    assert_same_bits(read, quantize_model(model, Int8Config(modules_to_not_convert=["layer.1"])), batch)
     read.save_pretrained(tmp_path / "int8")
     assert_same_bits(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8"), read, batch)
 
@@ -497,7 +497,7 @@ def test_a_config_beside_weights_of_an_earlier_version(heads, changes, message, 
 
 
 def test_int8_heads_are_left_out_where_there_is_no_place_for_them(tmp_path):
-    quantize_model(make("BertForSequenceClassification"), heads=True).save_pretrained(tmp_path)
+    quantize_model(make("BertForSequenceClassification"), Int8Config(heads=True)).save_pretrained(tmp_path)
     transformers.BertModel.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["heads"] = False

@@ -20,7 +20,7 @@ from demo_input import load_classifier
 from safetensors.torch import load_file, save_file
 
 import distilbert_fast
-from distilbert_fast import explain, optimize, pack_encoder, quantize_model
+from distilbert_fast import Int8Config, explain, optimize, pack_encoder, quantize_model
 from distilbert_fast.files.durable import FileError
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.architectures import architecture_of
@@ -170,7 +170,7 @@ def test_head_masks_name_heads_by_their_first_numbers(name, optimized, batch):
 def test_saved_and_read_back_bit_for_bit(name, int8, batch, tmp_path):
     model = cut(make(name))
     if int8:
-        quantize_model(model, heads=True, modules_to_not_convert=["layer.0"])
+        quantize_model(model, Int8Config(heads=True, modules_to_not_convert=["layer.0"]))
     model.save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     for family in FAMILIES:
@@ -211,7 +211,7 @@ def test_what_is_written(tmp_path):
     assert tensors[f"{layer}.0.attention.self.query.weight"].shape == (20, 30)
     assert tensors[f"{layer}.0.output.dense.weight"].shape == (30, 33)
     assert tensors[f"{layer}.1.attention.output.dense.weight"].shape == (30, 0)
-    quantize_model(model, heads=True, modules_to_not_convert=["layer.0.output"]).save_pretrained(tmp_path)
+    quantize_model(model, Int8Config(heads=True, modules_to_not_convert=["layer.0.output"])).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "distilbert_fast",
@@ -255,7 +255,7 @@ def test_the_trainer_takes_it(batch, tmp_path):
 
 
 def test_bases_and_heads_of_each_other(batch, tmp_path):
-    model = quantize_model(cut(make("BertForSequenceClassification")), heads=True)
+    model = quantize_model(cut(make("BertForSequenceClassification")), Int8Config(heads=True))
     model.save_pretrained(tmp_path / "task")
     read = transformers.BertModel.from_pretrained(tmp_path / "task")
     assert_close(answers(read.eval(), batch), answers(model.bert, batch), atol=0)
@@ -376,7 +376,10 @@ def test_other_heads_of_the_same_number_do_not_fit_the_checksum(tmp_path):
     [
         ({"format": 3}, "format must be 2, got 3"),
         ({"format": "2"}, "format must be 2, got '2'"),
-        ({"sparsity": 0.5}, "expected an object of quant_method, format, structure, linear, linears alone, got 'spars"),
+        (
+            {"sparsity": 0.5},
+            "expected an object of quant_method, format, structure, linear, linears, embeddings alone, got",
+        ),
         ({"linear": {"kind": "int3"}}, "linear.kind must be one of 'float', 'int8'"),
         ({"linear": {"kind": "int8", "bits": 8}}, "linear must be an object of kind alone, got 'bits'"),
         ({"linear": "int8"}, "linear must be an object, got 'int8'"),
