@@ -180,7 +180,8 @@ def load_with_head(
 
     Args:
         source: directory or hub id.
-        head: "SequenceClassification", "TokenClassification", "MaskedLM" or "QuestionAnswering".
+        head: "SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering" or "MultipleChoice"; ""
+            for the encoder alone.
         new_head: whether tensors of the head that are missing, or for another number of classes, may start at random.
         **config: for `from_pretrained`.
 
@@ -188,12 +189,12 @@ def load_with_head(
     """
     register()  # so that an int8 checkpoint is understood
     directory = locate(source)
-    with _without_report(), without_bars(), _reading(source, f"a model for {head}"):
-        model, loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+    with _without_report(), without_bars(), _reading(source, f"a model for {head}" if head else "an encoder"):
+        model, loaded = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel").from_pretrained(
             directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config
         )
     absent = sorted([*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])])
-    parts = ARCHITECTURES[model.config.model_type].heads[f"For{head}"].values()
+    parts = ARCHITECTURES[model.config.model_type].heads[f"For{head}" if head else "Model"].values()
     random = tuple(name for name in absent if new_head and name.startswith(tuple(f"{part}." for part in parts)))
     absent = [name for name in absent if name not in random]
     if absent:
