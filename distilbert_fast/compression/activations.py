@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,12 +24,18 @@ def moments(
     """
     sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
     real: torch.Tensor | None = None  # of the batch that is run, bool [B, T]
+    latest: tuple[Any, Any] = None, None  # what query, key and value read is added up once
+
+    def added_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        rows = x[real] if real is not None and x.shape[:-1] == real.shape else x.reshape(-1, x.shape[-1])
+        rows = rows.float()  # [N, C]
+        return rows.sum(0).double(), rows.square().sum(0).double(), len(rows)
 
     def see(name: str, x: torch.Tensor) -> None:
-        rows = x[real] if real is not None and x.shape[:-1] == real.shape else x.reshape(-1, x.shape[-1])
-        rows = rows.double()  # [N, C]
-        mean, square, count = sums.get(name, (0, 0, 0))
-        sums[name] = mean + rows.sum(0), square + rows.square().sum(0), count + len(rows)
+        nonlocal latest
+        if latest[0] is not x:
+            latest = x, added_up(x)
+        sums[name] = tuple(map(sum, zip(sums.get(name, (0, 0, 0)), latest[1], strict=True)))  # type: ignore[assignment]
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
