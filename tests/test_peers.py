@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is importa
 from bench.harness import turns
 from bench.harness.choose import chosen
 from bench.harness.errors import NotAvailableError
+from bench.harness.isa import FORCED_ISA, checked_isa, library, smaller_processor
 from bench.harness.processes import Worker
 from bench.peers import contest, engines, report, worker
 from bench.peers import models as peer_models
-from bench.peers.__main__ import checked_isa
 from bench.peers.engines import ENGINES, PRECISIONS
 from bench.peers.workloads import BUCKETS, WORKLOADS, calibration
 from distilbert_fast import backends
@@ -222,17 +223,30 @@ def test_ctranslate2_is_told_an_isa_that_the_processor_has(flags, isa, expected,
 
 def test_an_isa_that_the_processor_lacks_is_refused():
     for isa, reason in backends.isa_report()["missing"].items():
-        if isa in engines.FORCED_ISA:
+        if isa in FORCED_ISA:
             with pytest.raises(ValueError, match=re.escape(f"--isa: {isa} cannot run here: {reason}")):
                 checked_isa(isa)
-    assert all(checked_isa(isa) == isa for isa in backends.isa_report()["available"] if isa in engines.FORCED_ISA)
+    assert all(checked_isa(isa) == isa for isa in backends.isa_report()["available"] if isa in FORCED_ISA)
 
 
 def test_a_forced_isa_reaches_ours_and_the_rivals():
-    for isa in engines.FORCED_ISA:
+    for isa in FORCED_ISA:
         variables = engines.environment(ENGINES[OURS], 2, Path("cache"), isa)
         assert variables["DISTILBERT_FAST_ISA"] == isa and variables["ONEDNN_MAX_CPU_ISA"].startswith("AVX")
     assert "DISTILBERT_FAST_ISA" not in engines.environment(ENGINES[OURS], 2, Path("cache"), None)
+
+
+def test_what_is_hidden_cannot_be_asked_for():
+    if library() is None or "avx512_vnni" not in backends.isa_report()["available"]:
+        pytest.skip("no CPUID that faults, or nothing to hide")
+    code = "from distilbert_fast.backends import isa_report as r; print(r()['tier'])"
+    hidden = {name: value for name, value in smaller_processor("avx2").items() if name != "DISTILBERT_FAST_ISA"}
+    for variables, tier in ((hidden, "avx2"), ({}, backends.isa_report()["available"][0])):
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+        assert done.stdout.strip() == tier, done.stderr
+    broken = hidden | {"HIDE_CPUID": "seven"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | broken, capture_output=True, text=True)
+    assert done.returncode == 99 and "HIDE_CPUID is no list of leaf.subleaf.register.bit" in done.stderr
 
 
 def test_chosen():
