@@ -38,8 +38,8 @@ class Snapshot:
         root: whose modules and tensors may be exchanged.
 
     ``look`` sees each time: a replaced, added or removed module or tensor; a tensor written in place (by its version
-    counter), moved or cast (by its address) or laid out anew (by shape and strides); another class; and the settings
-    that ``watch`` was given. torch does not count what fused optimizers, ``parameter.data``, NumPy, DLPack and
+    counter), moved or cast (by its address) or laid out otherwise (by shape and strides); another class; and the
+    settings that ``watch`` was given. torch does not count what fused optimizers, ``parameter.data``, NumPy, DLPack and
     other processes write. ``fingerprint`` holds hashes of those bytes; None before ``watch``, on another device than
     a CPU, and where the native module is not built.
     """
