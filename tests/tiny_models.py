@@ -33,3 +33,20 @@ def tiny(kind=transformers.BertForSequenceClassification, **changes):
     sizes = dict(vocab_size=97, max_position_embeddings=23, num_hidden_layers=2, num_attention_heads=3)
     config = kind.config_class(**sizes | dict(hidden_size=30, intermediate_size=37, pad_token_id=0) | changes)
     return kind(config).eval()
+
+
+def padded_batch():
+    """Ids of ``tiny`` models and a mask, of 9, 4, 1 and 6 tokens."""
+    torch.manual_seed(1)
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]).long()
+    return {"input_ids": torch.randint(2, 97, (4, 9)), "attention_mask": mask}
+
+
+def answers(model, batch):
+    with torch.no_grad():
+        return [x for x in model(**batch).to_tuple() if isinstance(x, torch.Tensor)]
+
+
+def assert_same_bits(a, b, batch):
+    for x, y in zip(answers(a, batch), answers(b, batch), strict=True):
+        assert torch.equal(x, y)

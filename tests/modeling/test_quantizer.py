@@ -16,6 +16,7 @@ import transformers
 from mutations import assert_refused_or_same, cut, flipped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiny_models import answers, assert_same_bits, padded_batch
 
 import distilbert_fast
 from distilbert_fast import Int8Config, optimize, quantize_model
@@ -35,19 +36,7 @@ def make(name):
 
 @pytest.fixture
 def batch():
-    torch.manual_seed(1)
-    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]).long()
-    return {"input_ids": torch.randint(2, 97, (4, 9)), "attention_mask": mask}
-
-
-def answers(model, batch):
-    with torch.no_grad():
-        return [x for x in model(**batch).to_tuple() if isinstance(x, torch.Tensor)]
-
-
-def assert_same_bits(a, b, batch):
-    for x, y in zip(answers(a, batch), answers(b, batch), strict=True):
-        assert torch.equal(x, y)
+    return padded_batch()
 
 
 CLASSES = [

@@ -18,6 +18,7 @@ import torch
 import transformers
 from demo_input import load_classifier
 from safetensors.torch import load_file, save_file
+from tiny_models import answers, padded_batch
 
 import distilbert_fast
 from distilbert_fast import Int8Config, explain, optimize, pack_encoder, quantize_model
@@ -71,14 +72,7 @@ def zeroed(model, left=LEFT):
 
 @pytest.fixture
 def batch():
-    torch.manual_seed(1)
-    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]).long()
-    return {"input_ids": torch.randint(2, 97, (4, 9)), "attention_mask": mask}
-
-
-def answers(model, batch):
-    with torch.no_grad():
-        return [x for x in model(**batch).to_tuple() if isinstance(x, torch.Tensor)]
+    return padded_batch()
 
 
 def assert_close(a, b, atol=1e-5):
