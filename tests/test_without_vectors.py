@@ -189,7 +189,7 @@ def test_every_vector_header_gives_what_the_design_lists():
     """And needs no more than vec_scalar.h gives, over which everything compiles."""
     section = (ROOT / "docs/design.md").read_text().split("### What a vec_neon.h would have to give")[1]
     listed = set(re.findall(r"`(\w+)\(", section.split("\n## ")[0]))
-    assert len(listed) == 30 and listed == contract("vec_scalar.h")
+    assert listed and listed == contract("vec_scalar.h")
     for header in ("vec_avx2.h", "vec_avx512.h"):
         assert contract(header) >= listed
 
