@@ -22,8 +22,8 @@ TaskFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="TSV, CSV, JSONL or Parquet with the columns sentence and label; for pairs sentence1 and sentence2, "
-        "question1 and question2, premise and hypothesis, or question and sentence.",
+        help="TSV, CSV, JSONL or Parquet with the columns sentence (or text) and label; for pairs sentence1 and "
+        "sentence2, question1 and question2, premise and hypothesis, or question and sentence.",
     ),
 ]
 EvalFile = Annotated[

@@ -100,10 +100,10 @@ def _jsonl(text: str) -> Table:
     return Table({name: [row.get(name) for row in rows] for name in names})
 
 
-def _separated(kind: str, text: str) -> Table:
-    """Read cells byte for byte (pandas changes some at the borders of its buffer). Lines of white space are skipped.
+def cells_by_line(kind: str, text: str) -> list[tuple[int, list[str]]]:
+    """The rows of TSV (no quoting) or CSV (quotes), each with its last line's number, without lines of white space.
 
-    A shorter row has empty cells at its end.
+    Cells are read byte for byte (pandas changes some at the borders of its buffer). Raises ValueError or csv.Error.
     """
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "TSV" else {}
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
@@ -115,7 +115,12 @@ def _separated(kind: str, text: str) -> Table:
         csv.field_size_limit(limit)
     if rows.pop()[1]:
         raise ValueError("a quote is open at the end of the file")
-    rows = [(line, row) for line, row in rows if row and not (len(row) == 1 and row[0] and not row[0].strip(" \t"))]
+    return [(line, row) for line, row in rows if row and not (len(row) == 1 and row[0] and not row[0].strip(" \t"))]
+
+
+def _separated(kind: str, text: str) -> Table:
+    """A shorter row has empty cells at its end."""
+    rows = cells_by_line(kind, text)
     if not rows:
         raise ValueError("it holds no line of column names")
     names = rows.pop(0)[1]

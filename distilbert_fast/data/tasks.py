@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
+from distilbert_fast.data.published import PAIRS, Row, Split, as_number, published, read_published
 from distilbert_fast.data.sentences import Text
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
@@ -37,14 +36,10 @@ from distilbert_fast.files.text import check_file, refuse_input, shortened
 OP = "load_task"
 BUILT_IN = "stdlib-docs"
 SENTENCE = ("sentence",)
-# Columns of pairs, as GLUE's data sets have them.
-PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
 NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
 
 # a list, a tuple or a set as Python writes it
 _LISTED = re.compile(r"""\[\s*(["'\d-].*)?\]|\[.*,.*\]|[({]\s*(["'].*|[\d-].*,.*)[)}]""", re.DOTALL)
-
-Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 
 
 @dataclass(frozen=True)
@@ -118,12 +113,14 @@ def load_task(
 
     Args:
         name: `"stdlib-docs"` (the default when there is no `data`), or a hub id: `"glue/sst2"`, `"owner/set"`,
-            `"owner/set/config"`. With `data` it is only the name that reports show. Of a hub data set the split
-            `validation` is evaluated on (mnli: `validation_matched`), or else `test`; rows without label are left out.
-        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` and `label`, or with one of `PAIRS` and
-            `label`. TSV files have no quoting, CSV files quote with `"`; both start with a line of column names. Texts
-            are taken as they are, labels without the spaces around them. A Parquet file that `datasets` wrote has the
-            names of its classes, and its rows without label are left out as those of the hub are.
+            `"owner/set/config"`. With `data` it is the name that reports show, and says which form a published file
+            has. Of a hub data set the split `validation` is evaluated on (mnli: `validation_matched`), or else `test`;
+            rows without label are left out.
+        data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` (or `text`) and `label`, or with one of
+            `PAIRS` and `label`; with the name of a task of `published.TASKS`, a file as it is published. TSV files have
+            no quoting, CSV files quote with `"`; both start with a line of column names. Texts are taken as they are,
+            labels without the spaces around them. A Parquet file that `datasets` wrote has the names of its classes,
+            and its rows without label are left out as those of the hub are.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
             pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
@@ -139,12 +136,13 @@ def load_task(
     """
     check_sources(OP, data, eval_data, max_train_rows)
     if data is not None:
-        train, columns, names = _read_file("data", Path(data), regression)
+        train, columns, names, _ = read_split(OP, "data", Path(data), name, regression)
         held_out = None
         if eval_data is not None:
-            held_out, others, _ = _read_file("eval_data", Path(eval_data), regression)
+            held_out, others, _, _ = read_split(OP, "eval_data", Path(eval_data), name, regression)
             if others != columns:
                 refuse_input(f"{OP}: eval_data", f"the columns of data, {' and '.join(columns)}", " and ".join(others))
+        regression = regression or isinstance(train[0][1], float)
         name = name or file_name(Path(data))
     elif name is None or name == BUILT_IN:
         if regression:
@@ -168,15 +166,23 @@ def _stdlib_docs() -> tuple[list[Row], list[Row], tuple[str, ...]]:
     return rows[False], rows[True], tuple(stdlib_docs.LIBRARIES)
 
 
-def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], tuple[str, ...], Sequence[str] | None]:
-    """The rows of one file, labels as written or numbers; the columns of their texts; the names of its classes."""
+def read_split(op: str, argument: str, path: Path, name: str | None = None, regression: bool = False) -> Split:
+    """The labelled rows of one file: of the published form of the task of that name, else with our columns.
+
+    `regression`: labels are numbers. Raises ValueError as `load_task` does; messages begin with `op` and `argument`.
+    """
+    task = published(name)
+    if task is not None and path.suffix.lower() != ".parquet":
+        return read_published(op, argument, path, task)
     if path.is_file() and path.suffix.lower() not in FORMATS:
-        refuse_input(f"{OP}: {argument}", f"a file ending in {', '.join(FORMATS)}", repr(path.name))
-    check_file(OP, argument, path)
-    table = read_table(OP, argument, path)
-    source = f"{OP}: {argument}: {str(path)!r}"
-    columns = _text_columns([*table.columns])
-    missing = [column for column in (*columns, "label") if column not in table.columns]
+        refuse_input(f"{op}: {argument}", f"a file ending in {', '.join(FORMATS)}", repr(path.name))
+    check_file(op, argument, path)
+    table = read_table(op, argument, path)
+    source = f"{op}: {argument}: {str(path)!r}"
+    columns = reading = _text_columns([*table.columns])
+    if columns == SENTENCE and "sentence" not in table.columns and "text" in table.columns:
+        reading = ("text",)
+    missing = [column for column in (*reading, "label") if column not in table.columns]
     if missing:
         found = ", ".join(table.columns)
         raise ValueError(
@@ -185,10 +191,13 @@ def _read_file(argument: str, path: Path, regression: bool) -> tuple[list[Row], 
         )
     if len(table) == 0:
         raise ValueError(f"{source} holds no rows")
-    rows = _rows(source, table, columns, regression)
+    regression = regression or (task is not None and not task.classes)
+    rows = _rows(source, table, reading, regression)
     if not rows:
         raise ValueError(f"{source} has no row with a label")
-    return rows, columns, table.class_names.get("label")
+    names = table.class_names.get("label")
+    places = (at for at, given in enumerate(table.columns["label"]) if not (names and given == NO_LABEL))
+    return Split(rows, columns, names, tuple(map(str, places)))
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -206,13 +215,13 @@ def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -
     rows: list[Row] = []
     names = table.class_names.get("label")
     texts = [table.columns[column] for column in columns]
-    for number, (*cells, given) in enumerate(zip(*texts, table.columns["label"], strict=True), start=1):
+    for at, (*cells, given) in enumerate(zip(*texts, table.columns["label"], strict=True), start=1):
         if names and given == NO_LABEL:
             continue
-        row = f"{source}: row {number}"
+        row = f"{source}: row {at}"
         found = tuple(text_of(row, cell, f"a text as {name}", name) for name, cell in zip(columns, cells, strict=True))
         label = _label(row, given)
-        value = _number(label)
+        value = as_number(label)
         if regression:
             if value is None:
                 refuse_input(row, "a number as label", repr(label))
@@ -236,15 +245,6 @@ def _label(row: str, cell: object) -> str:
     if (isinstance(cell, str) and _LISTED.fullmatch(cell.strip())) or as_written(cell) is None:
         refuse_input(row, "one label, a text or a number", shortened(cell))
     return text_of(row, cell, "a text as label", "label").strip()
-
-
-def _number(label: str) -> float | None:
-    """Parse a finite number; None for anything else, and for 1_000, which only Python takes for a number."""
-    try:
-        number = float(label.replace("_", "no number"))
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None, tuple[str, ...], Sequence[str] | None]:
@@ -311,11 +311,11 @@ def _refuse_numbers(labels: set[str]) -> None:
     """
     written: dict[float, str] = {}
     for label in sorted(labels):
-        number = _number(label)
+        number = as_number(label)
         other = label if number is None else written.setdefault(number, label)
         if other != label and not (label.isdecimal() and other.isdecimal()):
             refuse_input(f"{OP}: data", "one way to write a class", f"{other!r} and {label!r}")
-    numbers = [_number(label) for label in labels]
+    numbers = [as_number(label) for label in labels]
     if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
         raise ValueError(
             f"{OP}: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
@@ -325,7 +325,7 @@ def _refuse_numbers(labels: set[str]) -> None:
 
 def _label_order(labels: set[str]) -> tuple[str, ...]:
     """Numbers by value (2 before 10, 2.0 before 10.0), anything else by its text."""
-    if all(_number(label) is not None for label in labels):
+    if all(as_number(label) is not None for label in labels):
         return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
     return tuple(sorted(labels))
 

@@ -100,11 +100,19 @@ def column_names(table: Any, **dialect: Any) -> list[str]:
     return names
 
 
-def json_object(line: str, numbers_as_written: bool = False) -> dict[str, Any]:
-    """A line of JSONL; with `numbers_as_written` these are str. Raises ValueError for no object, and a name twice."""
+def json_object(text: str, numbers_as_written: bool = False, what: str = "column") -> dict[str, Any]:
+    """An object, such as a line of JSONL; with `numbers_as_written` these are str.
+
+    Raises ValueError for no object, and for a name that is there twice; `what` is what users call names.
+    """
     numbers: dict[str, Any] = {"parse_int": str, "parse_float": str} if numbers_as_written else {}
+
+    def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_twice([name for name, _ in pairs], what)
+        return dict(pairs)
+
     try:
-        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object, **numbers)
+        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=of_pairs, **numbers)
     except RecursionError as error:
         raise ValueError(str(error)) from error
     if not isinstance(row, dict):
@@ -116,15 +124,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    refuse_twice([name for name, _ in pairs])
-    return dict(pairs)
-
-
-def refuse_twice(names: Sequence[str]) -> None:
-    """Raise ValueError for a column that is there twice."""
+def refuse_twice(names: Sequence[str], what: str = "column") -> None:
+    """Raise ValueError for a column, or something else, that is there twice."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"the column {twice[0]!r} is there more than once")
+        raise ValueError(f"the {what} {twice[0]!r} is there more than once")
 
 
 def shortened(value: object) -> str:

@@ -397,12 +397,12 @@ BAD = {
     "empty.tsv": (b"", "load_task: data: 'empty.tsv' is empty"),
     "header.csv": (b"sentence,label\n", "load_task: data: 'header.csv' holds no rows"),
     "columns.csv": (
-        b"text,label\na,1\n",
-        "load_task: data: 'columns.csv' has no column sentence; its columns: text, label",
+        b"body,label\na,1\n",
+        "load_task: data: 'columns.csv' has no column sentence; its columns: body, label",
     ),
     "neither.jsonl": (
-        b'{"text": "a", "y": 1}\n',
-        "load_task: data: 'neither.jsonl' has no column sentence and no column label; its columns: text, y",
+        b'{"body": "a", "y": 1}\n',
+        "load_task: data: 'neither.jsonl' has no column sentence and no column label; its columns: body, y",
     ),
     "data.xlsx": (
         b"x",
