@@ -15,10 +15,22 @@ _TAG = re.compile(r"[BIES][-_]..*|\W+", re.IGNORECASE)
 
 @dataclass
 class Tagged:
-    """Words and tags of sentences, and the place where each tag occurs first: "line 7", "row 3"."""
+    """Words and tags of sentences, and the place where each tag occurs first: "line 7", "row 3".
+
+    Of a text file also the line where each sentence begins, and all its columns.
+    """
 
     rows: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+    columns: list[list[tuple[str, ...]]] = field(default_factory=list)
+
+    def add(self, line: int, sentence: list[tuple[str, ...]]) -> None:
+        """A sentence whose first word is in that line: the columns of each word."""
+        words = tuple(cells[0] for cells in sentence if len(cells) > 1)
+        self.rows.append((words, tuple(cells[-1] for cells in sentence)))
+        self.lines.append(line)
+        self.columns.append(sentence)
 
 
 def read_conll(source: str, text: str) -> Tagged:
@@ -46,7 +58,7 @@ def read_conll(source: str, text: str) -> Tagged:
         place = f"{source}: line {number}"
         if not row:
             if sentence:
-                tagged.rows.append((tuple(cells[0] for cells in sentence), tuple(cells[-1] for cells in sentence)))
+                tagged.add(number - len(sentence), sentence)
             sentence = []
             continue
         without = tabs and "\t" not in line
@@ -75,6 +87,22 @@ def read_conll(source: str, text: str) -> Tagged:
     if _are_numbers([words for words, _ in tagged.rows]):
         number = next(at for at, row in enumerate(rows, start=1) if row in plain)
         refuse_input(f"{source}: line {number}", "words in the first column", "their numbers")
+    return tagged
+
+
+def read_tags(source: str, text: str) -> Tagged:
+    """The sentences of a file with a tag a line and nothing else; blank lines end them. Words are none."""
+    refuse_odd_line_ends(source, text)
+    tagged, sentence = Tagged(), list[tuple[str, ...]]()
+    for number, line in enumerate([*lines(text), ""], start=1):
+        if tag := line.strip():
+            sentence.append((tag,))
+            tagged.places.setdefault(tag, f"line {number}")
+        elif sentence:
+            tagged.add(number - len(sentence), sentence)
+            sentence = []
+    if not tagged.rows:
+        raise ValueError(f"{source} holds no tags")
     return tagged
 
 

@@ -8,9 +8,12 @@ from typing import Any
 Text = str | tuple[str, str]
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The numbers of rows in batches of so many of similar length, so that little padding is computed."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+def by_length(lengths: Sequence[int], size: int, in_order: bool = False) -> list[list[int]]:
+    """The numbers of rows in batches of so many of similar length, so that little padding is computed.
+
+    ``in_order``: of neighbours instead.
+    """
+    order = list(range(len(lengths))) if in_order else sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -1,9 +1,9 @@
-"""Extractive question answering on files of SQuAD 1.1's form: windows of context to train on, exact match and F1.
+"""Extractive question answering on files of SQuAD's form: windows of context to train on, and a model's answers.
 
 A question and as much of its context as fits make a window; longer contexts are cut into windows that overlap by
 `stride` tokens (Devlin et al., BERT, section 4.2). Of all windows of a question the span with the largest start + end
-logit is its answer; spans are of at most `LONGEST` tokens and lie in the context.
-Rajpurkar et al.: SQuAD, arXiv:1606.05250, whose scores torchmetrics computes.
+logit is its answer, of the `N_BEST` likeliest starts and ends of each; spans are of at most `LONGEST` tokens and lie in
+the context. So does transformers' example run_qa choose. Rajpurkar et al.: SQuAD, arXiv:1606.05250.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torchmetrics.functional.text import squad
 
 from distilbert_fast.data.sentences import by_length
 from distilbert_fast.data.tables import file_name, is_held_out
-from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, shortened
+from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, refuse_twice, shortened
 from distilbert_fast.ops._check import refuse
 
 logger = logging.getLogger(__name__)
 
 LONGEST = 30  # tokens of an answer
+N_BEST = 20  # starts and ends of a window that are tried
+_NO_SPAN = -1e9  # the score where a window has no span that may be an answer
 
 _T = TypeVar("_T")
 _KINDS: dict[type, str] = {list: "a list", str: "a text", int: "an integer", bool: "true or false"}
@@ -37,8 +39,21 @@ _KINDS: dict[type, str] = {list: "a list", str: "a text", int: "an integer", boo
 class Question(NamedTuple):
     text: str
     context: str
-    answers: tuple[tuple[str, int], ...]  # text and where it starts in the context, in characters
+    answers: tuple[tuple[str, int], ...]  # text and where it starts in the context, in characters; none: it has none
     id: str = ""
+
+
+class Answer(NamedTuple):
+    """A model's answer to a question.
+
+    Attributes:
+        text: its best span in the context.
+        null_odds: how much larger the logits of no answer (start and end on the first token, in the window that is
+            surest of one) are than those of `text`. Above 0 there is rather no answer.
+    """
+
+    text: str
+    null_odds: float
 
 
 @dataclass(frozen=True)
@@ -55,11 +70,14 @@ class Questions:
         return hashlib.sha256(json.dumps([row[:3] for row in self.rows]).encode()).hexdigest()
 
 
-def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Questions, Questions]:
+def load_squad(
+    data: str | Path, eval_data: str | Path | None = None, unanswerable: bool = False
+) -> tuple[Questions, Questions]:
     """Questions to train on and to evaluate on.
 
     Args:
         data: a .json file of SQuAD 1.1's form.
+        unanswerable: of 2.0's, where questions may have no answer.
         eval_data: another. Without it, the questions of about 10 % of the contexts of ``data`` are held
             out, chosen by the context's hash.
 
@@ -68,9 +86,9 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
             where it should or is white space, a question without an answer (SQuAD 2.0 has such), what is no text;
             nothing to train or evaluate on.
     """
-    train = _read("data", Path(data))
+    train = read_questions("load_squad", "data", Path(data), unanswerable)
     if eval_data is not None:
-        return train, _read("eval_data", Path(eval_data))
+        return train, read_questions("load_squad", "eval_data", Path(eval_data), unanswerable)
     parts: dict[bool, list[Question]] = {False: [], True: []}
     for row in train.rows:
         parts[is_held_out(row.context)].append(row)
@@ -79,47 +97,98 @@ def load_squad(data: str | Path, eval_data: str | Path | None = None) -> tuple[Q
     return Questions(train.name, tuple(parts[False])), Questions(train.name, tuple(parts[True]))
 
 
-def _read(argument: str, path: Path) -> Questions:
-    source = f"load_squad: {argument}: {str(path)!r}"
-    text = read_text("load_squad", argument, path)
+def read_answers(op: str, argument: str, path: Path) -> dict[str, list[str]]:
+    """The gold answers to each question of a file of SQuAD's form, 1.1 or 2.0, by its id; none if it has no answer.
+
+    Raises ValueError as `load_squad` does, and for questions without an id or with the same one; where answers stand
+    is not looked at, as the scripts that score them do not.
+    """
+
+    def answers_of(qa: Any) -> tuple[str, list[str]]:
+        found = [_field(answer, "text", str) for answer in _field(qa, "answers", list)]
+        return _field(qa, "id", str), found
+
+    source = f"{op}: {argument}: {str(path)!r}"
+    rows = _read(op, argument, path, lambda qa, *_: answers_of(qa))
+    try:
+        refuse_twice([question for question, _ in rows], "question")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return dict(rows)
+
+
+def _read(op: str, argument: str, path: Path, made: Callable[[Any, Any, str], _T]) -> list[_T]:
+    """What `made` makes of each question, its paragraph and its name in messages."""
+    source = f"{op}: {argument}: {str(path)!r}"
+    text = read_text(op, argument, path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not of SQuAD's form: {type(error).__name__}: {error}") from error
-    rows: list[Question] = []
+    rows: list[_T] = []
     try:
         for article in _field(content, "data", list):
             for paragraph in _field(article, "paragraphs", list):
-                context = _field(paragraph, "context", str)
+                _field(paragraph, "context", str)
                 for qa in _field(paragraph, "qas", list):
-                    rows.append(_question(source, qa, context, len(rows) + 1))
+                    named = isinstance(qa, dict) and qa.get("id")
+                    name = f"question {qa['id']!r}" if named else f"question {len(rows) + 1}"
+                    try:
+                        rows.append(made(qa, paragraph, name))
+                    except TypeError as error:
+                        raise TypeError(f"{name}: {error}") from error
     except TypeError as error:
         raise ValueError(f"{source} is not of SQuAD's form: TypeError: {error}") from error
     if not rows:
         raise ValueError(f"{source} holds no questions")
-    return Questions(file_name(path), tuple(rows))
+    return rows
 
 
-def _question(source: str, qa: Any, context: str, number: int) -> Question:
-    """A question and its answers; `number` names one without an id in messages."""
-    name = f"question {qa['id']!r}" if isinstance(qa, dict) and qa.get("id") else f"question {number}"
-    try:
-        asked = _field(qa, "question", str)
-        if _field({"is_impossible": False, **qa}, "is_impossible", bool):
-            raise ValueError(
-                f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}, which "
-                "is_impossible (SQuAD 2.0)"
-            )
-        answers = tuple(
-            (_field(answer, "text", str), _field(answer, "answer_start", int)) for answer in _field(qa, "answers", list)
-        )
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from error
-    if not answers:
-        raise ValueError(f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}")
-    for what, text in (("question", asked), ("context", context), *(("answer", text) for text, _ in answers)):
+def read_questions(op: str, argument: str, path: Path, unanswerable: bool) -> Questions:
+    """The questions of a file; ``unanswerable``: some may have no answer. Raises ValueError as `load_squad` does."""
+    source = f"{op}: {argument}: {str(path)!r}"
+
+    def made(qa: Any, paragraph: Any, name: str) -> Question:
+        return _question(source, qa, paragraph["context"], name, unanswerable)
+
+    return Questions(file_name(path), tuple(_read(op, argument, path, made)))
+
+
+def read_asked(op: str, argument: str, path: Path) -> Questions:
+    """The questions of a file with their contexts and without their answers. Raises ValueError as `load_squad` does."""
+    source = f"{op}: {argument}: {str(path)!r}"
+
+    def made(qa: Any, paragraph: Any, name: str) -> Question:
+        asked, context = _field(qa, "question", str), paragraph["context"]
+        _refuse_halves(f"{source}: {name}", ("question", asked), ("context", context))
+        return Question(asked, context, (), str(qa.get("id") or ""))
+
+    return Questions(file_name(path), tuple(_read(op, argument, path, made)))
+
+
+def _refuse_halves(where: str, *texts: tuple[str, str]) -> None:
+    for what, text in texts:
         if (half := lone_surrogate(text)) is not None:
-            refuse_input(f"{source}: {name}", f"a text as {what}", half)
+            refuse_input(where, f"a text as {what}", half)
+
+
+def _question(source: str, qa: Any, context: str, name: str, unanswerable: bool) -> Question:
+    asked = _field(qa, "question", str)
+    impossible = _field({"is_impossible": False, **qa}, "is_impossible", bool)
+    if impossible and not unanswerable:
+        raise ValueError(
+            f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}, which "
+            "is_impossible (SQuAD 2.0)"
+        )
+    answers = tuple(
+        (_field(answer, "text", str), _field(answer, "answer_start", int)) for answer in _field(qa, "answers", list)
+    )
+    if impossible and answers:
+        refuse_input(f"{source}: {name}", "no answer to a question that is_impossible", repr(answers[0][0]))
+    if not answers and not unanswerable:
+        raise ValueError(f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}")
+    texts = (("question", asked), ("context", context), *(("answer", text) for text, _ in answers))
+    _refuse_halves(f"{source}: {name}", *texts)
     for text, start in answers:
         if start < 0 or context[start : start + len(text)] != text:
             raise ValueError(f"{source}: {name}: no answer {text!r} stands at {start} of its context")
@@ -154,7 +223,8 @@ class Windows:
     Attributes:
         rows: a ``datasets.Dataset`` with the tokenizer's columns, answer_mask (1 on the context), and
             start_positions and end_positions: tokens of the first answer, without what no token covers at its ends
-            (white space, marks that the tokenizer drops); the first token where the window does not hold it.
+            (white space, marks that the tokenizer drops); the first token where the window does not hold it, or there
+            is none.
         question: int64 [W], the question of each window.
     """
 
@@ -197,7 +267,7 @@ class Windows:
                 columns[name].append(value)
         self.rows: Dataset = Dataset.from_dict(columns)
         held = {at for at, end in zip(self.question, columns["end_positions"], strict=True) if end}
-        if lost := len(questions) - len(held):
+        if lost := sum(bool(row.answers) for row in questions.rows) - len(held):
             logger.warning(
                 "%s: %d of %d questions have an answer that no window holds whole: it is longer than max_length %d and "
                 "stride %d leave room for",
@@ -207,13 +277,13 @@ class Windows:
     def _covered(self, inside: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """For each question's first answer, the first character that a token covers, and the one after the last."""
         spans = [_span(row) for row in self.questions.rows]
-        found = [(stop, begin) for begin, stop in spans]  # no character found yet
+        found = [(stop, begin) for begin, stop in spans]  # no character found yet; of no answer (-1, -1) ever
         for at, offsets, tokens in zip(self.question, self.offsets, inside, strict=True):
             if tokens:
                 low, high = offsets[tokens[0]][0], offsets[tokens[-1]][1]
                 found[at] = min(found[at][0], max(low, spans[at][0])), max(found[at][1], min(high, spans[at][1]))
         for row, (begin, stop) in zip(self.questions.rows, found, strict=True):
-            if begin >= stop:
+            if row.answers and begin >= stop:
                 raise ValueError(
                     f"Windows: questions: question {row.id or row.text!r}: no token covers a character of its answer "
                     f"{row.answers[0][0]!r}"
@@ -241,29 +311,36 @@ class Windows:
         return [inputs for inputs, _ in self._batches(first[at : at + size] for at in first[::size])]
 
     @torch.inference_mode()
-    def score(self, model: Any, batch_size: int = 16) -> dict[str, float]:
-        """Exact match and F1 in percent; the model is left in eval mode."""
+    def answers(
+        self,
+        model: Any,
+        batch_size: int = 16,
+        in_order: bool = False,
+        watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    ) -> list[Answer]:
+        """A model's answer to each question; the model is left in eval mode.
+
+        ``in_order``: batches follow the data, else windows of one length meet. ``watch`` sees the batches go by.
+        """
         model.eval()
         device = next(model.parameters()).device
-        best: dict[int, tuple[float, str]] = {}
-        order = by_length(list(map(len, self.offsets)), batch_size)
-        for windows, (inputs, allowed) in zip(order, self._batches(order), strict=True):
+        found: list[tuple[float, str, float]] = [(_NO_SPAN, "", 0.0)] * len(self.question)
+        for windows in watch(by_length(list(map(len, self.offsets)), batch_size, in_order)):
+            ((inputs, allowed),) = self._batches([windows])
             output = model(**{name: x.to(device) for name, x in inputs.items()})
-            score, first, last = _best_spans(
-                output.start_logits.float().cpu(), output.end_logits.float().cpu(), allowed
-            )
+            starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
             for place, window in enumerate(windows):
-                at, offsets = self.question[window], self.offsets[window]
-                found = float(score[place])
-                if at not in best or found > best[at][0]:
-                    text = self.questions.rows[at].context[offsets[first[place]][0] : offsets[last[place]][1]]
-                    best[at] = found, text
-        answers: Any = [
-            {"id": str(at), "answers": {"text": [text for text, _ in row.answers], "answer_start": [0]}}
-            for at, row in enumerate(self.questions.rows)
-        ]
-        found_texts: Any = [{"id": str(at), "prediction_text": best[at][1]} for at in range(len(answers))]
-        return {name: float(value) for name, value in squad(found_texts, answers).items()}
+                score, first, last = _best_span(starts[place], ends[place], allowed[place].numpy())
+                offsets, context = self.offsets[window], self.questions.rows[self.question[window]].context
+                text = context[offsets[first][0] : offsets[last][1]] if score > _NO_SPAN else ""
+                found[window] = score, text, float(starts[place][0] + ends[place][0])
+        best: dict[int, tuple[float, str]] = {}
+        null: dict[int, float] = {}
+        for at, (score, text, none) in zip(self.question, found, strict=True):
+            if at not in best or score > best[at][0]:
+                best[at] = score, text
+            null[at] = min(none, null.get(at, none))
+        return [Answer(best[at][1], null[at] - best[at][0]) for at in range(len(self.questions))]
 
     def _batches(self, order: Iterable[Sequence[int]]) -> Any:
         collate = self.collator()
@@ -277,6 +354,8 @@ def _span(row: Question) -> tuple[int, int]:
     """The first character of a question's first answer and the one after its last, without white space at its ends.
 
     A byte-level token may have the space before its word among its characters, and be no token of the answer."""
+    if not row.answers:
+        return -1, -1
     text, begin = row.answers[0]
     return begin + len(text) - len(text.lstrip()), begin + len(text.rstrip())
 
@@ -295,10 +374,13 @@ def _places(span: tuple[int, int], offsets: Sequence[tuple[int, int]], tokens: S
     return tokens[0], tokens[-1]
 
 
-def _best_spans(start: Tensor, end: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, first and last token [B] of the best span; start, end [B, T] logits."""
-    start, end = (x.masked_fill(~allowed, -1e9) for x in (start, end))
-    ones = torch.ones(start.shape[1], start.shape[1], dtype=torch.bool)
-    spans = (start[:, :, None] + end[:, None, :]).masked_fill(~(ones.triu() & ones.tril(LONGEST - 1)), -1e18)
-    score, at = spans.flatten(1).max(dim=1)  # of [B, T·T]
-    return score, at // start.shape[1], at % start.shape[1]
+def _best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple[float, int, int]:
+    """Score, first and last token of the best span; logits [T], and which tokens may be in an answer."""
+    firsts, lasts = (np.argsort(logits)[-1 : -N_BEST - 1 : -1] for logits in (start, end))
+    firsts, lasts = firsts[allowed[firsts]], lasts[allowed[lasts]]
+    length = lasts[None, :] - firsts[:, None] + 1
+    scores = np.where((length > 0) & (length <= LONGEST), start[firsts][:, None] + end[lasts][None, :], _NO_SPAN)
+    if scores.size == 0:
+        return _NO_SPAN, 0, 0
+    first, last = np.unravel_index(scores.argmax(), scores.shape)
+    return float(scores[first, last]), int(firsts[first]), int(lasts[last])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,7 +125,7 @@ def load_tokens(
     found: list[Tagged]  # for training and, if there are others, for evaluation
     if data is not None:
         given = [("data", Path(data)), *([] if eval_data is None else [("eval_data", Path(eval_data))])]
-        found = [_read_file(argument, path) for argument, path in given]
+        found = [read_tagged_file(OP, argument, path) for argument, path in given]
         sources = [f"{argument}: {str(path)!r}" for argument, path in given]
         name = name or file_name(Path(data))
     elif name is None:
@@ -154,12 +154,13 @@ def load_tokens(
     return TagTask(name, splits[0], splits[1], tuple(names))
 
 
-def _read_file(argument: str, path: Path) -> Tagged:
-    source = f"{OP}: {argument}: {str(path)!r}"
+def read_tagged_file(op: str, argument: str, path: Path) -> Tagged:
+    """The sentences of one file, see `load_tokens`; messages begin with ``op`` and ``argument``."""
+    source = f"{op}: {argument}: {str(path)!r}"
     if path.suffix.lower() not in (".jsonl", ".parquet"):
-        tagged = read_conll(source, read_text(OP, argument, path))
+        tagged = read_conll(source, read_text(op, argument, path))
     else:
-        table = read_table(OP, argument, path)
+        table = read_table(op, argument, path)
         tagged = _sentences(source, table, _tag_column(source, [*table.columns]))
     _refuse_numbers(source, tagged)
     return tagged
@@ -293,16 +294,32 @@ class Pieces:
         return [self._batch(order[start : start + size]) for start in range(0, len(order), size)]
 
     @torch.inference_mode()
-    def logits(self, model: Any, batch_size: int = 32) -> Tensor:
-        """Logits of the words that have a label, fp32 [L, K] on the CPU; the model is left in eval mode."""
+    def logits(
+        self,
+        model: Any,
+        batch_size: int = 32,
+        in_order: bool = False,
+        watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    ) -> Tensor:
+        """Logits of the words that have a label, fp32 [L, K] on the CPU; the model is left in eval mode.
+
+        ``in_order``: batches follow the data, else pieces of one length meet. ``watch`` sees the batches go by.
+        """
         model.eval()
         device = next(model.parameters()).device
         found: list[Tensor] = [torch.empty(0)] * len(self.rows)
-        for pieces in by_length([len(ids) for ids in self.rows["input_ids"]], batch_size):
+        for pieces in watch(by_length([len(ids) for ids in self.rows["input_ids"]], batch_size, in_order)):
             batch = {name: x.to(device) for name, x in self._batch(pieces).items()}
             for piece, row in zip(pieces, model(**batch).logits.float().cpu(), strict=True):  # [T, K]
                 found[piece] = row[self.places[piece]]
         return torch.cat(found)
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The tags [W] of all words by logits [L, K]; of a word without a label, that of no entity (-1 without one)."""
+        outside = next((at for at, name in enumerate(self.task.tag_names) if is_outside(name)), -1)
+        chosen = torch.full_like(self.truth, outside)
+        chosen[self.words] = logits.argmax(dim=1)
+        return chosen
 
     def tags(self, of_words: Tensor) -> list[list[str]]:
         """The names of tags [W], sentence by sentence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,24 +10,33 @@ from torch import Tensor, nn
 from torchmetrics.functional import classification, regression
 
 from distilbert_fast.data.sentences import Text, by_length, tokenized
-from distilbert_fast.data.tags import Scheme, is_outside, scheme_of
 from distilbert_fast.data.tokens import Pieces
+from distilbert_fast.evaluation.entity_scores import entity_scores
 from distilbert_fast.ops.kl_div import kl_div
+
+Watch = Callable[[Sequence[Any]], Iterable[Any]]  # gives what it is given; a progress bar, say
 
 
 @torch.inference_mode()
 def predictions(
-    model: nn.Module, tokenizer: Any, texts: Sequence[Text], batch_size: int = 32, max_length: int = 128
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int = 32,
+    max_length: int = 128,
+    in_order: bool = False,
+    watch: Watch = iter,
 ) -> Tensor:
     """The logits of a sequence classifier, fp32 [len(texts), labels] on the CPU, in the order given.
 
-    The model is left in eval mode.
+    ``in_order``: batches follow that order, as those of a Trainer do; else rows of one length meet. ``watch`` sees the
+    batches go by. The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
     encoded = tokenized(tokenizer, texts, max_length)["input_ids"]
     logits: list[Tensor] = [torch.empty(0)] * len(texts)
-    for rows in by_length(list(map(len, encoded)), batch_size):
+    for rows in watch(by_length(list(map(len, encoded)), batch_size, in_order)):
         batch = tokenized(tokenizer, [texts[i] for i in rows], max_length, padding=True, return_tensors="pt")
         for i, row in zip(rows, model(**batch.to(device)).logits.float().cpu(), strict=True):
             logits[i] = row
@@ -80,31 +89,13 @@ def mse(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted.double() - labels.double()).square().mean())
 
 
-def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], scheme: Scheme | None = None) -> float:
-    """F1 of the entities of all sentences, right if type, first and last word are; 0 if there are none.
-
-    `scheme`: the scheme of the tags; None: it is inferred from them. Raises ValueError if they follow none.
-    """
-    names = {tag for tags in (*predicted, *true) for tag in tags}
-    scheme = scheme or scheme_of(names)
-    if scheme is None:
-        if all(map(is_outside, names)):
-            return 0.0
-        raise ValueError(f"entity_f1: expected tags such as B-PER, I-PER and O, got {', '.join(sorted(names))}")
-    pairs = [(scheme.entities(one), scheme.entities(other)) for one, other in zip(predicted, true, strict=True)]
-    right = sum(len(found & there) for found, there in pairs)
-    return 2 * right / max(1, sum(len(found) + len(there) for found, there in pairs))
-
-
 def tag_scores(pieces: Pieces, model: Any, teacher: Any = None) -> dict[str, float]:
     """Accuracy over all words; entity F1, where tags mark entities; agreement and KL, where there is a teacher."""
-    logits, names, scheme = pieces.logits(model), pieces.task.tag_names, pieces.task.scheme
-    outside = next((at for at, name in enumerate(names) if is_outside(name)), -1)
-    chosen = torch.full_like(pieces.truth, outside)  # [W]
-    chosen[pieces.words] = logits.argmax(dim=1)
+    logits, scheme = pieces.logits(model), pieces.task.scheme
+    chosen = pieces.chosen(logits)  # [W]
     row = {"accuracy": float((chosen == pieces.truth).double().mean())}
     if scheme is not None:
-        row = {"f1": entity_f1(pieces.tags(chosen), pieces.tags(pieces.truth), scheme), **row}
+        row = {"f1": entity_scores(pieces.tags(chosen), pieces.tags(pieces.truth), scheme)[0].f1, **row}
     if teacher is not None:
         taught = pieces.logits(teacher)
         row |= {"agreement": agreement(logits, taught), "kl": mean_kl(logits, taught)}

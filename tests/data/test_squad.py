@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from demo_input import bert
 
 pytest.importorskip("datasets")
-pytest.importorskip("torchmetrics")
 
-from distilbert_fast.data.squad import LONGEST, Question, Questions, Windows, _best_spans, load_squad
+from distilbert_fast.data.squad import LONGEST, N_BEST, Question, Questions, Windows, _best_span, load_squad
+from distilbert_fast.evaluation.squad_scores import squad_scores
 
 CONTEXT = "the old cat near a small dog with one saw on my drill and a hammer under your file"
 
@@ -75,16 +76,17 @@ def test_the_best_span_of_all():
     torch.manual_seed(0)
     start, end = torch.randn(5, 45), torch.randn(5, 45)
     allowed = torch.rand(5, 45) < 0.7
-    score, first, last = _best_spans(start, end, allowed)
     for row in range(5):
+        likely = [set(logits[row].topk(N_BEST).indices.tolist()) for logits in (start, end)]
         spans = [
             (float(start[row, i] + end[row, j]), i, j)
-            for i, j in product(range(45), repeat=2)
+            for i, j in product(*likely)
             if allowed[row, i] and allowed[row, j] and i <= j < i + LONGEST
         ]
-        best = max(spans)
-        assert (int(first[row]), int(last[row])) == best[1:]
-        assert float(score[row]) == pytest.approx(best[0])
+        found = _best_span(start[row].numpy(), end[row].numpy(), allowed[row].numpy())
+        assert found[1:] == max(spans)[1:]
+        assert found[0] == pytest.approx(max(spans)[0])
+    assert _best_span(start[0].numpy(), end[0].numpy(), np.zeros(45, dtype=bool))[0] == -1e9
 
 
 class Knowing(torch.nn.Module):
@@ -105,15 +107,31 @@ class Knowing(torch.nn.Module):
         return type("Output", (), {"start_logits": logits[0], "end_logits": logits[1]})
 
 
+def scores(windows, model):
+    gold = {str(at): [text for text, _ in row.answers] for at, row in enumerate(windows.questions.rows)}
+    return squad_scores(gold, {str(at): answer.text for at, answer in enumerate(windows.answers(model))})
+
+
+def test_a_question_without_answer(tokenizer):
+    rows = (Question("one dog", CONTEXT, ()), Question("one dog", CONTEXT, (("cat", CONTEXT.index("cat")),)))
+    windows = Windows(Questions("test", rows), tokenizer, 64, stride=2)
+    assert [(row["start_positions"], row["end_positions"]) for row in windows.rows] == [(0, 0), (6, 6)]
+    one = Windows(Questions("test", rows[:1]), tokenizer, 12, stride=2)
+    (answer,) = one.answers(Knowing(one))
+    assert answer.null_odds == 10 and answer.text in CONTEXT
+    (answer,) = windows.answers(Knowing(windows))[:1]
+    assert (answer.text, answer.null_odds) == ("cat", -10)
+
+
 def test_scores(tokenizer):
     asked = questions("cat", "dog", "saw", "drill")
     windows = Windows(asked, tokenizer, 12, stride=4)
     one = Windows(questions("dog"), tokenizer, 12, stride=4)
     # the four share their windows, so that a model can know one answer only
-    assert Windows(asked, tokenizer, 12, stride=4).score(Knowing(one)) == {"exact_match": 25.0, "f1": 25.0}
-    assert one.score(Knowing(one)) == {"exact_match": 100.0, "f1": 100.0}
+    assert scores(Windows(asked, tokenizer, 12, stride=4), Knowing(one)) == {"exact_match": 25.0, "f1": 25.0}
+    assert scores(one, Knowing(one)) == {"exact_match": 100.0, "f1": 100.0}
     two = Windows(questions("small dog"), tokenizer, 12, stride=4)
-    assert two.score(Knowing(one)) == {"exact_match": 0.0, "f1": pytest.approx(200 / 3)}  # half of it: 2·1·½ / 1½
+    assert scores(two, Knowing(one)) == {"exact_match": 0.0, "f1": pytest.approx(200 / 3)}  # half of it: 2·1·½ / 1½
     batch = windows.batches(3, 5)
     assert [len(inputs["input_ids"]) for inputs in batch] == [3, 2]
     assert set(batch[0]) == {"input_ids", "attention_mask", "token_type_ids"}

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from demo_input import bert, conll
 
 from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, load_tokens
-from distilbert_fast.evaluation import metrics
+from distilbert_fast.evaluation.entity_scores import entity_scores
 from distilbert_fast.evaluation.metrics import tag_scores
 
 ROWS = [
@@ -431,7 +431,7 @@ def test_scores(tokenizer, max_length):
     same = sum(one == other for row in zip(found, true, strict=True) for one, other in zip(*row, strict=True))
     assert score["accuracy"] == pytest.approx(same / 13)
     named = [[[NAMES[tag] for tag in row] for row in rows] for rows in (found, true)]
-    assert score["f1"] == pytest.approx(metrics.entity_f1(*named)) and set(score) == {"f1", "accuracy"}
+    assert score["f1"] == pytest.approx(entity_scores(*named)[0].f1) and set(score) == {"f1", "accuracy"}
     teacher = Knowing({ids["a"]: 1, ids["b"]: 2, ids["c"]: 0, ids["d"]: 2}, 3)
     taught = tag_scores(pieces, model, teacher)
     assert taught["agreement"] == pytest.approx(9 / 11)  # not on the two d of the eleven words that have a token

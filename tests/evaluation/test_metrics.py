@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 
 from distilbert_fast.data.tags import scheme_of
 from distilbert_fast.evaluation import metrics
+from distilbert_fast.evaluation.entity_scores import entity_scores
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,8 @@ def test_numbers():
 )
 def test_entities_as_conll_has_them(tags, found):
     if found is None:
-        with pytest.raises(ValueError, match=r"^entity_f1: expected tags such as B-PER, I-PER and O, got "):
-            metrics.entity_f1([tags.split()], [tags.split()])
+        with pytest.raises(ValueError, match=r"^entity_scores: expected tags such as B-PER, I-PER and O, got "):
+            entity_scores([tags.split()], [tags.split()])
         return
     spans = {f"{kind}:{start}:{stop}" for kind, start, stop in entities(tags.split())}
     assert spans == set(found.split())
@@ -163,19 +164,3 @@ def test_entities_are_those_of_conlleval(marks, form):
             written = [tag.lower() for tag in written]
         expected = {(f"t{kind.lower()}" if form == "lower" else f"T{kind}", *at) for kind, *at in conlleval(plain)}
         assert entities(written) == expected
-
-
-def test_entity_f1():
-    true = ["B-PER I-PER O B-LOC".split(), "O B-ORG I-ORG".split()]
-    assert metrics.entity_f1(true, true) == 1
-    # one right, one of another type, one too short, one that is not there: precision 1/4, recall 1/3
-    predicted = ["B-PER I-PER O B-ORG".split(), "I-LOC B-ORG O".split()]
-    assert metrics.entity_f1(predicted, true) == pytest.approx(2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3))
-    # the same place in another sentence is another entity
-    assert metrics.entity_f1([["B-X"], ["O"]], [["O"], ["B-X"]]) == 0
-    assert metrics.entity_f1([["O"]], [["O"]]) == 0
-    # a sentence of which the tags could be of another scheme than those of all
-    true = ["I-B O".split(), "X-B X-I".split()]
-    assert metrics.entity_f1(["X-B O".split(), true[1]], true) == 0.5
-    with pytest.raises(ValueError, match=r"^entity_f1: expected tags such as B-PER, I-PER and O, got DET, NOUN$"):
-        metrics.entity_f1([["DET"]], [["NOUN"]])

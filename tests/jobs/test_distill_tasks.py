@@ -17,7 +17,7 @@ from distilbert_fast.data.tasks import load_task
 from distilbert_fast.data.tokens import load_tokens
 from distilbert_fast.distillation.objectives.task import is_regression
 from distilbert_fast.distillation.teachers.model import ModelTeacher
-from distilbert_fast.evaluation.metrics import entity_f1
+from distilbert_fast.evaluation.entity_scores import entity_scores
 from distilbert_fast.jobs.distill import Recipe, Training, distill
 from distilbert_fast.jobs.flow import RecipeError
 from distilbert_fast.jobs.settings import check_models
@@ -210,7 +210,7 @@ def test_words(inputs, tmp_path):
         true = [[tag for _, tag in sentence] for sentence in rows]
         right = [one == other for pair in zip(found, true, strict=True) for one, other in zip(*pair, strict=True)]
         assert row["quality"]["accuracy"] == pytest.approx(sum(right) / len(right))
-        assert row["quality"]["f1"] == pytest.approx(entity_f1(found, true))
+        assert row["quality"]["f1"] == pytest.approx(entity_scores(found, true)[0].f1)
     assert report["models"]["teacher"]["quality"]["f1"] > 0.8
     assert report["models"]["student"]["quality"]["f1"] > 0.5
     assert {"agreement", "kl"} < set(report["models"]["student"]["quality"])

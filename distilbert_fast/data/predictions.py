@@ -1,0 +1,173 @@
+"""Files of predictions, as the benchmarks' own scripts and submissions have them, read strictly.
+
+SQuAD: a JSON object of answers by the question's id. Labels: GLUE's TSV with the columns index and prediction,
+SuperGLUE's JSONL with idx and label, or one prediction a line. Tags: CoNLL's columns, the predicted tag in the last.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distilbert_fast.data.conll import Tagged, read_conll, read_tags
+from distilbert_fast.data.published import Published, as_number
+from distilbert_fast.data.tables import as_written, cells_by_line
+from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
+
+
+def read_squad_predictions(op: str, path: Path) -> dict[str, str]:
+    """Answers by the question's id. Raises ValueError for another file, an id that is there twice, and no text."""
+    return _by_question(op, "predictions", path, "answers", "a text", str)
+
+
+def read_no_answer(op: str, path: Path) -> dict[str, float]:
+    """Probabilities that a question has no answer, by its id; log odds and the like will do. NaN is refused."""
+    found = _by_question(op, "na_prob", path, "probabilities", "a finite number", (int, float))
+    for question, value in found.items():
+        if isinstance(value, bool) or not math.isfinite(value):
+            refuse_input(f"{op}: na_prob: {str(path)!r}: question {question!r}", "a finite number", value)
+    return found
+
+
+def _by_question(op: str, argument: str, path: Path, what: str, expected: str, kind: Any) -> dict[str, Any]:
+    source = f"{op}: {argument}: {str(path)!r}"
+    text = read_text(op, argument, path)
+    try:
+        found = json_object(text, what="question")
+    except ValueError as error:
+        raise ValueError(f"{source} is not a JSON object of {what} by the questions' ids: {error}") from error
+    for question, value in found.items():
+        if not isinstance(value, kind):
+            refuse_input(f"{source}: question {question!r}", expected, shortened(value))
+    return found
+
+
+def read_labels(op: str, path: Path, ids: Sequence[str], task: Published | None, classes: Sequence[str]) -> list[Any]:
+    """The prediction for each row of `ids`: the name of a class, or a number if there are no `classes`.
+
+    Rows are named by their ids or, if those are others, by their places 0, 1, …; without a column index the file has a
+    prediction for each row, in their order. Raises ValueError with file and line: rows that are missing, unknown or
+    there twice; a prediction that is no class or no number.
+    """
+    source = f"{op}: predictions: {str(path)!r}"
+    found = _labels(op, source, path)
+    values = [_value(f"{source}: line {line}", cell, task, classes) for line, _, cell in found]
+    if found and found[0][1] is None:
+        if len(values) != len(ids):
+            refuse_input(source, f"a prediction for each of the {len(ids)} rows of data", len(values))
+        return values
+    keys = [str(index) for _, index, _ in found]
+    try:
+        refuse_twice(keys, "index")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    places = [str(at) for at in range(len(ids))]
+    wanted = places if set(keys) == set(places) else list(ids)
+    by_index = dict(zip(keys, values, strict=True))
+    if missing := [index for index in wanted if index not in by_index]:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of {len(ids)} rows of data: its indices must be {wanted[0]} to "
+            f"{wanted[-1]}, got none for {', '.join(missing[:3])}"
+        )
+    known = set(wanted)
+    for line, index, _ in found:
+        if index not in known:
+            refuse_input(
+                f"{source}: line {line}", f"the index of a row of data, {wanted[0]} to {wanted[-1]}", repr(index)
+            )
+    return [by_index[index] for index in wanted]
+
+
+def _labels(op: str, source: str, path: Path) -> list[tuple[int, str | None, str]]:
+    """Line, index (None if the file has none) and prediction of each row."""
+    text = read_text(op, "predictions", path)
+    if path.suffix.lower() == ".jsonl":
+        rows: list[tuple[int, str | None, str]] = []
+        for number, line in enumerate(lines(text), start=1):
+            if line.strip():
+                rows.append(_object(f"{source}: line {number}", number, line))
+        return rows
+    kind = "CSV" if path.suffix.lower() == ".csv" else "TSV"
+    try:
+        given = cells_by_line(kind, text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{source}: cannot be read as {kind}: {error}") from error
+    if not given:
+        raise ValueError(f"{source} holds no predictions")
+    head = [name.strip().casefold() for name in given[0][1]]
+    if "prediction" in head:
+        at = head.index("prediction")
+        by = next((head.index(name) for name in ("index", "id", "idx") if name in head), None)
+        given = given[1:]
+    elif len(head) == 1:
+        at, by, head = 0, None, ["prediction"]
+    else:
+        expected = "a line of names, index and prediction, or one prediction a line"
+        refuse_input(f"{source}: line 1", expected, shortened("\t".join(given[0][1])))
+    for number, row in given:
+        if len(row) != len(head):
+            refuse_input(f"{source}: line {number}", f"{len(head)} columns as in line 1", len(row))
+    return [(number, None if by is None else row[by].strip(), row[at].strip()) for number, row in given]
+
+
+def _object(place: str, number: int, line: str) -> tuple[int, str | None, str]:
+    try:
+        row = json_object(line, numbers_as_written=True)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    cell = as_written(row.get("label", row.get("prediction")))
+    if not cell:
+        refuse_input(place, "an object with idx and label", shortened(line))
+    return number, as_written(row["idx"]) if "idx" in row else None, cell
+
+
+def _value(place: str, cell: str, task: Published | None, classes: Sequence[str]) -> Any:
+    if not classes:
+        if (value := as_number(cell)) is None:
+            refuse_input(place, "a number as prediction", repr(cell))
+        return value
+    if task is not None:
+        return task.class_of(place, cell)
+    known = {name.casefold(): name for name in classes}
+    if (name := known.get(cell.casefold())) is None:
+        refuse_input(place, f"a prediction of {', '.join(classes)}", repr(cell))
+    return name
+
+
+def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """True and predicted tags of each sentence.
+
+    The last column of each file counts; without `gold` the last two of `predictions` are the true and the predicted
+    tag, as conlleval reads them. A file may hold nothing but tags. Raises ValueError with file and line where the two
+    files do not have the same words, or as many sentences and words.
+    """
+    if gold is None:
+        found = _tagged(op, "predictions", predictions)
+        source = f"{op}: predictions: {str(predictions)!r}"
+        if any(len(row) < 2 for columns in found.columns for row in columns):
+            refuse_input(source, "the true and the predicted tag in the last two columns, or --data", "one column")
+        return [tuple(row[-2] for row in columns) for columns in found.columns], [tags for _, tags in found.rows]
+    true, found = _tagged(op, "data", gold), _tagged(op, "predictions", predictions)
+    source = f"{op}: predictions: {str(predictions)!r}"
+    for at, ((words, tags), (others, theirs)) in enumerate(zip(true.rows, found.rows, strict=False)):
+        begin = f"{source}: line {found.lines[at]}"
+        if words and others:
+            for place, (word, other) in enumerate(zip(words, others, strict=False)):
+                if word != other:
+                    line = found.lines[at] + place
+                    refuse_input(f"{source}: line {line}", f"the word {word!r} as in data", repr(other))
+        if len(tags) != len(theirs):
+            expected = f"a sentence of {len(tags)} words as at line {true.lines[at]} of data"
+            refuse_input(begin, expected, len(theirs))
+    if len(true.rows) != len(found.rows):
+        refuse_input(source, f"{len(true.rows)} sentences as in data", len(found.rows))
+    return [tags for _, tags in true.rows], [tags for _, tags in found.rows]
+
+
+def _tagged(op: str, argument: str, path: Path) -> Tagged:
+    source, text = f"{op}: {argument}: {str(path)!r}", read_text(op, argument, path)
+    alone = all(len(line.split()) <= 1 for line in lines(text))
+    return read_tags(source, text) if alone else read_conll(source, text)

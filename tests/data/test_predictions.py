@@ -1,0 +1,135 @@
+"""Files of predictions: each form that is read, and what is refused by file and line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from distilbert_fast.data.predictions import read_labels, read_no_answer, read_squad_predictions, read_tagged
+from distilbert_fast.data.published import TASKS
+
+
+def file(tmp_path, text, name="pred.tsv"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def labels(tmp_path, text, ids="0 1 2", task="rte", name="pred.tsv"):
+    known = TASKS.get(task)
+    classes = known.class_names if known else ("no", "Yes")
+    return read_labels("evaluate", file(tmp_path, text, name), ids.split(), known, classes)
+
+
+YES, NO = "entailment", "not_entailment"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "name"),
+    [
+        (f"index\tprediction\n1\t{NO}\n0\t{YES}\n2\t{YES}\n", "0 1 2", "RTE.tsv"),
+        (f"index\tprediction\n0\t{YES}\n1\t{NO}\n2\t{YES}\n", "40 41 50", "RTE.tsv"),  # by place
+        (f"index\tprediction\n50\t{YES}\n41\t{NO}\n40\t{YES}\n", "40 41 50", "RTE.tsv"),  # by id
+        (f"{YES}\n{NO}\n{YES}\n", "0 1 2", "pred.txt"),
+        (f"prediction\n{YES}\n{NO}\n{YES}\n", "0 1 2", "pred.csv"),
+        ("0\n1\n0\n", "0 1 2", "pred.txt"),
+        (
+            f'{{"idx": 1, "label": "{NO}"}}\n{{"idx": 0, "label": "{YES}"}}\n{{"idx": 2, "label": 0}}\n',
+            "0 1 2",
+            "RTE.jsonl",
+        ),
+    ],
+)
+def test_labels(tmp_path, text, ids, name):
+    assert labels(tmp_path, text, ids, name=name) == [YES, NO, YES]
+
+
+def test_labels_of_other_tasks(tmp_path):
+    assert labels(tmp_path, "index\tprediction\n0\tyes\n1\tno\n2\tYES\n", task="mine") == ["Yes", "no", "Yes"]
+    assert labels(tmp_path, "index\tprediction\n0\t1.5\n1\t2\n2\t-1e-2\n", task="stsb") == [1.5, 2, -0.01]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "index\tprediction\n0\tentailment\n1\tentailment\n",
+            " lacks 1 of 3 rows of data: its indices must be 0 to 2, got none for 2",
+        ),
+        (
+            "index\tprediction\n0\t0\n1\t0\n2\t0\n3\t0\n",
+            ": line 5: expected the index of a row of data, 0 to 2, got '3'",
+        ),
+        ("index\tprediction\n0\t0\n1\t0\n1\t0\n2\t0\n", ": the index '1' is there more than once"),
+        ("index\tprediction\n0\t0\n1\t0\t0\n2\t0\n", ": line 3: expected 2 columns as in line 1, got 3"),
+        (
+            "index\tprediction\n0\t0\n1\t\n2\t0\n",
+            ": line 3: expected a label of entailment, not_entailment or 0 to 1, got ''",
+        ),
+        (
+            "index\tprediction\n0\t0\n1\tmaybe\n2\t0\n",
+            ": line 3: expected a label of entailment, not_entailment or 0 to 1, got 'maybe'",
+        ),
+        (
+            "0\t1\n1\t1\n",
+            ": line 1: expected a line of names, index and prediction, or one prediction a line, got '0\\t1'",
+        ),
+        ("0\n1\n", ": expected a prediction for each of the 3 rows of data, got 2"),
+        ("", " is empty"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"^evaluate: predictions: '.*pred.tsv'{re.escape(message)}"):
+        labels(tmp_path, text)
+
+
+def test_squad(tmp_path):
+    path = file(tmp_path, '{"a": "x", "b": ""}')
+    assert read_squad_predictions("evaluate", path) == {"a": "x", "b": ""}
+    assert read_no_answer("evaluate", file(tmp_path, '{"a": 0.5, "b": 3}')) == {"a": 0.5, "b": 3}
+    for text, message in (
+        ('{"a": "x"', " is not a JSON object of answers by the questions' ids: Expecting"),
+        ('["x"]', " is not a JSON object of answers by the questions' ids: expected an object, got ['x']"),
+        (
+            '{"a": "x", "a": "y"}',
+            " is not a JSON object of answers by the questions' ids: the question 'a' is there more",
+        ),
+        ('{"a": null}', ": question 'a': expected a text, got None"),
+        ('{"a": ["x"]}', ": question 'a': expected a text, got ['x']"),
+        ('{"a": 3}', ": question 'a': expected a text, got 3"),
+    ):
+        with pytest.raises(ValueError, match=rf"^evaluate: predictions: '.*pred.tsv'{re.escape(message)}"):
+            read_squad_predictions("evaluate", file(tmp_path, text))
+    for value in ("true", '"0.5"', "1e999"):
+        with pytest.raises(ValueError, match=r"^evaluate: na_prob: .*: question 'a': expected a finite number, got "):
+            read_no_answer("evaluate", file(tmp_path, f'{{"a": {value}}}'))
+
+
+def test_tags(tmp_path):
+    gold = file(tmp_path, "John NN B-PER\nran VB O\n\nRome NN B-LOC\n", "gold.conll")
+    found = file(tmp_path, "John I-PER\nran O\n \nRome O\n")
+    true = [("B-PER", "O"), ("B-LOC",)]
+    assert read_tagged("evaluate", gold, found) == (true, [("I-PER", "O"), ("O",)])
+    assert read_tagged("evaluate", gold, file(tmp_path, "O\nO\n\n\nB-LOC")) == (true, [("O", "O"), ("B-LOC",)])
+    both = file(tmp_path, "John NN B-PER I-PER\nran VB O O\n\nRome NN B-LOC O\n")
+    assert read_tagged("evaluate", None, both) == (true, [("I-PER", "O"), ("O",)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("John O\nran O\n\nParis O\n", ": line 4: expected the word 'Rome' as in data, got 'Paris'"),
+        ("John O\n\nRome O\n", ": line 1: expected a sentence of 2 words as at line 1 of data, got 1"),
+        ("O\nO\n", ": expected 2 sentences as in data, got 1"),
+        ("John O\nran\n\nRome O\n", ": line 2: expected 2 columns as in the lines before, got 'ran'"),
+    ],
+)
+def test_tags_that_are_refused(tmp_path, text, message):
+    gold = file(tmp_path, "John B-PER\nran O\n\nRome B-LOC\n", "gold.conll")
+    with pytest.raises(ValueError, match=rf"^evaluate: predictions: '.*pred.tsv'{re.escape(message)}"):
+        read_tagged("evaluate", gold, file(tmp_path, text))
+    with pytest.raises(
+        ValueError, match=r"expected the true and the predicted tag in the last two columns, or --data, got"
+    ):
+        read_tagged("evaluate", None, file(tmp_path, "O\nO\n"))
