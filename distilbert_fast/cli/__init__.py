@@ -32,8 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(distill.app, name="distill")
+app.add_typer(evaluate.app, name="evaluate")
 app.command("prune", epilog=prune.EPILOG)(prune.prune)
-app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("quantize", epilog=quantize.EPILOG)(quantize.quantize)
 
 

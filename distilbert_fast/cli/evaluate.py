@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,43 @@ Labels in GLUE's form of submission (index and prediction), entities in CoNLL's 
 """
 
 
+GLUE_EPILOG = """\
+[bold]Examples[/bold]
+
+A model for each task, in runs/cola, runs/sst2 and so on, on GLUE's files, by transformers and in int8:
+
+    distilbert-fast evaluate glue --model-dir 'runs/{task}' --data-dir glue_data --precision transformers,int8
+
+Three seeds, with median and range:
+
+    distilbert-fast evaluate glue --model-dir 's1/{task}' --model-dir 's2/{task}' --model-dir 's3/{task}' -o results
+"""
+
+# Options of both commands.
+Precision = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="Of transformers (its own forward), auto (optimized as it is), fp32, bf16, fp16, int8; with commas.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(help="Rows a call.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens a row. By default up to 512, as many as the model reads; of questions, 384."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Write predictions and evaluation.json into it."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, numbers in full.")]
+
+app = typer.Typer(invoke_without_command=True, epilog=EPILOG)
+
+
+@app.callback()
 def evaluate(
+    context: typer.Context,
     task: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +83,8 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What is true, in a file as the task's are published.")
+        Path | None,
+        typer.Option(metavar="FILE", help="What is true, in a file as the task's are published; by default the hub's."),
     ] = None,
     predictions: Annotated[
         Path | None,
@@ -60,23 +98,11 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="DIR_OR_ID", help="A model to judge; give it again for more, such as those of seeds."),
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Of transformers (its own forward), auto (optimized as it is), fp32, bf16, fp16, int8; with commas.",
-        ),
-    ] = "transformers",
-    batch_size: Annotated[int, typer.Option(help="Rows a call.")] = 32,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens a row. By default up to 512, as many as the model reads; of questions, 384."),
-    ] = None,
+    precision: Precision = "transformers",
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = None,
     stride: Annotated[int, typer.Option(help="Tokens by which windows of a long context overlap.")] = 128,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Write predictions and evaluation.json into it."),
-    ] = None,
+    output: Output = None,
     na_prob: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="squad_v2: JSON of the probabilities that a question has no answer."),
@@ -85,13 +111,15 @@ def evaluate(
         float, typer.Option(help="squad_v2: above this probability an answer counts as none.")
     ] = 1.0,
     regression: Annotated[bool, typer.Option("--regression", help="Labels of a file of yours are numbers.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, numbers in full.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge models, or predictions in a file, by the task's own metrics, to the last digit of its own script.
 
     SQuAD 1.1 and 2.0: exact match and F1 in percent. Entities: precision, recall and F1, over all and type by type.
     Others: accuracy, F1, Matthews', Pearson's and Spearman's correlation as the task asks.
     """
+    if context.invoked_subcommand is not None:
+        return
     with plain_errors("nothing was written"):
         from distilbert_fast.jobs.score import score
         from distilbert_fast.jobs.settings import RecipeError
@@ -100,14 +128,72 @@ def evaluate(
             got = "both" if model else "neither"
             raise RecipeError(f"evaluate: expected --model or --predictions, got {got}")
         if predictions is None:
-            ways = tuple(part.strip() for part in precision.split(","))
-            _models(task, data, model or [], (ways, batch_size, max_length, stride, output), regression, as_json)
+            _models(
+                task,
+                data,
+                model or [],
+                (_listed(precision), batch_size, max_length, stride, output),
+                regression,
+                as_json,
+            )
             return
         scored = score(task, data, predictions, na_prob, na_prob_thresh, regression)
         if as_json:
             print(json.dumps(scored.as_json(), indent=2))
         else:
             _print(task or str(data), scored)
+
+
+@app.command("glue", epilog=GLUE_EPILOG)
+def glue(
+    model_dir: Annotated[
+        list[str],
+        typer.Option(metavar="DIR", help="With {task} for the task's name; give it again for other seeds."),
+    ],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="GLUE's files as published, CoLA/dev.tsv and so on; by default the hub's."),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="LIST", help="With commas between; by default all that there are models and data of.")
+    ] = "",
+    precision: Precision = "transformers",
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model for each task of GLUE, with their mean.
+
+    The model of mnli also answers mnli_mismatched and the diagnostics ax, which do not count in the mean.
+    """
+    with plain_errors("nothing was written"):
+        from distilbert_fast.evaluation.report import terminal_table
+        from distilbert_fast.jobs.evaluate import Settings, spread
+        from distilbert_fast.jobs.flow import console
+        from distilbert_fast.jobs.glue import evaluate_glue, glue_content, means
+
+        ways = _listed(precision)
+        settings = Settings(ways, batch_size, max_length, output=output)
+        results, left_out = evaluate_glue(model_dir, data_dir, settings, _listed(tasks))
+        if as_json:
+            print(json.dumps(glue_content(results, left_out), indent=2))
+            return
+        rows = [["task", "n", "metric", *ways]]
+        for name, found in results.items():
+            over = spread(found)
+            for metric in found[0].scored.metrics:
+                cells = [_range(metric, over[way][metric], len(model_dir)) for way in ways]
+                if len(model_dir) == 1:
+                    cells = [_with_error(metric, one.scored) for one in found]
+                rows.append([name, str(found[0].scored.count), metric, *cells])
+        rows.append(["mean", "", "", *(f"{100 * value:.2f}" for value in means(results).values())])
+        say = console()
+        say(terminal_table("", rows), *(f"left out: {name}: {why}" for name, why in left_out.items()))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _models(
@@ -134,8 +220,7 @@ def _models(
         rows.append([Path(one.model).name, one.precision, *cells, f"{one.rows / one.seconds:.4g}"])
     if len(models) > 1:
         for way, found in spread(results).items():
-            ranges = ({of: shown(name, value, unit) for of, value in found[name].items()} for name in names)
-            cells = [f"{one['median']} ({one['low']} to {one['high']})" for one in ranges]
+            cells = [_range(name, found[name], len(models), unit) for name in names]
             rows.append([f"median of {len(models)}", way, *cells, ""])
     if len(names) > _WIDE:
         rows = [list(cells) for cells in zip(*rows, strict=True)]
@@ -146,6 +231,11 @@ def _models(
 
 
 _WIDE = 4  # metrics of a row; if there are more, each has a row
+
+
+def _range(name: str, found: Mapping[str, float], models: int, unit: str = "rows") -> str:
+    cells = {of: shown(name, value, unit) for of, value in found.items()}
+    return f"{cells['median']} ({cells['low']} to {cells['high']})" if models > 1 else cells["median"]
 
 
 def _with_error(name: str, scored: Scored) -> str:

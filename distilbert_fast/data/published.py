@@ -69,6 +69,7 @@ class Published:
         broken: rows with too few columns, and empty texts, are part of the published files; the former are left out in
             the same way.
         dev: its evaluation file in a directory of the published files.
+        hub: its data set of the Hugging Face hub, as `hub_splits` takes it, and the `split` that is evaluated on.
     """
 
     name: str
@@ -83,6 +84,8 @@ class Published:
     unlabelled: tuple[str, ...] = ()
     broken: bool = False
     dev: str = ""
+    hub: str = ""
+    split: str = "validation"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -115,8 +118,16 @@ TASKS: Mapping[str, Published] = {
             ("matthews_correlation",),
             plain=Plain((4,), (3,), 1),
             dev="CoLA/dev.tsv",
+            hub="glue/cola",
         ),
-        Published("sst2", _SENTENCE, (("negative", "neg"), ("positive", "pos")), _ACCURACY, dev="SST-2/dev.tsv"),
+        Published(
+            "sst2",
+            _SENTENCE,
+            (("negative", "neg"), ("positive", "pos")),
+            _ACCURACY,
+            dev="SST-2/dev.tsv",
+            hub="glue/sst2",
+        ),
         Published(
             "mrpc",
             _TWO,
@@ -125,6 +136,7 @@ TASKS: Mapping[str, Published] = {
             texts=(("#1 String", "#2 String"),),
             label="Quality",
             dev="MRPC/dev.tsv",
+            hub="glue/mrpc",
         ),
         Published(
             "stsb",
@@ -134,6 +146,7 @@ TASKS: Mapping[str, Published] = {
             label="score",
             plain=Plain((7, 8, 9), (5, 6), 4),
             dev="STS-B/dev.tsv",
+            hub="glue/stsb",
         ),
         Published(
             "qqp",
@@ -143,6 +156,7 @@ TASKS: Mapping[str, Published] = {
             label="is_duplicate",
             broken=True,
             dev="QQP/dev.tsv",
+            hub="glue/qqp",
         ),
         Published(
             "mnli",
@@ -152,6 +166,8 @@ TASKS: Mapping[str, Published] = {
             label="gold_label",
             unlabelled=("-",),
             dev="MNLI/dev_matched.tsv",
+            hub="glue/mnli",
+            split="validation_matched",
         ),
         Published(
             "mnli_mismatched",
@@ -161,10 +177,12 @@ TASKS: Mapping[str, Published] = {
             label="gold_label",
             unlabelled=("-",),
             dev="MNLI/dev_mismatched.tsv",
+            hub="glue/mnli",
+            split="validation_mismatched",
         ),
-        Published("qnli", ("question", "sentence"), _ENTAILMENT, _ACCURACY, dev="QNLI/dev.tsv"),
-        Published("rte", _TWO, _ENTAILMENT, _ACCURACY, dev="RTE/dev.tsv"),
-        Published("wnli", _TWO, (("not_entailment",), ("entailment",)), _ACCURACY, dev="WNLI/dev.tsv"),
+        Published("qnli", ("question", "sentence"), _ENTAILMENT, _ACCURACY, dev="QNLI/dev.tsv", hub="glue/qnli"),
+        Published("rte", _TWO, _ENTAILMENT, _ACCURACY, dev="RTE/dev.tsv", hub="glue/rte"),
+        Published("wnli", _TWO, (("not_entailment",), ("entailment",)), _ACCURACY, dev="WNLI/dev.tsv", hub="glue/wnli"),
         Published(
             "ax",
             ("premise", "hypothesis"),
@@ -175,14 +193,30 @@ TASKS: Mapping[str, Published] = {
             dev="diagnostic/diagnostic-full.tsv",
         ),
         Published(
-            "cb", ("premise", "hypothesis"), (_INFERENCE[0], _INFERENCE[2], _INFERENCE[1]), ("accuracy", "macro_f1")
+            "cb",
+            ("premise", "hypothesis"),
+            (_INFERENCE[0], _INFERENCE[2], _INFERENCE[1]),
+            ("accuracy", "macro_f1"),
+            hub="aps/super_glue/cb",
         ),
         Published(
-            "boolq", ("question", "passage"), (("false",), ("true",)), _ACCURACY, texts=(("question", "passage"),)
+            "boolq",
+            ("question", "passage"),
+            (("false",), ("true",)),
+            _ACCURACY,
+            texts=(("question", "passage"),),
+            hub="aps/super_glue/boolq",
         ),
         Published("axb", _TWO, _ENTAILMENT, ("matthews_correlation",)),
         Published("axg", ("premise", "hypothesis"), _ENTAILMENT, _ACCURACY),
-        Published("imdb", _SENTENCE, (("neg", "negative"), ("pos", "positive")), _ACCURACY),
+        Published(
+            "imdb",
+            _SENTENCE,
+            (("neg", "negative"), ("pos", "positive")),
+            _ACCURACY,
+            hub="stanfordnlp/imdb",
+            split="test",
+        ),
         Published(
             "ag_news",
             _SENTENCE,
@@ -191,6 +225,8 @@ TASKS: Mapping[str, Published] = {
             plain=Plain((3,), (1, 2), 0),
             joined=True,
             first=1,
+            hub="fancyzhx/ag_news",
+            split="test",
         ),
     )
 }

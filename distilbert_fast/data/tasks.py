@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from distilbert_fast.data.published import PAIRS, Row, Split, as_number, published, read_published
+from distilbert_fast.data.published import PAIRS, Published, Row, Split, as_number, published, read_published
 from distilbert_fast.data.sentences import Text
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
@@ -198,6 +198,21 @@ def read_split(op: str, argument: str, path: Path, name: str | None = None, regr
     names = table.class_names.get("label")
     places = (at for at, given in enumerate(table.columns["label"]) if not (names and given == NO_LABEL))
     return Split(rows, columns, names, tuple(map(str, places)))
+
+
+def read_hub_split(op: str, task: Published) -> Split:
+    """The rows of a published task that it is evaluated on, from the hub. Raises ValueError if there are none."""
+    if not task.hub:
+        refuse_input(f"{op}: data", f"a file, since {task.name} is not read from the hub", "none")
+    table = hub_splits(op, task.hub)[task.split]
+    source = f"{op}: data: {task.hub}"
+    columns = tuple("text" if name not in table.columns and name == "sentence" else name for name in task.columns)
+    rows = _rows(source, table, columns, regression=not task.classes)
+    if not rows:
+        raise ValueError(f"{source}: its split {task.split} has no rows with a label")
+    if task.classes:
+        rows = [(texts, task.class_of(source, label)) for texts, label in rows]
+    return Split(rows, task.columns, task.class_names or None, tuple(map(str, range(len(rows)))))
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from distilbert_fast.data.published import Published, Split
 from distilbert_fast.data.sentences import Text, tokenized
 from distilbert_fast.data.squad import Answer, Questions, Windows, read_answers, read_asked
 from distilbert_fast.data.tags import is_outside
-from distilbert_fast.data.tasks import read_split
+from distilbert_fast.data.tasks import read_hub_split, read_split
 from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, read_tagged_file
 from distilbert_fast.evaluation import metrics
 from distilbert_fast.evaluation.metrics import Watch
@@ -241,6 +241,8 @@ def judge_of(task: str | None, data: Path | None, regression: bool, stride: int)
     Raises RecipeError for an unknown task, ValueError for data that cannot be read, by file and line.
     """
     known = check_task(task)
+    if data is None and known is not None:
+        return Labels(read_hub_split(JOB, known), known)
     if data is None:
         raise RecipeError(f"{JOB}: data: expected a file, got none")
     if task == ENTITIES:
