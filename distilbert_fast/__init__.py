@@ -47,6 +47,7 @@ _HOME = {
     "number_layers": "modeling.attention_interface",
     "optimize": "modeling.optimize",
     "pack_encoder": "modeling.optimize",
+    "Predictor": "serving.predictor",
     # data, compression and distillation
     "PruningConfig": "compression.structure",
     "PruningReport": "compression.structure",

@@ -20,7 +20,7 @@ LAYERS = {"backends", "ops"}
 MODELING = LAYERS | {"files", "layers", "embeddings", "engine"}
 DATA = MODELING | {"modeling", "runs"}
 ABOVE = DATA | {"data"}
-JOBS = ABOVE | {"compression", "distillation", "evaluation"}
+JOBS = ABOVE | {"compression", "distillation", "evaluation", "serving"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "files": set(),
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": ABOVE,
     "distillation": ABOVE,
     "evaluation": ABOVE,
+    "serving": ABOVE,
     "jobs": JOBS,
     "cli": JOBS | {"jobs", ""},  # "": the package itself, for its version
     "__main__": {"cli"},

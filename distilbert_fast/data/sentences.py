@@ -17,6 +17,19 @@ def by_length(lengths: Sequence[int], size: int, in_order: bool = False) -> list
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """The numbers of rows in batches of similar length with so many tokens at most, or of one longer row."""
+    found: list[list[int]] = []
+    room = 0
+    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not found or lengths[at] > room:
+            found.append([])
+            room = most
+        found[-1].append(at)
+        room -= lengths[at]
+    return found
+
+
 def tokenized(tokenizer: Any, texts: Sequence[Text], max_length: int, **how: Any) -> Any:
     """The tokens of N texts, all sentences or all pairs, as the tokenizer returns them.
 

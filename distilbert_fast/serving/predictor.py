@@ -1,0 +1,196 @@
+"""Predictor: texts in, the answers of a model out, computed by the engine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distilbert_fast.data.sentences import Text, by_tokens
+from distilbert_fast.modeling.accelerator import explain
+from distilbert_fast.modeling.architectures import longest_sequence
+from distilbert_fast.modeling.loading import load_tokenizer, load_with_head, locate
+from distilbert_fast.modeling.optimize import optimize
+from distilbert_fast.ops import _check
+from distilbert_fast.serving.encoding import Encoded, Encoder
+from distilbert_fast.serving.sentence_transformers import embedding_options
+from distilbert_fast.serving.tasks import OP, TASKS, make_task, task_of
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 4096
+
+
+class Predictor:
+    """Answers of a model to texts: labels, numbers, embeddings, entities, answers to questions, scores of pairs.
+
+        predictor = Predictor.load("./my-bert", precision="int8")
+        predictor(["a charming journey", "bleak and desperate"])  # [[{"label": …, "score": …}], …]
+
+    The answers are those of transformers' pipelines (of sentence-transformers for embeddings), within rounding. Texts
+    are sorted by length and computed in batches of so many real tokens; the order of the answers is that of the texts.
+
+    Args:
+        model: of transformers, of a kind that ``optimize`` takes; it is optimized in place, unless it is already and
+            ``precision`` is None.
+        task: "text-classification", "regression", "embedding", "token-classification", "question-answering" or
+            "reranking"; None: what the model has the head for.
+        tokenizer: a fast one; it is copied.
+        precision: of the engine, see ``optimize``.
+        max_length: tokens of a text, or of a window of one; None: as many as model and tokenizer take, for
+            question answering 384 at most.
+        batch_tokens: real tokens computed at once, padding not counted.
+        **options: those of the task; see the classes of serving/tasks.py: TextClassification, …
+
+    Thread-safe. A caller with threads of its own can split a call in two: ``compute(encode(rows))``.
+
+    Raises:
+        TypeError, ValueError: a model without the head, a slow tokenizer, an unknown task or option, by name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        task: str | None = None,
+        tokenizer: Any = None,
+        precision: str | None = None,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        **options: Any,
+    ) -> None:
+        name = task_of(type(model), model.config) if task is None else task
+        self.task = make_task(name, options)
+        if tokenizer is None:
+            _check.refuse(OP, "tokenizer", "given (Predictor.load reads it with the model)", None, TypeError)
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            _check.refuse(OP, "batch_tokens", "an integer from 1 on", repr(batch_tokens))
+        self.batch_tokens = batch_tokens
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.model = model if self.task.head else model.base_model
+        self.task.attach(self.model, self.tokenizer)
+        longest = _longest(model, tokenizer)
+        if max_length is not None and not 1 <= max_length <= longest:
+            _check.refuse(OP, "max_length", f"1 to {longest}, what model and tokenizer take", max_length)
+        self.max_length = max_length or min(longest, self.task.longest or longest)
+        self._encoder = Encoder(
+            self.tokenizer,
+            self.max_length,
+            self.task.pair,
+            self.task.single,
+            self.task.windows(self.max_length),
+            second_only=self.task.head == "QuestionAnswering",
+            offsets=self.task.offsets,
+        )
+        self._types = "token_type_ids" in self.tokenizer.model_input_names
+        self._padding = self.tokenizer.pad_token_id or 0
+        self.model.eval()
+        if precision is not None or not explain(self.model).optimized:
+            optimize(self.model, precision)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, task: str | None = None, precision: str | None = None, **options: Any
+    ) -> Predictor:
+        """A predictor of a checkpoint with its tokenizer, on the GPU where there is one.
+
+        Args:
+            source: directory or hub id. For embeddings, what a directory of sentence-transformers says of pooling,
+                normalization and length is taken, unless ``options`` say otherwise.
+            task, precision, **options: as for the class.
+
+        Raises:
+            CheckpointError: a checkpoint that cannot be used, or that lacks the head.
+            TypeError, ValueError: as the class does.
+        """
+        directory = locate(source)
+        if task is None:
+            task = task_of_checkpoint(directory)
+        _check.choice(OP, "task", task, tuple(TASKS))
+        known = embedding_options(directory) if task == "embedding" else {}
+        most = known.pop("max_length", None)
+        options = known | options
+        make_task(task, {name: value for name, value in options.items() if name not in ("max_length", "batch_tokens")})
+        head = TASKS[task].head
+        model, _, _ = load_with_head(directory, head, new_head=not head)  # a pooler that is missing is not used
+        tokenizer = load_tokenizer(directory, "")
+        if most is not None and options.get("max_length") is None:
+            options["max_length"] = min(most, _longest(model, tokenizer))
+        return cls(model, task, tokenizer, precision, **options)
+
+    def __call__(self, rows: Text | Sequence[Text]) -> Any:
+        """The answer to a row, or a list with those to several.
+
+        Args:
+            rows: a text or a pair of texts (a tuple), or a list of them.
+
+        Raises:
+            ValueError: a row that is no such text, or an empty one, by its number.
+        """
+        if isinstance(rows, (str, tuple)):
+            return self([rows])[0]
+        encoded = self.encode(rows)
+        for number, row in enumerate(encoded):
+            if row.refused is not None:
+                raise ValueError(f"{OP}: row {number}: {row.refused}")
+        if cut := sum(row.truncated for row in encoded):
+            logger.warning("%s: %d of %d texts are longer than max_length %d", OP, cut, len(encoded), self.max_length)
+        return self.compute(encoded)
+
+    def encode(self, rows: Sequence[Text]) -> list[Encoded]:
+        """Tokenize rows. One that cannot be read has no windows and says why in ``refused``."""
+        return self._encoder(rows)
+
+    def compute(self, encoded: Sequence[Encoded]) -> list[Any]:
+        """The answers to rows that were encoded, in their order; None to refused ones."""
+        windows = [window for row in encoded for window in row.windows]
+        lengths = [len(window) for window in windows]
+        outputs: list[Any] = [None] * len(windows)
+        with torch.inference_mode():
+            for numbers in by_tokens(lengths, self.batch_tokens):
+                own = [lengths[number] for number in numbers]
+                batch = self._batch([windows[number] for number in numbers], own)
+                for number, output in zip(numbers, self.task.outputs(self.model, batch, own), strict=True):
+                    outputs[number] = output
+        answers: list[Any] = []
+        at = 0
+        for row in encoded:
+            end = at + len(row.windows)
+            answers.append(None if row.refused is not None else self.task.answer(row, outputs[at:end]))
+            at = end
+        return answers
+
+    def _batch(self, windows: Sequence[Any], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Windows padded to the longest, [B, T]."""
+        shape = len(windows), max(1, *lengths)
+        ids = np.full(shape, self._padding, dtype=np.int64)
+        for row, window, length in zip(ids, windows, lengths, strict=True):
+            row[:length] = window.ids
+        mask = np.arange(shape[1]) < np.array(lengths)[:, None]
+        arrays = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if self._types:
+            arrays["token_type_ids"] = types = np.zeros(shape, dtype=np.int64)
+            for row, window, length in zip(types, windows, lengths, strict=True):
+                row[:length] = window.type_ids
+        return {name: torch.from_numpy(array).to(self.model.device) for name, array in arrays.items()}
+
+
+def _longest(model: Any, tokenizer: Any) -> int:
+    """Tokens of a text that a model and its tokenizer take."""
+    return min(tokenizer.model_max_length, longest_sequence(model.config))
+
+
+def task_of_checkpoint(directory: Path) -> str:
+    """The task that a checkpoint was saved with the head for. Raises TypeError for one without such a task."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    kind = getattr(transformers, str((config.architectures or ["?"])[0]), None)
+    if not isinstance(kind, type):
+        _check.refuse(OP, "task", "given for a checkpoint whose config names no class", "None", TypeError)
+    return task_of(kind, config)
