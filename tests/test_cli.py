@@ -42,6 +42,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("command", "shown"),
     [
         (["demo"], ["--teacher", "distilbert-fast demo --data train.tsv", "the same command continues"]),
+        (["predict"], ["--input", "--shard-rows", "distilbert-fast predict --model ./my-bert --input reviews.jsonl"]),
         (["prune"], ["--amount", "--measure", "distilbert-fast prune --model ./my-bert --data train.tsv"]),
         (
             ["distill", "mlm"],

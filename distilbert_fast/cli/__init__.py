@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast.cli import distill, evaluate, prune, quantize
+from distilbert_fast.cli import distill, evaluate, predict, prune, quantize
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(distill.app, name="distill")
 app.add_typer(evaluate.app, name="evaluate")
+app.command("predict", epilog=predict.EPILOG)(predict.predict)
 app.command("prune", epilog=prune.EPILOG)(prune.prune)
 app.command("quantize", epilog=quantize.EPILOG)(quantize.quantize)
 

@@ -54,9 +54,7 @@ def read_text(op: str, argument: str, path: Path) -> str:
     check_file(op, argument, path)
     content = path.read_bytes()
     source = f"{op}: {argument}: {str(path)!r}"
-    for mark, encoding in _MARKS:
-        if content.startswith(mark):
-            refuse_input(source, "UTF-8", encoding)
+    refuse_encoding(source, content)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,6 +66,13 @@ def read_text(op: str, argument: str, path: Path) -> str:
     if "\0" in text:
         raise ValueError(f"{source}: line {len(lines(text[: text.index(chr(0))]))} holds a NUL byte, which no text has")
     return text
+
+
+def refuse_encoding(source: str, head: bytes) -> None:
+    """Raise ValueError for a file that begins with the mark of another encoding than UTF-8."""
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            refuse_input(source, "UTF-8", encoding)
 
 
 def lines(text: str) -> list[str]:
