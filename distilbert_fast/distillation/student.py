@@ -28,6 +28,7 @@ from distilbert_fast.modeling.architectures import (
     longest_sequence,
 )
 from distilbert_fast.modeling.encoder import refuse_embeddings
+from distilbert_fast.modeling.structure import structure_of
 from distilbert_fast.modeling.training import for_training
 from distilbert_fast.ops._check import refuse
 
@@ -74,7 +75,7 @@ def student_from_teacher(
 
     Raises:
         TypeError: the teacher is no such model.
-        ValueError: depth, layers or widths out of range; a feature that the student lacks, by name.
+        ValueError: depth, layers or widths out of range; a feature that the student lacks, by name; a pruned teacher.
     """
     family, head = _family_and_head(teacher)
     if architecture not in _ARCHITECTURES:
@@ -86,6 +87,8 @@ def student_from_teacher(
     widths = _widths(teacher, family, made, hidden_size, num_heads, intermediate_size)
     if widths and layers is not None:
         refuse(OP, "layers", "None for a student of another width", list(layers))
+    if not widths:
+        _refuse_pruned(teacher, family)
     chosen = _choose_layers(teacher.config.num_hidden_layers, num_layers, layers)
 
     config = _config(teacher, family, made, len(chosen))
@@ -169,6 +172,15 @@ def _refuse_features(teacher: PreTrainedModel, family: Architecture, made: Archi
         if value != allowed:
             refuse(OP, f"teacher.config.{feature}", f"{allowed!r} for a {made.name}", repr(value))
     refuse_embeddings(teacher.base_model, OP, "teacher")
+
+
+def _refuse_pruned(teacher: PreTrainedModel, family: Architecture) -> None:
+    """A student's layers are whole: those of a pruned teacher do not fit."""
+    config = teacher.config
+    whole = config.num_attention_heads, getattr(config, family.inner_size)
+    if any((len(heads), ffn) != whole for heads, ffn in structure_of(teacher.base_model)):
+        expected = "one with all its heads and neurons, which can be distilled into a pruned model"
+        refuse(OP, "teacher", expected, "a pruned one")
 
 
 def _choose_layers(depth: int, num_layers: int | None, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from transformers import BertConfig, RobertaConfig
 
 import distilbert_fast
 from distilbert_fast.distillation.student import student_from_teacher
+from distilbert_fast.modeling.structure import keep_heads
 
 TEXT = [
     "Return the number of times x appears in the list.",
@@ -423,3 +424,12 @@ def test_tensors_that_do_not_fit_are_named():
         "student_from_teacher: teacher's encoder.layer.0.attention.self.query.weight must be a float tensor "
         "[32, 32] to become transformer.layer.0.attention.q_lin.weight of the student, got float32 [16, 32]"
     )
+
+
+def test_a_pruned_teacher_is_refused_by_name():
+    model = make("BertForSequenceClassification", small())
+    keep_heads(model.base_model, 1, [0, 2, 3])
+    expected = "one with all its heads and neurons, which can be distilled into a pruned model, got a pruned one"
+    with pytest.raises(ValueError, match=f"^student_from_teacher: teacher must be {expected}$"):
+        student_from_teacher(model)
+    student_from_teacher(model, hidden_size=16, num_heads=2)  # takes none of its tensors
