@@ -17,12 +17,12 @@ Half of the encoder's weights away, chosen on the sentences of a file:
 
     distilbert-fast prune --model ./my-bert --data train.tsv --eval-data dev.tsv -o my-bert-half
 
-Until a call takes half the time on this machine, in int8:
+Until the encoder is twice as fast on this machine, in int8, by a table of times that is measured first:
 
-    distilbert-fast prune --model ./my-bert --data train.tsv --measure time --precision int8
+    distilbert-fast prune --model ./my-bert --data train.tsv --speedup 2 --precision int8
 
-Win back what it lost: distil the whole model into the pruned one with DistillationTrainer, or fine-tune it. Then make \
-it int8 with quantize_model.
+Nothing is trained here. `distilbert-fast compress` also wins back what was lost, by distilling the whole model into \
+the pruned one, and makes it int8.
 """
 
 
@@ -34,13 +34,18 @@ def prune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the pruned model and the report.")
     ] = Path("pruned"),
-    amount: Annotated[float, typer.Option(help="Share that goes, between 0 and 1.")] = 0.5,
+    amount: Annotated[float | None, typer.Option(help="Share that goes, between 0 and 1; by default 0.5.")] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="Instead of a share: times as fast as the whole encoder is on this machine's engine."),
+    ] = None,
     measure: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Of what: parameters or flops of the encoder's layers, or the time that they take on this machine."
+            help="Of what: parameters (the default) or flops of the encoder's layers, or the time that they take on "
+            "this machine."
         ),
-    ] = "parameters",
+    ] = None,
     method: Annotated[
         str, typer.Option(help="kprune scores again after each cut; fisher once, by the labels: faster, and worse.")
     ] = "kprune",
@@ -67,7 +72,8 @@ def prune(
         from distilbert_fast.jobs.task import RegressionJob, TaskJob
 
         with refused():
-            config = PruningConfig(amount=amount, measure=measure, method=method, precision=precision, seed=seed)
+            share, of = job.share(amount, measure, speedup)
+            config = PruningConfig(amount=share, measure=of, method=method, precision=precision, seed=seed)
             loaded = load_task(task, data, eval_data, None, regression)
         kind = RegressionJob if loaded.regression else TaskJob
         job.prune(kind(loaded, max_length), model, output, config, sentences, overwrite)

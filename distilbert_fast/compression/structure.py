@@ -61,6 +61,7 @@ class PruningConfig:
         neurons: the widths that are left are multiples of it; 32 fills the panels of the CPU kernels.
         score_sequences: how many sequences the scores are made of.
         precision: of the engine that is timed, see ``optimize``.
+        batch_size: sequences of a call that is timed: 1, of mean length, or more, as long as they come.
         seed: of the answers that are drawn.
 
     Raises:
@@ -77,6 +78,7 @@ class PruningConfig:
     neurons: int = 32
     score_sequences: int = 512
     precision: str | None = None
+    batch_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class PruningConfig:
             refuse(OP, "amount", "a share above 0 and below 1", self.amount)
         if not 0 <= self.representation < math.inf:
             refuse(OP, "representation", "0 or more, and finite", self.representation)
-        for name in ("neurons", "score_sequences"):
+        for name in ("neurons", "score_sequences", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 refuse(OP, name, "a number from 1 on", getattr(self, name))
         choice(OP, "precision", self.precision, (None, *PRECISIONS))
@@ -124,6 +126,7 @@ def prune_model(
     calibration: Iterable[Any],
     config: PruningConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    costs: Costs | None = None,
 ) -> tuple[Model, PruningReport]:
     """Remove attention heads and feed-forward neurons of an encoder that ``optimize`` knows, in place.
 
@@ -137,6 +140,7 @@ def prune_model(
         calibration: an iterable of texts or of batches, as for ``optimize``; for "fisher" of batches with labels.
         config: how much, and how.
         tokenizer: for texts; None takes the one beside the model's checkpoint.
+        costs: what heads and neurons cost by ``config.measure``, where that is known; None: it is counted or timed.
 
     Returns:
         ``model``, which ``save_pretrained`` now writes with its structure (docs/formats.md), and a report.
@@ -156,7 +160,7 @@ def prune_model(
     if not given:
         refuse(OP, "calibration", "at least one batch with a token", "none")
     with frozen(model), torch.no_grad():
-        return model, _Pruning(model, encoder, given, config).run()
+        return model, _Pruning(model, encoder, given, config, costs).run()
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
@@ -166,13 +170,16 @@ def _to(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
 class _Pruning:
     """One run of ``prune_model``."""
 
-    def __init__(self, model: Any, encoder: Any, given: Sequence[Batch], config: PruningConfig) -> None:
+    def __init__(
+        self, model: Any, encoder: Any, given: Sequence[Batch], config: PruningConfig, costs: Costs | None
+    ) -> None:
         self.model, self.encoder, self.config = model, encoder, config
         self.before = structure_of(encoder)
         self.sublayers = sublayers(encoder)
         self.states = States(model, encoder, [_without_labels(batch) for batch in given])
         self.whole = list(self.states.hidden)  # [B, T, C] in the whole model at the same place
-        self.costs = Costs.measured(encoder, self.states.masks, config.measure, config.precision, config.neurons)
+        of = (config.measure, config.precision, config.neurons, config.batch_size)
+        self.costs = costs or Costs.measured(encoder, self.states.masks, *of)
         self.budget = (1 - config.amount) * self.costs.of(self.before)
         generator = torch.Generator().manual_seed(config.seed)
         multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from distilbert_fast.compression.structure import PruningConfig, PruningReport, prune_model
-from distilbert_fast.data.sentences import by_length, tokenized
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.jobs.flow import console, machine, save
 from distilbert_fast.jobs.settings import RecipeError, class_names, config_of, refused, require
@@ -17,7 +17,6 @@ from distilbert_fast.modeling.compression_config import METHOD, CompressionConfi
 from distilbert_fast.modeling.loading import load_with_head, locate
 
 JOB = "prune"
-_BATCH = 32
 REPORT = "report.json"
 
 
@@ -47,17 +46,27 @@ def prune(
     job.prepare(tokenizer, directory)
     pruned = copy.deepcopy(whole)
     with refused(JOB):
-        _, report = prune_model(pruned, _calibration(job, tokenizer, sentences), config)
+        _, report = prune_model(pruned, job.calibration(sentences), config)
     say(str(report))
     rows = {"whole": job.evaluate(whole, None), "pruned": job.evaluate(pruned, whole)}
     for name, row in rows.items():
         say(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
     save(JOB, output, pruned, tokenizer)
-    found = {"task": job.describe(), "settings": vars(config), "pruning": _as_json(report), "results": rows}
+    found = {"task": job.describe(), "settings": vars(config), "pruning": as_json(report), "results": rows}
     found |= {"parameters": {"whole": _count(whole), "pruned": _count(pruned)}, "machine": machine()}
     write_file(output / REPORT, json.dumps(found, indent=2).encode())
     say(f"written to {output}")
     return found
+
+
+def share(amount: float | None, measure: str | None, speedup: float | None) -> tuple[float, str]:
+    """The amount and the measure of a `PruningConfig`, where a user gave some of these. Raises RecipeError."""
+    if speedup is None:
+        return 0.5 if amount is None else amount, measure or "parameters"
+    require(amount is None, f"{JOB}: --speedup", "without --amount", "both")
+    require(measure in (None, "time"), f"{JOB}: --speedup", "--measure time", measure)
+    require(1 < speedup < math.inf, f"{JOB}: speedup", "above 1", f"{speedup:g}")
+    return 1 - 1 / speedup, "time"
 
 
 def _find(model: str | Path) -> Path:
@@ -71,22 +80,8 @@ def _find(model: str | Path) -> Path:
     return directory
 
 
-def _calibration(job: TaskJob, tokenizer: Any, sentences: int) -> list[Any]:
-    """Batches of so many training rows of similar length, with labels."""
-    texts, labels = job.task.texts(job.task.train), list(job.task.train["label"])
-    step = max(len(texts) // sentences, 1)
-    chosen = range(0, len(texts), step)[:sentences]
-    lengths = [len(ids) for ids in tokenized(tokenizer, [texts[i] for i in chosen], job.max_length)["input_ids"]]
-    made = []
-    for rows in by_length(lengths, _BATCH):
-        own = [chosen[row] for row in rows]
-        how: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        batch = tokenized(tokenizer, [texts[i] for i in own], job.max_length, **how)
-        made.append({**batch, "labels": batch["input_ids"].new_tensor([labels[i] for i in own])})
-    return made
-
-
-def _as_json(report: PruningReport) -> dict[str, Any]:
+def as_json(report: PruningReport) -> dict[str, Any]:
+    """A report as reports of jobs hold it."""
     layers = {
         name: [{"heads": list(layer.heads), "ffn": layer.ffn} for layer in getattr(report, name)]
         for name in ("before", "after")

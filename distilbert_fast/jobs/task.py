@@ -11,11 +11,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
-from distilbert_fast.data.sentences import tokenized
+from distilbert_fast.data.sentences import by_length, tokenized
 from distilbert_fast.data.tasks import Task
 from distilbert_fast.evaluation import metrics, speed
 from distilbert_fast.jobs.job import Job, Metric
 from distilbert_fast.modeling.loading import classes_of_head, single_label
+
+_BATCH = 32  # of calibration
 
 
 class TaskJob(Job):
@@ -82,6 +84,21 @@ class TaskJob(Job):
         if taught is not None:
             row |= {"agreement": metrics.agreement(logits, taught), "kl": metrics.mean_kl(logits, taught)}
         return row
+
+    def calibration(self, count: int) -> list[dict[str, Tensor]]:
+        """Batches of so many training rows, evenly spread, of similar length, with labels."""
+        texts, labels = self.task.texts(self.task.train), list(self.task.train["label"])
+        chosen = range(0, len(texts), max(len(texts) // count, 1))[:count]
+        lengths = [
+            len(ids) for ids in tokenized(self.tokenizer, [texts[i] for i in chosen], self.max_length)["input_ids"]
+        ]
+        made = []
+        for rows in by_length(lengths, _BATCH):
+            own = [chosen[row] for row in rows]
+            how: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+            batch = tokenized(self.tokenizer, [texts[i] for i in own], self.max_length, **how)
+            made.append({**batch, "labels": torch.tensor([labels[i] for i in own])})
+        return made
 
     def batches(self, size: int, rows: int) -> Sequence[speed.Batch]:
         texts = self.task.texts(self.task.eval)

@@ -234,6 +234,21 @@ def test_costs_of_parameters_and_flops():
     assert list(parameters.choices(False, 20)) == [0, 8, 16, 20] and list(parameters.choices(True, 2)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_table_of_times_serves_models_of_other_depths(batch_size):
+    """What is measured once prunes: of nothing but the table, the budget is met."""
+    model = make("BertForSequenceClassification")
+    table = Costs.measured(model.base_model, [torch.ones(4, 10).bool()], "time", None, 8, batch_size)
+    assert len(table.heads) == 5 and len(table.widths) == 49
+    assert (np.diff(table.heads) >= 0).all() and (np.diff(table.widths) >= 0).all() and table.layer >= 0
+    assert table.deeper(-1).base == table.base - table.layer
+    table = Costs(np.arange(5.0), np.arange(49) / 12, 3.0, 8, 1.0)
+    _, report = prune_model(model, data(), PruningConfig(amount=0.5, measure="time"), costs=table)
+    assert report.cost_before == 27 and report.cost_after <= 13.5
+    structure = report.after
+    assert report.cost_after == pytest.approx(3 + sum(len(heads) + ffn / 12 for heads, ffn in structure))
+
+
 # What it refuses ----------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +257,7 @@ def test_costs_of_parameters_and_flops():
     [
         ({"amount": 0.0}, ValueError, "amount must be finite and above 0, got 0.0"),
         ({"amount": 1.0}, ValueError, "amount must be a share above 0 and below 1, got 1.0"),
+        ({"amount": 0.5, "batch_size": 0}, ValueError, "batch_size must be a number from 1 on, got 0"),
         ({"amount": 50}, ValueError, "amount must be a share above 0 and below 1, got 50"),
         ({"amount": float("nan")}, ValueError, "amount must be finite and above 0, got nan"),
         ({"amount": "half"}, TypeError, "amount must be a number, got str"),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import distilbert_fast  # noqa: F401, so that transformers reads what it writes
 from distilbert_fast.cli import app
+from distilbert_fast.jobs.prune import share
 
 
 @pytest.fixture
@@ -29,6 +30,12 @@ def place(tmp_path, monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(app, ["prune", *arguments], env={"COLUMNS": "100"})
+
+
+def test_a_speed_is_a_share_of_the_time():
+    assert share(None, None, 4.0) == (0.75, "time")
+    assert share(None, None, None) == (0.5, "parameters")
+    assert share(0.3, "flops", None) == (0.3, "flops")
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "fisher", "--measure", "flops"]])
@@ -52,6 +59,10 @@ def test_a_model_is_pruned_measured_and_written(options, place):
     [
         (["--amount", "1.5"], "prune_model: amount must be a share above 0 and below 1, got 1.5"),
         (["--measure", "size"], "prune_model: measure must be one of 'parameters', 'flops', 'time', got 'size'"),
+        (["--speedup", "2", "--amount", "0.5"], "prune: --speedup: expected without --amount, got both"),
+        (["--speedup", "2", "--measure", "flops"], "prune: --speedup: expected --measure time, got flops"),
+        (["--speedup", "0.5"], "prune: speedup: expected above 1, got 0.5"),
+        (["--speedup", "1000"], "prune: prune_model: amount must be below 0."),
         (["--sentences", "0"], "prune: sentences: expected 1 or more, got 0"),
         (["--model", "nowhere"], "prune: model: checkpoint: "),
     ],
