@@ -1,7 +1,7 @@
 """The command `distilbert-fast`.
 
-Exit status: 0 done; 2 input that cannot be used, with one line on stderr that says why; 130 interrupted. Anything
-else is a bug and shows its trace. Heavy libraries load only when a command needs them.
+Exit status: 0 done; 2 input that cannot be used, with one line on stderr that says why; 3 `compress` missed a goal;
+130 interrupted. Anything else is a bug and shows its trace. Heavy libraries load only when a command needs them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast.cli import distill, evaluate, predict, prune, quantize
+from distilbert_fast.cli import compress, distill, evaluate, predict, prune, quantize
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
 
 app = typer.Typer(
     name="distilbert-fast",
-    help="Distil BERT-family models into half-depth students and run them fast.",
+    help="Distil, compress and run BERT-family models, fast.",
     epilog="Start with [bold]distilbert-fast demo[/bold]: in minutes, on two cores, it distils, quantizes and times a "
     "real model. [bold]distilbert-fast env[/bold] shows what can run on this machine.",
     no_args_is_help=True,
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.add_typer(distill.app, name="distill")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("predict", epilog=predict.EPILOG)(predict.predict)
+add(app, "compress", compress.EPILOG, compress.HELP, output=Path("compressed"))(compress.Compress)
 app.command("prune", epilog=prune.EPILOG)(prune.prune)
 app.command("quantize", epilog=quantize.EPILOG)(quantize.quantize)
 

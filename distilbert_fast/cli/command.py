@@ -7,11 +7,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from distilbert_fast.cli.errors import plain_errors
+
+if TYPE_CHECKING:
+    from distilbert_fast.jobs.task import TaskJob
 
 # Options of several commands.
 TaskName = Annotated[
@@ -50,6 +53,32 @@ class RunCommand(ABC):
     @abstractmethod
     def run(self) -> None:
         """Do the work. Raises an error of the package's own for what a user can mend."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class SentencesCommand(RunCommand):
+    """Options of a command that works on labelled sentences."""
+
+    task: TaskName = None
+    data: TaskFile = None
+    eval_data: EvalFile = None
+    regression: Annotated[
+        bool,
+        typer.Option(
+            "--regression", help="Labels are numbers, taken as they are; so are a hub data set's that are floats."
+        ),
+    ] = False
+    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None
+    max_length: Annotated[
+        int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
+    ] = 128
+
+    def job(self) -> TaskJob:
+        from distilbert_fast.data.tasks import load_task
+        from distilbert_fast.jobs.task import RegressionJob, TaskJob
+
+        loaded = load_task(self.task, self.data, self.eval_data, self.max_train_rows, self.regression)
+        return (RegressionJob if loaded.regression else TaskJob)(loaded, self.max_length)
 
 
 Command = TypeVar("Command", bound=RunCommand)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distilbert_fast.cli.command import TaskFile, TaskName, add
+from distilbert_fast.cli.command import SentencesCommand, add
 from distilbert_fast.cli.distill_options import DistillCommand, TaskCommand, in_losses, in_teaching
 
 if TYPE_CHECKING:
@@ -149,28 +149,8 @@ Numbers instead of classes, such as how alike two sentences are:
 """,
 )
 @dataclass(kw_only=True)
-class Task(TaskCommand):
+class Task(SentencesCommand, TaskCommand):
     """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
-
-    task: TaskName = None
-    data: TaskFile = None
-    regression: Annotated[
-        bool,
-        typer.Option(
-            "--regression", help="Labels are numbers, taken as they are; so are a hub data set's that are floats."
-        ),
-    ] = False
-    max_train_rows: Annotated[int | None, typer.Option(help="Train on this many rows only.")] = None
-    max_length: Annotated[
-        int, typer.Option(help="Tokens a row; longer sentences are cut, of a pair the longer one first.")
-    ] = 128
-
-    def job(self) -> Job:
-        from distilbert_fast.data.tasks import load_task
-        from distilbert_fast.jobs.task import RegressionJob, TaskJob
-
-        loaded = load_task(self.task, self.data, self.eval_data, self.max_train_rows, self.regression)
-        return (RegressionJob if loaded.regression else TaskJob)(loaded, self.max_length)
 
     def objective(self, job: Job) -> dict[str, Any]:
         settings = super().objective(job)

@@ -181,6 +181,10 @@ class _Pruning:
         of = (config.measure, config.precision, config.neurons, config.batch_size)
         self.costs = costs or Costs.measured(encoder, self.states.masks, *of)
         self.budget = (1 - config.amount) * self.costs.of(self.before)
+        if self.budget < self.costs.base:
+            most = 1 - self.costs.base / self.costs.of(self.before)
+            expected = f"below {most:.3f}, what heads and neurons take of the {config.measure}"
+            refuse(OP, "amount", expected, config.amount)
         generator = torch.Generator().manual_seed(config.seed)
         multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
         own = drawn(config.temperature, generator, multi_label)
@@ -242,11 +246,8 @@ class _Pruning:
             counts.append(kept)
         done = [s for s in self.sublayers if s not in rest]
         spent = self.costs.base + sum(float(self.costs.at(s.is_attention, s.units(self.encoder))) for s in done)
-        picked = allocate(losses, costs, self.budget - spent)
-        if picked is None:
-            share = self.costs.base / self.costs.of(self.before)
-            expected = f"below {1 - share:.3f}, what heads and neurons take of the {self.config.measure}"
-            refuse(OP, "amount", expected, self.config.amount)
+        picked = allocate(losses, costs, max(self.budget - spent, 0.0))
+        assert picked is not None  # none of the units that are left is within any budget
         count = int(counts[0][picked[0]])
         return found[0].topk(count).indices.sort().values
 

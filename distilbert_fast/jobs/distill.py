@@ -15,15 +15,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import ProgressCallback, set_seed
+from transformers import set_seed
 
-from distilbert_fast.distillation import trainer as trainers
-from distilbert_fast.distillation.arguments import DistillationArguments
 from distilbert_fast.distillation.schedule import at, is_zero
 from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.distillation.teachers.build_cache import build_cache, cache_report
@@ -33,7 +29,7 @@ from distilbert_fast.evaluation import distillation_report as report
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.files.schema import anything, record
 from distilbert_fast.jobs import stage_results
-from distilbert_fast.jobs.flow import CHECKPOINTS, TEACHER, Flow, Stage, console, find_teacher, save
+from distilbert_fast.jobs.flow import CHECKPOINTS, TEACHER, Stage, console, find_teacher
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 from distilbert_fast.jobs.settings import (
     Recipe,
@@ -44,12 +40,12 @@ from distilbert_fast.jobs.settings import (
     check_models,
     distinct,
     is_taught,
-    leaves_head,
     merged,
     objective_for,
     refused,
     require,
 )
+from distilbert_fast.jobs.trained_flow import TrainedFlow
 from distilbert_fast.modeling.loading import fingerprint, without_bars
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.training import for_training
@@ -147,28 +143,12 @@ def distill(
             return together.first(lambda: flow.write_report(content))
 
 
-class _Distillation(Flow):
-    """The stages of `distill`, in one process or several."""
+class _Distillation(TrainedFlow):
+    """The stages of `distill`."""
 
     def __init__(self, recipe: Recipe, together: Processes, *of_any: Any) -> None:
-        super().__init__(*of_any)
-        self.recipe, self.together = recipe, together
-
-    def teach(self, path: Path) -> dict[str, Any]:
-        training = self.recipe.teacher
-        set_seed(training.seed)
-        model, tokenizer, random = self.load(self.source, new_head=training.epochs != 0, **self.job.config)
-        needed = self.job.teacher_epochs if random else 0.0
-        epochs = needed if training.epochs is None else training.epochs
-        made: dict[str, Any] = {"title": "teacher", "seconds": 0.0, "losses": []}
-        if epochs or (random and training.max_steps):
-            if not self.recipe.train_body:
-                _freeze(model.base_model)
-            what = "all of it" if self.recipe.train_body else "its head alone"
-            self.say(f"      trained on labels, {what}; {len(random)} tensors of the head start at random")
-            for_training(model)
-            made |= self._train(TEACHER, model, None, dataclasses.replace(training, epochs=epochs), self.job.untaught)
-        return made | self._save(path, model, tokenizer, None)
+        super().__init__("distill", together, recipe.teacher, recipe.train_body, *of_any)
+        self.recipe = recipe
 
     def distil(self, variant: Variant, path: Path) -> dict[str, Any]:
         training = self.recipe.student
@@ -183,11 +163,11 @@ class _Distillation(Flow):
             cache = self.together.first(lambda: str(self._cache(teacher)))
             objective |= {"teacher_cache": cache, "teacher_precision": "auto"}
             cached = self.together.first(lambda: self._cache_report(cache, student, teacher))
-        made = self._train(variant.name, student, taught, training, objective) | {"cache": cached}
+        made = self.fit(variant.name, student, taught, training, objective) | {"cache": cached}
         made["start"] = "random"
         if made_of.layers and not variant.random:
             made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}
-        return made | {"title": variant.title} | self._save(path, student, tokenizer, teacher)
+        return made | {"title": variant.title} | self.keep(path, student, tokenizer, teacher)
 
     def _cache(self, teacher: Any) -> Path:
         """Return the directory that holds the teacher's answers to all training rows; it is made once."""
@@ -228,62 +208,3 @@ class _Distillation(Flow):
         files = f"report: {self.run.path / REPORT[0]}; model card: {self.run.path / STUDENT.name / 'README.md'}"
         self.say(report.table(content), *report.busy_lines(content), files)
         return content
-
-    def _train(
-        self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        rows = self.job.train_rows
-        path = self.run.path / CHECKPOINTS / name
-        settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
-        settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
-        arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
-        trainer = trainers.DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_ProgressBar())
-        made = self.train(trainer)
-        self.together.meet()  # all have read a checkpoint before the first may remove it
-        parts, log = ("step", "loss", *trainer.objective.names), trainer.state.log_history
-        return made | {
-            "objective": dict(objective),
-            "teacher_effect": {
-                key.removeprefix("teacher_"): value
-                for entry in log
-                if "teacher_loss_change" in entry
-                for key, value in entry.items()
-                if key.startswith("teacher_")
-            },
-            "losses": [{key: entry[key] for key in parts if key in entry} for entry in log if "loss" in entry],
-        }
-
-    def _save(self, path: Path, model: Any, tokenizer: Any, teacher: Any) -> dict[str, Any]:
-        """In the first process: save, read back and evaluate what was read, as it is and with int8 linear layers."""
-        if not self.together.is_first:
-            return {}
-        save("distill", path, model, tokenizer)
-        kept = model.state_dict()
-        model, _, _ = self.load(path)
-        lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])]
-        if lost:
-            raise RuntimeError(f"distill: {str(path)!r}: tensors read back differ from those saved: {', '.join(lost)}")
-        row = self.size(model, path) | {"quality": self.job.evaluate(model, teacher)}
-        return row | {"int8": self.job.evaluate(optimize(model, "int8"), teacher)}
-
-
-def _freeze(body: Any) -> None:
-    """No gradient and no dropout: a new head learns from the states that the body will have."""
-    body.requires_grad_(False)
-    for module in body.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
-class _ProgressBar(ProgressCallback):
-    """Trainer's bar, with the losses in it instead of on lines of their own."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            shown = {key: f"{value:.3f}" for key, value in logs.items() if key in _SHOWN}
-            self.training_bar.set_postfix(shown, refresh=False)
-
-
-_SHOWN = {"loss", "kl", "ce", "mlm", "cos", "mse", "hidden", "relation", "teacher_mse", "label_mse"}

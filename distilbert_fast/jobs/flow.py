@@ -51,7 +51,7 @@ def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
     with refused(f"{job}: teacher"):
         directory = locate(teacher)
     fits, what = "quantization_config" not in config_of(directory), f"{job}: teacher: {str(teacher)!r}"
-    require(fits, what, "a model with float weights", "a quantized one")
+    require(fits, what, "a whole model of float weights", "a quantized or pruned one")
     return directory
 
 
@@ -98,13 +98,17 @@ class Flow:
         """Build the stages that are not complete; return the results of all by name. ``steps`` are those of the run."""
         results = {}
         for number, (name, (title, build)) in enumerate(stages.items(), start=1):
-            done = ": done before" if self.run.is_complete(name) else ""
-            self.say(f"[{number}/{steps}] {title}{done}")
-            results[name] = self.run.directory(name, build, check)
-            self.run.discard(f"{CHECKPOINTS}/{name}")
-            gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
+            results[name] = self.stage(name, f"[{number}/{steps}] {title}", build, check)
         self.run.discard(CHECKPOINTS)
         return results
+
+    def stage(self, name: str, title: str, build: Callable[[Path], Mapping[str, Any]], check: Check) -> dict[str, Any]:
+        """Build a stage if it is not complete, and say so; return its result."""
+        self.say(title + (": done before" if self.run.is_complete(name) else ""))
+        result = self.run.directory(name, build, check)
+        self.run.discard(f"{CHECKPOINTS}/{name}")
+        gc.collect()  # a trainer is part of cycles: it would keep its model and Adam's state for stages on end
+        return result
 
     def train(self, trainer: Any) -> dict[str, Any]:
         """Train, from the newest complete checkpoint if there is one; return what reports say of it."""

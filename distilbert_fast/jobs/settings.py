@@ -118,7 +118,7 @@ class Training:
     seed: int = 0
     gradient_checkpointing: bool = False
 
-    def check(self, what: str, processes: int = 1) -> None:
+    def check(self, what: str, processes: int = 1, command: str = "distill") -> None:
         """Raise RecipeError for a number out of range, or a batch that processes cannot share evenly."""
         share = max(1, self.batch_size // processes)
         together = f" x {processes} processes" if processes > 1 else ""
@@ -133,7 +133,7 @@ class Training:
             ("warmup", 0 <= self.warmup < 1, "0 or more and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
         ):
-            require(fits, f"distill: {what} {name}", expected, getattr(self, name))
+            require(fits, f"{command}: {what} {name}", expected, getattr(self, name))
 
     def passes(self, rows: int) -> int:
         """How many times the rows are read, the last time perhaps not to their end."""
@@ -231,7 +231,77 @@ class Recipe:
     compare: Sequence[str] = ()
 
 
-def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` does with a job.
+
+    Attributes:
+        student: how a student of fewer layers is distilled.
+        recovery: how a model that was pruned is, from the uncompressed teacher.
+        teacher: how that is trained, if it has to be.
+        objective: temperature and alpha, see `DistillationArguments`.
+        layers: depth of students; None: it follows from the speed that is asked for.
+        codebook: linear layers share so many values, 256, 64 or 16; None: they are int8.
+        clock: whose speed counts, "latency", of a call with one row, or "throughput", of calls with 32.
+        sentences: training rows that pruning and quantization look at.
+        threads: of models that are timed; None: as many as torch uses.
+        most_pruned: the largest share of a layer's time that is pruned; what is more takes a layer away.
+    """
+
+    student: Training = field(default_factory=lambda: Training(batch_size=32, learning_rate=1e-4))
+    recovery: Training = field(default_factory=lambda: Training(batch_size=32, learning_rate=1e-4))
+    teacher: Training = field(default_factory=lambda: Training(epochs=None, batch_size=32, learning_rate=5e-5))
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    layers: int | None = None
+    codebook: int | None = None
+    clock: str = "latency"
+    sentences: int = 2048
+    threads: int | None = None
+    most_pruned: float = 0.5
+
+    def check(self) -> None:
+        """Raise RecipeError for a setting out of range."""
+        for name in ("student", "recovery", "teacher"):
+            getattr(self, name).check(name, command="compress")
+        for name in ("student", "recovery"):
+            training = getattr(self, name)
+            require((training.epochs or 0) + training.max_steps > 0, f"compress: {name} epochs", "above 0", 0)
+        for name, fits, expected in (
+            ("layers", self.layers is None or self.layers >= 1, "at least 1"),
+            ("codebook", self.codebook in (None, 256, 64, 16), "256, 64 or 16"),
+            ("clock", self.clock in ("latency", "throughput"), "latency or throughput"),
+            ("sentences", self.sentences >= 1, "at least 1"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1"),
+            ("most_pruned", 0 < self.most_pruned < 1, "above 0 and below 1"),
+        ):
+            require(fits, f"compress: {name}", expected, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What a compressed model must reach, or it is rejected.
+
+    Attributes:
+        speedups: how many times as fast as the teacher under transformers, ascending; none: as fast as
+            `accuracy_drop` allows.
+        accuracy_drop: the most that may be lost of the job's first metric, in points; None: no limit.
+        accept: keep a model that misses a goal.
+    """
+
+    speedups: tuple[float, ...] = ()
+    accuracy_drop: float | None = None
+    accept: bool = False
+
+    def check(self) -> None:
+        """Raise RecipeError for a number out of range, or goals that say nothing."""
+        for speedup in self.speedups:
+            require(1 < speedup < math.inf, "compress: speedup", "above 1", f"{speedup:g}")
+        drop = self.accuracy_drop
+        require(drop is None or 0 <= drop < 100, "compress: accuracy_drop", "points from 0 to below 100", drop)
+        require(bool(self.speedups) or drop is not None, "compress", "a speedup, an accuracy_drop or both", "neither")
+
+
+def check_models(job: Job, source: Path, recipe: Recipe, command: str = "distill") -> StudentReport:
     """Refuse teacher, student, data and losses that do not go together, before anything is trained.
 
     Returns what the student will be made of.
@@ -240,7 +310,7 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
     from distilbert_fast.distillation.teachers.model import ModelTeacher
     from distilbert_fast.modeling.loading import load_with_head
 
-    with refused("distill"):
+    with refused(command):
         other = _other_head(source, job)
         job.match_classes(class_names(source), kept=not (recipe.teacher.epochs or other))
         teacher, _, random = load_with_head(source, job.head, recipe.teacher.epochs != 0, **job.config)
@@ -253,11 +323,11 @@ def check_models(job: Job, source: Path, recipe: Recipe) -> StudentReport:
         trains = {"student": recipe.student} | ({"teacher": recipe.teacher} if random or recipe.teacher.epochs else {})
         for name, training in trains.items():
             expected = "above 0 for a corpus that is streamed"
-            require(training.max_steps > 0, f"distill: {name} max_steps", expected, training.max_steps)
-        require(recipe.cache == 0, "distill: cache", "0 for a corpus that is streamed", recipe.cache)
+            require(training.max_steps > 0, f"{command}: {name} max_steps", expected, training.max_steps)
+        require(recipe.cache == 0, f"{command}: cache", "0 for a corpus that is streamed", recipe.cache)
     positions = _positions(job, student.config)
     expected = f"4 to {positions}, the positions of the student"
-    require(4 <= job.max_length <= positions, "distill: max_length", expected, job.max_length)
+    require(4 <= job.max_length <= positions, f"{command}: max_length", expected, job.max_length)
     if recipe.cache:
         _check_cache(job, recipe, objective, teacher.config.vocab_size)
     return made_of

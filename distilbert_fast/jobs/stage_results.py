@@ -1,4 +1,4 @@
-"""Schemas of the results that stages leave on the disk, for the reports of `demo` and `distill`."""
+"""Schemas of the results that stages leave on the disk, for the reports of `demo`, `distill` and `compress`."""
 
 from __future__ import annotations
 
@@ -96,3 +96,25 @@ def speed(value: Any, where: str) -> None:
     """What `distill` measured: the same models by both clocks."""
     _SPEED(value, where)
     record(dict.fromkeys(value["speed"]["latency_ms"], anything))(value["speed"]["throughput"], "speed.throughput")
+
+
+# compress -------------------------------------------------------------------------------------------------------------
+
+_COSTS = record({"heads": array(real), "widths": array(real), "base": real, "layer": real, "layers": _COUNT})
+compressed = record(
+    {
+        **{"architecture": text(), "source": text(), "quality": mapping(real)},
+        **dict.fromkeys(("layers", "parameters", "file_bytes"), _COUNT),
+    },
+    {"seconds": real, "pruning": mapping(anything), "losses": array(mapping(real))},
+    others=True,
+)
+copied = record({"of": text()})
+
+
+def plan(value: Any, where: str) -> None:
+    """What `compress` measured of the teacher."""
+    record({"costs": _COSTS}, others=True)(value, where)
+    speed(value, where)
+    timed = dict.fromkeys(("transformers", "engine", "int8"), anything)
+    record(timed)(value["speed"]["latency_ms"], f"{where}.speed.latency_ms")
