@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.table import Table
 
 from distilbert_fast.evaluation.report import (
@@ -22,8 +21,10 @@ from distilbert_fast.evaluation.report import (
     large,
     made_by,
     markdown_table,
+    model_card,
     new_figure,
     png,
+    teacher_of,
     terminal_table,
     timing,
     use,
@@ -118,39 +119,19 @@ def plot(content: Mapping[str, Any]) -> bytes:
 def card(content: Mapping[str, Any], name: str) -> str:
     """The model card of a compressed model."""
     row, teacher = content["models"][name], content["models"]["teacher"]
-    source = content["settings"]["teacher"].partition(" (")[0]
-    results = [
-        EvalResult(
-            task_type="text-classification",
-            dataset_type="text",
-            dataset_name=content["data"]["name"],
-            metric_type=metric,
-            metric_value=round(row["quality"][metric], 6),
-        )
-        for metric, _, _ in content["metrics"]
-        if metric in row["quality"]
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        base_model=source if source.count("/") == 1 and not source.startswith((".", "/")) else None,
-        tags=["compression", "distilbert_fast"],
-        model_name=name.rpartition("/")[2],
-        eval_results=results,
-    )
     speedup, size = row["speedup"], 100 * row["file_bytes"] / teacher["file_bytes"]
     text = [
         f"# {row['architecture']} of {row['layers']} layers, compressed",
         "",
-        f"Made of {source} with distilbert_fast. Its weight file is {size:.0f}% of the teacher's; on the machine below "
-        f"it is {speedup['latency']:.1f} times as fast as the teacher by transformers at batch 1, and "
+        f"Made of {teacher_of(content)} with distilbert_fast. Its weight file is {size:.0f}% of the teacher's; on the "
+        f"machine below it is {speedup['latency']:.1f} times as fast as the teacher by transformers at batch 1, and "
         f"{speedup['throughput']:.1f} times at batch 32.",
         "",
         *_body(content, picture=False),
         "",
         *use(content["head"], name.rpartition("/")[2]),
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
+    return model_card(content, row, name.rpartition("/")[2], "compression", text)
 
 
 def _body(content: Mapping[str, Any], picture: bool = True) -> Iterator[str]:

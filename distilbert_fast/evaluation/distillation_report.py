@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.table import Table
 
 from distilbert_fast.evaluation.report import (
@@ -20,8 +19,10 @@ from distilbert_fast.evaluation.report import (
     large,
     made_by,
     markdown_table,
+    model_card,
     new_figure,
     png,
+    teacher_of,
     terminal_table,
     timing,
     use,
@@ -29,12 +30,6 @@ from distilbert_fast.evaluation.report import (
 
 PLOT = "losses.png"
 _CLOCKS = ("ms, batch 1", "rows/s, batch 32")
-_PIPELINES = {
-    "MaskedLM": "fill-mask",
-    "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification",
-    "QuestionAnswering": "question-answering",
-}
 
 
 def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
@@ -51,36 +46,16 @@ def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
 
 def _card(content: Mapping[str, Any], student: str) -> str:
     row = content["models"][student]
-    source = content["settings"]["teacher"].partition(" (")[0]
-    results = [
-        EvalResult(
-            task_type=_PIPELINES[content["head"]],
-            dataset_type="text",
-            dataset_name=content["data"]["name"],
-            metric_type=name,
-            metric_value=round(row["quality"][name], 6),
-        )
-        for name, _, _ in content["metrics"]
-        if name in row["quality"]
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=_PIPELINES[content["head"]],
-        base_model=source if source.count("/") == 1 and not source.startswith((".", "/")) else None,
-        tags=["distillation", "distilbert_fast"],
-        model_name=student,
-        eval_results=results,
-    )
     text = [
         f"# {row['layers']}-layer {row['architecture']}, distilled",
         "",
-        f"Distilled from {source} with distilbert_fast.",
+        f"Distilled from {teacher_of(content)} with distilbert_fast.",
         "",
         *_body(content),
         "",
         *use(content["head"], student),
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
+    return model_card(content, row, student, "distillation", text)
 
 
 def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -211,6 +212,51 @@ def made_by(content: Mapping[str, Any]) -> Iterator[str]:
         f"device {inputs['device']}, CPU tier {environment['cpu']['tier']}",
         f"- **Versions:** Python {environment['python']}, {', '.join(versions)}",
     )
+
+
+PIPELINES = {  # what the hub calls them, by head
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+}
+
+
+def model_card(content: Mapping[str, Any], row: Row, name: str, made: str, text: Sequence[str]) -> str:
+    """The card of a model that was made from a teacher, with what is known of it for the hub.
+
+    Args:
+        content: a report with `settings`, `head`, `data` and `metrics`.
+        row: of the model, with its `quality`.
+        made: how it was made, a tag.
+        text: Markdown, in lines.
+    """
+    source, pipeline = teacher_of(content), PIPELINES[content["head"]]
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type="text",
+            dataset_name=content["data"]["name"],
+            metric_type=metric,
+            metric_value=round(row["quality"][metric], 6),
+        )
+        for metric, _, _ in content["metrics"]
+        if metric in row["quality"]
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        base_model=source if source.count("/") == 1 and not source.startswith((".", "/")) else None,
+        tags=[made, "distilbert_fast"],
+        model_name=name,
+        eval_results=results,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
+
+
+def teacher_of(content: Mapping[str, Any]) -> str:
+    """The teacher's name, as it was given."""
+    return str(content["settings"]["teacher"].partition(" (")[0])
 
 
 def use(head: str, directory: str, comment: str = "") -> list[str]:
