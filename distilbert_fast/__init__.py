@@ -51,6 +51,9 @@ _HOME = {
     # data, compression and distillation
     "PruningConfig": "compression.structure",
     "PruningReport": "compression.structure",
+    "SparsityCallback": "compression.connections",
+    "SparsityConfig": "compression.connections",
+    "prune_connections": "compression.connections",
     "prune_model": "compression.structure",
     "prepare_qat": "compression.qat",
     "quantize_model": "compression.quantize",

@@ -17,7 +17,7 @@ PACKAGE = "distilbert_fast"
 # A room of the package and the rooms that it may import, itself aside: floor by floor, and none up. testing stands
 # apart: it serves tests/ and bench/.
 LAYERS = {"backends", "ops"}
-MODELING = LAYERS | {"files", "layers", "embeddings", "engine"}
+MODELING = LAYERS | {"files", "layers", "embeddings", "sparse", "engine"}
 DATA = MODELING | {"modeling", "runs"}
 ABOVE = DATA | {"data"}
 JOBS = ABOVE | {"compression", "distillation", "evaluation", "serving"}
@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"backends", "kernels", "_cpu", "_cuda"},
     "layers": LAYERS,
     "embeddings": LAYERS,
-    "engine": LAYERS | {"layers", "embeddings", "files"},
+    "sparse": LAYERS | {"layers"},
+    "engine": LAYERS | {"layers", "embeddings", "sparse", "files"},
     "modeling": MODELING,
     "runs": {"files"},
     "data": DATA,
@@ -50,6 +51,7 @@ THIRD_PARTY = {
     "ops": {"torch"},
     "layers": {"torch"},
     "embeddings": {"torch"},
+    "sparse": {"torch"},
     "engine": {"torch", "safetensors"},
     "testing": {"torch"},
     "__init__": set(),

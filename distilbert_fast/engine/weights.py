@@ -18,6 +18,7 @@ from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.layers import QUANTIZED_LINEARS, CodebookLinear, Int8Linear
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.quantize import quantize
+from distilbert_fast.sparse import SparseLinear
 
 OP = "engine"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
@@ -27,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class LayerModules(NamedTuple):
-    """One post-norm encoder layer. The linear layers are nn.Linear or of ``QUANTIZED_LINEARS``."""
+    """One post-norm encoder layer. The linear layers are of ``sparse.LINEARS``."""
 
     query: nn.Module  # [C] -> [H·D]
     key: nn.Module
@@ -167,8 +168,9 @@ def _linear_weights(linear: Any, precision: str | None) -> Linear:
 
 
 def float_weight(linear: Any) -> torch.Tensor:
-    """W [F, C] of any linear layer; that of a float one itself."""
-    return (linear.dequantized() if isinstance(linear, QUANTIZED_LINEARS) else linear.weight).detach()
+    """W [F, C] of any linear layer; that of a dense float one itself."""
+    stored = isinstance(linear, (SparseLinear, *QUANTIZED_LINEARS))
+    return (linear.dequantized() if stored else linear.weight).detach()
 
 
 def _select(linear: Linear, features: torch.Tensor) -> Linear:

@@ -23,9 +23,10 @@ from distilbert_fast.jobs.settings import RecipeError, config_of, refused
 from distilbert_fast.layers import is_token
 from distilbert_fast.modeling.architectures import head_of
 from distilbert_fast.modeling.calibration import batches
-from distilbert_fast.modeling.compression_config import Int8Config
+from distilbert_fast.modeling.compression_config import FLOAT, SPARSE, Int8Config
 from distilbert_fast.modeling.encoder import encoder_layers
 from distilbert_fast.modeling.loading import load_with_head, locate, without_bars
+from distilbert_fast.sparse import SparseLinear
 
 JOB = "quantize"
 
@@ -80,7 +81,7 @@ def quantize(
     if max_texts < 1:
         raise RecipeError(f"{JOB}: max_texts must be 1 or more, got {max_texts}")
     directory = locate(model)
-    if "quantization_config" in (read := config_of(directory)) and "structure" not in read["quantization_config"]:
+    if not _is_float((read := config_of(directory)).get("quantization_config", {"format": 2})):
         raise RecipeError(f"{JOB}: model: {model!r} is quantized already")
     with refused(JOB):
         texts = _texts(calibration, max_texts) if calibration is not None else None
@@ -92,7 +93,8 @@ def quantize(
         quantize_model(network, config, given or None, tokenizer, budget=budget)
     fidelity = None if reference is None else _compared(network, reference, given)
     inside = set(encoder_layers(network.base_model).modules())
-    left = [name for name, module in network.named_modules() if type(module) is nn.Linear and module in inside]
+    floats = [(name, module) for name, module in network.named_modules() if type(module) in (nn.Linear, SparseLinear)]
+    left = [name for name, module in floats if module in inside]
     output.parent.mkdir(parents=True, exist_ok=True)
     with building(output) as partial, without_bars():
         save(JOB, partial, network, tokenizer)
@@ -113,6 +115,12 @@ def quantize(
         "agreement": fidelity and fidelity.answers and fidelity.answers.share,
         "cosine": fidelity and fidelity.cosine,
     }
+
+
+def _is_float(settings: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` says that all weights are floats, dense or sparse."""
+    kinds = [settings.get("linear"), settings.get("embeddings"), *settings.get("linears", {}).values()]
+    return "format" in settings and all(kind in (None, FLOAT, SPARSE) for kind in kinds)
 
 
 def _head(config: dict[str, Any], model: str) -> str:

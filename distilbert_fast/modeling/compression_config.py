@@ -24,10 +24,12 @@ Kind: TypeAlias = dict[str, Any]  # "kind" and its settings
 
 FLOAT: Kind = {"kind": "float"}
 INT8: Kind = {"kind": "int8"}
+SPARSE: Kind = {"kind": "sparse"}
 # How a linear layer may hold its weights, and what each says of itself beside "kind".
 KINDS: dict[str, dict[str, schema.Check]] = {
     "float": {},
     "int8": {},
+    "sparse": {},
     "codebook": {"values": schema.one_of(*CODEBOOK_SIZES), "group_size": schema.nullable(schema.integer(1, 2**20))},
 }
 
@@ -57,7 +59,7 @@ class _Config(QuantizationConfigMixin):
 
     @property
     def is_float(self) -> bool:
-        """Whether all linear layers and tables are plain ones."""
+        """Whether all linear layers and tables compute with floats, each its own."""
         raise NotImplementedError
 
     @property
@@ -96,7 +98,7 @@ class CompressionConfig(_Config):
 
     @property
     def is_float(self) -> bool:
-        return all(kind == FLOAT for kind in (self.linear, self.embeddings, *self.linears.values()))
+        return all(kind in (FLOAT, SPARSE) for kind in (self.linear, self.embeddings, *self.linears.values()))
 
     @property
     def int8_embeddings(self) -> bool:

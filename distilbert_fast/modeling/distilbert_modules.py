@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
 from distilbert_fast.embeddings import Int8Embedding
-from distilbert_fast.layers import QUANTIZED_LINEARS, Tokens, head_masks, is_token, traced
+from distilbert_fast.layers import Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
 from distilbert_fast.modeling.snapshot import is_patched
 from distilbert_fast.modeling.structure import NAME
@@ -31,6 +31,7 @@ from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding
 from distilbert_fast.ops.layer_norm import layer_norm
 from distilbert_fast.ops.linear import linear
+from distilbert_fast.sparse import LINEARS
 
 hf: Any = modeling_distilbert
 
@@ -225,13 +226,12 @@ _FORWARDS: dict[type, Any] = {
         TransformerBlock,
         DistilBertSelfAttention,
         FFN,
-        *QUANTIZED_LINEARS,
+        *LINEARS,
         Int8Embedding,
         nn.Dropout,
         nn.Embedding,
         nn.Identity,
         nn.LayerNorm,
-        nn.Linear,
         nn.ModuleDict,
         nn.ModuleList,
         nn.ParameterDict,

@@ -26,9 +26,10 @@ from distilbert_fast.modeling.architectures import (
 )
 from distilbert_fast.modeling.snapshot import loose_tensors
 from distilbert_fast.ops import _check
+from distilbert_fast.sparse import LINEARS
 
 _OWNERS = ("torch", "transformers", "distilbert_fast")
-_LINEARS, _NORMS, _DROPOUTS = (nn.Linear, *QUANTIZED_LINEARS), (nn.LayerNorm,), (nn.Dropout, nn.Identity)
+_NORMS, _DROPOUTS = (nn.LayerNorm,), (nn.Dropout, nn.Identity)
 _OTHERS = (nn.Embedding, Int8Embedding, nn.ModuleList, nn.GELU, GELUActivation)
 _DECODES = ("is_decoder", "add_cross_attention", "is_causal")  # settings of a config
 _GELUS = (nn.functional.gelu, "none")  # what ``_activation`` finds in GELUActivation and in nn.GELU
@@ -162,7 +163,7 @@ def _check_modules(encoder: Any, caller: str) -> None:
         if name.split(".")[0] == "pooler":
             continue
         kind, is_dropout = type(module), "dropout" in name.rpartition(".")[2]
-        allowed = _DROPOUTS if is_dropout else (*_LINEARS, *_NORMS, *_OTHERS)
+        allowed = _DROPOUTS if is_dropout else (*LINEARS, *_NORMS, *_OTHERS)
         if kind not in allowed and (is_dropout or kind.__module__ not in homes):
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
         for method in METHODS:
@@ -185,7 +186,7 @@ def _reach(module: Any, path: str, caller: str, place: str) -> Any:
 
 def _check_part(module: Any, place: str, is_norm: bool, caller: str) -> None:
     """Raise TypeError for a linear layer or a LayerNorm that is another module, or a LayerNorm without parameters."""
-    allowed = _NORMS if is_norm else _LINEARS
+    allowed = _NORMS if is_norm else LINEARS
     if type(module) not in allowed:
         names = " or ".join(sorted({kind.__name__ for kind in allowed}, reverse=True))
         _check.refuse(caller, place, names, _class(module), TypeError)

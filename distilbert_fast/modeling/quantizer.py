@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from distilbert_fast.modeling.compression_config import (
     FLOAT,
     INT8,
     METHOD,
+    SPARSE,
     CodebookConfig,
     CompressionConfig,
     Int8Config,
@@ -47,19 +48,32 @@ from distilbert_fast.modeling.stored_weights import (
     check_files,
     decisive,
     opened,
+    values_left,
 )
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
+from distilbert_fast.sparse import LINEARS, PackedSparseLinear, SparseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AnyConfig: TypeAlias = CompressionConfig | Int8Config | CodebookConfig
 
+
+class Chooser(Protocol):
+    """What says how each linear layer is to hold its weights, as these configs do."""
+
+    def kind_of(self, name: str, prefix: str, inside: bool) -> Kind: ...
+
+    @property
+    def is_float(self) -> bool: ...
+
+
 # Compressing ---------------------------------------------------------------------------------------------------------
 
 
 QKV = ("query", "key", "value")
+_FLOATS = (nn.Linear, SparseLinear)
 Chosen = TypeVar("Chosen", bound=Int8Config | CodebookConfig)
 
 
@@ -90,7 +104,8 @@ def quantize_linears(
             model.set_submodule(name, module)
     earlier: Any = getattr(model.config, "quantization_config", None)
     structure = getattr(earlier, "structure", None)
-    if isinstance(config, Int8Config) and structure is None and not config.embeddings:
+    sparse = any(isinstance(module, SparseLinear) for module in model.modules())
+    if isinstance(config, Int8Config) and structure is None and not (config.embeddings or sparse):
         return _mark(model, config)
     usual = INT8 if isinstance(config, Int8Config) else config.kind
     return _mark(model, _of_format_2(model, structure, usual, config.int8_embeddings))
@@ -115,7 +130,7 @@ def compressed_modules(
         projections = [part(encoder, layer, which) for which in QKV]
         groups |= dict.fromkeys(projections, tuple(name for name, linear, _ in linears if linear in projections))
 
-    def convert(one: tuple[str, nn.Linear, Kind]) -> nn.Module:
+    def convert(one: tuple[str, Any, Kind]) -> nn.Module:
         name, linear, kind = one
         return converted(linear, kind, importance.get(name), 1, seen.get(name, ()))
 
@@ -142,7 +157,7 @@ def _with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str)
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
 
     encoder = find_encoder(model, caller)
-    named = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
+    named = {module: name for name, module in model.named_modules() if type(module) in _FLOATS}
     left = list(config.modules_to_not_convert)
     for skipped in left:
         if not any(part_of(skipped, name) for name in named.values()):
@@ -164,7 +179,7 @@ def _of_format_2(
     inside = {id(module) for module in encoder_layers(model.base_model).modules()}
     linears = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, *QUANTIZED_LINEARS)):
+        if isinstance(module, LINEARS):
             kind = kind_of(module)
             if kind != (usual if id(module) in inside else FLOAT):
                 linears[name.removeprefix(f"{model.base_model_prefix}.")] = dict(kind)
@@ -179,6 +194,15 @@ def record_structure(model: Model) -> Model:
     model.config.__dict__.pop("pruned_heads", None)  # where earlier versions kept it
     left = structure_of(model.base_model)
     return _mark(model, CompressionConfig(structure=[{"heads": list(heads), "ffn": ffn} for heads, ffn in left]))
+
+
+def hold_sparse(model: Model, masks: Mapping[str, torch.Tensor], caller: str) -> Model:
+    """Leave float linear layers only the weights in their masks, bool [F, C] by dotted names; in place."""
+    check_float(model, caller)
+    for name, mask in masks.items():
+        model.set_submodule(name, SparseLinear.from_linear(model.get_submodule(name), mask))
+    structure = getattr(getattr(model.config, "quantization_config", None), "structure", None)
+    return _mark(model, _of_format_2(model, structure, SPARSE, False))
 
 
 def _mark(model: Model, config: CompressionConfig | Int8Config) -> Model:
@@ -196,25 +220,32 @@ def _as_quantized(model: Model, config: AnyConfig) -> Model:
     return model
 
 
-def linears_of(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Linear, Kind]]:
-    """The float linear layers that ``config`` says are none, with their dotted names in ``model``."""
+def linears_of(model: PreTrainedModel, config: Chooser, caller: str) -> Iterator[tuple[str, Any, Kind]]:
+    """The float linear layers, dense or sparse, that ``config`` means, with their dotted names in ``model``."""
     # Not above: this module is imported in the middle of transformers' own import, before any of its models can be.
     from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder
 
     encoder = find_encoder(model, caller)
-    for module in model.modules():
-        if isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding)):
-            _check.refuse(caller, "model", "a float model", f"one that is {kind_of(module)['kind']} already")
+    check_float(model, caller)
     check_weights(encoder, None if config.is_float else "int8", caller)
     inside = {id(module) for module in encoder_layers(encoder).modules()}
     words = encoder.get_input_embeddings().weight
     float_ones = (model.get_output_embeddings(), getattr(encoder, PROJECTION, None))
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module in float_ones or module.weight is words:
+        if type(module) not in _FLOATS or module in float_ones or module.weight is words:
             continue
         kind = config.kind_of(name, model.base_model_prefix, id(module) in inside)
+        if type(module) is SparseLinear and kind not in (FLOAT, INT8, SPARSE):
+            _check.refuse(caller, name, f"dense to be made {kind['kind']}", "a layer that is sparse")
         if kind != FLOAT:
             yield name, module, kind
+
+
+def check_float(model: PreTrainedModel, caller: str) -> None:
+    """Refuse a model that holds codes in place of weights. Raises ValueError."""
+    for module in model.modules():
+        if isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding)):
+            _check.refuse(caller, "model", "a float model", f"one that is {kind_of(module)['kind']} already")
 
 
 def _tables(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Embedding]]:
@@ -301,11 +332,11 @@ class Int8Quantizer(HfQuantizer):
             tensors = {file: stack.enter_context(opened(file)) for file in files}
             if config:
                 check_config(model.config, config, tensors)
-            self._make_places(model, config)
+            self._make_places(model, config, tensors)
             if checkpoint_files is not None:
                 check_files(model, tensors, settings.get("structure") is not None)
 
-    def _make_places(self, model: PreTrainedModel, path: Path | None) -> None:
+    def _make_places(self, model: PreTrainedModel, path: Path | None, files: Mapping[str, Any]) -> None:
         """Give a model the layers that its tensors fit."""
         from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
         from distilbert_fast.modeling.structure import LayerStructure, restructure
@@ -324,7 +355,8 @@ class Int8Quantizer(HfQuantizer):
                 refuse_file(path, f"quantization_config: linears must name linear layers, got {name!r}")
             del given.linears[name]  # of a head that this model does not have
         for name, linear, kind in linears_of(model, given, METHOD):
-            model.set_submodule(name, empty(linear, kind))
+            left = values_left(model, name, linear, files) if kind == SPARSE else 0
+            model.set_submodule(name, empty(linear, kind, left))
         if given.int8_embeddings and path is not None and (why := _tied(model)) is not None:
             refuse_file(path, f"quantization_config: embeddings must be float for {why}, got int8")
         for name, table in list(_tables(model, given, METHOD)):
@@ -333,6 +365,9 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             return self._quantize(model)
+        for module in list(model.modules()):
+            if isinstance(module, PackedSparseLinear):
+                module.unpack()
         return _as_quantized(_saved_whole(model), self.quantization_config)
 
     def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -14,14 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import CHECKSUM, FileError, check_seal, refuse_file, regular_size
-from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.compression_config import METHOD
-from distilbert_fast.modeling.linear_kinds import stored_dtypes
+from distilbert_fast.modeling.linear_kinds import STORED_OTHERWISE, stored_dtypes
 from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
+from distilbert_fast.sparse import PackedSparseLinear, mask_fault, unpack_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,12 +92,7 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Any], pruned: bool) 
     Raises:
         FileError: a ValueError that names the file.
     """
-    prefix = f"{model.base_model_prefix}."  # of a task model: its checkpoint may be read without the head
-    places = {  # of a tensor: file, the same opened, its name in it
-        name.removeprefix(prefix): (file, tensors, name)
-        for file, tensors in files.items()
-        for name in tensors.keys()  # noqa: SIM118, it is no dict
-    }
+    prefix, places = _places(model, files)
     wanted = {  # of a tensor that compression has changed: the dtypes that it may have, and its like
         f"{name}.{part}": (stored_dtypes(layer, part), x)
         for name, layer in _compressed(model, pruned)
@@ -109,7 +103,36 @@ def check_files(model: PreTrainedModel, files: Mapping[str, Any], pruned: bool) 
             raise FileError(f"{METHOD}: {', '.join(map(str, files))} lacks {name}")
     for name, (dtypes, tensor) in wanted.items():
         _check_tensor(*places[name.removeprefix(prefix)], dtypes, tensor)
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedSparseLinear):
+            file, tensors, full = places[f"{name}.weight".removeprefix(prefix)]
+            packed = tensors.get_tensor(full)
+            if (why := mask_fault(packed, layer.values.shape, layer.out_features, layer.in_features)) is not None:
+                refuse_file(file, f"{full.removesuffix('weight')}{why}")
     _check_unused(model, {name.removeprefix(prefix) for name in wanted}, places, prefix)
+
+
+def values_left(model: PreTrainedModel, name: str, linear: nn.Linear, files: Mapping[str, Any]) -> int:
+    """How many weights of a sparse layer the mask in the files says are left; 0 where there is none that fits."""
+    prefix, places = _places(model, files)
+    if (place := places.get(f"{name}.weight".removeprefix(prefix))) is None:
+        return 0
+    packed = place[1].get_tensor(place[2])
+    fits = packed.dtype == torch.uint8 and list(packed.shape) == [1, linear.out_features, -(-linear.in_features // 8)]
+    return int(unpack_mask(packed[0], linear.in_features).sum()) if fits else 0
+
+
+def _places(model: PreTrainedModel, files: Mapping[str, Any]) -> tuple[str, dict[str, tuple[str, Any, str]]]:
+    """What names of the encoder's tensors begin with, and by the rest: file, the same opened, the name in it.
+
+    The checkpoint of a task model may be read without its head, whose names then lack that beginning.
+    """
+    prefix = f"{model.base_model_prefix}."
+    return prefix, {
+        name.removeprefix(prefix): (file, tensors, name)
+        for file, tensors in files.items()
+        for name in tensors.keys()  # noqa: SIM118, it is no dict
+    }
 
 
 def _compressed(model: PreTrainedModel, pruned: bool) -> Iterator[tuple[str, nn.Module]]:
@@ -118,7 +141,7 @@ def _compressed(model: PreTrainedModel, pruned: bool) -> Iterator[tuple[str, nn.
 
     inside = {id(module) for module in encoder_layers(find_encoder(model, METHOD)).modules()} if pruned else set()
     for name, module in model.named_modules():
-        known = isinstance(module, (*QUANTIZED_LINEARS, Int8Embedding))
+        known = isinstance(module, STORED_OTHERWISE)
         if known or (type(module) is nn.Linear and id(module) in inside):
             yield name, module
 
@@ -132,7 +155,7 @@ def _check_unused(model: PreTrainedModel, taken: Set[str], places: Mapping[str, 
     floats = {name.removeprefix(prefix) for name in model.state_dict()} - taken
     for name, (file, tensors, full) in places.items():
         ours = name in floats or (name.startswith(f"{inside}.") and name not in taken)
-        dtype, kind = {"I8": ("int8", "int8"), "U8": ("uint8", "codebook")}.get(
+        dtype, kind = {"I8": ("int8", "int8"), "U8": ("uint8", "codebook or sparse")}.get(
             tensors.get_slice(full).get_dtype(), ("", "")
         )
         if ours and kind:

@@ -121,13 +121,17 @@ class ResumableTrainer(Trainer):
     def resume_settings(self) -> dict[str, Any]:
         """What must be the same to resume: all that shapes the course of training. Subclasses add theirs.
 
-        How often to log, evaluate and save may change between a run and its continuation.
+        How often to log, evaluate and save may change between a run and its continuation. A callback adds what its
+        ``resume_settings()``, if it has one, returns.
         """
-        return {
+        settings = {
             **describe_arguments(self.args),
             "model": describe_model(self.model),
             "train_dataset": describe_dataset(self.train_dataset),
         }
+        for callback in self.callback_handler.callbacks:
+            settings |= getattr(callback, "resume_settings", dict)()
+        return settings
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """Path of the checkpoint to go on from, checked; None to start."""
@@ -166,6 +170,8 @@ class ResumableTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, "finish", lambda model: None)(self.model)
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, logged[-1] if logged else math.nan, {})
 

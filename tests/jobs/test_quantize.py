@@ -10,11 +10,13 @@ import transformers
 from demo_input import bert, sentences, tsv
 from typer.testing import CliRunner
 
+from distilbert_fast import SparsityConfig, prune_connections
 from distilbert_fast.cli import app
 from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.jobs.quantize import quantize
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.compression_config import Int8Config
+from distilbert_fast.sparse import SparseLinear
 
 TEXTS = [text for text, _ in sentences(20, 3)]
 
@@ -89,6 +91,17 @@ def test_without_texts_and_with_exceptions(model, tmp_path):
     assert lines[3] == "not compared: no --calibration was given"
     _, read = logits(tmp_path / "int8")
     assert sum(isinstance(module, Int8Linear) for module in read.modules()) == 5
+
+
+def test_a_sparse_model(model, tmp_path):
+    sparse = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    prune_connections(sparse, SparsityConfig(amount=0.8)).save_pretrained(tmp_path / "sparse")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "sparse")
+    done = run(tmp_path / "sparse", "-o", tmp_path / "int8", "--keep", "layer.0")
+    assert done.exit_code == 0, done.output
+    _, read = logits(tmp_path / "int8")
+    kinds = [sum(isinstance(module, kind) for module in read.modules()) for kind in (Int8Linear, SparseLinear)]
+    assert kinds == [6, 6] and "left float: bert.encoder.layer.0.attention.self.query, " in done.stdout
 
 
 def test_budget(model, texts, tmp_path):

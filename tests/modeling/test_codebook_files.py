@@ -270,7 +270,7 @@ def test_settings_that_cannot_be(kind, message, saved):
         ({"linear": {"kind": "int8"}}, "lacks bert.encoder.layer.0.attention.self.query.weight_scale"),
         (
             {"linear": {"kind": "float"}},
-            "is uint8, but the model that config.json describes has no codebook layer there",
+            "is uint8, but the model that config.json describes has no codebook or sparse layer there",
         ),
     ],
 )
