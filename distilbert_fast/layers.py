@@ -252,7 +252,11 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_linear(
-        cls, linear: nn.Linear, mean: torch.Tensor | None = None, mean_square: torch.Tensor | None = None
+        cls,
+        linear: nn.Linear,
+        mean: torch.Tensor | None = None,
+        mean_square: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> Int8Linear:
         """Quantize the weights of ``linear``.
 
@@ -262,9 +266,11 @@ class Int8Linear(nn.Module):
                 bias takes back: b − (Ŵ − W) E[x]. Nagel, van Baalen, Blankevoort, Welling: arXiv:1906.04721, §4.2.
             mean_square: E[x²], float32 [C]: scales are those of the least error of the outputs, see ``fit_scale``.
                 None: the largest weight of each row gets the code 127.
+            scale: float32 [F], instead of those.
         """
         made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
-        scale = None if mean_square is None else fit_scale(linear.weight, mean_square)
+        if scale is None and mean_square is not None:
+            scale = fit_scale(linear.weight, mean_square)
         codes, made.weight_scale = quantize(linear.weight, scale)  # [F, C], [F]
         made.weight, made.bias = nn.Parameter(codes[None], requires_grad=False), linear.bias
         if mean is not None and linear.bias is not None:

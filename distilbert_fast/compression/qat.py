@@ -1,4 +1,4 @@
-"""Train the weights of layers that will share values: float ones, which compute as the shared ones that they become.
+"""Train float weights that compute as what they become: int8 ones (see lsq.py), or ones that share values,
 
     y = x · Ŵᵀ + b,    Ŵ = shared values of W        ∂W = ∂Ŵ (straight through)
 
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distilbert_fast.compression.lsq import LsqLinear
 from distilbert_fast.layers import CodebookLinear
-from distilbert_fast.modeling.compression_config import CodebookConfig
-from distilbert_fast.modeling.quantizer import linears_of
+from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
+from distilbert_fast.modeling.quantizer import linears_of, with_whole_projections
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
@@ -52,24 +53,40 @@ class SharingLinear(nn.Linear):
         return CodebookLinear.from_linear(self, self.num_values, self.group_size).dequantized()
 
 
-def prepare_qat(model: Model, config: CodebookConfig, every: int = 100) -> Model:
-    """Let the layers that ``config`` means compute with shared values while their float weights are trained; in place.
+def prepare_qat(model: Model, config: Int8Config | CodebookConfig, every: int = 100) -> Model:
+    """Let the layers that ``config`` means compute as int8 ones, or with shared values, while their float weights are
+    trained; in place.
 
     Train the model as any other, with transformers' Trainer or ``DistillationTrainer``: its parameters, state and files
-    are those of the float model. ``quantize_model(model, config)`` then makes the layers what they computed as.
+    are those of the float model, and for int8 the scales of rows, which are trained too (see ``LsqLinear``).
+    Activations are quantized as in ``quantize_model``, each token by its own scale. ``quantize_model(model, config)``
+    then makes the layers what they computed as: the same codes and scales, the same answers.
 
     Args:
-        every: forward passes in training after which the values, and which weight has which, are found again. Between
-            them they stay while the weights move.
+        every: for shared values, forward passes in training after which they, and which weight has which, are found
+            again. Between them they stay while the weights move.
 
     Raises:
-        TypeError, ValueError: as ``quantize_model`` does; an ``every`` below 1.
+        TypeError, ValueError: as ``quantize_model`` does; layers that are sparse; int8 embeddings, which are not
+            trained so; an ``every`` below 1.
     """
-    if not isinstance(config, CodebookConfig):
-        _check.refuse("prepare_qat", "config", "a CodebookConfig", type(config).__name__, TypeError)
+    if not isinstance(config, (Int8Config, CodebookConfig)):
+        expected = "an Int8Config or a CodebookConfig"
+        _check.refuse("prepare_qat", "config", expected, type(config).__name__, TypeError)
     if not isinstance(every, int) or every < 1:
         _check.refuse("prepare_qat", "every", "an integer of 1 or more", repr(every))
-    for _, linear, kind in linears_of(model, config, "prepare_qat"):
+    if any(isinstance(module, (LsqLinear, SharingLinear)) for module in model.modules()):
+        _check.refuse("prepare_qat", "model", "one that is not prepared yet", "one that is")
+    if config.int8_embeddings:
+        _check.refuse("prepare_qat", "config.embeddings", "False: tables are quantized after training", True)
+    layers = list(linears_of(model, with_whole_projections(model, config, "prepare_qat"), "prepare_qat"))
+    for name, linear, _ in layers:
+        if type(linear) is not nn.Linear:
+            _check.refuse("prepare_qat", name, "an nn.Linear", type(linear).__name__, TypeError)
+    for _, linear, kind in layers:
+        if isinstance(config, Int8Config):
+            LsqLinear.adopt(linear)
+            continue
         sharing: Any = linear
         sharing.__class__ = SharingLinear
         sharing.num_values, sharing.group_size = kind["values"], kind["group_size"]
@@ -77,9 +94,17 @@ def prepare_qat(model: Model, config: CodebookConfig, every: int = 100) -> Model
     return model
 
 
+def learned_scales(model: Any) -> dict[str, torch.Tensor]:
+    """The scales of rows of the layers that ``prepare_qat`` made compute as int8, float32 [F], by dotted names."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LsqLinear)]
+    return {name: layer.weight_scale.detach() for name, layer in layers}
+
+
 def finish_qat(model: Model) -> Model:
     """Make the layers of ``prepare_qat`` plain ones again, in place."""
-    for module in model.modules():
+    for module in list(model.modules()):
+        if isinstance(module, LsqLinear):
+            module.release()
         if type(module) is SharingLinear:
             for name in ("num_values", "group_size", "every", "calls", "shared", "seen"):
                 delattr(module, name)

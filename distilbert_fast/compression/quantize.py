@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from distilbert_fast.compression.activations import moments
 from distilbert_fast.compression.fisher import smoothed, squared_gradients
-from distilbert_fast.compression.qat import finish_qat
+from distilbert_fast.compression.qat import finish_qat, learned_scales
 from distilbert_fast.compression.sensitivity import exceptions
 from distilbert_fast.modeling.calibration import batches
-from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
+from distilbert_fast.modeling.compression_config import INT8, CodebookConfig, Int8Config
+from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
 from distilbert_fast.modeling.quantizer import linear_names, linears_of, quantize_linears
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
@@ -76,9 +79,11 @@ def quantize_model(
         _check.positive(OP, "budget", budget)
         if calibration is None or not isinstance(config, Int8Config):
             _check.refuse(OP, "budget", "None without calibration, and for shared values", budget)
+    scales = learned_scales(model)
+    _check_trained(model, config, scales, calibration is None)
     finish_qat(model)
     if calibration is None:
-        return quantize_linears(model, config, OP)
+        return quantize_linears(model, config, OP, scales=scales)
     if isinstance(config, CodebookConfig):
         weights = {name: linear.weight for name, linear, _ in linears_of(model, config, OP)}
         importance = squared_gradients(model, batches(calibration, model, tokenizer, OP), weights)
@@ -91,3 +96,18 @@ def quantize_model(
         left = [name.removeprefix(f"{model.base_model_prefix}.") for name in left]  # as read without the task head
         config = replace(config, modules_to_not_convert=[*config.modules_to_not_convert, *left])
     return quantize_linears(model, config, OP, seen=seen)
+
+
+def _check_trained(
+    model: Model, config: Int8Config | CodebookConfig, scales: Mapping[str, torch.Tensor], uncalibrated: bool
+) -> None:
+    """Refuse to make of layers that were trained as int8 anything else than what they compute as."""
+    if not scales:
+        return
+    if not uncalibrated:
+        _check.refuse(OP, "calibration", "None after prepare_qat, which trained the scales", "one")
+    inside = set(encoder_layers(find_encoder(model, OP)).modules())
+    for name in scales:
+        kind = config.kind_of(name, model.base_model_prefix, model.get_submodule(name) in inside)
+        if kind != INT8:
+            _check.refuse(OP, f"config of {name}", "int8, as which it was trained", kind["kind"])

@@ -241,6 +241,8 @@ _FORWARDS: dict[type, Any] = {
 # What others put in, which computes each row on its own too or looks at none.
 _BLIND = {
     ("peft.tuners.lora.layer", "Linear"),
+    ("distilbert_fast.compression.lsq", "LsqLinear"),
+    ("distilbert_fast.compression.qat", "SharingLinear"),
     ("transformers.utils.output_capturing", "output_capturing_hook"),
     ("transformers.modeling_utils", "make_inputs_require_grads"),
     ("accelerate.hooks", "AlignDevicesHook"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -48,18 +48,18 @@ def converted(
     kind: Kind,
     importance: torch.Tensor | None,
     threads: int | None,
-    seen: Sequence[torch.Tensor] = (),
+    given: Mapping[str, torch.Tensor],
 ) -> nn.Module:
     """``linear`` as int8 or with shared values.
 
     Args:
         importance, threads: as for ``CodebookLinear.from_linear``, alone.
-        seen: mean and mean_square for ``Int8Linear.from_linear``, alone, or none.
+        given: scale, or mean and mean_square, for ``Int8Linear.from_linear`` alone; or nothing.
     """
     if isinstance(linear, SparseLinear):
         linear = linear.dense()
     if kind["kind"] == "int8":
-        return Int8Linear.from_linear(linear, *seen)
+        return Int8Linear.from_linear(linear, **given)
     return CodebookLinear.from_linear(linear, kind["values"], kind["group_size"], importance, threads)
 
 

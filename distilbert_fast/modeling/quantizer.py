@@ -90,15 +90,17 @@ def quantize_linears(
     caller: str,
     importance: Mapping[str, torch.Tensor] | None = None,
     seen: Mapping[str, Moments] | None = None,
+    scales: Mapping[str, torch.Tensor] | None = None,
 ) -> Model:
     """Turn the layers that ``config`` means into what it says, in place, and mark the model as quantized.
 
     Args:
         importance: of the weights of layers, by their dotted names: what a squared error of each counts, for codebooks.
         seen: what layers read, by the same names, for int8; see ``Int8Linear.from_linear``.
+        scales: of rows, float32 [F], where they are known, by the same names, for int8.
     """
-    config = _with_whole_projections(model, config, caller)
-    made = run_aside(lambda: compressed_modules(model, config, caller, importance or {}, seen or {}))
+    config = with_whole_projections(model, config, caller)
+    made = run_aside(lambda: compressed_modules(model, config, caller, importance or {}, seen or {}, scales))
     for modules in made.values():
         for name, module in modules:
             model.set_submodule(name, module)
@@ -117,12 +119,13 @@ def compressed_modules(
     caller: str,
     importance: Mapping[str, torch.Tensor],
     seen: Mapping[str, Moments],
+    scales: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[tuple[str, ...], list[tuple[str, nn.Module]]]:
     """The modules that ``quantize_linears`` puts in place, each with its dotted name, by the names of those that go
     together: query, key and value of a layer, and the tables."""
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
 
-    encoder, config = find_encoder(model, caller), _with_whole_projections(model, config, caller)
+    encoder, config = find_encoder(model, caller), with_whole_projections(model, config, caller)
     linears = list(linears_of(model, config, caller))
     tables = list(_tables(model, config, caller))
     groups: dict[nn.Module, tuple[str, ...]] = {linear: (name,) for name, linear, _ in linears}
@@ -132,7 +135,10 @@ def compressed_modules(
 
     def convert(one: tuple[str, Any, Kind]) -> nn.Module:
         name, linear, kind = one
-        return converted(linear, kind, importance.get(name), 1, seen.get(name, ()))
+        given = seen[name]._asdict() if name in seen else {}
+        if scales is not None and name in scales:
+            given = {"scale": scales[name]}
+        return converted(linear, kind, importance.get(name), 1, given)
 
     threads = 1 if isinstance(config, Int8Config) else torch.get_num_threads()  # shared by layers, not within one
     with ThreadPoolExecutor(threads, "distilbert_fast") if threads > 1 else contextlib.nullcontext() as pool:
@@ -149,10 +155,10 @@ def compressed_modules(
 
 def linear_names(model: PreTrainedModel, config: Int8Config, caller: str) -> list[str]:
     """The dotted names of the linear layers that ``quantize_linears`` would turn into others. Raises as it does."""
-    return [name for name, _, _ in linears_of(model, _with_whole_projections(model, config, caller), caller)]
+    return [name for name, _, _ in linears_of(model, with_whole_projections(model, config, caller), caller)]
 
 
-def _with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str) -> Chosen:
+def with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str) -> Chosen:
     """The same where query, key and value of a layer are of one kind: the engine multiplies them at once."""
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
 

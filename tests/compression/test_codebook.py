@@ -245,7 +245,7 @@ def test_distillation_trains_both(change, tmp_path):
 
 def test_what_prepare_qat_refuses():
     for arguments, error, message in (
-        (("int8",), TypeError, "config must be a CodebookConfig, got str"),
+        (("int8",), TypeError, "config must be an Int8Config or a CodebookConfig, got str"),
         ((CONFIG, 0), ValueError, "every must be an integer of 1 or more, got 0"),
     ):
         with pytest.raises(error) as caught:
