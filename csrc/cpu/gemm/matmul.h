@@ -32,6 +32,20 @@ inline void matmul_chain(const float* a, int64_t row, int64_t step, const float*
   }
 }
 
+// The same, added up from 0 first. A function of its own: beside sums of before there are not registers enough, and the
+// compiler would leave in memory what the inner loop adds to.
+template <int R>
+[[gnu::noinline]] void matmul_next_chain(const float* a, int64_t row, int64_t step, const float* b, int64_t b_stride,
+                                         int64_t depth, Vec (&low)[R], Vec (&high)[R]) {
+  Vec more_low[R], more_high[R];
+  for (int r = 0; r < R; ++r) more_low[r] = more_high[r] = broadcast(0);
+  matmul_chain<R>(a, row, step, b, b_stride, depth, more_low, more_high);
+  for (int r = 0; r < R; ++r) {
+    low[r] = add(low[r], more_low[r]);
+    high[r] = add(high[r], more_high[r]);
+  }
+}
+
 template <int R, class Sums, class Out>
 inline void matmul_tile(MatmulA a, const float* b, int64_t b_stride, int64_t depth, int64_t row, int64_t column,
                         const Sums& sums, const Out& out) {
@@ -40,17 +54,20 @@ inline void matmul_tile(MatmulA a, const float* b, int64_t b_stride, int64_t dep
   a.data += row * a.row;
   b += column;
   matmul_chain<R>(a.data, a.row, a.step, b, b_stride, smaller(depth, kMatmulDepth), low, high);
-  for (int64_t i = kMatmulDepth; i < depth; i += kMatmulDepth) {
-    Vec more_low[R], more_high[R];
-    for (int r = 0; r < R; ++r) more_low[r] = more_high[r] = broadcast(0);
-    matmul_chain<R>(a.data + i * a.step, a.row, a.step, b + i * b_stride, b_stride, smaller(depth - i, kMatmulDepth),
-                    more_low, more_high);
-    for (int r = 0; r < R; ++r) {
-      low[r] = add(low[r], more_low[r]);
-      high[r] = add(high[r], more_high[r]);
-    }
+  if (depth <= kMatmulDepth) {
+    for (int r = 0; r < R; ++r) out(row + r, column, low[r], high[r]);
+    return;
   }
-  for (int r = 0; r < R; ++r) out(row + r, column, low[r], high[r]);
+  Vec all_low[R], all_high[R];  // in memory
+  for (int r = 0; r < R; ++r) {
+    all_low[r] = low[r];
+    all_high[r] = high[r];
+  }
+  for (int64_t i = kMatmulDepth; i < depth; i += kMatmulDepth) {
+    matmul_next_chain<R>(a.data + i * a.step, a.row, a.step, b + i * b_stride, b_stride,
+                         smaller(depth - i, kMatmulDepth), all_low, all_high);
+  }
+  for (int r = 0; r < R; ++r) out(row + r, column, all_low[r], all_high[r]);
 }
 
 template <int R, class Sums, class Out>
