@@ -43,9 +43,11 @@ def gate(rounds: int) -> Table:
             accelerator = optimize(model, precision)._accelerator
             packed, gates, calls = type(accelerator).current, [], []
 
-            def timed(encoder: Any, self: Any = accelerator, packed: Any = packed, gates: Any = gates) -> Any:
+            def timed(
+                encoder: Any, tokens: int, self: Any = accelerator, packed: Any = packed, gates: Any = gates
+            ) -> Any:
                 start = time.perf_counter()
-                found = packed(self, encoder)
+                found = packed(self, encoder, tokens)
                 gates.append(time.perf_counter() - start)
                 return found
 

@@ -150,9 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Fingerprint>(m, "Fingerprint", "Hashes of memory, (address, bytes) each, which must outlive it")
       .def(py::init<std::vector<Fingerprint::Region>, int64_t>(), py::call_guard<py::gil_scoped_release>())
-      .def("matches_sample", &Fingerprint::matches_sample, py::call_guard<py::gil_scoped_release>(),
-           "Whether some of the memory, another part with every call, is what it was")
-      .def("samples", &Fingerprint::samples, "How many such calls see all of it")
+      .def("matches_samples", &Fingerprint::matches_samples, py::call_guard<py::gil_scoped_release>(),
+           "Whether so many samples of the memory, other ones with every call, are what they were, on some threads")
+      .def("samples", &Fingerprint::samples, "How many see all of it")
       .def("matches", &Fingerprint::matches, py::call_guard<py::gil_scoped_release>(), "Whether all of it is");
 
   py::class_<TreeWatch>(
@@ -162,15 +162,16 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<const std::vector<TreeWatch::Dictionary>&, const std::vector<PyObject*>&,
                     std::vector<TreeWatch::Attribute>, const std::vector<PyObject*>&>())
       .def(
-          "holds", [](TreeWatch& watch) { return watch.holds(nullptr, 1).tree; },
+          "holds", [](TreeWatch& watch) { return watch.holds(nullptr, 0, 1).tree; },
           "Whether entries, classes and what torch counts of tensors are what they were")
       .def(
           "holds_with",
-          [](TreeWatch& watch, Fingerprint* memory, int threads) {
-            const TreeWatch::Found found = watch.holds(memory, threads);
+          [](TreeWatch& watch, Fingerprint* memory, int64_t count, int threads) {
+            const TreeWatch::Found found = watch.holds(memory, count, threads);
             return std::make_pair(found.tree, found.memory);
           },
-          "That, and whether a sample of a Fingerprint's memory is what it was (None: no memory), on some threads");
+          "That, and whether so many samples of a Fingerprint's memory are what they were (None: no memory), on some"
+          " threads");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");

@@ -164,10 +164,10 @@ def availability(name: str) -> Availability:
     return Availability(True, how)
 
 
-def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:
+def fingerprint(tensors: Sequence[torch.Tensor], blocks: int) -> Any:
     """Hashes of the bytes of CPU tensors, to learn of writes that torch does not count (csrc/cpu/watch/fingerprint.h).
 
-    Of large tensors a sample compares some ``lines`` cache lines. Whoever asks it keeps their storages alive.
+    Of large tensors a sample compares some ``blocks`` blocks of 128 bytes. Whoever asks it keeps their storages alive.
     """
 
     def span(tensor: torch.Tensor) -> int:
@@ -175,7 +175,7 @@ def fingerprint(tensors: Sequence[torch.Tensor], lines: int) -> Any:
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return (steps + 1) * tensor.element_size() if tensor.numel() > 0 else 0
 
-    return cpu().Fingerprint([(tensor.data_ptr(), span(tensor)) for tensor in tensors], lines)
+    return cpu().Fingerprint([(tensor.data_ptr(), span(tensor)) for tensor in tensors], blocks)
 
 
 def run_aside(work: Callable[[], T]) -> T:

@@ -203,14 +203,14 @@ def test_the_tree_and_its_bytes_on_threads(threads):
     snapshot.watch(own_tensors(layer(model).ffn.lin1), [])
     assert snapshot.look(model) == (True, None)
     for _ in range(3):
-        assert snapshot.glance(model, threads) == (True, None)
+        assert snapshot.glance(model, 16, threads) == (True, None)
     layer(model).ffn.lin1.bias.detach().numpy()[3] += 1  # torch counts no such write; small tensors are compared whole
     assert snapshot.look(model) == (True, None)
-    assert snapshot.glance(model, threads) == (False, None)
+    assert snapshot.glance(model, 16, threads) == (False, None)
     layer(model).ffn.lin1.bias.detach().numpy()[3] -= 1
-    assert snapshot.glance(model, threads) == (True, None)
+    assert snapshot.glance(model, 16, threads) == (True, None)
     layer(model).ffn.lin2.weight.data = torch.zeros(8, 16)
-    assert snapshot.glance(model, threads) == (False, None)
+    assert snapshot.glance(model, 16, threads) == (False, None)
 
 
 def test_tensors_without_torchs_functions():

@@ -100,11 +100,11 @@ class Accelerator:
         self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
         self._calibrated = True
 
-    def current(self, encoder: PreTrainedModel) -> _Packed | str:
-        """The weights that the encoder has now, packed; or why its own forward must run."""
+    def current(self, encoder: PreTrainedModel, tokens: int) -> _Packed | str:
+        """The weights that the encoder has now, packed, for a call of so many tokens; or why its own forward must run."""
         packed = self._packed
         if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
-            holds, why = packed.snapshot.glance(encoder, torch.get_num_threads())
+            holds, why = packed.snapshot.glance(encoder, tokens, torch.get_num_threads())
             if holds:
                 return why or packed
         with self._lock:
@@ -138,8 +138,8 @@ class Accelerator:
             warn_once(
                 "optimize: weights were written in a way that torch does not count (through parameter.data, NumPy or"
                 " another process) and are packed again. Each call compares some of the bytes,"
-                f" {fingerprint.samples()} calls compare all, so a write of few numbers may have been noticed late."
-                " After such a write call optimize(model) again"
+                f" {fingerprint.samples()} calls or fewer compare all, so a write of few numbers may have been noticed"
+                " late. After such a write call optimize(model) again"
             )
         return False
 

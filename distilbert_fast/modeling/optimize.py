@@ -251,7 +251,7 @@ def _encode(
     refused = why_not(given, names, self.config._attn_implementation, attentions, hidden_states, honoured)
     if refused is None and given["input_ids"].is_cpu and ("head_mask" not in given or honoured):
         refused = without_vectors()
-    current = refused or accelerator.current(self)
+    current = refused or accelerator.current(self, given["input_ids"].numel())
     if isinstance(current, str):
         return current
     snapshot, engine = current

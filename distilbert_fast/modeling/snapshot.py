@@ -12,7 +12,8 @@ from torch import nn
 from distilbert_fast import backends
 from distilbert_fast.modeling.architectures import METHODS, TENSORS
 
-_LINES = 256  # cache lines of a small model that a sample compares: some 20 µs
+_BLOCKS = 120  # of 128 bytes, which a sample of a small model compares: some 5 µs
+_TOKENS = 16  # of a call, for each of which that is a small part of its time
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
@@ -68,7 +69,7 @@ class Snapshot:
         self._set = [get(module) for get, module in self._settings]
         if backends.availability("cpu").ok and all(tensor.device.type == "cpu" for tensor in copied):
             self._storages = [tensor.untyped_storage() for tensor in copied]  # not freed while their bytes are read
-            self.fingerprint = backends.fingerprint(copied, _LINES)
+            self.fingerprint = backends.fingerprint(copied, _BLOCKS)
 
     def look(self, root: nn.Module) -> tuple[bool, str | None]:
         """Whether this is the tree that was read, with its settings and with nothing written that torch counts; and why
@@ -87,15 +88,17 @@ class Snapshot:
             self._seen = sight._replace(obstacle=obstacle)
         return True, obstacle
 
-    def glance(self, root: nn.Module, threads: int) -> tuple[bool, str | None]:
-        """``look``, and whether some of the bytes, others with every call, are what they were."""
+    def glance(self, root: nn.Module, tokens: int, threads: int) -> tuple[bool, str | None]:
+        """``look``, and whether some of the bytes, others with every call, are what they were: more of them for a call of
+        more tokens."""
+        samples = max(tokens // _TOKENS, 1)
         seen = self._seen
         if seen is not None and seen.root is vars(root):
-            tree, memory = seen.watch.holds_with(self.fingerprint, threads)
+            tree, memory = seen.watch.holds_with(self.fingerprint, samples, threads)
             if tree:
                 return memory, seen.obstacle
         holds, obstacle = self.look(root)
-        return holds and (self.fingerprint is None or self.fingerprint.matches_sample(threads)), obstacle
+        return holds and (self.fingerprint is None or self.fingerprint.matches_samples(samples, threads)), obstacle
 
     def _sight(self, root: nn.Module) -> _Sight | None:
         """None where the native module is not built, and for what is no tree of dictionaries and plain tensors."""

@@ -15,7 +15,7 @@ INT8 = 0  # the code of its layout in csrc/cpu/gemm/gemm.h
 _VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a stacked weight
 
 
-_LINES = 32  # cache lines of a weight that each call compares: a microsecond or two
+_BLOCKS = 16  # of 128 bytes of a weight, which each call compares: a microsecond or two
 
 
 class Packed(NamedTuple):
@@ -51,9 +51,9 @@ def packed_int8(w_q: torch.Tensor) -> Packed:
     with _lock:
         packs = _packs.get(owner)
         pack = None if packs is None else packs.get(key)
-    if pack is None or not pack.fingerprint.matches_sample(1):
+    if pack is None or not pack.fingerprint.matches_samples(1, 1):
         # Hashed before it is packed: a write meanwhile shows at the next call.
-        fingerprint = backends.fingerprint([w_q], _LINES)
+        fingerprint = backends.fingerprint([w_q], _BLOCKS)
         blob = _pack_int8(w_q)
         matches = backends.cpu().LayerMatches(blob.data_ptr(), blob.numel(), *w_q.shape)
         pack = _Pack(Packed(blob, matches), w_q.untyped_storage(), fingerprint)

@@ -478,17 +478,38 @@ def test_every_byte_is_seen():
     torch.manual_seed(0)
     for shape, samples in (((5,), 1), ((300, 301), 17), ((1000, 1001), 127)):
         linear = torch.nn.Linear(shape[-1], shape[0]) if len(shape) == 2 else torch.nn.LayerNorm(shape)
-        fingerprint = backends.fingerprint(own_tensors(linear), 256)
+        fingerprint = backends.fingerprint(own_tensors(linear), 128)
         count = fingerprint.samples()
         assert count <= samples and fingerprint.matches()
         raw = linear.weight.data.view(-1).view(torch.uint8)
         for place in [0, raw.numel() - 1, *torch.randint(raw.numel(), (30,)).tolist()]:
-            assert all(fingerprint.matches_sample(1 + i % 2) for i in range(count))
+            assert all(fingerprint.matches_samples(1, 1 + i % 2) for i in range(count))
             raw[place] ^= 1 << (place % 8)
             assert not fingerprint.matches()
-            assert not all(fingerprint.matches_sample(1 + i % 2) for i in range(count))
+            assert not all(fingerprint.matches_samples(1, 1 + i % 2) for i in range(count))
             raw[place] ^= 1 << (place % 8)
         assert fingerprint.matches()
+
+
+def test_a_quarter_of_any_tensor_is_seen_at_once():
+    small, large = torch.zeros(300, 100), torch.zeros(1 << 22)
+    fingerprint = backends.fingerprint([small, large], 64)
+    assert fingerprint.samples() == 2039  # of the large one; most samples would have no line of the small one
+    for tensor in (small, large):
+        for quarter in tensor.view(4, -1):
+            quarter += 1
+            assert not any(fingerprint.matches_samples(1, 1 + i % 2) for i in range(50))
+            quarter -= 1
+            assert all(fingerprint.matches_samples(1, 1 + i % 2) for i in range(50))
+
+
+def test_as_many_samples_as_were_asked_for():
+    weight = torch.zeros(1000, 1000)
+    fingerprint = backends.fingerprint([weight], 128)
+    weight[500, 500] = 1
+    assert fingerprint.samples() == 127
+    assert [fingerprint.matches_samples(32, 2) for _ in range(8)].count(False) in (2, 3)
+    assert not any(fingerprint.matches_samples(count, 1) for count in (127, 128, 1 << 40))
 
 
 def test_strided_and_empty_weights():
@@ -496,8 +517,8 @@ def test_strided_and_empty_weights():
     wide = torch.randn(30, 100)
     linear.weight = torch.nn.Parameter(wide[:, 7:47])
     linear.empty = torch.nn.Parameter(torch.empty(0, 3))
-    fingerprint = backends.fingerprint(own_tensors(linear), 256)
-    assert fingerprint.matches() and fingerprint.matches_sample(2)
+    fingerprint = backends.fingerprint(own_tensors(linear), 128)
+    assert fingerprint.matches() and fingerprint.matches_samples(1, 2)
     wide[29, 46] += 1
     assert not fingerprint.matches()
     native = backends.cpu().Fingerprint

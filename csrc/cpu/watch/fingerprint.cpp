@@ -12,12 +12,13 @@ namespace distilbert_fast {
 namespace {
 
 using Region = Fingerprint::Region;
-constexpr int64_t kLine = Fingerprint::kLine;
+constexpr int64_t kLine = 64, kBlock = Fingerprint::kBlock;
 // A prime, so that one set meets all columns of a matrix, however long its rows are.
-constexpr int64_t kStrides[] = {Fingerprint::kLargestStride, 1021, 509, 251, 127, 61, 31, 17, 7, 3, 1};
+constexpr int64_t kStrides[] = {
+    Fingerprint::kLargestStride, 8191, 4093, 2039, 1021, 509, 251, 127, 61, 31, 17, 7, 3, 1};
 constexpr double kGolden = 0.6180339887;  // of all sets from one sample to the next: neighbours lie far apart
 constexpr int64_t kRegionsOfPart = 8;
-constexpr int64_t kAhead = 24;  // lines that are on their way from memory
+constexpr int64_t kAhead = 24;  // blocks that are on their way from memory
 
 // A change of one word always changes the sum: its factor is odd.
 inline uint64_t sum_of_line(const uint8_t* line) {
@@ -33,151 +34,150 @@ inline uint64_t sum_of_line(const uint8_t* line) {
   }
   return sum;
 }
-inline uint32_t fold(uint64_t sum) { return static_cast<uint32_t>(sum ^ sum >> 32); }
+int64_t blocks_of(const Region& region) { return (region.bytes + kBlock - 1) / kBlock; }
 
-int64_t lines_of(const Region& region) { return (region.bytes + kLine - 1) / kLine; }
-
-uint64_t sum_at(const Region& region, int64_t line) {
-  const int64_t begin = line * kLine;
-  if (begin + kLine <= region.bytes) return sum_of_line(region.data + begin);
-  uint8_t last[kLine] = {};
-  std::memcpy(last, region.data + begin, static_cast<size_t>(region.bytes - begin));
-  return sum_of_line(last);
-}
-
-uint32_t hash_of(const Region& region) {
+// Of bytes in order, zeros after the end.
+uint64_t hash_of(const uint8_t* data, int64_t bytes) {
   uint64_t hash = 0;
-  for (int64_t i = 0; i < lines_of(region); ++i) hash = (hash ^ sum_at(region, i)) * 0x9fb21c651e98df25;
-  return fold(hash);
+  const auto add = [&](const uint8_t* line) { hash = (hash ^ sum_of_line(line)) * 0x9fb21c651e98df25; };
+  int64_t i = 0;
+  for (; i + kLine <= bytes; i += kLine) add(data + i);
+  if (i < bytes) {
+    uint8_t last[kLine] = {};
+    std::memcpy(last, data + i, static_cast<size_t>(bytes - i));
+    add(last);
+  }
+  return hash ^ hash >> 32;
 }
 
-// Lines to be compared, each kAhead lines after memory was asked for it.
-class LinesAhead {
- public:
-  struct Line {
-    const Region* region;
-    int64_t line;
-    uint32_t hash;
-  };
-  // False if the line that leaves the queue for this one has changed.
-  bool add(const Line& line) {
-    __builtin_prefetch(line.region->data + line.line * kLine);
-    Line& place = lines_[added_++ % kAhead];
-    const Line oldest = std::exchange(place, line);
-    return added_ <= kAhead || matches(oldest);
-  }
-  // False if one of those that are still in the queue has changed.
-  bool finish() const {
-    return std::all_of(lines_, lines_ + std::min(added_, kAhead), [](const Line& line) { return matches(line); });
-  }
+uint64_t hash_of(const Region& region) { return hash_of(region.data, region.bytes); }
 
- private:
-  static bool matches(const Line& line) { return fold(sum_at(*line.region, line.line)) == line.hash; }
+// Of a block, to be added to those of others; where it lies counts.
+uint64_t term_of(const Region& region, int64_t block) {
+  const int64_t begin = block * kBlock;
+  return hash_of(region.data + begin, std::min(kBlock, region.bytes - begin)) * static_cast<uint64_t>(2 * block + 1);
+}
 
-  Line lines_[kAhead];
-  int64_t added_ = 0;
-};
+void prefetch(const uint8_t* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
+}
 
-// Lines set, set + stride, … of n: how many, and how many are in the sets before.
-int64_t count_of(int64_t n, int64_t stride, int64_t set) { return n / stride + (set < n % stride ? 1 : 0); }
-int64_t count_before(int64_t n, int64_t stride, int64_t set) { return n / stride * set + std::min(set, n % stride); }
+// The largest stride, up to a limit, of which so many blocks of n are multiples.
+int64_t stride_for(int64_t n, int64_t blocks, int64_t limit) {
+  return *std::find_if(std::begin(kStrides), std::end(kStrides) - 1,
+                       [&](int64_t stride) { return stride <= limit && n / stride >= blocks; });
+}
+
+// Which set of blocks a sample is.
+int64_t set_of(int64_t sample, int64_t stride) {
+  const auto step = static_cast<int64_t>(static_cast<double>(stride) * kGolden) | 1;
+  return sample * step % stride;
+}
 
 }  // namespace
 
-// test(line, its place among the hashes) of every line, until one is false.
-template <class Test>
-bool Fingerprint::all_lines(const Region& region, const Test& test) const {
-  const int64_t n = lines_of(region), quotient = n / stride_, rest = n % stride_;
-  for (int64_t first = 0, row = 0; first < n; first += stride_, ++row) {
-    const int64_t sets = std::min(stride_, n - first);
-    for (int64_t set = 0; set < sets; ++set) {
-      if (!test(first + set, static_cast<size_t>(quotient * set + std::min(set, rest) + row))) return false;
-    }
-  }
-  return true;
-}
-
-Fingerprint::Fingerprint(std::vector<Region> regions, int64_t lines) {
+Fingerprint::Fingerprint(std::vector<Region> regions, int64_t blocks) {
   int64_t all = 0;
   for (const Region& region : regions) {
     if (region.bytes < 0) refuse("Fingerprint", "bytes must be 0 or more", std::to_string(region.bytes));
     if (region.bytes > 0 && region.data == nullptr) refuse("Fingerprint", "data must point to memory", "null");
-    const bool small = region.bytes <= kWhole;
-    (small ? small_ : large_).push_back(region);
-    all += small ? 0 : lines_of(region);
-  }
-  for (const int64_t stride : kStrides) {
-    stride_ = stride;
-    if (all / stride >= lines) break;
-  }
-  for (const Region& region : small_) small_hashes_.push_back(hash_of(region));
-  for (const Region& region : large_) {
-    std::vector<uint32_t> hashes(static_cast<size_t>(lines_of(region)));
-    all_lines(region, [&](int64_t line, size_t at) {
-      hashes[at] = fold(sum_at(region, line));
-      return true;
-    });
-    large_hashes_.push_back(std::move(hashes));
-  }
-}
-
-bool Fingerprint::small_matches(size_t i) const {
-  if (i + 1 < small_.size()) {
-    const Region& next = small_[i + 1];
-    for (int64_t line = 0; line < std::min(lines_of(next), kAhead); ++line)
-      __builtin_prefetch(next.data + line * kLine);
-  }
-  return hash_of(small_[i]) == small_hashes_[i];
-}
-
-bool Fingerprint::sample_matches(size_t begin, size_t end, int64_t set) const {
-  LinesAhead ahead;
-  for (size_t i = begin; i < end; ++i) {
-    const Region& region = large_[i];
-    const int64_t n = lines_of(region), count = count_of(n, stride_, set);
-    const uint32_t* wanted = large_hashes_[i].data() + count_before(n, stride_, set);
-    for (int64_t k = 0; k < count; ++k) {
-      if (!ahead.add({&region, set + k * stride_, wanted[k]})) return false;
+    if (region.bytes <= kWhole) {
+      small_.push_back({region, hash_of(region)});
+    } else {
+      large_.push_back({region, 1, 0});
+      all += blocks_of(region);
     }
   }
-  return ahead.finish();
+  const int64_t shared = stride_for(all, blocks, kLargestStride);
+  for (Large& large : large_) {
+    large.stride = stride_for(blocks_of(large.region), kBlocksOfRegion, shared);
+    samples_ = std::max(samples_, large.stride);
+  }
+  sums_.resize(static_cast<size_t>(samples_ * parts_of_large()));
+  for (size_t i = 0; i < large_.size(); ++i) {
+    auto& [region, stride, hash] = large_[i];
+    std::vector<uint64_t> sums(static_cast<size_t>(stride));  // set by set
+    for (int64_t block = 0; block < blocks_of(region); ++block) {
+      sums[static_cast<size_t>(block % stride)] += term_of(region, block);
+    }
+    hash = hash_of(region);
+    uint64_t* out = sums_.data() + i / kRegionsOfPart;
+    for (int64_t sample = 0; sample < samples_; ++sample, out += parts_of_large()) {
+      *out += sums[static_cast<size_t>(set_of(sample, stride))];
+    }
+  }
 }
 
-int64_t Fingerprint::begin_sample() {
-  const uint64_t call = calls_.fetch_add(1, std::memory_order_relaxed);
-  const auto step = static_cast<uint64_t>(static_cast<double>(stride_) * kGolden) | 1;
-  return static_cast<int64_t>(call * step % static_cast<uint64_t>(stride_));
+int64_t Fingerprint::parts_of_large() const {
+  return (static_cast<int64_t>(large_.size()) + kRegionsOfPart - 1) / kRegionsOfPart;
 }
 
 int64_t Fingerprint::parts() const {
-  return (static_cast<int64_t>(large_.size() + small_.size()) + kRegionsOfPart - 1) / kRegionsOfPart;
+  return parts_of_large() + (static_cast<int64_t>(small_.size()) + kRegionsOfPart - 1) / kRegionsOfPart;
 }
 
-bool Fingerprint::part_matches(int64_t part, int64_t sample) const {
-  const size_t begin = static_cast<size_t>(part * kRegionsOfPart);
-  const size_t end = std::min(begin + kRegionsOfPart, large_.size() + small_.size());
-  const size_t split = std::clamp(large_.size(), begin, end);
-  bool matches = sample_matches(begin, split, sample);
-  for (size_t i = split; i < end && matches; ++i) matches = small_matches(i - large_.size());
-  return matches;
+// Each block kAhead blocks after memory was asked for it.
+uint64_t Fingerprint::sum_of(int64_t part, int64_t sample) const {
+  struct Place {
+    const Region* region;
+    int64_t block;
+  } places[kAhead];
+  uint64_t sum = 0;
+  int64_t added = 0;
+  const auto begin = static_cast<size_t>(part * kRegionsOfPart);
+  for (size_t i = begin; i < std::min(begin + kRegionsOfPart, large_.size()); ++i) {
+    const auto& [region, stride, hash] = large_[i];
+    for (int64_t block = set_of(sample, stride); block < blocks_of(region); block += stride) {
+      prefetch(region.data + block * kBlock, std::min(kBlock, region.bytes - block * kBlock));
+      Place& place = places[added % kAhead];
+      if (added++ >= kAhead) sum += term_of(*place.region, place.block);
+      place = {&region, block};
+    }
+  }
+  for (int64_t i = 0; i < std::min(added, kAhead); ++i) sum += term_of(*places[i].region, places[i].block);
+  return sum;
 }
 
-bool Fingerprint::matches_sample(int threads) {
-  const int64_t sample = begin_sample();
+bool Fingerprint::small_matches(size_t i) const {
+  if (i + 1 < small_.size()) prefetch(small_[i + 1].region.data, std::min(small_[i + 1].region.bytes, kAhead * kLine));
+  return hash_of(small_[i].region) == small_[i].hash;
+}
+
+Fingerprint::Samples Fingerprint::begin_samples(int64_t count) {
+  count = std::clamp<int64_t>(count, 1, samples_);
+  return {calls_.fetch_add(static_cast<uint64_t>(count), std::memory_order_relaxed), count};
+}
+
+bool Fingerprint::part_matches(int64_t part, const Samples& samples) const {
+  if (part < parts_of_large()) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      const auto sample =
+          static_cast<int64_t>((samples.first + static_cast<uint64_t>(i)) % static_cast<uint64_t>(samples_));
+      if (sum_of(part, sample) != sums_[static_cast<size_t>(sample * parts_of_large() + part)]) return false;
+    }
+    return true;
+  }
+  const auto begin = static_cast<size_t>((part - parts_of_large()) * kRegionsOfPart);
+  for (size_t i = begin; i < std::min(begin + kRegionsOfPart, small_.size()); ++i) {
+    if (!small_matches(i)) return false;
+  }
+  return true;
+}
+
+bool Fingerprint::matches_samples(int64_t count, int threads) {
+  const Samples samples = begin_samples(count);
   std::atomic<bool> same{true};
   parallel_rows(parts(), 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
-      if (!part_matches(i, sample)) same.store(false, std::memory_order_relaxed);
+      if (!part_matches(i, samples)) same.store(false, std::memory_order_relaxed);
     }
   });
   return same.load(std::memory_order_relaxed);
 }
 
 bool Fingerprint::matches() const {
-  for (size_t i = 0; i < large_.size(); ++i) {
-    const Region& region = large_[i];
-    const auto same = [&](int64_t line, size_t at) { return fold(sum_at(region, line)) == large_hashes_[i][at]; };
-    if (!all_lines(region, same)) return false;
+  for (const Large& large : large_) {
+    if (hash_of(large.region) != large.hash) return false;
   }
   for (size_t i = 0; i < small_.size(); ++i) {
     if (!small_matches(i)) return false;

@@ -1,9 +1,13 @@
-// Has memory changed that anybody may write? Hashes of its cache lines, a few of which are compared at a time.
+// Has memory changed that anybody may write? Hashes of all of it, and of samples, a few of which are compared at a
+// time.
 //
-// A region of up to kWhole bytes is compared whole every time. Of the larger ones together some `lines` lines are, or
-// one in kLargestStride where that is more: every stride-th line, another set of them each time, so that `stride` calls
-// see every line, and each sees a change of stride lines on end. What a sample costs is the pages it touches, none of
-// them in the caches or the TLB: some 70 ns, which threads share.
+// A region of up to kWhole bytes is in every sample. Of a larger one a sample has every stride-th block, another set of
+// them each time, so that `stride` samples have every block, and each shows a change of stride blocks on end. All
+// larger regions have one stride, the largest that gives some `blocks` blocks in all, at most kLargestStride, but for
+// those of which it would give less than kBlocksOfRegion: a change of a quarter of a region shows at once, however
+// small it is. What a sample costs is the pages that it touches, none of them in the caches or the TLB: some 140 ns
+// each, which threads share. The other lines of a block, and one number to compare for kRegionsOfPart regions, cost
+// next to nothing.
 #pragma once
 
 #include <atomic>
@@ -19,32 +23,48 @@ class Fingerprint {
     const uint8_t* data;
     int64_t bytes;
   };
-  static constexpr int64_t kLine = 64, kWhole = 1 << 16, kLargestStride = 2039;
+  static constexpr int64_t kBlock = 128, kWhole = 1 << 16, kLargestStride = 16381, kBlocksOfRegion = 4;
 
   // Throws std::invalid_argument for a null address or a negative size. The regions must outlive it.
-  Fingerprint(std::vector<Region> regions, int64_t lines);
+  Fingerprint(std::vector<Region> regions, int64_t blocks);
 
-  // Whether the next sample of the memory is what it was. Safe to call from several threads.
-  bool matches_sample(int threads);
-  // The same in parts that threads share: begin_sample() for a call, then part_matches of each of parts().
-  int64_t begin_sample();
+  // Some samples on end.
+  struct Samples {
+    uint64_t first;
+    int64_t count;
+  };
+
+  // Whether the next `count` samples of the memory are what they were. Safe to call from several threads.
+  bool matches_samples(int64_t count, int threads);
+  // The same in parts that threads share: begin_samples() for a call, then part_matches of each of parts().
+  Samples begin_samples(int64_t count);
   int64_t parts() const;
-  bool part_matches(int64_t part, int64_t sample) const;
+  bool part_matches(int64_t part, const Samples& samples) const;
   // How many samples see all of it.
-  int64_t samples() const { return stride_; }
+  int64_t samples() const { return samples_; }
   // Whether all of it is.
   bool matches() const;
 
  private:
-  bool small_matches(std::size_t i) const;
-  bool sample_matches(std::size_t begin, std::size_t end, int64_t set) const;
-  template <class Test>
-  bool all_lines(const Region& region, const Test& test) const;
+  // Of more than kWhole bytes.
+  struct Large {
+    Region region;
+    int64_t stride;  // a prime
+    uint64_t hash;   // of all of it
+  };
+  struct Small {
+    Region region;
+    uint64_t hash;
+  };
 
-  int64_t stride_ = 1;  // a prime
-  std::vector<Region> small_, large_;
-  std::vector<uint32_t> small_hashes_;
-  std::vector<std::vector<uint32_t>> large_hashes_;  // of a region, set by set
+  int64_t parts_of_large() const;
+  uint64_t sum_of(int64_t part, int64_t sample) const;
+  bool small_matches(std::size_t i) const;
+
+  int64_t samples_ = 1;
+  std::vector<Large> large_;
+  std::vector<Small> small_;
+  std::vector<uint64_t> sums_;  // [samples, parts_of_large]
   std::atomic<uint64_t> calls_{0};
 };
 

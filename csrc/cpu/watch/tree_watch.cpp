@@ -97,8 +97,8 @@ bool TreeWatch::part_holds(int64_t part) {
   return true;
 }
 
-TreeWatch::Found TreeWatch::holds(Fingerprint* memory, int threads) {
-  const int64_t sample = memory == nullptr ? 0 : memory->begin_sample();
+TreeWatch::Found TreeWatch::holds(Fingerprint* memory, int64_t count, int threads) {
+  const Fingerprint::Samples samples = memory == nullptr ? Fingerprint::Samples{0, 0} : memory->begin_samples(count);
   const int64_t parts_of_memory = memory == nullptr ? 0 : memory->parts();
   std::atomic<int64_t> next{0}, next_of_memory{0};
   std::atomic<bool> tree_holds{true}, memory_holds{true};
@@ -113,7 +113,7 @@ TreeWatch::Found TreeWatch::holds(Fingerprint* memory, int threads) {
     check(next, parts(), tree_holds, [&](int64_t i) { return part_holds(i); });
     if (size > 1) barrier.wait(size);
     if (!tree_holds.load(std::memory_order_relaxed)) return;  // memory is read only where tensors still have it
-    check(next_of_memory, parts_of_memory, memory_holds, [&](int64_t i) { return memory->part_matches(i, sample); });
+    check(next_of_memory, parts_of_memory, memory_holds, [&](int64_t i) { return memory->part_matches(i, samples); });
   });
   return {tree_holds.load(), tree_holds.load() && memory_holds.load()};
 }

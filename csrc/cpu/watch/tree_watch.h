@@ -32,11 +32,11 @@ class TreeWatch {
 
   // Whether every dictionary has the entries of its copy, every object the class and the __dict__ that it had, every
   // attribute its value, and every tensor the memory and the version that it had. If so and `memory` is not null, also
-  // whether the next sample of it is what it was. Needs the GIL, and keeps it: threads share the work.
+  // whether the next `count` samples of it are what they were. Needs the GIL, and keeps it: threads share the work.
   struct Found {
     bool tree, memory;
   };
-  Found holds(Fingerprint* memory, int threads);
+  Found holds(Fingerprint* memory, int64_t count, int threads);
 
  private:
   struct Watched {
