@@ -101,7 +101,7 @@ class Accelerator:
         self._calibrated = True
 
     def current(self, encoder: PreTrainedModel, tokens: int) -> _Packed | str:
-        """The weights that the encoder has now, packed, for a call of so many tokens; or why its own forward must run."""
+        """The weights that it has now, packed, for a call of so many tokens; or why its own forward must run."""
         packed = self._packed
         if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
             holds, why = packed.snapshot.glance(encoder, tokens, torch.get_num_threads())

@@ -89,8 +89,7 @@ class Snapshot:
         return True, obstacle
 
     def glance(self, root: nn.Module, tokens: int, threads: int) -> tuple[bool, str | None]:
-        """``look``, and whether some of the bytes, others with every call, are what they were: more of them for a call of
-        more tokens."""
+        """``look``, and whether some of the bytes are what they were: others with every call, more for more tokens."""
         samples = max(tokens // _TOKENS, 1)
         seen = self._seen
         if seen is not None and seen.root is vars(root):
