@@ -102,11 +102,11 @@ template <>
 struct InLine<KlDivLogits> : InLineFields<KlDivLogits, const void*, const void*, int64_t, int64_t, DType, DType,
                                           const bool*, int64_t, int64_t, double> {};
 template <>
-struct InLine<PackSource> : InLineFields<PackSource, const void*, bool, int64_t, int64_t, const float*, const float*> {
-};
+struct InLine<PackSource>
+    : InLineFields<PackSource, const void*, bool, int64_t, int64_t, const float*, const float*, const uint8_t*> {};
 template <>
 struct InLine<Int8Linear>
-    : InLineFields<Int8Linear, const int8_t*, int64_t, int64_t, const float*, int64_t, const uint8_t*, int64_t,
+    : InLineFields<Int8Linear, const int8_t*, int64_t, int64_t, const float*, int64_t, Weights, const uint8_t*, int64_t,
                    const float*, const float*, int64_t, int64_t, int64_t, bool, const void*, int64_t, bool, void*, int,
                    const float*, int64_t, const LayerMatches*> {};
 template <>
@@ -142,9 +142,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("release_spares", &release_spares, "Free the memory that is kept for the next large outputs; its bytes");
 
   py::class_<LayerMatches>(m, "LayerMatches",
-                           "What int8_linear on AVX2 is faster with: address, bytes, columns, k of a blob")
-      .def(py::init([](Address<const uint8_t> blob, int64_t bytes, int64_t columns, int64_t k) {
-             return std::make_unique<LayerMatches>(blob, bytes, columns, k);
+                           "What int8_linear on AVX2 is faster with: kind, address, bytes, columns, k of a blob")
+      .def(py::init([](Weights kind, Address<const uint8_t> blob, int64_t bytes, int64_t columns, int64_t k) {
+             return std::make_unique<LayerMatches>(kind, blob, bytes, columns, k);
            }),
            py::call_guard<py::gil_scoped_release>());
 
@@ -190,7 +190,8 @@ PYBIND11_MODULE(_cpu, m) {
         }),
         "Gradient from saved softmax statistics and the upstream gradient of each row");
 
-  m.def("packed_bytes", &packed_bytes, "Bytes of packed weights [columns, k]: 0 int8, 1 bfloat16, 2 float32");
+  m.def("packed_bytes", &packed_bytes,
+        "Bytes of packed weights [columns, k]: 0 int8, 1 bfloat16, 2 float32, 3 codebook16");
   m.def("pack_linear", entry(&pack_linear),
         "Lay out a weight matrix, its scales and biases in a blob for the linear kernels");
   m.def("int8_linear", entry(&int8_linear),

@@ -40,8 +40,8 @@ def quantize_model(
 
     int8: each weight row gets its own symmetric scale; activations are quantized in each call, each token by its own
     scale. Shared values: those with the least squared error, exactly (see ``kmeans``); the engine runs them as int8,
-    each row by its own scale, unless a float precision is asked for. LayerNorms and attention stay as they are, and so
-    do embeddings, unless an ``Int8Config`` says so.
+    with a scale for each row, or for each four that share 16 values, unless a float precision is asked for. LayerNorms
+    and attention stay as they are, and so do embeddings, unless an ``Int8Config`` says so.
 
     Args:
         model: one that ``optimize`` takes, or any ELECTRA or ERNIE. ``copy.deepcopy`` it first to keep its floats.

@@ -17,6 +17,7 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import (
+    CODED,
     DTYPES,
     NORMS,
     WEIGHTS,
@@ -26,13 +27,19 @@ from distilbert_fast.engine.native_encoder import (
     packed_bytes,
     whole_panels,
 )
-from distilbert_fast.engine.weights import EncoderModules, LayerModules, float_weight, layer_weights
+from distilbert_fast.engine.weights import EncoderModules, LayerModules, float_weight, has_tables, layer_weights
 from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.ops._rows import parameter
 from distilbert_fast.ops.quantize import quantize
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TABLES = (*_NAMES, torch.int8)
+_STORED: dict[str, tuple[torch.dtype, ...]] = {  # what pack_linear takes for each kind
+    "int8": (torch.int8,),
+    "codebook16": (torch.uint8,),
+    "bf16": (torch.float32, torch.bfloat16),
+    "fp32": (torch.float32,),
+}
 
 
 def pack_model(
@@ -51,8 +58,11 @@ def pack_model(
     alike = len({table.scale is None for table in tables.values()}) == 1
     if not (known and alike) or precision == "fp16" or not backends.availability("cpu").ok:
         return None
-    kinds = [_kinds(layer, precision) for layer in model.layers]
-    floats = {kind for layer in kinds for kind in layer} - {"int8"}
+    heads = tuple(layer.heads_under(mask) for layer, mask in zip(model.layers, masks, strict=True))
+    kinds = [
+        _kinds(layer, precision, len(left), model.head_dim) for layer, left in zip(model.layers, heads, strict=True)
+    ]
+    floats = {kind for layer in kinds for kind in layer} - CODED
     if None in floats or len(floats) > 1 or model.dtype not in _NAMES:
         return None
     shape = EncoderShape(
@@ -62,7 +72,7 @@ def pack_model(
         head_size=model.head_dim,
         num_heads=model.num_heads,
         padding_idx=model.padding_idx,
-        heads=tuple(layer.heads_under(mask) for layer, mask in zip(model.layers, masks, strict=True)),
+        heads=heads,
         ffn=tuple(layer.ffn for layer in model.layers),
         eps=(model.norm.eps, *(getattr(layer, name).eps for layer in model.layers for name in NORMS)),
         scales=((0.0, 0.0),) * len(model.layers),
@@ -71,10 +81,11 @@ def pack_model(
     tensors |= {f"{name}.scale": table.scale.contiguous() for name, table in tables.items() if table.scale is not None}
     memory = _memory(shape)
     for i, (modules, mask) in enumerate(zip(model.layers, masks, strict=True)):
-        layer = layer_weights(modules, model.head_dim, precision, mask)
+        qkv, out, ffn_in, ffn_out = (kind == "codebook16" for kind in shape.kinds[i])
+        layer = layer_weights(modules, model.head_dim, precision, mask, (qkv, out, ffn_in, ffn_out))
         for name, kind in zip(shape.linears(i), shape.kinds[i], strict=True):
-            weight, bias, scale = getattr(layer, name)
-            tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, next(memory))
+            weight, bias, scale, tables = getattr(layer, name)
+            tensors[f"{i}.{name}"] = pack_linear(kind, weight, scale, bias, next(memory), tables)
         for name in NORMS:
             tensors |= _norm(f"{i}.{name}", getattr(modules, name))
         if layer.mask is not None:
@@ -82,14 +93,22 @@ def pack_model(
     return PackedEncoder(shape, tensors)
 
 
-def _kinds(layer: LayerModules, precision: str | None) -> tuple[str | None, ...]:
-    """The kinds of qkv, out, ffn_in and ffn_out in the C++ encoder; None: one that it lacks."""
-    query, key, value, *others = (_packed_precision(linear, precision) for linear in layer.linears)
-    return query if query == key == value else None, *others
+def _kinds(layer: LayerModules, precision: str | None, heads: int, head_dim: int) -> tuple[str | None, ...]:
+    """The kinds of qkv, out, ffn_in and ffn_out in the C++ encoder, with so many heads; None: one that it lacks."""
+    query_linear: Any = layer.query
+    hidden: int = query_linear.in_features
+    depths = (hidden, hidden, hidden, heads * head_dim, hidden, layer.ffn)
+    query, key, value, *others = map(_kind, layer.linears, [precision] * 6, depths)
+    three = {query, key, value}
+    if three == {"codebook16", "int8"} or (three == {"codebook16"} and head_dim % 4 != 0):
+        return "int8", *others
+    return query if len(three) == 1 else None, *others
 
 
-def _packed_precision(linear: Any, precision: str | None) -> str | None:
-    """The precision in which the C++ encoder holds a layer's weights; None: it has none for them."""
+def _kind(linear: Any, precision: str | None, depth: int) -> str | None:
+    """The kind of a layer in the C++ encoder, where `depth` of its inputs are left; None: it has none for them."""
+    if precision in (None, "int8") and has_tables(linear) and depth % 64 == 0:
+        return "codebook16"
     if isinstance(linear, Int8Linear) or precision == "int8":
         return "int8" if precision in (None, "int8") else None
     if precision is None and isinstance(linear, CodebookLinear):
@@ -108,16 +127,18 @@ def with_static_scales(packed: PackedEncoder, model: EncoderModules, largest: to
         model: what it was packed from.
         largest: the magnitudes that ``packed.run`` has seen, see ``PackedEncoder.largest``.
     """
-    tensors, scales, widest = dict(packed.tensors), [], packed.shape.widest[0]
+    tensors, kinds, scales, widest = dict(packed.tensors), [], [], packed.shape.widest[0]
     for i, (layer, heads) in enumerate(zip(model.layers, packed.shape.heads, strict=True)):
         context, gelu = largest[i].tensor_split([widest * packed.shape.head_size])
         linear: Any = layer.ffn_out
-        (_, out, _, ffn_out), scale, ffn = packed.shape.kinds[i], 0.0, packed.shape.ffn[i]
-        if ffn and ffn_out == "int8":
+        (qkv, out, ffn_in, ffn_out), scale, ffn = packed.shape.kinds[i], 0.0, packed.shape.ffn[i]
+        if ffn and ffn_out in CODED:
             found = static_linear(float_weight(linear), linear.bias, gelu[:ffn])
             tensors[f"{i}.ffn_out"], scale, tensors[f"{i}.ffn_factors"] = found
-        scales.append((float(context.amax()) / 127 if heads and out == "int8" else 0.0, scale))
-    return PackedEncoder(packed.shape._replace(scales=tuple(scales)), tensors)
+            ffn_out = "int8"  # of columns that are scaled one by one few values are alike
+        kinds.append((qkv, out, ffn_in, ffn_out))
+        scales.append((float(context.amax()) / 127 if heads and out in CODED else 0.0, scale))
+    return PackedEncoder(packed.shape._replace(kinds=tuple(kinds), scales=tuple(scales)), tensors)
 
 
 def static_linear(
@@ -169,17 +190,20 @@ def pack_linear(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     blob: torch.Tensor | None = None,
+    tables: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A linear layer [F, K] as a blob, uint8 [bytes].
 
     Args:
-        precision: "int8" for codes int8 with scale float32 [F]; "bf16" or "fp32".
-        weight: [F, K], int8, float32 or (for bf16) bfloat16, any strides.
+        precision: "int8" for codes int8 with scale float32 [F]; "codebook16" for codes with tables too; "bf16", "fp32".
+        weight: [F, K], int8, uint8 (for codebook16), float32 or (for bf16) bfloat16, any strides.
         bias: [F] or None.
         blob: where to; None makes one.
+        tables: int8 [F, 16] of which each four rows are alike, for codebook16.
     """
     f, k = weight.shape
-    wanted = {"int8": (torch.int8,), "bf16": (torch.float32, torch.bfloat16), "fp32": (torch.float32,)}[precision]
+    wanted = _STORED[precision]
+    tables = None if tables is None else tables[::4].contiguous()
     if weight.dtype not in wanted:
         weight = weight.to(wanted[0])
     scale, bias = (None if x is None else parameter(x) for x in (scale, bias))
@@ -192,6 +216,7 @@ def pack_linear(
         *weight.stride(),
         address(scale),
         address(bias),
+        address(tables),
         f,
         k,
         blob.data_ptr(),

@@ -22,7 +22,7 @@ from distilbert_fast import backends
 from distilbert_fast.engine import packed_files
 from distilbert_fast.engine.blobs import pack_model, with_static_scales
 from distilbert_fast.engine.cuda_graphs import GRAPHS, Graphs
-from distilbert_fast.engine.native_encoder import PackedEncoder
+from distilbert_fast.engine.native_encoder import CODED, PackedEncoder
 from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
 from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules
 from distilbert_fast.layers import Tokens, head_masks, is_token, token_mask
@@ -83,8 +83,9 @@ class Engine:
             model: its modules.
             precision: "fp32", "bf16" or "fp16": the dtype of the linear layers, attention and what flows
                 between them; "int8": linear layers with int8 codes, one scale a weight row and a token, and
-                between them the dtype of the model. None: as the model is. On a CPU, what flows between layers
-                is float32 also for "bf16", unless the processor multiplies bfloat16 by itself (AMX).
+                between them the dtype of the model. None: as the model is, shared values as int8. On a CPU, what
+                flows between layers is float32 also for "bf16", unless the processor multiplies bfloat16 by itself
+                (AMX).
             head_mask: a fixed factor for each head, [H] or [L, H]. A head with factor 0 is left out of the
                 weights: its columns of QKV and its rows of the output projection.
             graphs: how many CUDA graphs are kept for calls on a GPU; 0 = none, every kernel is launched from the host.
@@ -152,7 +153,7 @@ class Engine:
         packed, model = self.packed, self._model
         if packed is None:
             return self._calibrated_ops(batches)
-        if model is None or not any("int8" in kinds for kinds in packed.shape.kinds):
+        if model is None or not any(CODED & {*kinds} for kinds in packed.shape.kinds):
             _check.refuse(OP, "model", "an int8 one, not from a file, to be calibrated", "another")
         dynamic = pack_model(model, self._precision, self._masks) if any(map(any, packed.shape.scales)) else packed
         assert dynamic is not None

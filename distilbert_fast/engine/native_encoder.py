@@ -15,7 +15,8 @@ from distilbert_fast.engine.weights import OP
 from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
 
-WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2}  # enum Weights of csrc/cpu/gemm/gemm.h
+WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2, "codebook16": 3}  # enum Weights of csrc/cpu/gemm/gemm.h
+CODED = frozenset({"int8", "codebook16"})  # those that read activations as int8 codes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORMS = ("attention_norm", "ffn_norm")
 
@@ -23,7 +24,7 @@ NORMS = ("attention_norm", "ffn_norm")
 class EncoderShape(NamedTuple):
     """The numbers that describe an encoder."""
 
-    kinds: tuple[tuple[str, ...], ...]  # for each layer, of qkv, out, ffn_in and ffn_out: "int8", "bf16" or "fp32"
+    kinds: tuple[tuple[str, ...], ...]  # for each layer, of qkv, out, ffn_in and ffn_out: a key of WEIGHTS
     dtype: str  # of hidden states: "fp32" or "bf16"
     hidden: int
     head_size: int

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distilbert_fast.engine.native_encoder import (
+    CODED,
     DTYPES,
     NORMS,
     WEIGHTS,
@@ -138,10 +139,10 @@ def _check_parts(shape: EncoderShape, tensors: dict[str, torch.Tensor]) -> None:
             _check.refuse("shape", name, f"{wanted} for {layers} layers", len(getattr(shape, name)))
     for i, ((_, *readers), scales) in enumerate(zip(shape.kinds, shape.scales, strict=True)):
         for kind, scale in zip((readers[0], readers[2]), scales, strict=True):
-            if scale != 0 and kind != "int8":
+            if scale != 0 and kind not in CODED:
                 _check.refuse("shape", f"scales[{i}]", f"0 for {kind}", scale)
-    if len({kind for kinds in shape.kinds for kind in kinds} - {"int8"}) > 1:
-        _check.refuse("shape", "kinds", "int8 and one of the others", shape.precision)
+    if len({kind for kinds in shape.kinds for kind in kinds} - CODED) > 1:
+        _check.refuse("shape", "kinds", "int8, codebook16 and one of the others", shape.precision)
     expected = dict(_expected(shape, tensors))
     if lacking := expected.keys() - tensors.keys():
         raise ValueError(f"it lacks {few(sorted(lacking))}")

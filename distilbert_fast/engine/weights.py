@@ -86,11 +86,15 @@ class EncoderModules(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """y = x Wᵀ + b with W = weight [F, C], or W[f] = scale[f] · weight[f] where weight holds int8 codes."""
+    """y = x Wᵀ + b with W = weight [F, C], or W[f] = scale[f] · weight[f] where weight holds int8 codes.
+
+    Where there are tables, weight holds codes uint8 below 16: W[f, c] = scale[f] · tables[f, weight[f, c]].
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None  # float32 [F]
+    tables: torch.Tensor | None = None  # int8 [F, 16], the same for each four rows
 
 
 class Table(NamedTuple):
@@ -122,12 +126,22 @@ class Layer(NamedTuple):
 # How they are made of it ------------------------------------------------------------------------------------
 
 
-def layer_weights(layer: LayerModules, head_dim: int, precision: str | None, mask: torch.Tensor | None) -> Layer:
+def layer_weights(
+    layer: LayerModules,
+    head_dim: int,
+    precision: str | None,
+    mask: torch.Tensor | None,
+    tables: tuple[bool, bool, bool, bool] = (False, False, False, False),
+) -> Layer:
     """One layer in a precision of ``PRECISIONS``, without the heads for which mask [H_l] is 0.
 
     None: as it is, but shared values as int8.
+
+    Args:
+        tables: whether qkv, out, ffn_in and ffn_out, if they ``have_tables``, are to keep their codes.
     """
-    query, key, value, out, ffn_in, ffn_out = (_linear_weights(linear, precision) for linear in layer.linears)
+    coded = (*tables[:1] * 3, *tables[1:])
+    query, key, value, out, ffn_in, ffn_out = map(_linear_weights, layer.linears, [precision] * 6, coded)
     heads = layer.heads_under(mask)
     if mask is not None:
         kept = mask.nonzero().flatten()
@@ -148,13 +162,16 @@ def layer_weights(layer: LayerModules, head_dim: int, precision: str | None, mas
     )
 
 
-def _linear_weights(linear: Any, precision: str | None) -> Linear:
+def _linear_weights(linear: Any, precision: str | None, tables: bool = False) -> Linear:
     """Weights of one linear layer, shared with the module if it has the precision asked for."""
     bias = None if linear.bias is None else linear.bias.detach()
     if isinstance(linear, Int8Linear):
         if precision not in (None, "int8"):
             _check.refuse(OP, "precision", "'int8' or None for a model that holds int8 weights", repr(precision))
         return Linear(linear.codes.detach(), bias, linear.weight_scale)
+    if precision in (None, "int8") and has_tables(linear):
+        coded = _coded_weights(linear)
+        return coded if tables else coded._replace(weight=looked_up(coded), tables=None)
     weight = float_weight(linear)
     if precision is None and isinstance(linear, CodebookLinear):
         precision = "int8"
@@ -165,6 +182,36 @@ def _linear_weights(linear: Any, precision: str | None) -> Linear:
         return Linear(codes, bias, scale)
     dtype = PRECISIONS[precision]
     return Linear(weight.to(dtype), None if bias is None else bias.to(dtype), None)
+
+
+_STRIP = 4  # rows that share a table: of a byte shuffle, whose tables are of 16 bytes, see csrc/cpu/gemm/gemm.h
+
+
+def has_tables(linear: Any) -> bool:
+    """Whether each four rows of a linear layer share at most 16 values."""
+    if not isinstance(linear, CodebookLinear) or linear.values.shape[1] != 16 or linear.out_features % _STRIP:
+        return False
+    return linear.group_size is None or linear.group_size % _STRIP == 0
+
+
+def _coded_weights(linear: CodebookLinear) -> Linear:
+    """Codes as they are and values as int8: four rows have one scale, by which the largest value that they use becomes
+    127."""
+    codes, values = linear.codes, linear.values.detach().to(torch.float32)
+    strips = codes.shape[0] // _STRIP
+    size = linear.group_size or max(codes.shape[0], 1)
+    shared = values[torch.arange(strips, device=values.device) * _STRIP // size]  # [F / 4, 16]
+    used = torch.zeros_like(shared, dtype=torch.bool)
+    used.scatter_(1, codes.reshape(strips, _STRIP * codes.shape[1]).long(), True)
+    tables, scale = quantize(torch.where(used, shared, 0.0))  # [F / 4, 16], [F / 4]
+    bias = None if linear.bias is None else linear.bias.detach()
+    return Linear(codes, bias, scale.repeat_interleave(_STRIP), tables.repeat_interleave(_STRIP, dim=0))
+
+
+def looked_up(linear: Linear) -> torch.Tensor:
+    """The int8 weights [F, C] of a linear layer with tables."""
+    assert linear.tables is not None
+    return linear.tables.gather(1, linear.weight.long())
 
 
 def float_weight(linear: Any) -> torch.Tensor:

@@ -55,7 +55,7 @@ def packed_int8(w_q: torch.Tensor) -> Packed:
         # Hashed before it is packed: a write meanwhile shows at the next call.
         fingerprint = backends.fingerprint([w_q], _BLOCKS)
         blob = _pack_int8(w_q)
-        matches = backends.cpu().LayerMatches(blob.data_ptr(), blob.numel(), *w_q.shape)
+        matches = backends.cpu().LayerMatches(INT8, blob.data_ptr(), blob.numel(), *w_q.shape)
         pack = _Pack(Packed(blob, matches), w_q.untyped_storage(), fingerprint)
         with _lock:
             kept = [(k, p) for k, p in _packs.get(owner, {}).items() if k[0] == version and p.storage is pack.storage]
@@ -67,5 +67,5 @@ def _pack_int8(w_q: torch.Tensor) -> torch.Tensor:
     f, c = w_q.shape
     module = backends.cpu()
     blob = torch.empty(module.packed_bytes(INT8, f, c), dtype=torch.uint8, device="cpu")
-    module.pack_linear(INT8, w_q.data_ptr(), False, *w_q.stride(), 0, 0, f, c, blob.data_ptr(), blob.numel())
+    module.pack_linear(INT8, w_q.data_ptr(), False, *w_q.stride(), 0, 0, 0, f, c, blob.data_ptr(), blob.numel())
     return blob

@@ -17,7 +17,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
 from distilbert_fast.ops._autocast import as_written
 from distilbert_fast.ops._operator import function, operator, triton_kernels
-from distilbert_fast.ops._packed import packed_int8
+from distilbert_fast.ops._packed import INT8, packed_int8
 from distilbert_fast.ops._rows import as_scale
 from distilbert_fast.ops.quantize import quantize_reference
 
@@ -169,7 +169,7 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     backends.cpu().int8_linear(
         *(x_q.data_ptr(), *x_q.stride()),
         *_rows.scale_arguments(x_scale),
-        *(blob.data_ptr(), blob.numel(), w_scale.data_ptr(), _rows.address(bias)),
+        *(INT8, blob.data_ptr(), blob.numel(), w_scale.data_ptr(), _rows.address(bias)),
         *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
         gelu,
         *_rows.matrix_arguments(residual, backends.CPU_DTYPE)[:2],

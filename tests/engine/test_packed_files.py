@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 from mutations import assert_refused_or_same, cut, edited, flipped
-from safetensors import safe_open
+from packed import metadata_of, rewrite
 from safetensors.torch import load_file, save_file
 from tiny_encoder import MASK, V, make
 
@@ -33,20 +33,6 @@ def engine():
 def path(engine, tmp_path):
     engine.save(tmp_path / "engine.safetensors")
     return tmp_path / "engine.safetensors"
-
-
-def metadata_of(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def rewrite(path, tensors=None, **fields):
-    """As an earlier version wrote it: no checksum, other tensors (None: without), other fields of the shape."""
-    held, shape = load_file(path), json.loads(metadata_of(path)["shape"])
-    held = {name: tensor for name, tensor in (held | (tensors or {})).items() if tensor is not None}
-    shape = {name: value for name, value in (shape | fields).items() if value is not ...}
-    path.unlink()
-    save_file(held, path, {"format": FORMAT, "shape": json.dumps(shape)})
 
 
 def refused(path, **arguments):

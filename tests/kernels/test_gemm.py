@@ -20,8 +20,9 @@ library = ctypes.CDLL(backends.cpu().__file__)
 if not hasattr(library, "emulated_gemm"):
     pytest.skip("runs inside the checkouts that test_amx_emulated.py builds", allow_module_level=True)
 
-INT8, BFLOAT16, FLOAT32 = WEIGHTS = (0, 1, 2)
-BLOCK = {INT8: 64, BFLOAT16: 32, FLOAT32: 16}  # elements of K
+INT8, BFLOAT16, FLOAT32, CODEBOOK16 = WEIGHTS = (0, 1, 2, 3)
+BLOCK = {INT8: 64, BFLOAT16: 32, FLOAT32: 16, CODEBOOK16: 64}  # elements of K
+CODED = (INT8, CODEBOOK16)  # whose activations are int8
 GELU, GELU_FAST = 1, 2
 OUT = (torch.float32, torch.bfloat16, torch.uint8)
 FIELDS = (
@@ -60,11 +61,16 @@ class Layer:
     def __post_init__(self):
         (n, k), f = self.x.shape, self.w.shape[0]
         self.k_padded = up(k, BLOCK[self.kind])
-        dtype = {INT8: torch.int8, BFLOAT16: torch.bfloat16, FLOAT32: torch.float32}[self.kind]
-        w = self.w.to(dtype)
+        dtype = {BFLOAT16: torch.bfloat16, FLOAT32: torch.float32}.get(self.kind, torch.int8)
+        w, tables = self.w.to(dtype), torch.zeros(f // 4, 16, dtype=torch.int8)
+        if self.kind == CODEBOOK16:
+            for table, strip in zip(tables, w.split(4), strict=True):
+                values, codes = strip.unique(return_inverse=True)
+                table[: len(values)] = values
+                strip.copy_(codes)
         module = backends.cpu()
         self.blob = torch.empty(module.packed_bytes(self.kind, f, k), dtype=torch.uint8)
-        pointers = self.scale.data_ptr(), self.bias.data_ptr()
+        pointers = self.scale.data_ptr(), self.bias.data_ptr(), tables.data_ptr()
         module.pack_linear(
             self.kind, w.data_ptr(), dtype == torch.float32, k, 1, *pointers, f, k, self.blob.data_ptr(), len(self.blob)
         )
@@ -74,7 +80,7 @@ class Layer:
         a = torch.full((rows, self.k_padded * dtype.itemsize), 255, dtype=torch.uint8)
         a[:n] = 0
         a.view(dtype)[:n, :k] = self.x.to(dtype)
-        if self.kind == INT8:
+        if self.kind in CODED:
             a[:n] ^= library.emulated_code_flip()
         self.a = a
 
@@ -97,15 +103,19 @@ class Layer:
         for begin, end in [[0, self.k_padded]] if ranges is None else ranges:
             chosen[begin * BLOCK[self.kind] : end * BLOCK[self.kind]] = 1
         y = (self.x * chosen[: self.x.shape[1]]) @ self.w.t()
-        if self.kind == INT8:
+        if self.kind in CODED:
             y = y * self.x_scale[:, None].double() * self.scale.double()
         return y + self.bias.double()
 
 
 def layer(kind: int, n: int, k: int, f: int, seed: int = 0, row_begin: int = 0, fill: int | None = None) -> Layer:
     g = torch.Generator().manual_seed(seed)
-    if kind == INT8:
+    if kind == CODEBOOK16:
+        k, f = up(k, 64), up(f, 4)
+    if kind in CODED:
         x, w = (torch.randint(-128, 128, (rows, k), generator=g).double() for rows in (n, f))
+        if kind == CODEBOOK16:
+            w = of_few_values(w, g)
         if fill is not None:
             x, w = torch.full_like(x, fill), torch.full_like(w, fill)
         x_scale, scale = (torch.rand(rows, generator=g) * 0.02 + 1e-3 for rows in (n, f))
@@ -115,11 +125,20 @@ def layer(kind: int, n: int, k: int, f: int, seed: int = 0, row_begin: int = 0, 
     return Layer(kind, x, w, scale, torch.randn(f, generator=g), x_scale, row_begin)
 
 
+def of_few_values(w: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """w [F, K], but each four rows have no other values than 16 of theirs."""
+    strips = w.view(len(w) // 4, -1)
+    chosen = torch.randint(0, strips.shape[1], (len(strips), 16), generator=g)
+    return strips.gather(1, chosen).gather(1, torch.randint(0, 16, strips.shape, generator=g)).view_as(w)
+
+
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize("fill", [None, 127, -128])
-def test_int8_sums_are_exact_for_every_row_count(fill):
+def test_int8_sums_are_exact_for_every_row_count(kind, fill):
     for n in range(1, 131):
         k, f = (1, 3, 37, 64, 65, 129)[n % 6], (1, 5, 32, 33, 71)[n % 5]
-        given = layer(INT8, n, k, f, n, fill=fill)
+        given = layer(kind, n, k, f, n, fill=fill)
+        f = len(given.w)
         given.x_scale.fill_(1.0)
         given.blob.view(torch.float32)[-2 * up(f, 32) :] = 1.0  # scales and biases
         out = torch.empty(n, f)
@@ -141,17 +160,21 @@ def codes(kind: str, rows: int, k: int, g: torch.Generator) -> torch.Tensor:
     return uniform.double()
 
 
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize("of_w", ["uniform", "extreme", "alternating", "limits", "gaussian"])
 @pytest.mark.parametrize("of_x", ["uniform", "extreme", "alternating", "limits"])
-def test_int8_sums_of_any_codes_have_the_same_bits_on_every_tier(of_x, of_w):
+def test_int8_sums_of_any_codes_have_the_same_bits_on_every_tier(kind, of_x, of_w):
     """Those that the exact sums become as float32."""
     g = torch.Generator().manual_seed(0)
-    x, w = codes(of_x, 99, 3100, g), codes(of_w, 70, 3100, g)
-    given = Layer(INT8, x, w, torch.ones(70), torch.zeros(70), torch.ones(99))
-    out = torch.empty(99, 70)
+    k, f = (3100, 70) if kind == INT8 else (3136, 72)
+    x, w = codes(of_x, 99, k, g), codes(of_w, f, k, g)
+    if kind == CODEBOOK16:
+        w = of_few_values(w, g)
+    given = Layer(kind, x, w, torch.ones(f), torch.zeros(f), torch.ones(99))
+    out = torch.empty(99, f)
     for ranges in ([[0, 49]], [[3, 11], [12, 13], [40, 49]]):
         pairs = torch.tensor(ranges, dtype=torch.int32)
-        for rows in (19, 99):
+        for rows in (3, 12, 19, 99):
             given.run(out, blocks=pairs.data_ptr(), block_ranges=len(ranges), row_end=rows)
             assert torch.equal(out[:rows], given.exact(ranges)[:rows].float())
 
@@ -164,6 +187,7 @@ def test_any_call(seed):
     kind, n, k, f = draw.choice(WEIGHTS), draw.randint(1, 100), draw.randint(1, 300), draw.randint(1, 150)
     row_begin = draw.choice([0, draw.randint(0, n - 1)])
     given = layer(kind, n, k, f, seed, row_begin)
+    f = len(given.w)
 
     blocks, panels = given.k_padded // BLOCK[kind], up(f, 32) // 32
     cuts = sorted(draw.sample(range(blocks + 1), min(blocks + 1, draw.choice([0, 2, 4])) // 2 * 2))
@@ -196,7 +220,7 @@ def test_any_call(seed):
         out_factors=0 if factors is None else factors.data_ptr(),
     )  # fmt: skip
 
-    size = given.x.abs() @ given.w.abs().t() if kind != INT8 else want.abs() + 10  # what rounding is relative to
+    size = given.x.abs() @ given.w.abs().t() if kind not in CODED else want.abs() + 10  # what rounding is relative to
     error = 2e-6 * size + (6e-5 * before.abs() + 1.5e-4 if activation == GELU_FAST else 0) + 1e-6
     if dtype == torch.uint8:
         codes = (out.int() ^ flip).to(torch.uint8).view(torch.int8).int()
@@ -222,7 +246,7 @@ def test_no_blocks_leave_the_bias(kind):
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_no_rows_and_no_panels_write_nothing(kind):
-    given, out = layer(kind, 37, 70, 70), torch.full((37, 70), 99.0)
+    given, out = layer(kind, 37, 70, 72), torch.full((37, 72), 99.0)
     given.run(out, row_begin=5, row_end=5)
     given.run(out, panel_begin=2, panel_end=2)
     assert (out == 99).all()
@@ -230,10 +254,10 @@ def test_no_rows_and_no_panels_write_nothing(kind):
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_concurrent_calls_give_the_bits_of_one_alone(kind):
-    given = layer(kind, 45, 300, 70)
-    want = torch.empty(45, 70)
+    given = layer(kind, 45, 300, 72)
+    want = torch.empty(45, 72)
     given.run(want)
-    found = [torch.empty(45, 70) for _ in range(4)]
+    found = [torch.empty(45, 72) for _ in range(4)]
 
     def repeat(out):
         for _ in range(5):
@@ -258,11 +282,11 @@ def test_subnormal_bfloat16_count_as_zero_at_most():
     assert ((out == 0) | (out == 40 * 2.0**-130)).all()
 
 
-@pytest.mark.parametrize("kind", [INT8, BFLOAT16])
+@pytest.mark.parametrize("kind", [INT8, BFLOAT16, CODEBOOK16])
 @pytest.mark.parametrize(("n", "tiles"), [(1, 2), (16, 2), (17, 4), (32, 4), (48, 6), (49, 8)])
 def test_amx_multiplies_no_more_tiles_than_it_must(tier, kind, n, tiles):
     if tier != "amx":
         pytest.skip("of AMX")
     before = library.emulated_multiplications()
-    layer(kind, n, 3 * BLOCK[kind] - 1, 70).run(torch.empty(n, 70))
+    layer(kind, n, 3 * BLOCK[kind] - 1, 72).run(torch.empty(n, 72))
     assert library.emulated_multiplications() - before == tiles * 3 * 3  # blocks of K, panels

@@ -298,7 +298,7 @@ def native_arguments(tensors, result, **changed):
     values = {
         "x": tensors["x_q"].data_ptr(), "x_row_stride": c, "x_column_stride": 1,
         "x_scale": tensors["x_scale"].data_ptr(), "x_scale_stride": 1,
-        "blob": blob.data_ptr(), "blob_bytes": blob.numel(),
+        "kind": _packed.INT8, "blob": blob.data_ptr(), "blob_bytes": blob.numel(),
         "scale": tensors["w_scale"].data_ptr(), "bias": tensors["bias"].data_ptr(),
         "rows": n, "columns": f, "k": c, "gelu": False,
         "residual": tensors["residual"].data_ptr(), "residual_stride": f, "residual_is_bfloat16": False,
@@ -340,6 +340,8 @@ def test_the_result_may_take_the_residuals_place(native_tier):
         ),
         ({"columns": -1}, "pack: columns and k must be 0 or more, got -1 and 67"),
         ({"k": 2**31}, "pack: columns and k must fit in 31 bits, got 33 and 2147483648"),
+        ({"kind": 1}, "int8_linear: weights must be 0 (int8) or 3 (codebook16), got 1"),
+        ({"kind": 3}, "pack: columns must be a multiple of 4 and k one of 64 for codebook16, got 33 and 67"),
         ({"k": 129}, "int8_linear: packed weights must be of 13056 bytes, got 8960"),
         ({"blob_bytes": 7}, "int8_linear: packed weights must be of 8960 bytes, got 7"),
         ({"output": 3}, "int8_linear: output must be 0 (float32), 1 (bfloat16) or 2 (codes), got 3"),
@@ -388,18 +390,81 @@ def test_no_rows_and_no_columns_touch_nothing(native_tier):
 
 def test_the_packer_refuses_before_touching_memory(native_tier):
     w, blob = make_codes(33, 67), torch.full((8960,), 99, dtype=torch.uint8)
-    good = [0, w.data_ptr(), False, 67, 1, 0, 0, 33, 67, blob.data_ptr(), 8960]
+    good = [0, w.data_ptr(), False, 67, 1, 0, 0, 0, 33, 67, blob.data_ptr(), 8960]
     for place, value, message in (
-        (0, 3, "weights must be 0 (int8), 1 (bfloat16) or 2 (float32), got 3"),
+        (0, 4, "weights must be 0 (int8), 1 (bfloat16), 2 (float32) or 3 (codebook16), got 4"),
+        (0, 3, "columns must be a multiple of 4 and k one of 64 for codebook16, got 33 and 67"),
         (1, 0, "weights must point to memory, got null"),
-        (7, -1, "columns and k must be 0 or more, got -1 and 67"),
-        (9, 0, "the blob must point to memory, got null"),
-        (10, 8959, "the blob must be of 8960 bytes, got 8959"),
+        (8, -1, "columns and k must be 0 or more, got -1 and 67"),
+        (10, 0, "the blob must point to memory, got null"),
+        (11, 8959, "the blob must be of 8960 bytes, got 8959"),
     ):
         with pytest.raises(ValueError) as raised:
             backends.cpu().pack_linear(*good[:place], value, *good[place + 1 :])
         assert str(raised.value) == f"pack: {message}"
     assert (blob == 99).all()
+
+
+# Weights of few values ----------------------------------------------------------------------------------------
+
+
+def coded(f, k, seed=0):
+    """Codes uint8 [F, K] and tables int8 [F / 4, 16]; the weights int8 [F, K] that they make."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (f, k), dtype=torch.uint8, generator=g)
+    tables = torch.randint(-128, 128, (f // 4, 16), dtype=torch.int8, generator=g)
+    return codes, tables, tables.gather(1, codes.view(f // 4, 4 * k).long()).view(f, k)
+
+
+def packed_codes(codes, tables):
+    (f, k), module = codes.shape, backends.cpu()
+    blob = torch.full((module.packed_bytes(3, f, k),), 99, dtype=torch.uint8)
+    addresses = codes.data_ptr(), False, *codes.stride(), 0, 0, tables.data_ptr()
+    module.pack_linear(3, *addresses, f, k, blob.data_ptr(), blob.numel())
+    return blob
+
+
+@pytest.mark.parametrize(("f", "k"), [(4, 64), (36, 192), (72, 640)])
+def test_codes_of_16_values_give_the_bits_of_their_int8_weights(native_tier, f, k):
+    codes, tables, w_q = coded(f, k)
+    for laid_out in (codes, codes.t().contiguous().t()):
+        blob = packed_codes(laid_out, tables)
+        matches = backends.cpu().LayerMatches(3, blob.data_ptr(), blob.numel(), f, k)
+        for n in (1, 4, 5, 12, 13, 100):
+            given = arguments(n, k, f) | {"w_q": w_q}
+            for fill in FILLS:
+                given["x_q"] = make_codes(n, k, fill)
+                memory = torch.full((n * f + 2 * 37,), 99.0)
+                parts = dict(kind=3, blob=blob.data_ptr(), blob_bytes=blob.numel())
+                for found in (matches, None):
+                    arguments_ = native_arguments(given, memory[37:-37], **parts, matches=found)
+                    backends.cpu().int8_linear(*arguments_)
+                    assert torch.equal(memory[37:-37].view(n, f), int8_linear(**given))
+                assert (memory[:37] == 99).all() and (memory[-37:] == 99).all()
+
+
+def test_a_blob_of_codes_is_half_as_large():
+    f, k = 768, 768
+    int8, codes = (backends.cpu().packed_bytes(kind, f, k) for kind in (0, 3))
+    assert int8 - codes == f * k // 2 - f // 4 * 16
+
+
+def test_the_packer_of_codes_refuses():
+    codes, tables, _ = coded(36, 64)
+    blob = torch.zeros(backends.cpu().packed_bytes(3, 36, 64), dtype=torch.uint8)
+    good = [3, codes.data_ptr(), False, 64, 1, 0, 0, tables.data_ptr(), 36, 64, blob.data_ptr(), blob.numel()]
+    for place, value, message in (
+        (7, 0, "tables must point to memory, got null"),
+        (8, 35, "columns must be a multiple of 4 and k one of 64 for codebook16, got 35 and 64"),
+        (9, 65, "columns must be a multiple of 4 and k one of 64 for codebook16, got 36 and 65"),
+        (9, 2**17, "k must be at most 131071 for int32 to hold the sums of int8, got 131072"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            backends.cpu().pack_linear(*good[:place], value, *good[place + 1 :])
+        assert str(raised.value) == f"pack: {message}"
+    codes[35, 63] = 16
+    with pytest.raises(ValueError, match="pack: codes must be below 16, got 16"):
+        backends.cpu().pack_linear(*good)
 
 
 # Packed weights -----------------------------------------------------------------------------------------------

@@ -74,11 +74,11 @@ Encoder::Encoder(EncoderModel model) : model_(std::move(model)) {
     fits("ffn_in", layer.ffn_in, layer.ffn, model_.hidden);
     fits("ffn_out", layer.ffn_out, model_.hidden, layer.ffn);
     require(layer.ffn_scale == 0 || layer.ffn_factors != nullptr, "ffn_factors must point to memory", "null");
-    require((layer.context_scale == 0 || layer.out.kind == Weights::int8) &&
-                (layer.ffn_scale == 0 || layer.ffn_out.kind == Weights::int8),
+    require((layer.context_scale == 0 || reads_codes(layer.out.kind)) &&
+                (layer.ffn_scale == 0 || reads_codes(layer.ffn_out.kind)),
             "layers with given scales must be int8", "others");
     for (const PackedLinear* linear : layer.linears()) {
-      if (linear->kind == Weights::int8) continue;
+      if (reads_codes(linear->kind)) continue;
       require(floats == Weights::int8 || floats == linear->kind, "float layers must be of one kind", "two");
       floats = linear->kind;
     }
@@ -95,7 +95,7 @@ const EncoderModel& Encoder::model_for(int64_t tokens, const Kernels& tier, int 
     std::vector<PackedLinear*> linears;
     for (EncoderLayer& layer : matched_model_.layers) {
       for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) {
-        if (linear->kind == Weights::int8) linears.push_back(linear);
+        if (reads_codes(linear->kind)) linears.push_back(linear);
       }
     }
     matches_ = match_groups(linears, tier, threads);
@@ -130,20 +130,20 @@ void Encoder::run(const EncoderCall& call, int threads) {
   const Kernels& tier = kernels();
   const EncoderModel& model = model_for(static_cast<int64_t>(plan.ids.size()), tier, threads);
   std::vector<LiveHeads> live;
-  int64_t blocks = 0;
+  int64_t scratch = attention_forward_scratch(plan.longest, model.head_size);
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const EncoderLayer& layer = model.layers[i];
     const float* mask = call.head_mask == nullptr ? nullptr : call.head_mask + i * call.head_mask_stride;
     live.push_back(live_heads(model, layer, mask));
-    for (const PackedLinear* linear : layer.linears()) blocks = std::max(blocks, linear->blocks);
+    for (const PackedLinear* linear : layer.linears()) {
+      scratch = std::max(scratch, gemm_scratch_bytes(linear->kind, linear->blocks));
+    }
   }
 
   const Flow flow(model, tier);
   const int64_t groups = static_cast<int64_t>(plan.groups.size()) - 1, sets = plan.shared ? 1 : threads;
   std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(groups));  // of each group's chunks
   for (int64_t i = 0; i < groups; ++i) taken[i] = plan.groups[i];
-  const int64_t scratch =
-      std::max(gemm_scratch_bytes(blocks), attention_forward_scratch(plan.longest, model.head_size));
   std::unique_ptr<Arena> arena = take(flow, plan.largest, sets, scratch, threads);
   SpinBarrier barrier;
   run_team(threads, [&](int rank, int size) {

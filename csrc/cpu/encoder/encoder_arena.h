@@ -28,7 +28,7 @@ struct Flow {
     for (const EncoderLayer& layer : model.layers) {
       if (!low_is_bfloat16(layer, tier)) low_bytes = 4;
       for (const PackedLinear* linear : layer.linears()) {
-        codes = codes || linear->kind == Weights::int8;
+        codes = codes || reads_codes(linear->kind);
         x_low = x_low || (linear->kind == Weights::bfloat16 && tier.reads_bfloat16);
       }
     }

@@ -120,11 +120,11 @@ class Walk {
   };
   Operand operand(const PackedLinear& reader, const Rows& low, const Rows& codes, const float* scale,
                   const float& given) const {
-    if (reader.kind != Weights::int8) return {low, nullptr, 0};
+    if (!reads_codes(reader.kind)) return {low, nullptr, 0};
     return given > 0 ? Operand{codes, &given, 0} : Operand{codes, scale, 1};
   }
   Operand x_operand(const PackedLinear& reader) const {
-    if (reader.kind == Weights::int8) return {at_.x_codes, at_.x_scale, 1};
+    if (reads_codes(reader.kind)) return {at_.x_codes, at_.x_scale, 1};
     return {reads_low(reader) ? at_.x_low : at_.x, nullptr, 0};
   }
   bool reads_low(const PackedLinear& reader) const { return reader.kind == Weights::bfloat16 && tier_.reads_bfloat16; }
@@ -187,9 +187,7 @@ class Walk {
     const bool listed = panels != nullptr && !panels->empty();
     gemm.panels = listed ? panels->data() : nullptr;
     const int64_t count = listed ? static_cast<int64_t>(panels->size()) : weights.panel_count();
-    const GemmKernel kernel = weights.kind == Weights::int8       ? tier_.gemm_int8
-                              : weights.kind == Weights::bfloat16 ? tier_.gemm_bfloat16
-                                                                  : tier_.gemm_float32;
+    const GemmKernel kernel = kernel_of(weights.kind);
     // Sharing panels, each weight is read by one member only. Where there are too few, row bands share them.
     const int64_t bands = count > 0 ? (team_.size + count - 1) / count : 1;
     const int64_t height = round_up((rows + bands - 1) / bands, kRowUnit);
@@ -202,6 +200,20 @@ class Walk {
         unit = stop;
       }
     });
+  }
+
+  GemmKernel kernel_of(Weights kind) const {
+    switch (kind) {
+      case Weights::int8:
+        return tier_.gemm_int8;
+      case Weights::codebook16:
+        return tier_.gemm_codebook16;
+      case Weights::bfloat16:
+        return tier_.gemm_bfloat16;
+      case Weights::float32:
+        break;
+    }
+    return tier_.gemm_float32;
   }
 
   void attend(const EncoderLayer& layer, const LiveHeads& live) {
@@ -229,7 +241,7 @@ class Walk {
   // Low activations for who reads them: as codes, or with zeros after their columns.
   void prepare(const PackedLinear& reader, const Rows& x, int64_t columns, const Rows& codes, float* scale,
                const float& given) {
-    if (reader.kind != Weights::int8) return end_rows(reader, x, columns);
+    if (!reads_codes(reader.kind)) return end_rows(reader, x, columns);
     QuantizeRows rows = {};
     rows.x = x.data;
     rows.x_stride = x.stride / low_bytes();
@@ -263,7 +275,7 @@ class Walk {
     out.y_stride = at_.x.stride / 4;
     out.y_dtype = DType::float32;
     if (reader == nullptr) return out;
-    if (reader->kind == Weights::int8) {
+    if (reads_codes(reader->kind)) {
       out.codes = {at_.x_codes.data, at_.x_codes.stride, tier_.code_flip, at_.x_scale, nullptr, 0};
     } else if (reads_low(*reader)) {
       out.y_low = reinterpret_cast<bfloat16*>(at_.x_low.data);

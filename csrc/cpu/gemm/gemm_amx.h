@@ -101,8 +101,9 @@ void multiply_tiles(const Gemm& call, const uint8_t* a, const uint8_t* b, Prefet
   }
 }
 
-template <class Format>
-void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, uint8_t*) {
+template <class Format, class Panels = StoredPanels>
+void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+              uint8_t* memory) {
   if (row_begin == row_end) return;
   configure_tiles();
   alignas(64) typename Format::Sum sums[2][kRowUnit * Format::columns];
@@ -112,8 +113,9 @@ void gemm_amx(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t pane
   const int64_t rows_a_block = blocks == 0 ? 0 : (kRowUnit + blocks - 1) / blocks;
   const int64_t units = (row_end - row_begin + kRowUnit - 1) / kRowUnit;
   int buffer = 0;
-  for_each_panel(call, panel_begin, panel_end, units, [&](int64_t panel, Prefetch prefetch) {
-    const uint8_t* b = call.weights.panels + panel * call.weights.panel_bytes();
+  for_each_panel(call, panel_begin, panel_end, units + Panels::passes, [&](int64_t panel, Prefetch prefetch) {
+    uint8_t* scratch = memory;
+    const uint8_t* b = Panels::panel(call, panel, prefetch, scratch);
     for (int64_t row = row_begin; row < row_end; row += kRowUnit, buffer ^= 1) {
       const int64_t rows = row_end - row < kRowUnit ? row_end - row : kRowUnit;
       const uint8_t* a = call.a + row * call.a_stride;

@@ -89,11 +89,16 @@ constexpr int64_t kTilesAtOnce = 24;      // whose sums are kept from one part o
 struct TileWeights {
   const uint8_t* b;
   const int32_t* column_sums;  // null where not all of K is read
+  const uint8_t* tables;       // of codebook16, of these columns
+  int shift;                   // of codebook16: by how many bits the codes of these columns are to be moved
 };
 
 inline void prepare(const Gemm& call, const uint8_t* b, int64_t column, bool all_blocks, int64_t, uint8_t*,
                     TileWeights* out) {
-  *out = {b, all_blocks ? call.weights.column_sums + column : nullptr};
+  *out = {b, all_blocks ? call.weights.column_sums + column : nullptr, nullptr, 0};
+  if (call.weights.kind != Weights::codebook16) return;
+  out->tables = call.weights.tables_at(column);
+  out->shift = column % kPanelColumns / 16 * 4;
 }
 
 // body(panel, prefetch) for the panels [begin, end) of the call's list, while the next one is fetched by `passes` runs
@@ -106,7 +111,7 @@ void for_each_panel(const Gemm& call, int64_t begin, int64_t end, int64_t passes
     const int64_t next = i + 1 < end ? i + 1 : call.next_panel;
     if (next >= 0) {
       prefetch.next += panel(next) * call.weights.panel_bytes();
-      prefetch.lines = static_cast<int>((kBlockBytes / 64 + passes - 1) / passes);
+      prefetch.lines = static_cast<int>((block_bytes(call.weights.kind) / 64 + passes - 1) / passes);
     }
     body(panel(i), prefetch);
   }
@@ -163,23 +168,71 @@ void multiply_columns(const Gemm& call, const GemmRows& rows, const typename Til
   }
 }
 
-template <class Tile>
+// Some blocks of a panel of codes as int8 weights, in their places.
+inline void expand_panel(const PackedLinear& weights, int64_t panel, const BlockRange* ranges, int64_t range_count,
+                         Prefetch& prefetch, uint8_t* out) {
+  const uint8_t* const codes = weights.panel(panel);
+  const CodeTables tables(weights.tables_at(panel * kPanelColumns));
+  for (int64_t r = 0; r < range_count; ++r) {
+    for (int64_t k = ranges[r].begin; k < ranges[r].end; ++k) {
+      prefetch.some();
+      tables.expand(codes + k * block_bytes(Weights::codebook16), out + k * kBlockBytes);
+    }
+  }
+}
+
+// Where a tile finds the weights of a panel: as they are stored,
+struct StoredPanels {
+  static constexpr int64_t passes = 0;  // over a panel beside those of the tiles
+  static const uint8_t* panel(const Gemm& call, int64_t i, Prefetch&, uint8_t*&) { return call.weights.panel(i); }
+  static const uint8_t* at(const uint8_t* panel, int64_t column) { return panel + place_in_panel(column); }
+};
+
+// as codes, which it looks up itself,
+struct CodedPanels : StoredPanels {
+  static const uint8_t* at(const uint8_t* panel, int64_t) { return panel; }
+};
+
+// or looked up in the scratch, as int8.
+struct ExpandedPanels : StoredPanels {
+  static constexpr int64_t passes = 1;
+  static const uint8_t* panel(const Gemm& call, int64_t i, Prefetch& prefetch, uint8_t*& scratch) {
+    scratch += -reinterpret_cast<uintptr_t>(scratch) % 64;
+    uint8_t* const out = scratch;
+    expand_panel(call.weights, i, call.blocks, call.block_ranges, prefetch, out);
+    scratch += call.weights.blocks * kBlockBytes;
+    return out;
+  }
+};
+
+template <class Tile, class Panels = StoredPanels>
 void gemm(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
-          uint8_t* scratch) {
+          uint8_t* memory) {
   if (row_begin == row_end) return;
   const GemmRows rows = {call.a + row_begin * call.a_stride, call.a_stride, row_begin, row_end - row_begin};
   const Parts parts(call, Tile::depth);
   const int64_t tiles = (rows.count + Tile::rows - 1) / Tile::rows;
-  const int64_t passes = tiles * (kPanelColumns / Tile::columns);
+  const int64_t passes = tiles * (kPanelColumns / Tile::columns) + Panels::passes;
   for_each_panel(call, panel_begin, panel_end, passes, [&](int64_t panel, Prefetch prefetch) {
+    uint8_t* scratch = memory;
+    const uint8_t* const b = Panels::panel(call, panel, prefetch, scratch);
     for (int64_t i = 0; i < kPanelColumns; i += Tile::columns) {
       const int64_t column = panel * kPanelColumns + i;
       if (column >= call.weights.columns) return;
       typename Tile::Weights weights;
-      prepare(call, call.weights.at(column), column, parts.all_blocks(), rows.count, scratch, &weights);
+      prepare(call, Panels::at(b, column), column, parts.all_blocks(), rows.count, scratch, &weights);
       multiply_columns<Tile>(call, rows, weights, column, parts, prefetch);
     }
   });
+}
+
+// Of codebook16: few rows read the codes, more of them a panel that is looked up once for all.
+template <class Tile, class CodeTile>
+void gemm_codes(const Gemm& call, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
+                uint8_t* scratch) {
+  const GemmKernel kernel =
+      row_end - row_begin <= CodeTile::few_rows ? gemm<CodeTile, CodedPanels> : gemm<Tile, ExpandedPanels>;
+  kernel(call, row_begin, row_end, panel_begin, panel_end, scratch);
 }
 
 }  // namespace

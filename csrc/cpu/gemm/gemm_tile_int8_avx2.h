@@ -323,10 +323,18 @@ struct Int8Tile {
 };
 
 // For the strips [begin, end) of eight columns of all panels.
-inline void match_groups(const PackedLinear& weights, int64_t begin, int64_t end, uint32_t* out) {
+inline void match_groups(const PackedLinear& weights, int64_t begin, int64_t end, uint8_t* scratch, uint32_t* out) {
   const BlockRange all = {0, static_cast<int32_t>(weights.blocks)};
+  scratch += -reinterpret_cast<uintptr_t>(scratch) % 64;
   for (int64_t i = begin; i < end; ++i) {
-    match(weights.at(i * 8), &all, 1, weights.blocks * 16,
+    const int64_t panel = i * 8 / kPanelColumns;
+    const uint8_t* b = weights.panel(panel);
+    if (weights.kind == Weights::codebook16) {
+      Prefetch none = {b, 0};
+      if (i == begin || i * 8 % kPanelColumns == 0) expand_panel(weights, panel, &all, 1, none, scratch);
+      b = scratch;
+    }
+    match(b + place_in_panel(i * 8), &all, 1, weights.blocks * 16,
           Matches(out + i * match_words(weights.blocks), weights.blocks));
   }
 }

@@ -21,45 +21,70 @@ inline __attribute__((always_inline)) void add_byte_products(__m512i& low, __m51
       : [group] "m"(group), [w0] "v"(w0), [w1] "v"(w1));
 }
 
-struct Int8Tile {
+// Both halves of a group of weights: where they lie,
+struct StoredWeights {
+  static constexpr int64_t block = kBlockBytes;
+  explicit StoredWeights(const TileWeights&) {}
+  void read(const uint8_t* group, __m512i& low, __m512i& high) const {
+    low = _mm512_loadu_si512(group);
+    high = _mm512_loadu_si512(group + kHalfBytes);
+  }
+};
+
+// or looked up.
+struct CodedWeights {
+  static constexpr int64_t block = kBlockBytes / 2;
+  explicit CodedWeights(const TileWeights& weights) : tables(weights.tables) {}
+  void read(const uint8_t* group, __m512i& low, __m512i& high) const { tables.look_up(group, low, high); }
+  const CodeTables tables;
+};
+
+template <class Reader>
+struct VnniTile {
   using Sum = int32_t;
   using Vector = __m512i;
   using Weights = TileWeights;
   static constexpr bool quantized = true;
   static constexpr int rows = 12, columns = 32;
+  static constexpr int64_t few_rows = rows;
   static constexpr int64_t depth = kAnyDepth;
   static constexpr int64_t a_block_bytes = 64;
 
-  // 128 · Σ_k w of some blocks.
-  static __m512i added_by(const uint8_t* b, const BlockRange* ranges, int64_t range_count) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < range_count; ++i) {
-      for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
-        const uint8_t* w = b + k * kBlockBytes;
-        for (int g = 0; g < 16; ++g) {
-          sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), _mm512_loadu_si512(w + g * 64));  // unsigned: 128
+  // −128 · Σ_k w: of all blocks, where their sums are known, or of some.
+  static void start(const TileWeights& weights, const Reader& reader, const BlockRange* ranges, int64_t range_count,
+                    __m512i& low, __m512i& high) {
+    low = high = _mm512_setzero_si512();
+    if (weights.column_sums != nullptr) {
+      low = _mm512_slli_epi32(_mm512_loadu_si512(weights.column_sums), 7);
+      high = _mm512_slli_epi32(_mm512_loadu_si512(weights.column_sums + 16), 7);
+    } else {
+      const __m512i factor = _mm512_set1_epi8(-128);  // unsigned: 128
+      for (int64_t i = 0; i < range_count; ++i) {
+        for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
+          for (int g = 0; g < 16; ++g) {
+            __m512i w0, w1;
+            reader.read(weights.b + k * Reader::block + g * 64, w0, w1);
+            low = _mm512_dpbusd_epi32(low, factor, w0);
+            high = _mm512_dpbusd_epi32(high, factor, w1);
+          }
         }
       }
     }
-    return sum;
-  }
-
-  static __m512i start(const uint8_t* b, const int32_t* column_sums, const BlockRange* ranges, int64_t range_count) {
-    const __m512i added = column_sums != nullptr ? _mm512_slli_epi32(_mm512_loadu_si512(column_sums), 7)
-                                                 : added_by(b, ranges, range_count);
-    return _mm512_sub_epi32(_mm512_setzero_si512(), added);
+    low = _mm512_sub_epi32(_mm512_setzero_si512(), low);
+    high = _mm512_sub_epi32(_mm512_setzero_si512(), high);
   }
 
   template <int R>
   static void run(const uint8_t* a, int64_t a_stride, const TileWeights& weights, const BlockRange* ranges,
                   int64_t range_count, bool, Prefetch prefetch, int32_t* out) {
-    Int8Sums<R, Int8Tile> sums;
-    const int32_t* known = weights.column_sums;
-    sums.start(start(weights.b, known, ranges, range_count),
-               start(weights.b + kHalfBytes, known == nullptr ? nullptr : known + 16, ranges, range_count));
+    const Reader reader(weights);
+    Int8Sums<R, VnniTile> sums;
+    __m512i low, high;
+    start(weights, reader, ranges, range_count, low, high);
+    sums.start(low, high);
     for (int64_t i = 0; i < range_count; ++i) {
       const uint8_t* x = a + ranges[i].begin * a_block_bytes;
-      const uint8_t* w = weights.b + ranges[i].begin * kBlockBytes;
+      const uint8_t* w = weights.b + ranges[i].begin * Reader::block;
       // Three rows by one pointer and what an address can say, for there are not enough registers for a pointer each.
       const uint8_t* rows[4] = {x, x + 3 * a_stride, x + 6 * a_stride, x + 9 * a_stride};
       for (int64_t k = ranges[i].begin; k < ranges[i].end; ++k) {
@@ -69,7 +94,8 @@ struct Int8Tile {
           __asm__("" : "+r"(a_stride));
 #pragma GCC unroll 4
           for (int g = 0; g < 4; ++g) {
-            const __m512i w0 = _mm512_loadu_si512(w + g * 64), w1 = _mm512_loadu_si512(w + g * 64 + kHalfBytes);
+            __m512i w0, w1;
+            reader.read(w + g * 64, w0, w1);
             sums.each_row([&](int r, __m512i& low, __m512i& high) __attribute__((always_inline)) {
               const uint8_t* group = rows[r / 3] + r % 3 * a_stride + g * 4;
               add_byte_products(low, high, *reinterpret_cast<const uint32_t*>(group), w0, w1);
@@ -77,12 +103,15 @@ struct Int8Tile {
           }
           for (const uint8_t*& row : rows) row += 16;
         }
-        w += kHalfBytes;
+        w += Reader::block - kHalfBytes;
       }
     }
     sums.write(out);
   }
 };
+
+using Int8Tile = VnniTile<StoredWeights>;
+using CodeTile = VnniTile<CodedWeights>;
 
 }  // namespace
 }  // namespace distilbert_fast

@@ -9,14 +9,15 @@
 
 namespace distilbert_fast {
 
-// The memory that the `matches` of these int8 layers point to from here on. 0.5 ns a weight on a thread.
+// The memory that the `matches` of these layers of int8 or codebook16 point to from here on. 0.5 ns a weight on a
+// thread.
 std::vector<uint32_t> match_groups(const std::vector<PackedLinear*>& layers, const Kernels& tier, int threads);
 
 // Those of one layer, whose blob must outlive them.
 class LayerMatches {
  public:
-  // Of a blob that pack_linear filled; none where the tier in use reads none. Throws as checked_linear.
-  LayerMatches(const uint8_t* blob, int64_t blob_bytes, int64_t columns, int64_t k);
+  // Of a blob of such a kind that pack_linear filled; none where the tier in use reads none. Throws as checked_linear.
+  LayerMatches(Weights kind, const uint8_t* blob, int64_t blob_bytes, int64_t columns, int64_t k);
 
   LayerMatches(const LayerMatches&) = delete;
 

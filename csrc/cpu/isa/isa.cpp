@@ -15,6 +15,7 @@ namespace distilbert_fast {
 // setup.py leaves out the tiers that the compiler cannot compile; weak, their addresses are then null.
 extern const Kernels kernels_avx2 __attribute__((weak));
 extern const GemmKernel gemm_int8_avx_vnni __attribute__((weak));
+extern const GemmKernel gemm_codebook16_avx_vnni __attribute__((weak));
 extern const Kernels kernels_avx512 __attribute__((weak));
 extern const Kernels kernels_avx512_bf16 __attribute__((weak));
 extern const Kernels kernels_amx __attribute__((weak));
@@ -86,12 +87,13 @@ bool is_amd() {
   return amd;
 }
 
-// The AVX2 tier with another int8 product: made here, for at import nothing of a tier may run.
+// The AVX2 tier with other int8 products: made here, for at import nothing of a tier may run.
 const Kernels* kernels_avx_vnni() {
   if (&kernels_avx2 == nullptr || &gemm_int8_avx_vnni == nullptr) return nullptr;
   static const Kernels kernels = [] {
     Kernels copy = kernels_avx2;
     copy.gemm_int8 = gemm_int8_avx_vnni;
+    copy.gemm_codebook16 = gemm_codebook16_avx_vnni;
     copy.match_groups = nullptr;
     copy.code_flip = 0x80;
     return copy;

@@ -171,6 +171,7 @@ struct Kernels {
   // scratch: 2 · kept doubles, one for each thread.
   void (*linear_topk_kl_div)(const LinearTopKKlDivRows&, int64_t begin, int64_t end, void* scratch);
   GemmKernel gemm_int8;
+  GemmKernel gemm_codebook16;
   GemmKernel gemm_bfloat16;
   GemmKernel gemm_float32;
   // Of float32 for gemm_float32; of float32 or bfloat16 for a gemm_bfloat16 that reads bfloat16, else null.
@@ -178,8 +179,9 @@ struct Kernels {
   PackPanels* pack_pair_panels;
   CopyRows* copy_rows;
   CopyRows* copy_pair_rows;
-  // The matches of a PackedLinear, of [begin, end) of its columns, eight at a time; null: none are read.
-  void (*match_groups)(const PackedLinear&, int64_t begin, int64_t end, uint32_t* matches);
+  // The matches of a PackedLinear, of [begin, end) of its columns, eight at a time; null: none are read. The scratch is
+  // gemm_scratch_bytes large.
+  void (*match_groups)(const PackedLinear&, int64_t begin, int64_t end, uint8_t* scratch, uint32_t* matches);
   uint8_t code_flip;    // int8 activations are kept XOR this
   bool reads_bfloat16;  // gemm_bfloat16 takes bfloat16 activations, not float32
   void (*quantize)(const QuantizeRows&, int64_t begin, int64_t end);
@@ -204,6 +206,7 @@ extern const Kernels kernels_scalar;
 #ifndef DISTILBERT_FAST_SCALAR_ONLY
 extern const Kernels kernels_avx2;
 extern const GemmKernel gemm_int8_avx_vnni;  // of a tier that else is avx2
+extern const GemmKernel gemm_codebook16_avx_vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;

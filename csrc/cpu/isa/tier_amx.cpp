@@ -11,6 +11,7 @@ namespace {
 constexpr Kernels table() {
   Kernels kernels = common_kernels();
   kernels.gemm_int8 = gemm_amx<AmxInt8>;
+  kernels.gemm_codebook16 = gemm_amx<AmxInt8, ExpandedPanels>;
   kernels.gemm_bfloat16 = gemm_amx<AmxBFloat16>;
   kernels.reads_bfloat16 = true;
   kernels.pack_pair_panels = pack_pair_panels;

@@ -10,6 +10,7 @@ namespace {
 constexpr Kernels table() {
   Kernels kernels = common_kernels();
   kernels.gemm_int8 = gemm<Int8Tile>;
+  kernels.gemm_codebook16 = gemm_codes<Int8Tile, CodeTile>;
   kernels.code_flip = 0x80;
   return kernels;
 }

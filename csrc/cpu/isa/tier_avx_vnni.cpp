@@ -1,4 +1,4 @@
-// The product by which this tier differs from AVX2; isa.cpp puts it into a copy of that tier's table.
+// The products by which this tier differs from AVX2; isa.cpp puts them into a copy of that tier's table.
 #include "cpu/isa/vec_avx2.h"
 
 // clang-format off: in this order
@@ -12,5 +12,6 @@
 namespace distilbert_fast {
 
 constexpr GemmKernel gemm_int8_avx_vnni = gemm<Int8Tile>;
+constexpr GemmKernel gemm_codebook16_avx_vnni = gemm_codes<Int8Tile, CodeTile>;
 
 }  // namespace distilbert_fast

@@ -165,5 +165,31 @@ inline void transpose(Vec (&x)[8]) {
   }
 }
 
+// The tables [8, 16] of a panel of codebook16.
+struct CodeTables {
+  __m256i low[2], high[2];  // for the lower and for the upper halves of bytes
+
+  explicit CodeTables(const uint8_t* tables) {
+    const __m256i* const p = reinterpret_cast<const __m256i*>(tables);
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm256_loadu_si256(p + i);
+      high[i] = _mm256_loadu_si256(p + 2 + i);
+    }
+  }
+  // A block.
+  void expand(const uint8_t* codes, uint8_t* out) const {
+    const __m256i four_bits = _mm256_set1_epi8(15);
+    for (int64_t g = 0; g < kHalfBytes; g += 64) {
+      for (int i = 0; i < 2; ++i) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g) + i);
+        const __m256i w0 = _mm256_shuffle_epi8(low[i], _mm256_and_si256(both, four_bits));
+        const __m256i w1 = _mm256_shuffle_epi8(high[i], _mm256_and_si256(_mm256_srli_epi16(both, 4), four_bits));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + g) + i, w0);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + kHalfBytes + g) + i, w1);
+      }
+    }
+  }
+};
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -146,5 +146,28 @@ inline void transpose(Vec (&x)[16]) {
   }
 }
 
+// The tables [8, 16] of a panel of codebook16.
+struct CodeTables {
+  __m512i low, high;  // for the lower and for the upper halves of bytes
+
+  explicit CodeTables(const uint8_t* tables) : low(_mm512_loadu_si512(tables)), high(_mm512_loadu_si512(tables + 64)) {}
+
+  // A group of 64 bytes of codes becomes one of each half of the panel.
+  inline __attribute__((always_inline)) void look_up(const uint8_t* group, __m512i& w0, __m512i& w1) const {
+    const __m512i codes = _mm512_loadu_si512(group), four_bits = _mm512_set1_epi8(15);
+    w0 = _mm512_shuffle_epi8(low, _mm512_and_si512(codes, four_bits));
+    w1 = _mm512_shuffle_epi8(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), four_bits));
+  }
+  // A block.
+  void expand(const uint8_t* codes, uint8_t* out) const {
+    for (int64_t g = 0; g < kHalfBytes; g += 64) {
+      __m512i w0, w1;
+      look_up(codes + g, w0, w1);
+      _mm512_store_si512(out + g, w0);
+      _mm512_store_si512(out + kHalfBytes + g, w1);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -138,5 +138,21 @@ inline void transpose(Vec (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i].v = Floats{rows[0].v[i], rows[1].v[i], rows[2].v[i], rows[3].v[i]};
 }
 
+// The tables [8, 16] of a panel of codebook16.
+struct CodeTables {
+  const uint8_t* tables;
+
+  explicit CodeTables(const uint8_t* tables) : tables(tables) {}
+
+  // A block.
+  void expand(const uint8_t* codes, uint8_t* out) const {
+    for (int64_t i = 0; i < kHalfBytes; ++i) {
+      const uint8_t* const table = tables + i % 64 / 16 * 16;
+      out[i] = table[codes[i] & 15];
+      out[kHalfBytes + i] = table[64 + (codes[i] >> 4)];
+    }
+  }
+};
+
 }  // namespace
 }  // namespace distilbert_fast

@@ -35,6 +35,7 @@ struct Int8Linear {
   int64_t x_row_stride, x_column_stride;
   const float* x_scale;  // [rows], or one value by stride 0
   int64_t x_scale_stride;
+  Weights kind;         // int8 or codebook16
   const uint8_t* blob;  // from pack_linear; the scales and biases in it are not read
   int64_t blob_bytes;
   const float* scale;  // [columns]

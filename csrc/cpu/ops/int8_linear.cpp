@@ -21,8 +21,10 @@ void require(bool holds, const std::string& expected, const std::string& given) 
 }
 
 void check(const Int8Linear& call) {
+  require(reads_codes(call.kind), "weights must be 0 (int8) or 3 (codebook16)",
+          std::to_string(static_cast<int>(call.kind)));
   require(call.rows >= 0, "rows must be 0 or more", std::to_string(call.rows));
-  const int64_t bytes = packed_bytes(Weights::int8, call.columns, call.k);
+  const int64_t bytes = packed_bytes(call.kind, call.columns, call.k);
   require(call.blob_bytes == bytes, "packed weights must be of " + std::to_string(bytes) + " bytes",
           std::to_string(call.blob_bytes));
   require(0 <= call.output && call.output <= 2, "output must be 0 (float32), 1 (bfloat16) or 2 (codes)",
@@ -46,9 +48,8 @@ void check(const Int8Linear& call) {
   require(call.scale != nullptr, "scale must point to memory", "null");
   require(call.out != nullptr, "out must point to memory", "null");
   require(call.output != 2 || call.out_scale != nullptr, "out_scale must point to memory", "null");
-  require(
-      call.matches == nullptr || call.matches->are_of(packed_linear(Weights::int8, call.blob, call.columns, call.k)),
-      "matches must be of these packed weights", "others");
+  require(call.matches == nullptr || call.matches->are_of(packed_linear(call.kind, call.blob, call.columns, call.k)),
+          "matches must be of these packed weights", "others");
 }
 
 constexpr int64_t kGrainRows = 256;          // enough for a panel of weights to pay for its way to the cache
@@ -60,7 +61,7 @@ void int8_linear(const Int8Linear& call, int threads) {
   check(call);
   if (call.rows == 0 || call.columns == 0) return;
   const Kernels& tier = kernels();
-  PackedLinear weights = packed_linear(Weights::int8, call.blob, call.columns, call.k);
+  PackedLinear weights = packed_linear(call.kind, call.blob, call.columns, call.k);
   const int64_t padded = weights.panel_count() * kPanelColumns;  // kernels load whole vectors
   std::vector<float> scale_and_bias(static_cast<size_t>(2 * padded));
   std::copy_n(call.scale, call.columns, scale_and_bias.data());
@@ -112,12 +113,14 @@ void int8_linear(const Int8Linear& call, int threads) {
   int64_t grain = (units + threads - 1) / (threads < 1 ? 1 : threads);
   if (by_rows && grain > kGrainRows) grain = kGrainRows;
   if (grain * per_unit < kGrainProducts) grain = 1 + kGrainProducts / (per_unit + 1);
+  const GemmKernel kernel = call.kind == Weights::int8 ? tier.gemm_int8 : tier.gemm_codebook16;
   parallel_rows(units, grain, threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[static_cast<size_t>(gemm_scratch_bytes(weights.blocks))]);
+    const std::unique_ptr<uint8_t[]> scratch(
+        new uint8_t[static_cast<size_t>(gemm_scratch_bytes(call.kind, weights.blocks))]);
     if (by_rows) {
-      tier.gemm_int8(gemm, begin, end, 0, panels, scratch.get());
+      kernel(gemm, begin, end, 0, panels, scratch.get());
     } else {
-      tier.gemm_int8(gemm, 0, call.rows, begin, end, scratch.get());
+      kernel(gemm, 0, call.rows, begin, end, scratch.get());
     }
   });
 }

@@ -25,7 +25,7 @@ using namespace distilbert_fast;
 extern "C" {
 
 struct GemmArguments {
-  int64_t weights;  // 0 int8, 1 bfloat16, 2 float32
+  int64_t weights;  // 0 int8, 1 bfloat16, 2 float32, 3 codebook16
   const uint8_t* blob;
   int64_t columns, k;
   const uint8_t* a;
@@ -68,12 +68,10 @@ __attribute__((visibility("default"))) void emulated_gemm(const GemmArguments& x
                      x.block_ranges,
                      x.panels,
                      x.out_factors};
-  std::vector<uint8_t> scratch(static_cast<size_t>(gemm_scratch_bytes(packed.blocks)));
+  std::vector<uint8_t> scratch(static_cast<size_t>(gemm_scratch_bytes(weights, packed.blocks)));
   const Kernels& tier = kernels();
-  const GemmKernel kernel = weights == Weights::int8       ? tier.gemm_int8
-                            : weights == Weights::bfloat16 ? tier.gemm_bfloat16
-                                                           : tier.gemm_float32;
-  kernel(gemm, x.row_begin, x.row_end, x.panel_begin, x.panel_end, scratch.data());
+  const GemmKernel all[] = {tier.gemm_int8, tier.gemm_bfloat16, tier.gemm_float32, tier.gemm_codebook16};
+  all[x.weights](gemm, x.row_begin, x.row_end, x.panel_begin, x.panel_end, scratch.data());
 }
 
 __attribute__((visibility("default"))) int64_t emulated_code_flip() { return kernels().code_flip; }
