@@ -17,7 +17,7 @@ constexpr int64_t kLine = 64, kBlock = Fingerprint::kBlock;
 constexpr int64_t kStrides[] = {
     Fingerprint::kLargestStride, 8191, 4093, 2039, 1021, 509, 251, 127, 61, 31, 17, 7, 3, 1};
 constexpr double kGolden = 0.6180339887;  // of all sets from one sample to the next: neighbours lie far apart
-constexpr int64_t kRegionsOfPart = 8;
+constexpr int64_t kRegionsOfPart = 4;
 constexpr int64_t kAhead = 24;  // blocks that are on their way from memory
 
 // A change of one word always changes the sum: its factor is odd.
@@ -88,6 +88,9 @@ Fingerprint::Fingerprint(std::vector<Region> regions, int64_t blocks) {
       all += blocks_of(region);
     }
   }
+  // The largest first: threads that share them end together.
+  std::stable_sort(large_.begin(), large_.end(),
+                   [](const Large& a, const Large& b) { return a.region.bytes > b.region.bytes; });
   const int64_t shared = stride_for(all, blocks, kLargestStride);
   for (Large& large : large_) {
     large.stride = stride_for(blocks_of(large.region), kBlocksOfRegion, shared);
