@@ -45,14 +45,15 @@ def model(path: Path, layers: int, hidden: int) -> Path:
     return path / "model"
 
 
-def write_rows(path: Path, megabytes: float, words: int, vocabulary: list[str]) -> int:
-    """Write rows of 1 to 2 · words - 1 words, until the file is so large; return how many."""
+def write_rows(path: Path, megabytes: float, words: int, vocabulary: list[str], carried: int = 0) -> int:
+    """Write rows of 1 to 2 · words - 1 words, and so many characters beside them, until the file is so large; return
+    how many."""
     draw = random.Random(0)
     left, count = int(megabytes * 1e6), 0
     with path.open("w") as file:
         while left > 0:
             text = " ".join(draw.choices(vocabulary, k=draw.randint(1, 2 * words - 1)))
-            left -= file.write(json.dumps({"id": count, "text": text}) + "\n")
+            left -= file.write(json.dumps({"id": count, "text": text, "carried": "x" * carried}) + "\n")
             count += 1
     return count
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=2, help="of the input")
     parser.add_argument("--words", type=int, default=20, help="of a row, in the mean")
+    parser.add_argument("--carried", type=int, default=0, help="characters of a column that is carried through")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--precision", default="int8")
@@ -88,7 +90,7 @@ def main() -> None:
         source = place / "rows.jsonl"
         checkpoint = model(place, given.layers, given.hidden)
         vocabulary = [word for word in transformers.AutoTokenizer.from_pretrained(checkpoint).vocab if word.isalpha()]
-        rows = write_rows(source, given.megabytes, given.words, vocabulary)
+        rows = write_rows(source, given.megabytes, given.words, vocabulary, given.carried)
         memory: list[tuple[int, float, float]] = []
 
         def look(totals: Mapping[str, Any]) -> None:

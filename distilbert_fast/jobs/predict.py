@@ -15,6 +15,7 @@ import itertools
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from distilbert_fast.modeling.loading import fingerprint, locate
 from distilbert_fast.runs.run_directory import RunDirectory
 from distilbert_fast.serving.ahead import ahead
 from distilbert_fast.serving.encoding import Encoded
+from distilbert_fast.serving.pool import pool
 from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
 from distilbert_fast.serving.tasks import name_of
 
@@ -178,16 +180,28 @@ class _Run:
             yield Window(rows, [one if why is None else one._replace(refused=why) for one, why in pairs], raw(rows))
 
     def _answered(self, windows: Iterable[Window]) -> Iterator[tuple[Window, list[Answered]]]:
-        for window in windows:
-            answers = self.predictor.compute(window.encoded)
-            made = []
-            for row, encoded, answer in zip(window.rows, window.encoded, answers, strict=True):
-                if encoded.refused is not None:
-                    made.append(Answered(row, None, encoded.refused))
-                else:
-                    fields = self.predictor.task.fields(answer)
-                    made.append(Answered(row, fields, None, encoded.truncated, encoded.tokens))
-            yield window, made
+        """Windows with their answers. One is begun before the one before it is finished, so that no thread is idle."""
+        begun: deque[tuple[Window, Callable[[], list[Any]]]] = deque()
+        threads = pool(self.predictor.model.device)
+        try:
+            for window in windows:
+                begun.append((window, self.predictor.start(window.encoded, threads)))
+                if len(begun) > 1:
+                    yield self._finished_window(*begun.popleft())
+            while begun:
+                yield self._finished_window(*begun.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _finished_window(self, window: Window, finish: Callable[[], list[Any]]) -> tuple[Window, list[Answered]]:
+        made = []
+        for row, encoded, answer in zip(window.rows, window.encoded, finish(), strict=True):
+            if encoded.refused is not None:
+                made.append(Answered(row, None, encoded.refused))
+            else:
+                fields = self.predictor.task.fields(answer)
+                made.append(Answered(row, fields, None, encoded.truncated, encoded.tokens))
+        return window, made
 
     # What is written ----------------------------------------------------------------------------------------------
 

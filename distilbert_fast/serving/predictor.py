@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Predictor:
         batch_tokens: real tokens computed at once, padding not counted.
         **options: those of the task; see the classes of serving/tasks.py: TextClassification, …
 
-    Thread-safe. A caller with threads of its own can split a call in two: ``compute(encode(rows))``.
+    Thread-safe. A caller with threads of its own can split a call in two, ``compute(encode(rows))``, or in three, with
+    ``start``.
 
     Raises:
         TypeError, ValueError: a model without the head, a slow tokenizer, an unknown task or option, by name.
@@ -148,22 +150,39 @@ class Predictor:
 
     def compute(self, encoded: Sequence[Encoded]) -> list[Any]:
         """The answers to rows that were encoded, in their order; None to refused ones."""
+        return self.start(encoded)()
+
+    def start(self, encoded: Sequence[Encoded], pool: Executor | None = None) -> Callable[[], list[Any]]:
+        """Begin to compute; what is returned waits for that and returns the answers, as ``compute`` does.
+
+        Args:
+            pool: threads that compute batches, see pool.py; None: the batches are computed when the answers are wanted.
+        """
         windows = [window for row in encoded for window in row.windows]
-        lengths = [len(window) for window in windows]
-        outputs: list[Any] = [None] * len(windows)
-        with torch.inference_mode():
-            for numbers in by_tokens(lengths, self.batch_tokens):
-                own = [lengths[number] for number in numbers]
-                batch = self._batch([windows[number] for number in numbers], own)
-                for number, output in zip(numbers, self.task.outputs(self.model, batch, own), strict=True):
+        batches = by_tokens([len(window) for window in windows], self.batch_tokens)
+        given = ([windows[number] for number in numbers] for numbers in batches)
+        made = (map if pool is None else pool.map)(self._run, given)  # a pool begins at once
+
+        def finish() -> list[Any]:
+            outputs: list[Any] = [None] * len(windows)
+            for numbers, found in zip(batches, made, strict=True):
+                for number, output in zip(numbers, found, strict=True):
                     outputs[number] = output
-        answers: list[Any] = []
-        at = 0
-        for row in encoded:
-            end = at + len(row.windows)
-            answers.append(None if row.refused is not None else self.task.answer(row, outputs[at:end]))
-            at = end
-        return answers
+            answers: list[Any] = []
+            at = 0
+            for row in encoded:
+                end = at + len(row.windows)
+                answers.append(None if row.refused is not None else self.task.answer(row, outputs[at:end]))
+                at = end
+            return answers
+
+        return finish
+
+    @torch.inference_mode()
+    def _run(self, windows: Sequence[Any]) -> Sequence[Any]:
+        """What the model puts out for each window of a batch."""
+        lengths = [len(window) for window in windows]
+        return list(self.task.outputs(self.model, self._batch(windows, lengths), lengths))
 
     def _batch(self, windows: Sequence[Any], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         """Windows padded to the longest, [B, T]."""

@@ -18,6 +18,7 @@ import distilbert_fast
 from distilbert_fast import Predictor, explain
 from distilbert_fast.modeling.loading import CheckpointError
 from distilbert_fast.serving.answers import best_answers
+from distilbert_fast.serving.pool import pool
 from distilbert_fast.serving.tasks import STRATEGIES
 
 LONG = " ".join(SENTENCES)
@@ -258,6 +259,22 @@ def test_threads_get_what_one_gets(classifier, tokenizer):
     for thread in threads:
         thread.join()
     assert not faults and wanted[id(short)] != wanted[id(whole)]
+
+
+def test_a_pool_gets_what_one_gets(classifier, tokenizer):
+    """Its threads share those of torch, and leave torch as many as it had."""
+    predictor = Predictor(copy.deepcopy(classifier), None, tokenizer, batch_tokens=40, top_k=None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pool(torch.device("cpu")) as threads:
+            assert [*threads.map(lambda _: torch.get_num_threads(), range(9))] == [1] * 9
+            assert torch.get_num_threads() == 3
+            finish = [predictor.start(predictor.encode(texts), threads) for texts in (SENTENCES, [LONG], [])]
+            found = [one() for one in finish]
+    finally:
+        torch.set_num_threads(before)
+    assert found == [predictor(texts) for texts in (SENTENCES, [LONG], [])] and found[2] == []
 
 
 def test_what_is_cut_off_is_said(classifier, tokenizer, caplog):
