@@ -75,10 +75,10 @@ class SentencesCommand(RunCommand):
 
     def job(self) -> TaskJob:
         from distilbert_fast.data.tasks import load_task
-        from distilbert_fast.jobs.task import RegressionJob, TaskJob
+        from distilbert_fast.jobs.task import task_job
 
         loaded = load_task(self.task, self.data, self.eval_data, self.max_train_rows, self.regression)
-        return (RegressionJob if loaded.regression else TaskJob)(loaded, self.max_length)
+        return task_job(loaded, self.max_length)
 
 
 Command = TypeVar("Command", bound=RunCommand)

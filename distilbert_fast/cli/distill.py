@@ -213,9 +213,10 @@ class Tokens(TaskCommand):
 class Qa(TaskCommand):
     """Distil a student that finds answers in a text."""
 
-    data: Annotated[
-        Path, typer.Option(metavar="FILE", help="Questions with answers, a .json file of SQuAD 1.1's form.")
-    ]
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Questions with answers, a .json file of SQuAD's form.")]
+    unanswerable: Annotated[
+        bool, typer.Option("--unanswerable", help="Questions may have no answer, as in SQuAD 2.0.")
+    ] = False
     max_length: Annotated[int, typer.Option(help="Tokens of a window: a question and what fits of its context.")] = 384
     stride: Annotated[int, typer.Option(help="Tokens by which windows overlap.")] = 128
 
@@ -223,4 +224,4 @@ class Qa(TaskCommand):
         from distilbert_fast.data.squad import load_squad
         from distilbert_fast.jobs.qa import QaJob
 
-        return QaJob(*load_squad(self.data, self.eval_data), self.max_length, self.stride)
+        return QaJob(*load_squad(self.data, self.eval_data, self.unanswerable), self.max_length, self.stride)

@@ -79,7 +79,7 @@ def evaluate(
         typer.Option(
             metavar="NAME",
             help="cola, sst2, mrpc, stsb, qqp, mnli, mnli_mismatched, qnli, rte, wnli, ax; cb, boolq, axb, axg; imdb, "
-            "ag_news; squad, squad_v2; entities. None: a file with the columns sentence or of a pair, and label.",
+            "ag_news; squad, squad_v2; entities, tags. None: a file with the columns sentence or of a pair, and label.",
         ),
     ] = None,
     data: Annotated[
@@ -101,7 +101,10 @@ def evaluate(
     precision: Precision = "transformers",
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
-    stride: Annotated[int, typer.Option(help="Tokens by which windows of a long context overlap.")] = 128,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens by which windows of a long context overlap; by default 128, or a third of a window."),
+    ] = None,
     output: Output = None,
     na_prob: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ _TAG = re.compile(r"[BIES][-_]..*|\W+", re.IGNORECASE)
 class Tagged:
     """Words and tags of sentences, and the place where each tag occurs first: "line 7", "row 3".
 
-    Of a text file also the line where each sentence begins, and all its columns.
+    Also the line (or row) where each sentence begins, and all its columns.
     """
 
     rows: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Tagged:
     columns: list[list[tuple[str, ...]]] = field(default_factory=list)
 
     def add(self, line: int, sentence: list[tuple[str, ...]]) -> None:
-        """A sentence whose first word is in that line: the columns of each word."""
+        """A sentence that begins in that line: the columns of each word."""
         words = tuple(cells[0] for cells in sentence if len(cells) > 1)
         self.rows.append((words, tuple(cells[-1] for cells in sentence)))
         self.lines.append(line)

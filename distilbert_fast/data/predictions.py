@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from distilbert_fast.data.conll import Tagged, read_conll, read_tags
 from distilbert_fast.data.published import Published, as_number
 from distilbert_fast.data.tables import as_written, cells_by_line
+from distilbert_fast.data.tokens import read_tagged_file
 from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
+
+_T = TypeVar("_T")
 
 
 def read_squad_predictions(op: str, path: Path) -> dict[str, str]:
@@ -54,8 +57,14 @@ def read_labels(op: str, path: Path, ids: Sequence[str], task: Published | None,
     """
     source = f"{op}: predictions: {str(path)!r}"
     found = _labels(op, source, path)
-    values = [_value(f"{source}: line {line}", cell, task, classes) for line, _, cell in found]
-    if found and found[0][1] is None:
+    values = [(line, index, _value(f"{source}: line {line}", cell, task, classes)) for line, index, cell in found]
+    return _by_index(source, values, ids)
+
+
+def _by_index(source: str, found: Sequence[tuple[int, str | None, _T]], ids: Sequence[str]) -> list[_T]:
+    """The predictions in the order of `ids`, of line, index and prediction; without an index they are in order."""
+    values = [value for _, _, value in found]
+    if any(index is None for _, index, _ in found) or not found:
         if len(values) != len(ids):
             refuse_input(source, f"a prediction for each of the {len(ids)} rows of data", len(values))
         return values
@@ -79,6 +88,44 @@ def read_labels(op: str, path: Path, ids: Sequence[str], task: Published | None,
                 f"{source}: line {line}", f"the index of a row of data, {wanted[0]} to {wanted[-1]}", repr(index)
             )
     return [by_index[index] for index in wanted]
+
+
+class Chosen(NamedTuple):
+    """The labels of a row that may have any number of them, and the probability of each label, if the file has them."""
+
+    labels: tuple[str, ...]
+    scores: Mapping[str, float] | None
+
+
+def read_label_lists(op: str, path: Path, ids: Sequence[str]) -> list[Chosen]:
+    """The labels of each row of `ids`: JSONL with "labels", and perhaps "idx" and "scores", an object of probabilities.
+
+    Rows are named as in `read_labels`, which raises the same errors; rows must have scores of the same labels or none.
+    """
+    source = f"{op}: predictions: {str(path)!r}"
+    found: list[tuple[int, str | None, Chosen]] = []
+    for number, line in enumerate(lines(read_text(op, "predictions", path)), start=1):
+        if not line.strip():
+            continue
+        place = f"{source}: line {number}"
+        try:
+            row = json_object(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        labels, scores = row.get("labels"), row.get("scores")
+        if not isinstance(labels, list) or (named := [as_written(one) for one in labels]).count(None):
+            refuse_input(place, "an object with a list as labels", shortened(line))
+        if scores is not None and not (isinstance(scores, dict) and all(map(_is_number, scores.values()))):
+            refuse_input(place, "an object of numbers as scores", shortened(scores))
+        if found and (scores or {}).keys() != (found[0][2].scores or {}).keys():
+            refuse_input(place, "scores of the same labels as in the line before", shortened(scores))
+        index = as_written(row["idx"]) if "idx" in row else None
+        found.append((number, index, Chosen(tuple(str(one) for one in named), scores)))
+    return _by_index(source, found, ids)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _labels(op: str, source: str, path: Path) -> list[tuple[int, str | None, str]]:
@@ -140,9 +187,9 @@ def _value(place: str, cell: str, task: Published | None, classes: Sequence[str]
 def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """True and predicted tags of each sentence.
 
-    The last column of each file counts; without `gold` the last two of `predictions` are the true and the predicted
-    tag, as conlleval reads them. A file may hold nothing but tags. Raises ValueError with file and line where the two
-    files do not have the same words, or as many sentences and words.
+    The last column of each file counts, or the tags of JSONL and Parquet; without `gold` the last two of `predictions`
+    are the true and the predicted tag, as conlleval reads them. A file may hold nothing but tags. Raises ValueError
+    with file and line where the two files do not have the same words, or as many sentences and words.
     """
     if gold is None:
         found = _tagged(op, "predictions", predictions)
@@ -168,6 +215,8 @@ def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tup
 
 
 def _tagged(op: str, argument: str, path: Path) -> Tagged:
+    if path.suffix.lower() in (".jsonl", ".parquet"):
+        return read_tagged_file(op, argument, path)
     source, text = f"{op}: {argument}: {str(path)!r}", read_text(op, argument, path)
     alone = all(len(line.split()) <= 1 for line in lines(text))
     return read_tags(source, text) if alone else read_conll(source, text)

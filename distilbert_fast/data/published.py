@@ -247,6 +247,8 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
     Raises ValueError with file and line: a file that is missing, is not UTF-8 or has other columns; a row with too few
     or too many; a text or label that is empty; a label that is no class or, for a regression, no finite number.
     """
+    if task.name == "imdb" and path.is_dir():
+        return _folders(op, argument, path, task)
     source = f"{op}: {argument}: {str(path)!r}"
     rows: list[Row] = []
     ids: list[str] = []
@@ -278,6 +280,21 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
     if len(set(ids)) < len(ids):
         ids = [str(at) for at in range(len(ids))]
     return Split(rows, task.columns, task.class_names or None, tuple(ids))
+
+
+def _folders(op: str, argument: str, path: Path, task: Published) -> Split:
+    """Of a directory with a folder for each class, and a text in each of its files, as IMDb's test/neg/0_2.txt."""
+    rows: list[Row] = []
+    ids: list[str] = []
+    for name in task.class_names:
+        files = sorted((path / name).glob("*.txt"))
+        if not files:
+            refuse_input(f"{op}: {argument}: {str(path)!r}", f"a folder {name} of texts (*.txt)", "none")
+        for file in files:
+            text = text_of(f"{op}: {argument}: {str(file)!r}", read_text(op, argument, file), "a text", "text")
+            rows.append(((text,), name))
+            ids.append(f"{name}/{file.name}")
+    return Split(rows, task.columns, task.class_names, tuple(ids))
 
 
 def _read(

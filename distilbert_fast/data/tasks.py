@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -44,14 +45,15 @@ _LISTED = re.compile(r"""\[\s*(["'\d-].*)?\]|\[.*,.*\]|[({]\s*(["'].*|[\d-].*,.*
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression task.
+    """A classification, multi-label classification or regression task.
 
     Attributes:
         name: what it is called in reports.
         train, eval: data sets with the columns `columns` (str) and `label` (int, an index into `label_names`; float for
-            a regression).
+            a regression; for `multi_label` a list of floats, 1 for each label that a row has and 0 for others).
         label_names: one name per class; none for a regression.
         columns: `sentence`, or the two columns of a pair.
+        multi_label: a row may have any number of labels.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Task:
     eval: Dataset
     label_names: tuple[str, ...]
     columns: tuple[str, ...] = SENTENCE
+    multi_label: bool = False
 
     @property
     def regression(self) -> bool:
@@ -88,8 +91,14 @@ class Task:
         order = class_order(OP, self.label_names, names, kept)
         if order is None:
             return self
+
+        def renumbered(label: Any) -> Any:
+            if not self.multi_label:
+                return order[label]
+            return [label[order.index(at)] for at in range(len(order))]
+
         train, held_out = (
-            _dataset([(texts, order[at]) for texts, at in self._rows(split)], self.columns)
+            _dataset([(texts, renumbered(label)) for texts, label in self._rows(split)], self.columns)
             for split in (self.train, self.eval)
         )
         turned = names_in_order(self.label_names, names, order)
@@ -126,10 +135,13 @@ def load_task(
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
         regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
 
+    Where the labels of all rows are lists, in JSONL, Parquet or on the hub, each row has any number of labels; the
+    column may be called `labels` too.
+
     Raises:
         ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
             other columns than each other; a file that is not UTF-8 or holds a NUL byte; a label without a text or the
-            reverse; what is no text, half a character among it; several labels in a row; the label -1 for a class
+            reverse; what is no text, half a character among it; lists as labels of some rows; the label -1 for a class
             (see above: on the hub it stands for no label); a single class or number; a label that is no number for a
             regression, or one with a fraction for classes; an evaluation label unknown to the training split; a name
             that is neither built in nor on the hub.
@@ -182,7 +194,8 @@ def read_split(op: str, argument: str, path: Path, name: str | None = None, regr
     columns = reading = _text_columns([*table.columns])
     if columns == SENTENCE and "sentence" not in table.columns and "text" in table.columns:
         reading = ("text",)
-    missing = [column for column in (*reading, "label") if column not in table.columns]
+    label = "labels" if "labels" in table.columns and "label" not in table.columns else "label"
+    missing = [column for column in (*reading, label) if column not in table.columns]
     if missing:
         found = ", ".join(table.columns)
         raise ValueError(
@@ -192,12 +205,14 @@ def read_split(op: str, argument: str, path: Path, name: str | None = None, regr
     if len(table) == 0:
         raise ValueError(f"{source} holds no rows")
     regression = regression or (task is not None and not task.classes)
-    rows = _rows(source, table, reading, regression)
+    rows = _rows(source, table, reading, regression, label)
     if not rows:
         raise ValueError(f"{source} has no row with a label")
-    names = table.class_names.get("label")
-    places = (at for at, given in enumerate(table.columns["label"]) if not (names and given == NO_LABEL))
-    return Split(rows, columns, names, tuple(map(str, places)))
+    if task is not None and task.classes:
+        rows = [(texts, task.class_of(source, one)) for texts, one in rows]
+    names = table.class_names.get(label)
+    places = (at for at, given in enumerate(table.columns[label]) if not (names and given == NO_LABEL))
+    return Split(rows, columns, task.class_names if task and task.classes else names, tuple(map(str, places)))
 
 
 def read_hub_split(op: str, task: Published) -> Split:
@@ -222,19 +237,26 @@ def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
     return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
 
 
-def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -> list[Row]:
-    """The texts of these columns as they are, with their labels; for a regression labels are floats.
+def _rows(
+    source: str, table: Table, columns: Sequence[str], regression: bool, label_column: str = "label"
+) -> list[Row]:
+    """The texts of these columns as they are, with their labels; for a regression labels are floats, lists are tuples.
 
     Labels that are numbers of named classes become these names, and rows with NO_LABEL are left out.
     """
     rows: list[Row] = []
-    names = table.class_names.get("label")
+    names = table.class_names.get(label_column)
     texts = [table.columns[column] for column in columns]
-    for at, (*cells, given) in enumerate(zip(*texts, table.columns["label"], strict=True), start=1):
+    labels = table.columns[label_column]
+    several = all(isinstance(given, list) for given in labels) and not regression
+    for at, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
         if names and given == NO_LABEL:
             continue
         row = f"{source}: row {at}"
         found = tuple(text_of(row, cell, f"a text as {name}", name) for name, cell in zip(columns, cells, strict=True))
+        if several:
+            rows.append((found, _label_list(row, given, names)))
+            continue
         label = _label(row, given)
         value = as_number(label)
         if regression:
@@ -243,9 +265,9 @@ def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -
             rows.append((found, value))
             continue
         if names:
-            if not isinstance(given, int) or not 0 <= given < len(names):
+            if not isinstance(given, int):
                 refuse_input(row, f"a label of 0 to {len(names) - 1}", label)
-            label = names[given]
+            label = _class_name(row, given, names)
         elif value == NO_LABEL:
             raise ValueError(
                 f"{row} has the label {label}, which stands for no label in data sets of the hub; leave the row out, "
@@ -253,6 +275,20 @@ def _rows(source: str, table: Table, columns: Sequence[str], regression: bool) -
             )
         rows.append((found, label))
     return rows
+
+
+def _label_list(row: str, given: list[Any], names: Sequence[str] | None) -> tuple[str, ...]:
+    """The labels of a row that may have any number of them."""
+    labels = tuple(_class_name(row, int(one), names) if names else _label(row, one) for one in given)
+    if len(set(labels)) < len(labels):  # a 1 or 0 for each label, perhaps
+        refuse_input(row, "a list of the labels that the row has, each once", shortened(given))
+    return labels
+
+
+def _class_name(row: str, number: int, names: Sequence[str]) -> str:
+    if not 0 <= number < len(names):
+        refuse_input(row, f"a label of 0 to {len(names) - 1}", number)
+    return names[number]
 
 
 def _label(row: str, cell: object) -> str:
@@ -269,21 +305,22 @@ def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None,
     columns = reading = _text_columns(names)
     if columns == SENTENCE and "sentence" not in names:
         reading = ("text",)
-    if not {*reading, "label"} <= set(names):
+    label = "labels" if "labels" in names and "label" not in names else "label"
+    if not {*reading, label} <= set(names):
         raise ValueError(
             f"{OP}: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
             f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
         )
-    regression = regression or any(isinstance(label, float) for label in splits["train"].columns["label"])
+    regression = regression or any(isinstance(given, float) for given in splits["train"].columns[label])
 
     def labelled(split: str) -> list[Row]:  # GLUE keeps the labels of its test splits to itself
-        return _rows(f"{OP}: name: {name!r}", splits[split], reading, regression)
+        return _rows(f"{OP}: name: {name!r}", splits[split], reading, regression, label)
 
     train = labelled("train")
     if not train:
         raise ValueError(f"{OP}: name: {name!r} has no row with a label in its split train")
     held_out = next(filter(None, (labelled(split) for split in EVAL_SPLITS if split in splits)), None)
-    return train, held_out, columns, splits["train"].class_names.get("label")
+    return train, held_out, columns, splits["train"].class_names.get(label)
 
 
 def _task(
@@ -296,10 +333,14 @@ def _task(
     max_train_rows: int | None,
 ) -> Task:
     """Classes are in the order of `class_names`, where there is one."""
-    labels = {label for _, label in train}
+    several = {isinstance(label, tuple) for _, label in (*train, *(held_out or ()))}
+    if len(several) > 1:
+        refuse_input(f"{OP}: eval_data", "lists as labels where data has lists", "single labels in one of the two")
+    labels = _used(train)
     if len(labels) < 2:
         what = "numbers" if regression else "classes"
-        refuse_input(f"{OP}: data", f"at least 2 {what} in the column label", f"only {labels.pop()!r}")
+        only = f"only {labels.pop()!r}" if labels else "none"
+        refuse_input(f"{OP}: data", f"at least 2 {what} in the column label", only)
     if not regression and not class_names:
         _refuse_numbers(labels)
     if held_out is None:
@@ -308,15 +349,24 @@ def _task(
         if len(numbers := {label for _, label in held_out}) < 2:
             refuse_input(OP, "at least 2 numbers as labels of the evaluation split", f"only {numbers.pop()!r}")
         return Task(name, _dataset(limited(train, max_train_rows), columns), _dataset(held_out, columns), (), columns)
-    labels = {label for _, label in train}
-    refuse_unknown(OP, "label", {label for _, label in held_out} - labels, _label_order(labels))
-    names = tuple(name for name in class_names if name in labels) if class_names else _label_order(labels)
+    labels = _used(train)
+    refuse_unknown(OP, "label", _used(held_out) - labels, label_order(labels))
+    names = tuple(name for name in class_names if name in labels) if class_names else label_order(labels)
     index = {label: i for i, label in enumerate(names)}
+
+    def numbered(label: Any) -> Any:
+        return [float(one in label) for one in names] if True in several else index[label]
+
     splits = [
-        _dataset([(texts, index[label]) for texts, label in rows], columns)
+        _dataset([(texts, numbered(label)) for texts, label in rows], columns)
         for rows in (limited(train, max_train_rows), held_out)
     ]
-    return Task(name, splits[0], splits[1], names, columns)
+    return Task(name, splits[0], splits[1], names, columns, True in several)
+
+
+def _used(rows: Sequence[Row]) -> set[Any]:
+    """All labels of rows, which may have one each or several."""
+    return {one for _, label in rows for one in (label if isinstance(label, tuple) else (label,))}
 
 
 def _refuse_numbers(labels: set[str]) -> None:
@@ -338,7 +388,7 @@ def _refuse_numbers(labels: set[str]) -> None:
         )
 
 
-def _label_order(labels: set[str]) -> tuple[str, ...]:
+def label_order(labels: set[str]) -> tuple[str, ...]:
     """Numbers by value (2 before 10, 2.0 before 10.0), anything else by its text."""
     if all(as_number(label) is not None for label in labels):
         return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))

@@ -187,7 +187,7 @@ def _sentences(source: str, table: Table, column: str) -> Tagged:
         cells = [text_of(place, cell, "texts as tokens and tags", "token or tag") for cell in row[0]]
         found_words, found_tags = tuple(cells), tuple(_tag(place, tag, names) for tag in row[1])
         if found_words:
-            tagged.rows.append((found_words, found_tags))
+            tagged.add(number, list(zip(found_words, found_tags, strict=True)))
         for tag in found_tags:
             tagged.places.setdefault(tag, f"row {number}")
     if not tagged.rows:

@@ -9,10 +9,12 @@ from transformers import TrainingArguments
 
 from distilbert_fast.distillation.objectives.mlm import MlmObjective, even_layer_map
 from distilbert_fast.distillation.objectives.task import (
+    MultiLabelObjective,
     Objective,
     QaObjective,
     RegressionObjective,
     TaskObjective,
+    is_multi_label,
     is_regression,
 )
 from distilbert_fast.distillation.schedule import bounds, is_zero, plain
@@ -148,6 +150,10 @@ def objective_of(args: DistillationArguments, student: Any, teacher: Any) -> Obj
     if args.objective == "task":
         if is_regression(student) and (teacher is None or is_regression(teacher)):
             return RegressionObjective(args.alpha)
+        if is_multi_label(student) and (teacher is None or is_multi_label(teacher)):
+            if args.label_smoothing_factor:
+                refuse(OP, "label_smoothing_factor", "0 for labels that do not exclude each other", "more")
+            return MultiLabelObjective(args.temperature, args.alpha)
         return TaskObjective(args.temperature, args.alpha, args.label_smoothing_factor)
     # without a teacher model, only the student can tell
     example = (student if teacher is None else teacher).config

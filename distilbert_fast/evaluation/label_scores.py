@@ -50,6 +50,32 @@ def mse(predicted: np.ndarray, true: np.ndarray) -> float:
     return float(np.square(predicted - true).mean())
 
 
+def multi_label_scores(predicted: np.ndarray, true: np.ndarray, probabilities: np.ndarray | None = None) -> Scores:
+    """Scores of rows that have any number of K labels each, bool [N, K].
+
+    "micro_f1" of all labels of all rows together; "macro_f1", the mean over labels that occur or are predicted; with
+    probabilities [N, K] "mean_ap", the mean over labels that occur of their average precision. 0 for no labels.
+    """
+    f1, found, there = _metrics().f1_score, predicted.any(axis=0), true.any(axis=0)
+    used = found | there
+    scores = {"micro_f1": 0.0, "macro_f1": 0.0}
+    for name in scores if used.any() else ():
+        average = name.removesuffix("_f1")
+        scores[name] = float(f1(true[:, used], predicted[:, used], average=average, zero_division=0.0))
+    if probabilities is not None:
+        precision = _metrics().average_precision_score
+        scores["mean_ap"] = float(precision(true[:, there], probabilities[:, there])) if there.any() else 0.0
+    return scores
+
+
+def multi_label_errors(predicted: np.ndarray, true: np.ndarray, probabilities: np.ndarray | None = None) -> Scores:
+    """The standard errors of `multi_label_scores`, by the bootstrap."""
+    draws = np.random.default_rng(0).integers(len(true), size=(_RESAMPLES // 4, len(true)))
+    given = (predicted, true, *(() if probabilities is None else (probabilities,)))
+    samples = [multi_label_scores(*(each[draw] for each in given)) for draw in draws]
+    return {name: float(np.std([one[name] for one in samples])) for name in samples[0]}
+
+
 _OF_CLASSES: Mapping[str, Callable[..., float]] = {
     of.__name__: of for of in (accuracy, f1, macro_f1, matthews_correlation)
 }

@@ -8,7 +8,9 @@ arXiv:1806.03822.
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,18 +34,32 @@ def squad_scores(gold: Gold, predicted: Mapping[str, str]) -> dict[str, float]:
     """
     if not gold:
         raise ValueError("squad_scores: gold must hold a question, got none")
-    exact: float = 0
-    f1: float = 0
+    totals: dict[str, float] = {}
+    for name, scores in _of_questions(gold, predicted).items():
+        total: float = 0
+        for score in scores:  # the script adds them one by one, which sum() does not since Python 3.12
+            total += score
+        totals[name] = 100.0 * total / len(gold)
+    return totals
+
+
+def squad_errors(gold: Gold, predicted: Mapping[str, str]) -> dict[str, float]:
+    """The standard errors of `squad_scores`, s / √N of the questions' scores, in percent."""
+    return {name: _error(scores) for name, scores in _of_questions(gold, predicted).items()}
+
+
+def _of_questions(gold: Gold, predicted: Mapping[str, str]) -> dict[str, list[float]]:
+    exact: list[float] = []
+    f1: list[float] = []
     for question, answers in gold.items():
         if not answers:
             raise ValueError(
                 f"squad_scores: gold: question {question!r} has no answer, as only SQuAD 2.0's have; use squad_v2"
             )
-        if question in predicted:
-            found = predicted[question]
-            exact += max(normalized(found) == normalized(answer) for answer in answers)
-            f1 += max(_f1(found, answer, both_empty=0.0) for answer in answers)
-    return {"exact_match": 100.0 * exact / len(gold), "f1": 100.0 * f1 / len(gold)}
+        found = predicted.get(question)
+        exact.append(0 if found is None else max(normalized(found) == normalized(answer) for answer in answers))
+        f1.append(0 if found is None else max(_f1(found, answer, both_empty=0.0) for answer in answers))
+    return {"exact_match": exact, "f1": f1}
 
 
 def squad_v2_scores(
@@ -70,6 +86,41 @@ def squad_v2_scores(
     Raises ValueError where no question has a prediction, or one that has lacks its probability.
     """
     no_answer = dict.fromkeys(predicted, 0.0) if no_answer is None else no_answer
+    raw, judged = _judged(gold, predicted, no_answer, threshold)
+    exact = raw["exact"]
+    result = _means(judged, "", [*exact])
+    for prefix, has in (("HasAns_", True), ("NoAns_", False)):
+        if questions := [question for question in exact if bool(gold[question]) is has]:
+            result |= _means(judged, prefix, questions)
+    for name, scores in raw.items():
+        best, at = _best_threshold(gold, predicted, scores, no_answer)
+        result |= {f"best_{name}": best, f"best_{name}_thresh": at}
+    return result
+
+
+def squad_v2_errors(
+    gold: Gold,
+    predicted: Mapping[str, str],
+    no_answer: Mapping[str, float] | None = None,
+    threshold: float = 1.0,
+) -> dict[str, float]:
+    """The standard errors of "exact" and "f1" of `squad_v2_scores`, s / √N of the questions' scores, in percent."""
+    no_answer = dict.fromkeys(predicted, 0.0) if no_answer is None else no_answer
+    _, judged = _judged(gold, predicted, no_answer, threshold)
+    return {name: _error([*scores.values()]) for name, scores in judged.items()}
+
+
+def _error(scores: Sequence[float]) -> float:
+    return 100 * statistics.pstdev(map(float, scores)) / math.sqrt(len(scores))
+
+
+_Scores = dict[str, dict[str, float]]
+
+
+def _judged(
+    gold: Gold, predicted: Mapping[str, str], no_answer: Mapping[str, float], threshold: float
+) -> tuple[_Scores, _Scores]:
+    """ "exact" and "f1" of each question, 0 to 1, before and after the threshold."""
     exact: dict[str, float] = {}
     f1: dict[str, float] = {}
     for question, answers in gold.items():
@@ -88,14 +139,7 @@ def squad_v2_scores(
         }
         for name, scores in (("exact", exact), ("f1", f1))
     }
-    result = _means(judged, "", [*exact])
-    for prefix, has in (("HasAns_", True), ("NoAns_", False)):
-        if questions := [question for question in exact if bool(gold[question]) is has]:
-            result |= _means(judged, prefix, questions)
-    for name, scores in (("exact", exact), ("f1", f1)):
-        best, at = _best_threshold(gold, predicted, scores, no_answer)
-        result |= {f"best_{name}": best, f"best_{name}_thresh": at}
-    return result
+    return {"exact": exact, "f1": f1}, judged
 
 
 def _f1(found: str, answer: str, both_empty: float) -> float:

@@ -36,14 +36,14 @@ class Settings:
             `optimize(model, precision)`.
         batch_size: rows a call.
         max_length: tokens a row; None: as many as the model reads.
-        stride: tokens by which windows of a long context overlap.
+        stride: tokens by which windows of a long context overlap; None: 128, or a third of a window.
         output: a directory for the predictions and evaluation.json.
     """
 
     precisions: Sequence[str] = (TRANSFORMERS,)
     batch_size: int = 32
     max_length: int | None = None
-    stride: int = 128
+    stride: int | None = None
     output: Path | None = None
 
     def check(self) -> None:
@@ -52,7 +52,7 @@ class Settings:
             if precision not in WAYS:
                 raise RecipeError(f"{JOB}: precision: expected of {', '.join(WAYS)}, got {precision!r}")
         for name, given, least in (("batch_size", self.batch_size, 1), ("stride", self.stride, 0)):
-            if given < least:
+            if given is not None and given < least:
                 raise RecipeError(f"{JOB}: {name}: expected {least} or more, got {given}")
 
 

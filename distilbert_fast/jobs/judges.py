@@ -14,25 +14,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from distilbert_fast.data.conll import Tagged
+from distilbert_fast.data.predictions import Chosen
 from distilbert_fast.data.published import Published, Split
 from distilbert_fast.data.sentences import Text, tokenized
 from distilbert_fast.data.squad import Answer, Questions, Windows, read_answers, read_asked
 from distilbert_fast.data.tags import is_outside
-from distilbert_fast.data.tasks import read_hub_split, read_split
+from distilbert_fast.data.tasks import label_order, read_hub_split, read_split
 from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, read_tagged_file
 from distilbert_fast.evaluation import metrics
 from distilbert_fast.evaluation.metrics import Watch
-from distilbert_fast.evaluation.squad_scores import squad_scores, squad_v2_scores
+from distilbert_fast.evaluation.squad_scores import squad_errors, squad_scores, squad_v2_errors, squad_v2_scores
 from distilbert_fast.files.text import refuse_input
 from distilbert_fast.jobs.score import (
     ENTITIES,
     JOB,
     SQUAD,
     SQUAD_V2,
+    TAGS,
     Scored,
     check_task,
     class_names,
+    has_lists,
+    label_list_scores,
     label_scores,
     tag_scores,
 )
@@ -40,6 +46,7 @@ from distilbert_fast.jobs.settings import RecipeError
 
 logger = logging.getLogger(__name__)
 
+_SEVERAL = "multi_label_classification"
 _UNNAMED = re.compile(r"label_\d+", re.IGNORECASE)
 
 
@@ -94,30 +101,41 @@ class Labels(Judge):
     def __init__(self, split: Split, task: Published | None) -> None:
         self.split, self.task = split, task
         self.classes = class_names(split, task.class_names if task else None)
-        pairs = len(split.columns) == 2
-        self.texts: list[Text] = [(texts[0], texts[1]) if pairs else texts[0] for texts, _ in split.rows]
+        self.texts = texts_of(split)
 
     @property
     def size(self) -> int:
         return len(self.texts)
 
     def prepare(self, model: Any, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.length = tokenizer, max_length
+        if self.classes and model.config.problem_type == _SEVERAL:
+            refuse_input(f"{JOB}: data", f"lists of labels for a model of problem_type {_SEVERAL}", "single labels")
+        self._tokenize(tokenizer, max_length)
         outputs = model.config.num_labels
         if (outputs == 1) is not (not self.classes):
-            expected = "numbers as the model gives" if outputs == 1 else f"classes, of which the model has {outputs}"
+            expected = (
+                "numbers as the model gives (regression)"
+                if outputs == 1
+                else f"classes, of which the model has {outputs}"
+            )
             refuse_input(f"{JOB}: data", expected, "classes" if self.classes else "numbers")
         if self.classes:
             names = [str(model.config.id2label[at]) for at in range(outputs)]
             self.names = matched(names, self.classes, self.task)
+
+    def _tokenize(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.length = tokenizer, max_length
         whole = tokenized(tokenizer, self.texts, 10**6, verbose=False)["input_ids"]
         if cut := sum(len(ids) > max_length for ids in whole):
             self.warn(f"{cut} of {len(whole)} texts are longer than {max_length} tokens and are cut")
 
-    def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
-        logits = metrics.predictions(
+    def _logits(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Tensor:
+        return metrics.predictions(
             model, self.tokenizer, self.texts, batch_size, self.length, in_order=in_order, watch=watch
         )
+
+    def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
+        logits = self._logits(model, batch_size, in_order, watch)
         return logits[:, 0].tolist() if not self.classes else [self.names[at] for at in logits.argmax(1).tolist()]
 
     def score(self, predicted: Any) -> Scored:
@@ -126,6 +144,12 @@ class Labels(Judge):
     def files(self, predicted: Any) -> dict[str, str]:
         rows = zip(self.split.ids, predicted, strict=True)
         return {".tsv": "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in rows)}
+
+
+def texts_of(split: Split) -> list[Text]:
+    """The sentences, or pairs of them, of a file."""
+    pairs = len(split.columns) == 2
+    return [(texts[0], texts[1]) if pairs else texts[0] for texts, _ in split.rows]
 
 
 def matched(names: Sequence[str], classes: Sequence[str], task: Published | None) -> list[str]:
@@ -150,13 +174,48 @@ def matched(names: Sequence[str], classes: Sequence[str], task: Published | None
     refuse_input(f"{JOB}: data", f"the model's labels {', '.join(map(repr, names))}", ", ".join(map(repr, classes)))
 
 
+class LabelLists(Labels):
+    """Any number of labels of each text."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.classes = tuple(label_order({one for _, labels in split.rows for one in labels}))
+        self.texts = texts_of(split)
+
+    def prepare(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        if model.config.problem_type != _SEVERAL:
+            refuse_input(f"{JOB}: model", f"problem_type {_SEVERAL} for lists of labels", model.config.problem_type)
+        self._tokenize(tokenizer, max_length)
+        names = [str(model.config.id2label[at]) for at in range(model.config.num_labels)]
+        self.names = matched(names, self.classes, None)
+
+    def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
+        logits = self._logits(model, batch_size, in_order, watch).double()
+        rows = zip(logits.tolist(), logits.sigmoid().tolist(), strict=True)
+        return [
+            Chosen(
+                tuple(name for name, logit in zip(self.names, row, strict=True) if logit > 0),
+                dict(zip(self.names, probabilities, strict=True)),
+            )
+            for row, probabilities in rows
+        ]
+
+    def score(self, predicted: Any) -> Scored:
+        return label_list_scores(self.split, predicted)
+
+    def files(self, predicted: Any) -> dict[str, str]:
+        rows = zip(self.split.ids, predicted, strict=True)
+        written = (json.dumps({"idx": index, **one._asdict()}, ensure_ascii=False) for index, one in rows)
+        return {".jsonl": "".join(f"{line}\n" for line in written)}
+
+
 class Tags(Judge):
-    """Tags of words."""
+    """Tags of words, which mark entities or not."""
 
     head, unit = "TokenClassification", "sentences"
 
-    def __init__(self, tagged: Tagged) -> None:
-        self.tagged = tagged
+    def __init__(self, tagged: Tagged, entities: bool) -> None:
+        self.tagged, self.entities = tagged, entities
         self.true = [tags for _, tags in tagged.rows]
 
     @property
@@ -180,7 +239,7 @@ class Tags(Judge):
         return self.pieces.tags(self.pieces.chosen(self.pieces.logits(model, batch_size, in_order, watch)))
 
     def score(self, predicted: Any) -> Scored:
-        return tag_scores(self.pieces.tags(self.pieces.truth), predicted)
+        return tag_scores(self.pieces.tags(self.pieces.truth), predicted, self.entities)
 
     def files(self, predicted: Any) -> dict[str, str]:
         rows = zip(self.tagged.rows, predicted, strict=True)
@@ -199,12 +258,14 @@ class Answers(Judge):
         questions: with contexts.
         gold: the answers by the question's id, in the same order.
         second: of SQuAD 2.0.
-        stride: tokens by which windows of one question overlap.
+        stride: tokens by which windows of one question overlap; None: 128, or a third of a window.
     """
 
     head, unit, max_length = "QuestionAnswering", "questions", 384
 
-    def __init__(self, questions: Questions, gold: Mapping[str, Sequence[str]], second: bool, stride: int) -> None:
+    def __init__(
+        self, questions: Questions, gold: Mapping[str, Sequence[str]], second: bool, stride: int | None
+    ) -> None:
         self.questions, self.gold, self.second, self.stride = questions, gold, second, stride
 
     @property
@@ -212,7 +273,9 @@ class Answers(Judge):
         return len(self.gold)
 
     def prepare(self, model: Any, tokenizer: Any, max_length: int) -> None:
-        self.windows = Windows(self.questions, tokenizer, max_length, self.stride)
+        self.windows = Windows(
+            self.questions, tokenizer, max_length, min(128, max_length // 3) if self.stride is None else self.stride
+        )
 
     def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
         return self.windows.answers(model, batch_size, in_order, watch)
@@ -220,8 +283,9 @@ class Answers(Judge):
     def score(self, predicted: Any) -> Scored:
         texts, odds = self._by_id(predicted)
         if not self.second:
-            return Scored(self.size, self.unit, squad_scores(self.gold, texts))
-        return Scored(self.size, self.unit, squad_v2_scores(self.gold, texts, odds, threshold=0.0))
+            return Scored(self.size, self.unit, squad_scores(self.gold, texts), squad_errors(self.gold, texts))
+        scores, errors = (of(self.gold, texts, odds, threshold=0.0) for of in (squad_v2_scores, squad_v2_errors))
+        return Scored(self.size, self.unit, scores, errors)
 
     def files(self, predicted: Any) -> dict[str, str]:
         texts, odds = self._by_id(predicted)
@@ -235,7 +299,7 @@ class Answers(Judge):
         return {name: one.text for name, one in named.items()}, {name: one.null_odds for name, one in named.items()}
 
 
-def judge_of(task: str | None, data: Path | None, regression: bool, stride: int) -> Judge:
+def judge_of(task: str | None, data: Path | None, regression: bool, stride: int | None) -> Judge:
     """The judge of a task on a file, or on a data set of the hub.
 
     Raises RecipeError for an unknown task, ValueError for data that cannot be read, by file and line.
@@ -245,8 +309,8 @@ def judge_of(task: str | None, data: Path | None, regression: bool, stride: int)
         return Labels(read_hub_split(JOB, known), known)
     if data is None:
         raise RecipeError(f"{JOB}: data: expected a file, got none")
-    if task == ENTITIES:
-        return Tags(read_tagged_file(JOB, "data", data))
+    if task in (ENTITIES, TAGS):
+        return Tags(read_tagged_file(JOB, "data", data), entities=task == ENTITIES)
     if task in (SQUAD, SQUAD_V2):
         second = task == SQUAD_V2
         gold = read_answers(JOB, "data", data)
@@ -254,4 +318,5 @@ def judge_of(task: str | None, data: Path | None, regression: bool, stride: int)
             expected = "an answer to each question (squad_v2 is for others)"
             refuse_input(f"{JOB}: data: {str(data)!r}: question {without!r}", expected, "none")
         return Answers(read_asked(JOB, "data", data), gold, second, stride)
-    return Labels(read_split(JOB, "data", data, task, regression), known)
+    split = read_split(JOB, "data", data, task, regression)
+    return LabelLists(split) if has_lists(split) else Labels(split, known)

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distilbert_fast.data.predictions import read_labels, read_no_answer, read_squad_predictions, read_tagged
+import numpy as np
+
+from distilbert_fast.data.predictions import (
+    Chosen,
+    read_label_lists,
+    read_labels,
+    read_no_answer,
+    read_squad_predictions,
+    read_tagged,
+)
 from distilbert_fast.data.published import TASKS, Split, published
 from distilbert_fast.data.squad import read_answers
 from distilbert_fast.data.tasks import read_split
 from distilbert_fast.evaluation.entity_scores import entity_scores
-from distilbert_fast.evaluation.label_scores import Scores, class_scores, default_metrics, number_scores
-from distilbert_fast.evaluation.squad_scores import squad_scores, squad_v2_scores
+from distilbert_fast.evaluation.label_scores import (
+    Scores,
+    class_scores,
+    default_metrics,
+    multi_label_errors,
+    multi_label_scores,
+    number_scores,
+)
+from distilbert_fast.evaluation.squad_scores import squad_errors, squad_scores, squad_v2_errors, squad_v2_scores
 from distilbert_fast.jobs.settings import RecipeError, refused
 
 logger = logging.getLogger(__name__)
 
 JOB = "evaluate"
-SQUAD, SQUAD_V2, ENTITIES = "squad", "squad_v2", "entities"
-OTHERS = (SQUAD, SQUAD_V2, ENTITIES)
+SQUAD, SQUAD_V2, ENTITIES, TAGS = "squad", "squad_v2", "entities", "tags"
+OTHERS = (SQUAD, SQUAD_V2, ENTITIES, TAGS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class Scored:
         """The metrics of SQuAD by the names of its scripts and nothing else; of others also how many were judged."""
         if self.unit == "questions":
             return dict(self.metrics)
-        return {**self.metrics, "n": self.count, **({"types": self.kinds} if self.unit == "sentences" else {})}
+        return {**self.metrics, "n": self.count, **({"types": self.kinds} if self.kinds else {})}
 
 
 def score(
@@ -60,7 +77,8 @@ def score(
 
     Args:
         task: one of `OTHERS` or of `published.TASKS`; None for a file with our columns.
-        data: the gold file; of "entities" None where `predictions` holds the true tags in its last column but one.
+        data: the gold file; of "entities" and "tags" None where `predictions` holds the true tags in its last column
+            but one.
         predictions: see `data.predictions`.
         na_prob, threshold: of "squad_v2": see `squad_v2_scores`.
         regression: the labels of a file with our columns are numbers.
@@ -70,17 +88,19 @@ def score(
     known = check_task(task)
     if na_prob is not None and task != SQUAD_V2:
         raise RecipeError(f"{JOB}: na_prob: expected with task {SQUAD_V2} alone, got it with {task}")
-    if data is None and task != ENTITIES:
+    if data is None and task not in (ENTITIES, TAGS):
         raise RecipeError(f"{JOB}: data: expected the file of true answers beside predictions, got none")
     with refused():
-        if task == ENTITIES:
-            return _entities(data, predictions)
+        if task in (ENTITIES, TAGS):
+            return tag_scores(*read_tagged(JOB, data, predictions), entities=task == ENTITIES)
         if task in (SQUAD, SQUAD_V2):
             return _squad(task, Path(data or ""), predictions, na_prob, threshold)
         split = read_split(JOB, "data", Path(data or ""), task, regression)
-        classes = class_names(split, known and known.class_names)
+        if has_lists(split):
+            return label_list_scores(split, read_label_lists(JOB, predictions, split.ids))
+        classes = class_names(split, known.class_names if known else None)
         found = read_labels(JOB, predictions, split.ids, known, classes)
-        return label_scores(split, found, classes, known and known.metrics)
+        return label_scores(split, found, classes, known.metrics if known else None)
 
 
 def check_task(task: str | None) -> Any:
@@ -114,6 +134,31 @@ def label_scores(
     return Scored(len(true), "rows", *found)
 
 
+def has_lists(split: Split) -> bool:
+    """Whether rows may have any number of labels."""
+    return isinstance(split.rows[0][1], tuple)
+
+
+def label_list_scores(split: Split, predicted: Sequence[Chosen]) -> Scored:
+    """Scores of rows that may have any number of labels; with probabilities also the mean AP."""
+    names = sorted(
+        {one for _, labels in split.rows for one in labels} | {one for row in predicted for one in row.labels}
+    )
+    scored = predicted[0].scores
+    if scored is not None and (absent := [name for name in names if name not in scored]):
+        raise ValueError(f"{JOB}: predictions: expected scores of all labels, got none for {', '.join(absent[:3])}")
+    names = names if scored is None else list(scored)
+    true, found = (
+        np.array([[name in labels for name in names] for labels in rows], dtype=bool).reshape(len(split.rows), -1)
+        for rows in ([labels for _, labels in split.rows], [row.labels for row in predicted])
+    )
+    probabilities = None
+    if scored is not None:
+        probabilities = np.array([[(row.scores or {})[name] for name in names] for row in predicted])
+    scores = multi_label_scores(found, true, probabilities)
+    return Scored(len(split.rows), "rows", scores, multi_label_errors(found, true, probabilities))
+
+
 def _squad(task: str, data: Path, predictions: Path, na_prob: Path | None, threshold: float) -> Scored:
     gold = read_answers(JOB, "data", data)
     predicted = read_squad_predictions(JOB, predictions)
@@ -121,8 +166,9 @@ def _squad(task: str, data: Path, predictions: Path, na_prob: Path | None, thres
     warn_of_others(str(predictions), [*gold], [*predicted], "are left out" if task == SQUAD_V2 else "count as wrong")
     if task == SQUAD_V2:
         metrics = squad_v2_scores(gold, predicted, no_answer, threshold)
-        return Scored(int(metrics["total"]), "questions", metrics)
-    return Scored(len(gold), "questions", squad_scores(gold, predicted))
+        errors = squad_v2_errors(gold, predicted, no_answer, threshold)
+        return Scored(int(metrics["total"]), "questions", metrics, errors)
+    return Scored(len(gold), "questions", squad_scores(gold, predicted), squad_errors(gold, predicted))
 
 
 def warn_of_others(source: str, gold: Sequence[str], predicted: Sequence[str], missing: str) -> None:
@@ -137,19 +183,18 @@ def warn_of_others(source: str, gold: Sequence[str], predicted: Sequence[str], m
             logger.warning("%s: %r: %d %s: %s%s", JOB, source, len(names), what, ", ".join(names[:3]), more)
 
 
-def _entities(data: Path | None, predictions: Path) -> Scored:
-    true, found = read_tagged(JOB, data, predictions)
-    return tag_scores(true, found)
-
-
-def tag_scores(true: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> Scored:
-    """Entities of all sentences, and the share of words whose tag is right."""
-    total, kinds = entity_scores(found, true)
+def tag_scores(true: Sequence[Sequence[str]], found: Sequence[Sequence[str]], entities: bool = True) -> Scored:
+    """Entities of all sentences, if tags mark any, and the share of words whose tag is right."""
     same = [
         mine == theirs
         for tags, others in zip(found, true, strict=True)
         for mine, theirs in zip(tags, others, strict=True)
     ]
+    accuracy = sum(same) / len(same)
+    if not entities:
+        spread = math.sqrt(accuracy * (1 - accuracy) / len(same))
+        return Scored(len(true), "sentences", {"accuracy": accuracy}, {"accuracy": spread})
+    total, kinds = entity_scores(found, true)
     metrics = {name: value for name, value in total.as_dict().items() if name != "support"}
-    metrics["accuracy"] = sum(same) / len(same)
+    metrics["accuracy"] = accuracy
     return Scored(len(true), "sentences", metrics, kinds={name: kind.as_dict() for name, kind in kinds.items()})

@@ -14,8 +14,9 @@ from transformers import DataCollatorWithPadding
 from distilbert_fast.data.sentences import by_length, tokenized
 from distilbert_fast.data.tasks import Task
 from distilbert_fast.evaluation import metrics, speed
+from distilbert_fast.evaluation.label_scores import multi_label_scores
 from distilbert_fast.jobs.job import Job, Metric
-from distilbert_fast.modeling.loading import classes_of_head, single_label
+from distilbert_fast.modeling.loading import classes_of_head, multi_label, single_label
 
 _BATCH = 32  # of calibration
 
@@ -27,6 +28,7 @@ class TaskJob(Job):
     """
 
     kind, name, head = "task", "task", "SequenceClassification"
+    labels = "classes"
     metrics: tuple[Metric, ...] = (
         Metric("accuracy", "accuracy", True),
         Metric("matthews", "Matthews"),
@@ -37,9 +39,8 @@ class TaskJob(Job):
     legend = "Agreement: the share of rows for which it chooses the teacher's class; KL from the teacher in nats."
 
     def __init__(self, task: Task, max_length: int = 128) -> None:
-        if task.regression is not self.regression:
-            expected, got = ("numbers", "classes") if self.regression else ("classes", "numbers")
-            raise ValueError(f"{type(self).__name__}: task must have {expected} as labels, got {got}")
+        if (got := _labels_of(task)) != self.labels:
+            raise ValueError(f"{type(self).__name__}: task must have {self.labels} as labels, got {got}")
         self.task, self.max_length = task, max_length
 
     @property
@@ -109,7 +110,7 @@ class TaskJob(Job):
 class RegressionJob(TaskJob):
     """Regression: labels are numbers, and the head has one output."""
 
-    regression = True
+    regression, labels = True, "numbers"
     metrics = (
         Metric("pearson", "Pearson"),
         Metric("spearman", "Spearman"),
@@ -134,3 +135,46 @@ class RegressionJob(TaskJob):
         predicted = logits[:, 0]
         row = {name: getattr(metrics, name)(predicted, labels) for name in ("pearson", "spearman", "mse")}
         return row if taught is None else row | {"teacher_mse": metrics.mse(predicted, taught[:, 0])}
+
+
+class MultiLabelJob(TaskJob):
+    """Classification of rows that may have any number of labels each."""
+
+    labels = "lists of classes"
+    metrics = (
+        Metric("micro_f1", "micro-F1", True),
+        Metric("macro_f1", "macro-F1", True),
+        Metric("mean_ap", "mean AP", True),
+        Metric("agreement", "agreement", True),
+        Metric("kl", "KL"),
+    )
+    legend = (
+        "F1 of labels whose probability is above ½, over all labels of all rows and as the mean over labels; mean over "
+        "labels of the average precision; agreement: the share of labels for which it decides as the teacher does; KL "
+        "from the teacher in nats a label."
+    )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return multi_label(self.task.label_names)
+
+    def _judge(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, float]:
+        """Logits of a model and its teacher [N, K], labels [N, K]."""
+        probabilities = logits.double().sigmoid().numpy()
+        row = multi_label_scores((logits > 0).numpy(), labels.bool().numpy(), probabilities)
+        if taught is None:
+            return row
+        both = [torch.stack([torch.zeros_like(x), x], dim=-1).flatten(0, 1) for x in (logits, taught)]  # [N·K, 2]
+        return row | {"agreement": float(((logits > 0) == (taught > 0)).double().mean()), "kl": metrics.mean_kl(*both)}
+
+
+def _labels_of(task: Task) -> str:
+    if task.regression:
+        return RegressionJob.labels
+    return MultiLabelJob.labels if task.multi_label else TaskJob.labels
+
+
+def task_job(task: Task, max_length: int = 128) -> TaskJob:
+    """The job that fits the labels of a task."""
+    kinds = {kind.labels: kind for kind in (TaskJob, RegressionJob, MultiLabelJob)}
+    return kinds[_labels_of(task)](task, max_length)

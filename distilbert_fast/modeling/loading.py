@@ -172,6 +172,11 @@ def single_label(names: Sequence[str]) -> dict[str, Any]:
     return {**classes_of_head(names), "problem_type": "single_label_classification"}
 
 
+def multi_label(names: Sequence[str]) -> dict[str, Any]:
+    """That of a classifier whose rows may have any number of labels."""
+    return {**classes_of_head(names), "problem_type": "multi_label_classification"}
+
+
 def load_with_head(
     source: str | Path, head: str, new_head: bool = False, **config: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, tuple[str, ...]]:

@@ -112,6 +112,12 @@ def test_tags(tmp_path):
     true = [("B-PER", "O"), ("B-LOC",)]
     assert read_tagged("evaluate", gold, found) == (true, [("I-PER", "O"), ("O",)])
     assert read_tagged("evaluate", gold, file(tmp_path, "O\nO\n\n\nB-LOC")) == (true, [("O", "O"), ("B-LOC",)])
+    rows = file(
+        tmp_path,
+        '{"tokens": ["John", "ran"], "tags": ["B-PER", "O"]}\n{"tokens": ["Rome"], "tags": ["O"]}\n',
+        "x.jsonl",
+    )
+    assert read_tagged("evaluate", gold, rows) == (true, [("B-PER", "O"), ("O",)])
     both = file(tmp_path, "John NN B-PER I-PER\nran VB O O\n\nRome NN B-LOC O\n")
     assert read_tagged("evaluate", None, both) == (true, [("I-PER", "O"), ("O",)])
 

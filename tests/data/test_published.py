@@ -196,6 +196,26 @@ def test_a_published_file_can_be_trained_on(tmp_path):
     assert load_task("stsb", tmp_path / "sts.csv").regression
 
 
+def test_parquet_with_the_columns_of_a_task(tmp_path):
+    import pandas
+
+    pandas.DataFrame({"sentence": ["a", "b"], "label": [1, 0]}).to_parquet(tmp_path / "dev.parquet")
+    split = read_split("evaluate", "data", tmp_path / "dev.parquet", "sst2")
+    assert split.rows == [(("a",), "positive"), (("b",), "negative")] and split.class_names == ("negative", "positive")
+
+
+def test_the_folders_of_imdb(tmp_path):
+    for name, text in (("neg/0_2.txt", "Bad."), ("pos/0_10.txt", "Fine.<br />"), ("neg/1_1.txt", "Worse.")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    split = read_split("evaluate", "data", tmp_path, "imdb")
+    assert split.rows == [(("Bad.",), "neg"), (("Worse.",), "neg"), (("Fine.<br />",), "pos")]
+    assert split.ids[0] == "neg/0_2.txt"
+    (tmp_path / "pos/0_10.txt").unlink()
+    with pytest.raises(ValueError, match=r"^evaluate: data: '.*': expected a folder pos of texts"):
+        read_split("evaluate", "data", tmp_path, "imdb")
+
+
 def test_files_of_ours_may_call_their_sentences_text(tmp_path):
     (tmp_path / "mine.csv").write_text("text,label\na cat,yes\na dog,no\n")
     split = read_split("evaluate", "data", tmp_path / "mine.csv")

@@ -7,9 +7,16 @@ import random
 import re
 import string
 
+import numpy as np
 import pytest
 
-from distilbert_fast.evaluation.squad_scores import normalized, squad_scores, squad_v2_scores
+from distilbert_fast.evaluation.squad_scores import (
+    normalized,
+    squad_errors,
+    squad_scores,
+    squad_v2_errors,
+    squad_v2_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,8 @@ def test_squad_by_hand():
     predicted = {"1": "small cat", "2": "dogs", "4": "a", "5": "of no question"}
     # 1: right; 2: precision 1, recall 1/2; 3: none; 4: both are empty: exact, but without a word in common
     assert squad_scores(gold, predicted) == {"exact_match": 100 * 2 / 4, "f1": 100 * (1 + 2 / 3) / 4}
+    spread = squad_errors(gold, predicted)
+    assert spread == pytest.approx({"exact_match": 100 * 0.5 / 2, "f1": 100 * np.std([1, 2 / 3, 0, 0]) / 2})
     with pytest.raises(ValueError, match=r"^squad_scores: gold: question '1' has no answer, .* use squad_v2$"):
         squad_scores({"1": []}, {"1": ""})
     with pytest.raises(ValueError, match=r"^squad_scores: gold must hold a question, got none$"):
@@ -145,6 +154,7 @@ def test_squad_v2_by_hand():
         # 2 without answer at the start, + 1, + 3; then 5 takes one away again
         **{"best_exact": 100.0, "best_exact_thresh": 0.2, "best_f1": 100.0, "best_f1_thresh": 0.2},
     }
+    assert squad_v2_errors(gold, predicted) == pytest.approx({"exact": 25 * 0.75**0.5, "f1": 25 * 0.75**0.5})
     assert "HasAns_exact" not in squad_v2_scores({"2": []}, {"2": ""})
     with pytest.raises(ValueError, match=r"^squad_v2_scores: no_answer must have the probability of question '2', got"):
         squad_v2_scores(gold, predicted, {"1": 0.5})

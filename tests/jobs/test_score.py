@@ -76,6 +76,8 @@ def test_entities(tmp_path):
     found = json.loads(run("--task", "entities", "--predictions", tmp_path / "both.conll", "--json").stdout)
     assert (found["precision"], found["recall"], found["f1"], found["n"]) == (0.5, 0.5, 0.5, 2)
     assert found["types"]["LOC"] == {"precision": 1, "recall": 1, "f1": 1, "support": 1}
+    plain = json.loads(run("--task", "tags", "--predictions", tmp_path / "both.conll", "--json").stdout)
+    assert plain == {"accuracy": 0.5, "n": 2}
     shown = run("--task", "entities", "--predictions", tmp_path / "both.conll").output
     assert "PER" in shown and "50.00" in shown
 

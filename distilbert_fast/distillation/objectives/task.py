@@ -113,6 +113,50 @@ class TaskObjective(_TaughtAndLabelled):
 
 
 @dataclass(frozen=True)
+class MultiLabelObjective(_TaughtAndLabelled):
+    """α · τ² KL(teacher ‖ student) + (1 − α) · BCE, means over all labels of all rows, which do not exclude each other.
+
+    Of each label the KL is that of Bernoulli distributions, p = σ(logit / τ); BCE is that of transformers'
+    problem_type multi_label_classification. Logits and labels [B, K], labels 0 or 1.
+    """
+
+    temperature: Scheduled
+    alpha: Scheduled
+    columns = ("labels",)
+
+    def check(self, student: Any, teacher: Teacher | None) -> None:
+        model = model_of(teacher)
+        for name, either in (("student", student), ("teacher", model)):
+            if either is not None and not is_multi_label(either):
+                refuse(OP, name, "of problem_type multi_label_classification", either.config.problem_type)
+        self._need_teacher(teacher)
+        if model is not None:
+            check_pair(student, model, _CLASSES)
+
+    def counts(self, batch: Batch) -> Tensor:
+        labels = need(batch, "labels")
+        return torch.full((len(self.names),), labels.numel(), device=labels.device)
+
+    def __call__(self, student: Any, teacher: Teacher | None, batch: Batch, progress: float) -> Step:
+        output = head_output(student, batch)
+        logits, labels = full(output.logits), need(batch, "labels")  # [B, K]
+        if labels.shape != logits.shape:
+            refuse(OP, "labels", f"of shape {list(logits.shape)}, as the logits", list(labels.shape))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits
+        bce = loss(logits, labels.to(logits.dtype), reduction="sum")
+        if is_zero(self.alpha) or teacher is None:
+            return Step(bce[None], output)
+        taught = full(teacher.answer(batch).logits().logits)
+        kl = kl_div(_no_and_yes(logits), _no_and_yes(taught), at(self.temperature, progress), reduction="sum")
+        return Step(torch.stack([kl, bce]), output)
+
+
+def _no_and_yes(logits: Tensor) -> Tensor:
+    """Logits [B·K, 2] whose softmax is 1 − σ and σ of the given ones."""
+    return torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(0, -2)
+
+
+@dataclass(frozen=True)
 class RegressionObjective(_TaughtAndLabelled):
     """α · (student − teacher)² + (1 − α) · (student − label)², over all numbers that are predicted.
 
@@ -235,6 +279,10 @@ def tokens(batch: Batch) -> Tensor:
 def is_regression(model: Any) -> bool:
     problem = model.config.problem_type
     return problem == "regression" or (problem is None and model.config.num_labels == 1)
+
+
+def is_multi_label(model: Any) -> bool:
+    return model.config.problem_type == "multi_label_classification"
 
 
 def _check_classes(model: Any) -> None:
