@@ -36,16 +36,12 @@ EvalFile = Annotated[
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunCommand(ABC):
-    """A command that starts from a teacher, may be interrupted, and leaves models and a report in a directory."""
+class OutputCommand(ABC):
+    """A command that may be interrupted, and leaves models and a report in a directory."""
 
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the models and the report.")
     ] = Path("distilled")
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
-    ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
     ] = False
@@ -53,6 +49,16 @@ class RunCommand(ABC):
     @abstractmethod
     def run(self) -> None:
         """Do the work. Raises an error of the package's own for what a user can mend."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunCommand(OutputCommand):
+    """One that starts from a teacher."""
+
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_ID", help="BERT, RoBERTa or DistilBERT; by default that of the extra 'demo'."),
+    ] = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,7 +87,7 @@ class SentencesCommand(RunCommand):
         return task_job(loaded, self.max_length)
 
 
-Command = TypeVar("Command", bound=RunCommand)
+Command = TypeVar("Command", bound=OutputCommand)
 
 
 def add(
@@ -104,7 +110,7 @@ def add(
     return register
 
 
-def _parameters(command: type[RunCommand], defaults: dict[str, Any]) -> list[inspect.Parameter]:
+def _parameters(command: type[OutputCommand], defaults: dict[str, Any]) -> list[inspect.Parameter]:
     """The options of a command as a function's parameters: panel by panel, in each those of the class itself first."""
     hints = get_type_hints(command, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(command)}  # those of base classes first

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from distilbert_fast.cli.command import SentencesCommand
+from distilbert_fast.cli.training_options import in_training
 from distilbert_fast.jobs.settings import Compression, Goals, Training, refused
 
 HELP = """\
@@ -48,7 +49,6 @@ goes on from the models that are there; --accept takes what came of it.
 """
 
 in_goals = partial(typer.Option, rich_help_panel="Goals")
-in_training = partial(typer.Option, rich_help_panel="Training")
 
 
 @dataclass(kw_only=True)

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distilbert_fast.cli.command import EvalFile, RunCommand
+from distilbert_fast.cli.training_options import TrainingOptions
 from distilbert_fast.jobs.settings import Recipe, Shape, Training, refused, require
 
 if TYPE_CHECKING:
     from distilbert_fast.jobs.job import Job
 
 # Options of the panels that follow the first one.
-in_training = partial(typer.Option, rich_help_panel="Training the student")
 in_losses = partial(typer.Option, rich_help_panel="Losses: numbers, or schedules such as linear:2:1")
 in_teaching = partial(typer.Option, rich_help_panel="Training the teacher")
 in_shape = partial(typer.Option, rich_help_panel="The student's shape")
 
 
 @dataclass(kw_only=True)
-class DistillCommand(RunCommand):
+class DistillCommand(TrainingOptions, RunCommand):
     """Options of every distillation; the defaults fit a task."""
 
     ablate: Annotated[
@@ -36,22 +36,6 @@ class DistillCommand(RunCommand):
             help="Also train students that lack a loss or start at random, and compare all in a table.",
         ),
     ] = False
-    epochs: Annotated[float, in_training(help="Passes over the rows.")] = 3.0
-    max_steps: Annotated[int, in_training(help="Stop after so many steps; 0: after the epochs.")] = 0
-    batch_size: Annotated[int, in_training(help="Rows of an optimizer step, in all processes together.")] = 32
-    micro_batch: Annotated[int, in_training(help="Rows that are computed at a time; gradients add up.")] = 32
-    lr: Annotated[float, in_training("--lr", help="Peak learning rate of AdamW.")] = 1e-4
-    warmup: Annotated[float, in_training(help="Share of the steps over which the learning rate rises.")] = 0.05
-    weight_decay: Annotated[float, in_training(help="Weight decay of AdamW.")] = 0.0
-    bf16: Annotated[bool, in_training("--bf16", help="Compute in bfloat16, teacher and student.")] = False
-    gradient_checkpointing: Annotated[
-        bool,
-        in_training(
-            "--gradient-checkpointing",
-            help="Keep the input of each layer alone, and compute the layer again in backward.",
-        ),
-    ] = False
-    seed: Annotated[int, in_training(help="Seed of random weights, order, masks, dropout.")] = 0
     temperature: Annotated[str, in_losses(help="τ of the KL divergence.")] = "2.0"
     teacher_epochs: Annotated[float | None, in_teaching(help="Passes; by default 0 for one that has its head.")] = None
     teacher_steps: Annotated[int, in_teaching(help="Stop after so many steps; 0: after the epochs.")] = 0
@@ -86,11 +70,9 @@ class DistillCommand(RunCommand):
 
     def recipe(self, job: Job) -> Recipe:
         of_both: dict[str, Any] = {"micro_batch": self.micro_batch, "bf16": self.bf16, "seed": self.seed}
-        own = {"epochs", "max_steps", "batch_size", "warmup", "weight_decay", "gradient_checkpointing"}
-        student = Training(learning_rate=self.lr, **of_both, **{name: getattr(self, name) for name in own})
         taught = (self.teacher_epochs, self.teacher_steps, self.teacher_batch_size)
         teacher = Training(*taught, learning_rate=self.teacher_lr, **of_both)
-        return Recipe(student, teacher, True, self._shape(), self.objective(job), compare=self.compare(job))
+        return Recipe(self.training(), teacher, True, self._shape(), self.objective(job), compare=self.compare(job))
 
     def run(self) -> None:
         from distilbert_fast.jobs.distill import distill

@@ -32,30 +32,33 @@ PLOT = "losses.png"
 _CLOCKS = ("ms, batch 1", "rows/s, batch 32")
 
 
-def files(content: Mapping[str, Any], student: str) -> dict[str, bytes]:
-    """The report's files by name, the model card of the student in its directory among them."""
+def files(content: Mapping[str, Any], student: str, made: str = "distilled") -> dict[str, bytes]:
+    """The report's files by name, the model card of the student in its directory among them.
+
+    ``made`` says what was done to it; ``settings`` have what it was made from under "teacher" or "model".
+    """
     drawn = plot(content)
     return {
         "report.json": as_json(content),
         PLOT: drawn,
         f"{student}/{PLOT}": drawn,
-        f"{student}/README.md": _card(content, student).encode(),
-        "report.md": "\n".join(["# Distillation", "", *_body(content)]).encode(),
+        f"{student}/README.md": _card(content, student, made).encode(),
+        "report.md": "\n".join([f"# {content['data']['name']}, {made}", "", *_body(content)]).encode(),
     }
 
 
-def _card(content: Mapping[str, Any], student: str) -> str:
+def _card(content: Mapping[str, Any], student: str, made: str) -> str:
     row = content["models"][student]
     text = [
-        f"# {row['layers']}-layer {row['architecture']}, distilled",
+        f"# {row['layers']}-layer {row['architecture']}, {made}",
         "",
-        f"Distilled from {teacher_of(content)} with distilbert_fast.",
+        f"{made.capitalize()} from {teacher_of(content)} with distilbert_fast.",
         "",
         *_body(content),
         "",
         *use(content["head"], student),
     ]
-    return model_card(content, row, student, "distillation", text)
+    return model_card(content, row, student, "distillation" if made == "distilled" else made, text)
 
 
 def quality_rows(content: Mapping[str, Any]) -> list[list[str]]:

@@ -255,8 +255,9 @@ def model_card(content: Mapping[str, Any], row: Row, name: str, made: str, text:
 
 
 def teacher_of(content: Mapping[str, Any]) -> str:
-    """The teacher's name, as it was given."""
-    return str(content["settings"]["teacher"].partition(" (")[0])
+    """The name of the teacher, or of the model that was fine-tuned, as it was given."""
+    settings = content["settings"]
+    return str((settings.get("teacher") or settings["model"]).partition(" (")[0])
 
 
 def use(head: str, directory: str, comment: str = "") -> list[str]:

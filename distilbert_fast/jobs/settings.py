@@ -348,15 +348,15 @@ def _check_kept_head(source: Path, job: Job, other: str | None) -> None:
             raise ValueError(f"teacher: expected {expected}, got {got}; train it on the data (teacher_epochs)")
 
 
-def check_devices(processes: int) -> None:
+def check_devices(processes: int, command: str = "distill") -> None:
     """Refuse a process that has several GPUs, of which it would use one."""
     import torch
 
     if processes == 1 and "LOCAL_RANK" not in os.environ:
         count = torch.cuda.device_count()
-        launcher = f"torchrun --nproc-per-node {count} -m distilbert_fast distill"
+        launcher = f"torchrun --nproc-per-node {count} -m distilbert_fast {command}"
         advice = f"{count}; start it by {launcher}, or name one in CUDA_VISIBLE_DEVICES"
-        require(count <= 1, "distill: GPUs", "one a process", advice)
+        require(count <= 1, f"{command}: GPUs", "one a process", advice)
 
 
 def _check_cache(job: Job, recipe: Recipe, objective: Any, vocabulary: int) -> None:

@@ -29,7 +29,7 @@ from hurried import before_forks
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distilbert_fast.data.tasks import load_task
-from distilbert_fast.jobs import distill as distill_recipes
+from distilbert_fast.jobs import trained_flow
 from distilbert_fast.jobs.distill import Recipe, Training, distill
 from distilbert_fast.jobs.mlm import MlmJob
 from distilbert_fast.jobs.task import TaskJob
@@ -164,7 +164,7 @@ def main(directory: Path) -> dict[str, Any]:
         "killed in a stream": kill_in_a_stream(directory),
         "failed": {
             "held": fail(directory, "held", lambda: None),
-            "full": fail(directory, "full", lambda: setattr(distill_recipes, "save", full)),
+            "full": fail(directory, "full", lambda: setattr(trained_flow, "save", full)),
         },
     }
 
