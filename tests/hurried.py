@@ -19,7 +19,8 @@ def before_forks(set_attribute: Callable[[Any, str, Any], Any] = setattr) -> Non
     """Import what a job imports only when it comes to it, seconds for every fork; let clocks and pictures be short."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure
-    import torchmetrics.functional.classification  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn.metrics  # noqa: F401
 
     from distilbert_fast.compression import quantize  # noqa: F401
     from distilbert_fast.data import corpus, masking  # noqa: F401

@@ -69,7 +69,7 @@ try:
     cli.main()
 except SystemExit as end:
     assert end.code == 0, end.code
-heavy = {"torch", "transformers", "datasets", "pyarrow", "pandas", "numpy", "matplotlib", "torchmetrics"}
+heavy = {"torch", "transformers", "datasets", "pyarrow", "pandas", "numpy", "matplotlib", "sklearn", "scipy"}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
     done = python("-c", code, *command)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional import classification, regression
 
 from distilbert_fast.data.sentences import Text, by_length, tokenized
 from distilbert_fast.data.tokens import Pieces
+from distilbert_fast.evaluation import label_scores
 from distilbert_fast.evaluation.entity_scores import entity_scores
 from distilbert_fast.ops.kl_div import kl_div
 
@@ -45,17 +45,21 @@ def predictions(
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows of `logits` [N, labels] whose largest entry is at `labels` [N]."""
-    return float(classification.multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro"))
+    return label_scores.accuracy(*_classes(logits, labels))
 
 
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of each class, averaged with equal weight over the classes that occur in the labels or predictions."""
-    return float(classification.multiclass_f1_score(logits, labels, num_classes=logits.shape[1], average="macro"))
+    return label_scores.macro_f1(*_classes(logits, labels))
 
 
 def matthews(logits: Tensor, labels: Tensor) -> float:
     """Matthews' correlation of predicted and true classes, -1 to 1; 0 is chance, also for a constant answer."""
-    return float(classification.multiclass_matthews_corrcoef(logits, labels, num_classes=logits.shape[1]))
+    return label_scores.matthews_correlation(*_classes(logits, labels))
+
+
+def _classes(logits: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    return logits.argmax(dim=1).numpy(), labels.numpy()
 
 
 def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
@@ -70,23 +74,21 @@ def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
 
 def pearson(predicted: Tensor, labels: Tensor) -> float:
     """Pearson's correlation of numbers [N], -1 to 1; 0 for a constant answer."""
-    return _correlation(regression.pearson_corrcoef, predicted, labels)
+    return label_scores.pearson(*_numbers(predicted, labels))
 
 
 def spearman(predicted: Tensor, labels: Tensor) -> float:
     """Spearman's correlation, of the ranks of numbers [N], -1 to 1; 0 for a constant answer."""
-    return _correlation(regression.spearman_corrcoef, predicted, labels)
-
-
-def _correlation(of: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, labels: Tensor) -> float:
-    if bool((predicted == predicted[0]).all()):
-        return 0.0
-    return float(of(predicted.double(), labels.double()))
+    return label_scores.spearmanr(*_numbers(predicted, labels))
 
 
 def mse(predicted: Tensor, labels: Tensor) -> float:
     """Mean squared error of numbers [N]."""
-    return float((predicted.double() - labels.double()).square().mean())
+    return label_scores.mse(*_numbers(predicted, labels))
+
+
+def _numbers(*given: Tensor) -> list[Any]:
+    return [numbers.double().numpy() for numbers in given]
 
 
 def tag_scores(pieces: Pieces, model: Any, teacher: Any = None) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 IMPORTED = (
     *("hurried", "distilbert_fast.cli", "distilbert_fast.jobs.demo", "distilbert_fast.jobs.distill"),
     *("distilbert_fast.distillation.trainer", "distilbert_fast.evaluation.report", "datasets", "pandas"),
-    *("torchmetrics.functional.classification", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+    *("scipy.stats", "sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 FORKS = multiprocessing.get_context("forkserver")
 

@@ -19,7 +19,6 @@ from demo_input import bert, sentences
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
-pytest.importorskip("torchmetrics")
 
 from jobs.quick import FAST, TEACHING, same, task_job
 

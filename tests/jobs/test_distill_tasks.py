@@ -9,7 +9,6 @@ import torch
 from demo_input import bert, conll, pairs_tsv, sentences
 
 pytest.importorskip("datasets")
-pytest.importorskip("torchmetrics")
 
 from jobs.quick import FAST, TEACHING, same, task_job
 
