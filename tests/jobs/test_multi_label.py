@@ -21,6 +21,7 @@ from distilbert_fast.jobs.task import MultiLabelJob, TaskJob
 
 pytestmark = pytest.mark.usefixtures("short_clocks")
 NAMES = ["animal", "old", "tool"]
+FAST = ("--epochs", 4, "--batch-size", 16, "--micro-batch", 16, "--lr", "1e-2", "--max-length", 24)
 
 
 def lists(path, count, seed):
@@ -51,24 +52,7 @@ def run(*arguments):
 def taught(data, inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("taught") / "out"
     files = ("--data", data[0], "--eval-data", data[1])
-    run(
-        "finetune",
-        "--model",
-        inputs / "bert",
-        *files,
-        "--epochs",
-        4,
-        "--batch-size",
-        16,
-        "--micro-batch",
-        16,
-        "--lr",
-        "1e-2",
-        "--max-length",
-        24,
-        "-o",
-        out,
-    )
+    run("finetune", "--model", inputs / "bert", *files, *FAST, "-o", out)
     return out
 
 
@@ -96,23 +80,7 @@ def test_finetuned_and_judged(data, taught, tmp_path):
 
 def test_distilled(data, taught, tmp_path):
     files = ("--data", data[0], "--eval-data", data[1], "--teacher", taught / "model")
-    run(
-        "distill",
-        "task",
-        *files,
-        "--epochs",
-        4,
-        "--batch-size",
-        16,
-        "--micro-batch",
-        16,
-        "--lr",
-        "1e-2",
-        "--max-length",
-        24,
-        "-o",
-        tmp_path / "out",
-    )
+    run("distill", "task", *files, *FAST, "-o", tmp_path / "out")
     models = json.loads((tmp_path / "out/report.json").read_text())["models"]
     assert models["teacher"]["losses"] == []  # it had its head
     assert models["student"]["quality"]["micro_f1"] > 0.7 and models["student"]["quality"]["agreement"] > 0.7
