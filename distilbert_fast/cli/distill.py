@@ -142,6 +142,12 @@ Pairs of sentences, of the hub or in files with such columns (premise and hypoth
     distilbert-fast distill task --teacher ./my-bert --task glue/mnli --max-length 256 -o runs/mnli
     distilbert-fast distill task --teacher ./my-bert --data pairs.jsonl -o runs/pairs
 
+A student of all six layers whose weights are 80% 0, or are trained as int8, or share 16 values in groups of rows:
+
+    distilbert-fast distill task --teacher ./my-bert --data train.tsv --layers 6 --sparsity 0.8 -o runs/sparse
+    distilbert-fast distill task --teacher ./my-bert --data train.tsv --qat int8 -o runs/int8
+    distilbert-fast distill task --teacher ./my-bert --data train.tsv --qat values --group-size 16 -o runs/values
+
 Numbers instead of classes, such as how alike two sentences are:
 
     distilbert-fast distill task --teacher ./my-bert --task glue/stsb -o runs/stsb

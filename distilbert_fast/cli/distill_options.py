@@ -14,6 +14,7 @@ import typer
 
 from distilbert_fast.cli.command import EvalFile, RunCommand
 from distilbert_fast.cli.training_options import TrainingOptions
+from distilbert_fast.jobs.compressed_student import StudentCompression
 from distilbert_fast.jobs.settings import Recipe, Shape, Training, refused, require
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Options of the panels that follow the first one.
 in_losses = partial(typer.Option, rich_help_panel="Losses: numbers, or schedules such as linear:2:1")
 in_teaching = partial(typer.Option, rich_help_panel="Training the teacher")
+in_compression = partial(typer.Option, rich_help_panel="Compressing the student while it is trained")
 in_shape = partial(typer.Option, rich_help_panel="The student's shape")
 
 
@@ -55,6 +57,30 @@ class DistillCommand(TrainingOptions, RunCommand):
     hidden_size: Annotated[int | None, in_shape(help="Another width; the student then starts at random.")] = None
     num_heads: Annotated[int | None, in_shape(help="Attention heads.")] = None
     intermediate_size: Annotated[int | None, in_shape(help="Width of the feed-forward layers.")] = None
+    sparsity: Annotated[
+        float,
+        in_compression(
+            help="Share of the weights of its linear layers that go, little by little; smaller, not faster."
+        ),
+    ] = 0.0
+    sparsity_method: Annotated[
+        str, in_compression(help="magnitude: the smallest go; movement: those that training moves towards 0.")
+    ] = "magnitude"
+    sparsity_scope: Annotated[str, in_compression(help="layer: of each alike; global: of all together.")] = "layer"
+    sparsity_pattern: Annotated[
+        str | None, in_compression(help="2:4: two of each four in a row stay; with --sparsity 0.5.")
+    ] = None
+    qat: Annotated[
+        str,
+        in_compression(
+            help="int8: train weights that compute as int8; codebook: ones that share few values; values: only these "
+            "values, which weight has which is found once."
+        ),
+    ] = ""
+    codebook: Annotated[int, in_compression(help="How many values weights share: 256, 64 or 16.")] = 16
+    group_size: Annotated[
+        int | None, in_compression(help="Rows of a layer that share them; by default all rows do.")
+    ] = None
 
     @abstractmethod
     def job(self) -> Job:
@@ -72,7 +98,10 @@ class DistillCommand(TrainingOptions, RunCommand):
         of_both: dict[str, Any] = {"micro_batch": self.micro_batch, "bf16": self.bf16, "seed": self.seed}
         taught = (self.teacher_epochs, self.teacher_steps, self.teacher_batch_size)
         teacher = Training(*taught, learning_rate=self.teacher_lr, **of_both)
-        return Recipe(self.training(), teacher, True, self._shape(), self.objective(job), compare=self.compare(job))
+        own = {"sparsity", "sparsity_method", "sparsity_scope", "sparsity_pattern", "qat", "codebook", "group_size"}
+        compression = StudentCompression(**{name: getattr(self, name) for name in own})
+        compare = self.compare(job)
+        return Recipe(self.training(), teacher, True, self._shape(), self.objective(job), 0, compare, compression)
 
     def run(self) -> None:
         from distilbert_fast.jobs.distill import distill

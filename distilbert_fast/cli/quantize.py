@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,10 @@ Without any text; each weight is rounded to the nearest code:
 Better, with a hundred typical sentences, and a quarter of the size, tables included:
 
     distilbert-fast quantize --model ./my-bert -o my-bert-int8 --calibration dev.tsv --embeddings
+
+An eighth of the size: 16 values for each 16 rows of a layer, those that decide the answers to the texts kept best:
+
+    distilbert-fast quantize --model ./my-bert -o my-bert-c16 --codebook 16 --group-size 16 --calibration dev.tsv
 
 At most 0.0005 nats from the float model's answers, the layers that cost most left float:
 
@@ -56,16 +60,31 @@ def quantize(
         float | None,
         typer.Option(help="Leave layers float, the costliest first, until the mean KL on the texts is at most this."),
     ] = None,
+    codebook: Annotated[
+        int | None, typer.Option(help="Instead of int8, weights that share so many values: 256, 64 or 16.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Rows of a layer that share them; by default all rows do.")
+    ] = None,
 ) -> None:
-    """Hold a model in int8: a directory that from_pretrained reads, with a model card.
+    """Hold a model in int8, or with shared values: a directory that from_pretrained reads, with a model card.
 
     Weights get a scale a row, activations one a token when they come. With texts, scales and biases are fitted to what
     the layers read, and the answers to these texts are compared with those of the float model.
     """
     with plain_errors("nothing was written"):
         from distilbert_fast.jobs.quantize import quantize as run
-        from distilbert_fast.modeling.compression_config import Int8Config
+        from distilbert_fast.jobs.settings import refused, require
+        from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
 
-        config = Int8Config(heads=heads, embeddings=embeddings, modules_to_not_convert=list(keep or []))
+        both: dict[str, Any] = {"heads": heads, "modules_to_not_convert": list(keep or [])}
+        if codebook is None:
+            require(group_size is None, "quantize: group-size", "a codebook", group_size)
+            config: Int8Config | CodebookConfig = Int8Config(embeddings=embeddings, **both)
+        else:
+            require(not embeddings, "quantize: embeddings", "int8, not with a codebook", f"codebook {codebook}")
+            with refused("quantize"):
+                shared = ("tensor", None) if group_size is None else ("group", group_size)
+                config = CodebookConfig(codebook, *shared, **both)
         command = shlex.join(["distilbert-fast", *sys.argv[1:]])
         run(model, output, calibration, config, budget, max_texts, command=command)

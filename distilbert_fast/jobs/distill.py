@@ -110,7 +110,7 @@ def distill(
             "shape": dataclasses.asdict(recipe.shape),
             "objective": dict(recipe.objective),
             "cache": recipe.cache,
-        }
+        } | ({"compression": dataclasses.asdict(recipe.compression)} if recipe.compression else {})
         directory = RunDirectory(output, f"distill-{job.name}", settings, names, overwrite, [CORPUS])
         with SharedRun(directory, together) as run:
             flow = _Distillation(recipe, together, run, source, job, say)
@@ -163,7 +163,11 @@ class _Distillation(TrainedFlow):
             cache = self.together.first(lambda: str(self._cache(teacher)))
             objective |= {"teacher_cache": cache, "teacher_precision": "auto"}
             cached = self.together.first(lambda: self._cache_report(cache, student, teacher))
-        made = self.fit(variant.name, student, taught, training, objective) | {"cache": cached}
+        compression = self.recipe.compression
+        compression.begin(student, self.job)
+        callbacks = compression.callbacks()
+        made = self.fit(variant.name, student, taught, training, objective, callbacks) | {"cache": cached}
+        compression.end(student)
         made["start"] = "random"
         if made_of.layers and not variant.random:
             made |= {"start": f"layers {', '.join(map(str, made_of.layers))}", "made_of": str(made_of)}

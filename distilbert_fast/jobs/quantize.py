@@ -1,4 +1,4 @@
-"""What `distilbert-fast quantize` runs: a checkpoint in, its int8 form with a model card out."""
+"""What `distilbert-fast quantize` runs: a checkpoint in; int8, or shared values, with a model card out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distilbert_fast.jobs.settings import RecipeError, config_of, refused
 from distilbert_fast.layers import is_token
 from distilbert_fast.modeling.architectures import head_of
 from distilbert_fast.modeling.calibration import batches
-from distilbert_fast.modeling.compression_config import FLOAT, SPARSE, Int8Config
+from distilbert_fast.modeling.compression_config import FLOAT, SPARSE, CodebookConfig, Int8Config
 from distilbert_fast.modeling.encoder import encoder_layers
 from distilbert_fast.modeling.loading import load_with_head, locate, without_bars
 from distilbert_fast.sparse import SparseLinear
@@ -32,7 +32,7 @@ JOB = "quantize"
 
 
 class Fidelity(NamedTuple):
-    """How an int8 model's results on texts compare with the float model's."""
+    """How a quantized model's results on texts compare with the float model's."""
 
     texts: int
     answers: Agreement | None  # of a model with a task head
@@ -49,7 +49,7 @@ def quantize(
     model: str,
     output: Path,
     calibration: Path | None = None,
-    config: Int8Config | None = None,
+    config: Int8Config | CodebookConfig | None = None,
     budget: float | None = None,
     max_texts: int = 256,
     say: Callable[[str], None] = print,
@@ -99,7 +99,7 @@ def quantize(
     with building(output) as partial, without_bars():
         save(JOB, partial, network, tokenizer)
         after = file_bytes(partial)
-        card = _card(model, network, before, after, left, fidelity, command)
+        card = _card(model, network, before, after, left, fidelity, command, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
         flush(partial)
     say(f"{output}: {_megabytes(after)}, {100 * after / before:.1f}% of that")
@@ -160,19 +160,29 @@ def _megabytes(size: int) -> str:
 
 
 def _card(
-    model: str, network: Any, before: int, after: int, left: Sequence[str], found: Fidelity | None, command: str | None
+    model: str,
+    network: Any,
+    before: int,
+    after: int,
+    left: Sequence[str],
+    found: Fidelity | None,
+    command: str | None,
+    config: Int8Config | CodebookConfig | None,
 ) -> str:
     hub = model if model.count("/") == 1 and not model.startswith((".", "/")) else None
-    data = ModelCardData(library_name="transformers", base_model=hub, tags=["int8", "distilbert_fast"])
+    tag, form, fitted = "int8", "in int8", "scales and biases were"
+    if isinstance(config, CodebookConfig):
+        tag, form, fitted = "codebook", f"with {config.values} shared values", "values were"
+    data = ModelCardData(library_name="transformers", base_model=hub, tags=[tag, "distilbert_fast"])
     kind = type(network).__name__
     text = [
-        f"# {kind} in int8",
+        f"# {kind} {form}",
         "",
         f"Quantized from {model} with distilbert_fast{f' by `{command}`' if command else ''}.",
         "",
         f"- **Weights:** {after / 1e6:.1f} MB, {100 * after / before:.1f}% of {before / 1e6:.1f} MB",
         f"- **Compared with the float model:** {found or 'not'}"
-        + (f", which scales and biases were fitted to ({found.texts} texts)" if found and found.answers else ""),
+        + (f", which {fitted} fitted to ({found.texts} texts)" if found and found.answers else ""),
         f"- **Linear layers of the encoder left float:** {', '.join(left) or 'none'}",
         "",
         "```python",

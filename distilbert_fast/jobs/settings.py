@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbert_fast.files.schema import anything, mapping, read_json
+from distilbert_fast.jobs.compressed_student import StudentCompression
 from distilbert_fast.jobs.job import STUDENT, Job, Variant
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class Recipe:
         cache: mlm: so many of the teacher's most likely tokens are kept on disk for each row, and the rest as one
             number; the teacher runs once, over all epochs, and not beside the student. 0: it runs beside it.
         compare: names of further variants of the job to train beside the student, for an ablation or a baseline.
+        compression: of student and variants while they are trained.
     """
 
     student: Training = field(default_factory=Training)
@@ -229,6 +231,7 @@ class Recipe:
     objective: Mapping[str, Any] = field(default_factory=dict)
     cache: int = 0
     compare: Sequence[str] = ()
+    compression: StudentCompression = field(default_factory=StudentCompression)
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,7 @@ def check_models(job: Job, source: Path, recipe: Recipe, command: str = "distill
         student, made_of = student_from_teacher(teacher, **dataclasses.asdict(recipe.shape))
         objective = objective_for(job, recipe, student, teacher)
         objective.check(student, ModelTeacher(teacher))
+        recipe.compression.check(student, job)
     if job.streaming:
         trains = {"student": recipe.student} | ({"teacher": recipe.teacher} if random or recipe.teacher.epochs else {})
         for name, training in trains.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from distilbert_fast.distillation import trainer as trainers
 from distilbert_fast.distillation.arguments import DistillationArguments
@@ -50,7 +50,13 @@ class TrainedFlow(Flow):
         return made | self.keep(path, model, tokenizer, None)
 
     def fit(
-        self, name: str, model: Any, teacher: Any, training: Training, objective: Mapping[str, Any]
+        self,
+        name: str,
+        model: Any,
+        teacher: Any,
+        training: Training,
+        objective: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> dict[str, Any]:
         """Train a model on the job's rows, by a teacher or on labels alone; return what reports say of it."""
         rows = self.job.train_rows
@@ -58,7 +64,8 @@ class TrainedFlow(Flow):
         settings = training.arguments(path, 0 if self.job.streaming else len(rows), self.together.count)
         settings["ddp_find_unused_parameters"] = leaves_head(self.job.kind, objective)
         arguments = DistillationArguments(objective=self.job.kind, **settings, **objective)
-        trainer = trainers.DistillationTrainer(model, teacher, arguments, rows, data_collator=self.job.collator)
+        own: dict[str, Any] = {"data_collator": self.job.collator, "callbacks": list(callbacks)}
+        trainer = trainers.DistillationTrainer(model, teacher, arguments, rows, **own)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ProgressBar())
         made = self.train(trainer)

@@ -14,7 +14,7 @@ from distilbert_fast import SparsityConfig, prune_connections
 from distilbert_fast.cli import app
 from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.jobs.quantize import quantize
-from distilbert_fast.layers import Int8Linear
+from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.modeling.compression_config import Int8Config
 from distilbert_fast.sparse import SparseLinear
 
@@ -93,6 +93,17 @@ def test_without_texts_and_with_exceptions(model, tmp_path):
     assert sum(isinstance(module, Int8Linear) for module in read.modules()) == 5
 
 
+def test_shared_values(model, texts, tmp_path):
+    output = tmp_path / "shared"
+    done = run(model, "-o", output, "--calibration", texts, "--codebook", 16, "--group-size", 16)
+    assert done.exit_code == 0, done.output
+    _, read = logits(output)
+    layers = [module for module in read.modules() if isinstance(module, CodebookLinear)]
+    assert len(layers) == 12 and {(layer.values.shape[1], layer.group_size) for layer in layers} == {(16, 16)}
+    card = (output / "README.md").read_text()
+    assert "with 16 shared values" in card and "- codebook" in card and "which values were fitted to (20 texts)" in card
+
+
 def test_a_sparse_model(model, tmp_path):
     sparse = transformers.AutoModelForSequenceClassification.from_pretrained(model)
     prune_connections(sparse, SparsityConfig(amount=0.8)).save_pretrained(tmp_path / "sparse")
@@ -169,6 +180,12 @@ def test_one_line_for_each_error(model, texts, tmp_path):
     assert "modules_to_not_convert must be names of linear layers, got 'lin1'" in refused(
         model, "-o", output, "--keep", "lin1"
     )
+    for given, message in (
+        (("--codebook", 32), "CodebookConfig: values must be one of 256, 64, 16, got 32"),
+        (("--group-size", 8), "group-size: expected a codebook, got 8"),
+        (("--codebook", 16, "--embeddings"), "embeddings: expected int8, not with a codebook, got codebook 16"),
+    ):
+        assert refused(model, "-o", output, *given) == f"error: quantize: {message}"
     assert "error: quantize: max_texts must be 1 or more, got 0" in refused(model, "-o", output, "--max-texts", 0)
     assert "error: checkpoint: no such directory" in refused(tmp_path / "none", "-o", output)
     assert not output.exists()
