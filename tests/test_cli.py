@@ -213,8 +213,8 @@ def test_bad_data(place):
     refused("load_task: data: no such file: 'nowhere.tsv'", "--data", "nowhere.tsv")
     Path("empty.csv").touch()
     refused("load_task: data: 'empty.csv' is empty", "--data", "empty.csv")
-    Path("other.csv").write_text("text,label\na,b\n")
-    refused("load_task: data: 'other.csv' has no column sentence; its columns: text, label", "--data", "other.csv")
+    Path("other.csv").write_text("words,label\na,b\n")
+    refused("load_task: data: 'other.csv' has no column sentence; its columns: words, label", "--data", "other.csv")
 
 
 def test_bad_teacher(place):
