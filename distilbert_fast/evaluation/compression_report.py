@@ -48,9 +48,9 @@ def standard_error(content: Mapping[str, Any], row: Mapping[str, Any]) -> float 
     return math.sqrt(right * (1 - right) / content["data"]["eval"]) if share else None
 
 
-def rows(content: Mapping[str, Any], all_metrics: bool = True) -> list[list[str]]:
+def rows(content: Mapping[str, Any]) -> list[list[str]]:
     """A row for each model: how large, fast and good it is; titles first. What no other surpasses has a star."""
-    metrics = content["metrics"] if all_metrics else [content["metrics"][0], *content["metrics"][-2:]]
+    metrics = content["metrics"]
     head = ["", "layers", "parameters", "weight file", *(title for _, title, _ in metrics)]
     table = [[*head, *_TIMINGS, *(f"speed-up, {title}" for title in _CLOCKS.values())]]
     for name, row in content["models"].items():
@@ -72,8 +72,11 @@ def rows(content: Mapping[str, Any], all_metrics: bool = True) -> list[list[str]
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """`rows` for a terminal, without what needs most room."""
-    return terminal_table(f"{content['data']['name']}: {content['data']['eval']} rows", rows(content, False))
+    """The columns of `rows` that fit a terminal."""
+    head, *body = rows(content)
+    shown = [0, 3, 4, 3 + len(content["metrics"]), len(head) - 2, len(head) - 1]
+    narrow = [[row[place] for place in shown] for row in [head, *body]]
+    return terminal_table(f"{content['data']['name']}: {content['data']['eval']} rows", narrow)
 
 
 def verdict(content: Mapping[str, Any]) -> Iterator[str]:
