@@ -2,7 +2,7 @@
 
 All come from one dict, whose layout is that of report.json: `command`, `head`, `settings`, `data`, `metrics` (name,
 title, whether it is a share), `legend` (of these), `goals`, `models` (name -> row: title, layers, parameters,
-file_bytes, quality, latency_ms, throughput, speedup by clock), `pareto` (names), `gate`, `date`, `machine`,
+file_bytes, quality, latency_ms, throughput, speedup by clock), `pareto` (names, by clock), `gate`, `date`, `machine`,
 `environment` and `inputs`.
 """
 
@@ -50,7 +50,7 @@ def standard_error(content: Mapping[str, Any], row: Mapping[str, Any]) -> float 
 
 def rows(content: Mapping[str, Any]) -> list[list[str]]:
     """A row for each model: how large, fast and good it is; titles first. What no other surpasses has a star."""
-    metrics = content["metrics"]
+    metrics, best = content["metrics"], content["pareto"][content["goals"]["clock"]]
     head = ["", "layers", "parameters", "weight file", *(title for _, title, _ in metrics)]
     table = [[*head, *_TIMINGS, *(f"speed-up, {title}" for title in _CLOCKS.values())]]
     for name, row in content["models"].items():
@@ -59,7 +59,7 @@ def rows(content: Mapping[str, Any]) -> list[list[str]]:
         cells[0] += "" if error is None else f" ± {100 * error:.1f}"
         table.append(
             [
-                row["title"] + (" *" if name in content["pareto"] else ""),
+                row["title"] + (" *" if name in best else ""),
                 str(row["layers"]),
                 large(row["parameters"]),
                 f"{large(row['file_bytes'])}B",
@@ -100,11 +100,13 @@ def plot(content: Mapping[str, Any]) -> bytes:
     for axes, (clock, called) in zip(figure.subplots(1, 2, sharey=True), _CLOCKS.items(), strict=True):
         for key, row in content["models"].items():
             error = standard_error(content, row)
-            marker = "o" if key in content["pareto"] else "x"
+            marker = "o" if key in content["pareto"][clock] else "x"
             at = row["speedup"][clock], scale * row["quality"][name]
             axes.errorbar(*at, yerr=error and scale * error, fmt=marker, capsize=2, markersize=5)
             axes.annotate(row["title"], at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        best = sorted((content["models"][key] for key in content["pareto"]), key=lambda row: row["speedup"][clock])
+        best = sorted(
+            (content["models"][key] for key in content["pareto"][clock]), key=lambda row: row["speedup"][clock]
+        )
         line = [row["speedup"][clock] for row in best], [scale * row["quality"][name] for row in best]
         axes.plot(*line, color="grey", linewidth=0.8, zorder=0)
         axes.set_xscale("log")

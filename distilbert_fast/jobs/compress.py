@@ -164,7 +164,7 @@ class _Compression(TrainedFlow):
         place = {key: measured[key] for key in ("date", "machine", "environment", "inputs")}
         verdict = self._judged(made)
         goals = {**dataclasses.asdict(self.goals), "clock": self.recipe.clock}
-        pareto = gate.pareto(self.rows, self.metric, self.recipe.clock)
+        pareto = {clock: gate.pareto(self.rows, self.metric, clock) for clock in ("latency", "throughput")}
         content |= {**place, "goals": goals, "models": self.rows, "pareto": pareto, "gate": verdict}
         kept = self._keep(content)
         for name, written in report.files(content).items():
