@@ -74,7 +74,7 @@ def _by_index(source: str, found: Sequence[tuple[int, str | None, _T]], ids: Seq
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     places = [str(at) for at in range(len(ids))]
-    wanted = places if set(keys) == set(places) else list(ids)
+    wanted = places if set(keys) == set(places) != set(ids) else list(ids)
     by_index = dict(zip(keys, values, strict=True))
     if missing := [index for index in wanted if index not in by_index]:
         raise ValueError(

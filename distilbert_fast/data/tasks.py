@@ -211,8 +211,12 @@ def read_split(op: str, argument: str, path: Path, name: str | None = None, regr
     if task is not None and task.classes:
         rows = [(texts, task.class_of(source, one)) for texts, one in rows]
     names = table.class_names.get(label)
-    places = (at for at, given in enumerate(table.columns[label]) if not (names and given == NO_LABEL))
-    return Split(rows, columns, task.class_names if task and task.classes else names, tuple(map(str, places)))
+    places = [at for at, given in enumerate(table.columns[label]) if not (names and given == NO_LABEL)]
+    named = next((table.columns[name] for name in ("index", "idx") if name in table.columns), None)
+    ids = [] if named is None else [(as_written(named[at]) or "").strip() for at in places]
+    if not all(ids) or len(set(ids)) < len(places):
+        ids = [str(at) for at in places]
+    return Split(rows, columns, task.class_names if task and task.classes else names, tuple(ids))
 
 
 def read_hub_split(op: str, task: Published) -> Split:

@@ -21,7 +21,7 @@ from distilbert_fast.data.predictions import (
 )
 from distilbert_fast.data.published import TASKS, Split, published
 from distilbert_fast.data.squad import read_answers
-from distilbert_fast.data.tasks import read_split
+from distilbert_fast.data.tasks import label_order, read_split
 from distilbert_fast.evaluation.entity_scores import entity_scores
 from distilbert_fast.evaluation.label_scores import (
     Scores,
@@ -116,7 +116,7 @@ def class_names(split: Split, known: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(split.rows[0][1], float):
         return ()
     found = {label for _, label in split.rows}
-    return tuple(known or split.class_names or sorted(found))
+    return tuple(known or split.class_names or label_order(found))
 
 
 def label_scores(

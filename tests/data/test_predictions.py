@@ -31,6 +31,7 @@ YES, NO = "entailment", "not_entailment"
         (f"index\tprediction\n1\t{NO}\n0\t{YES}\n2\t{YES}\n", "0 1 2", "RTE.tsv"),
         (f"index\tprediction\n0\t{YES}\n1\t{NO}\n2\t{YES}\n", "40 41 50", "RTE.tsv"),  # by place
         (f"index\tprediction\n50\t{YES}\n41\t{NO}\n40\t{YES}\n", "40 41 50", "RTE.tsv"),  # by id
+        (f"index\tprediction\n0\t{NO}\n1\t{YES}\n2\t{YES}\n", "2 0 1", "RTE.tsv"),  # by id, though places fit too
         (f"{YES}\n{NO}\n{YES}\n", "0 1 2", "pred.txt"),
         (f"prediction\n{YES}\n{NO}\n{YES}\n", "0 1 2", "pred.csv"),
         ("0\n1\n0\n", "0 1 2", "pred.txt"),

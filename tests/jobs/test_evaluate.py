@@ -17,7 +17,7 @@ from distilbert_fast.cli import app
 from distilbert_fast.data.published import TASKS
 from distilbert_fast.evaluation.metrics import predictions
 from distilbert_fast.jobs.evaluate import Settings, evaluate
-from distilbert_fast.jobs.judges import matched
+from distilbert_fast.jobs.judges import judge_of, matched
 from distilbert_fast.jobs.score import score
 from distilbert_fast.jobs.settings import RecipeError
 
@@ -231,6 +231,13 @@ def test_classes_of_model_and_data(names, classes, task, expected):
         return
     with pytest.raises(ValueError, match=r"^evaluate: data: expected the model's labels '.*', got '"):
         matched(*arguments)
+
+
+def test_numbers_of_classes_are_in_their_order(tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\n" + "".join(f"x,{at}\n" for at in range(1, 13)))
+    judge = judge_of(None, tmp_path / "dev.csv", False, 0)
+    classes = [str(at) for at in range(1, 13)]  # 2 before 10
+    assert matched([f"LABEL_{at}" for at in range(12)], judge.classes, None) == classes
 
 
 @pytest.mark.parametrize(

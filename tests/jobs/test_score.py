@@ -71,6 +71,15 @@ def test_labels(tmp_path):
     assert "66.67" in run(*arguments).output
 
 
+@pytest.mark.parametrize("ids", [(2, 0, 1), (70, 50, 60)])
+def test_predictions_are_told_by_the_column_index_of_data(tmp_path, ids):
+    (tmp_path / "dev.csv").write_text("index,text,label\n" + "".join(f"{at},x,{at == ids[0]}\n" for at in ids))
+    rows = "".join(f"{at}\t{at == ids[0]}\n" for at in sorted(ids))
+    (tmp_path / "pred.tsv").write_text(f"index\tprediction\n{rows}")
+    done = run("--data", tmp_path / "dev.csv", "--predictions", tmp_path / "pred.tsv", "--json")
+    assert json.loads(done.stdout)["accuracy"] == 1
+
+
 def test_entities(tmp_path):
     (tmp_path / "both.conll").write_text("Rome B-LOC B-LOC\nis O O\n\nJohn B-PER O\nDoe I-PER B-PER\n")
     found = json.loads(run("--task", "entities", "--predictions", tmp_path / "both.conll", "--json").stdout)
