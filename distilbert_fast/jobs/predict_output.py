@@ -171,8 +171,11 @@ class Parquet(Writer):
                 raise ValueError(f"expected columns of {', '.join(schema.names)}, got {other!r}")
         columns = []
         for field in schema:
+            cells = [row.get(field.name) for row in rows]
             try:
-                columns.append(pyarrow.array([row.get(field.name) for row in rows], type=field.type))
+                columns.append(pyarrow.array(cells, type=field.type))
+                if self.form == "jsonl" and not _same(cells, columns[-1].to_pylist()):
+                    raise TypeError("a part of it would be lost")
             except (pyarrow.ArrowException, TypeError, OverflowError) as error:
                 cell = "" if len(rows) > 1 else f" in {shortened(rows[0].get(field.name))}"
                 raise ValueError(f"expected {field.type} as {field.name}{cell}: {error}") from error
@@ -214,6 +217,17 @@ def join_lines(parts: Sequence[Path], output: Path) -> None:
         for part in parts:
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, whole, 1 << 20)
+
+
+def _same(given: Any, held: Any) -> bool:
+    """Whether Arrow holds what it was given: it drops fractions of int64 and fields that a struct does not have."""
+    if given == held:
+        return True
+    if isinstance(given, dict) and isinstance(held, dict):
+        return all(_same(given.get(name), held.get(name)) for name in {**given, **held})
+    if isinstance(given, list) and isinstance(held, list):
+        return len(given) == len(held) and all(map(_same, given, held))
+    return False
 
 
 def _as_json(value: Any) -> Any:

@@ -196,6 +196,25 @@ def test_rows_of_other_types_do_not_fit_in_a_table(model, tmp_path):
     assert aside[1]["reason"] == "other columns than the rows before: expected columns of id, text, got 'surprise'"
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "kind"),
+    [
+        (1, 2.5, "int64 as n in 2.5"),
+        ({"a": 1}, {"a": 1, "b": 2}, "struct<a: int64> as n in {'a': 1, 'b': 2}"),
+        ([{"a": [1]}], [{"a": [1, 0.5]}], "list<item: struct<a: list<item: int64>>> as n in [{'a': [1, 0.5]}]"),
+    ],
+)
+def test_no_part_of_a_cell_is_lost_in_a_table(model, tmp_path, first, other, kind):
+    rows = [{"text": "cat", "n": first}] * 1024 + [{"text": "cat", "n": other}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = predict(model, tmp_path / "in.jsonl", tmp_path / "out.parquet")
+    assert (made["written"], made["rejected"]) == (1024, 1)
+    (aside,) = lines(tmp_path / "out.parquet.rejected.jsonl")
+    expected = f"other columns than the rows before: expected {kind}: a part of it would be lost"
+    assert (aside["line"], aside["reason"]) == (1025, expected)
+    assert pyarrow.parquet.read_table(tmp_path / "out.parquet")["n"].to_pylist() == [first] * 1024
+
+
 # What a run leaves that does not end ----------------------------------------------------------------------------------
 
 
