@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -105,14 +106,25 @@ def evaluate(
         judge = judge_of(task, data, regression, settings.stride)
     if settings.output is not None:
         settings.output.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, names = [], file_names(models)
     for model in models:
         for precision in settings.precisions:
             say(f"{model}, {precision}: {judge.size} {judge.unit}")
-            results.append(_evaluated(judge, model, precision, settings))
+            results.append(_evaluated(judge, model, precision, settings, f"{names[model]}-{precision}"))
     if settings.output is not None:
         write_file(settings.output / REPORT, as_json(content(task, data, results)))
     return results
+
+
+def file_names(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in names of files: the end of its path, of as many parts as tell all models apart."""
+    parts = {model: Path(os.path.abspath(model)).parts[1:] for model in models}
+    names: dict[str, str] = {}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {model: "-".join(of[-count:]) or "model" for model, of in parts.items()}
+        if len(set(names.values())) == len(set(parts.values())):
+            break
+    return names
 
 
 def content(task: str | None, data: Path | None, results: Sequence[Result]) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def spread(results: Sequence[Result]) -> dict[str, dict[str, Scores]]:
     return found
 
 
-def _evaluated(judge: Judge, source: str, precision: str, settings: Settings) -> Result:
+def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, name: str) -> Result:
     model, tokenizer, _ = load_with_head(source, judge.head)
     longest = longest_sequence(model.config)
     length = settings.max_length or min(judge.max_length, longest)
@@ -156,7 +168,6 @@ def _evaluated(judge: Judge, source: str, precision: str, settings: Settings) ->
         reasons = "; ".join(f"{count} calls: {reason}" for reason, count in fallbacks.items())
         judge.warn(f"{source}, {precision}: transformers' own forward served {reasons}")
     if settings.output is not None:
-        name = f"{Path(source).name or 'model'}-{precision}"
         for suffix, text in judge.files(predicted).items():
             write_file(settings.output / f"{name}{suffix}", text.encode())
     return Result(source, precision, judge.score(predicted), seconds, judge.size)

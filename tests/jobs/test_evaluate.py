@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from distilbert_fast.cli import app
 from distilbert_fast.data.published import TASKS
 from distilbert_fast.evaluation.metrics import predictions
-from distilbert_fast.jobs.evaluate import Settings, evaluate
+from distilbert_fast.jobs.evaluate import Settings, evaluate, file_names
 from distilbert_fast.jobs.judges import judge_of, matched
 from distilbert_fast.jobs.score import score
 from distilbert_fast.jobs.settings import RecipeError
@@ -231,6 +231,12 @@ def test_classes_of_model_and_data(names, classes, task, expected):
         return
     with pytest.raises(ValueError, match=r"^evaluate: data: expected the model's labels '.*', got '"):
         matched(*arguments)
+
+
+def test_models_of_one_name_have_files_of_their_own():
+    assert file_names(["a/best", "./b/best/"]) == {"a/best": "a-best", "./b/best/": "b-best"}
+    assert file_names(["a/seed-1", "a/seed-2"]) == {"a/seed-1": "seed-1", "a/seed-2": "seed-2"}
+    assert file_names(["a", "./a", "/"]) == {"a": "a", "./a": "a", "/": "model"}
 
 
 def test_numbers_of_classes_are_in_their_order(tmp_path):

@@ -64,7 +64,10 @@ def test_all_that_is_there(glue):
 
 def test_seeds(glue):
     models = ("--model-dir", glue / "s0/{task}", "--model-dir", glue / "s1/{task}")
-    done = run(*models, "--data-dir", glue / "data", "--tasks", "cola, mnli", "--precision", "fp32")
+    done = run(
+        *models, "--data-dir", glue / "data", "--tasks", "cola, mnli", "--precision", "fp32", "-o", glue / "both"
+    )
+    assert sorted(path.name for path in (glue / "both/cola").glob("*.tsv")) == ["s0-cola-fp32.tsv", "s1-cola-fp32.tsv"]
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
     assert [row[0] for row in rows[2:]] == ["cola", "mnli", "mean"]
     assert rows[2][1:3] == ["60", "matthews_correlation"] and rows[2][5] == "to"
