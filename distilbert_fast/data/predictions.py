@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,7 +57,10 @@ def read_labels(op: str, path: Path, ids: Sequence[str], task: Published | None,
     """
     source = f"{op}: predictions: {str(path)!r}"
     found = _labels(op, source, path)
-    values = [(line, index, _value(f"{source}: line {line}", cell, task, classes)) for line, index, cell in found]
+    first = _first_number(source, task, {cell for _, _, cell in found})
+    values = [
+        (line, index, _value(f"{source}: line {line}", cell, task, classes, first)) for line, index, cell in found
+    ]
     return _by_index(source, values, ids)
 
 
@@ -171,13 +174,23 @@ def _object(place: str, number: int, line: str) -> tuple[int, str | None, str]:
     return number, as_written(row["idx"]) if "idx" in row else None, cell
 
 
-def _value(place: str, cell: str, task: Published | None, classes: Sequence[str]) -> Any:
+def _first_number(source: str, task: Published | None, cells: Set[str]) -> int:
+    """The number of the first class: of AG News 1 in its files, 0 of models. Raises ValueError if no cell tells."""
+    if task is None or not task.first or "0" in cells or not any(cell.isdecimal() for cell in cells):
+        return 0
+    last = task.first + len(task.classes) - 1
+    if str(last) not in cells:
+        refuse_input(source, f"names of classes, or a 0 or {last} that tells which number is the first", "neither")
+    return task.first
+
+
+def _value(place: str, cell: str, task: Published | None, classes: Sequence[str], first: int) -> Any:
     if not classes:
         if (value := as_number(cell)) is None:
             refuse_input(place, "a number as prediction", repr(cell))
         return value
     if task is not None:
-        return task.class_of(place, cell)
+        return task.class_of(place, cell, first)
     known = {name.casefold(): name for name in classes}
     if (name := known.get(cell.casefold())) is None:
         refuse_input(place, f"a prediction of {', '.join(classes)}", repr(cell))

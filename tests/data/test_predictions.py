@@ -48,6 +48,12 @@ def test_labels(tmp_path, text, ids, name):
 
 def test_labels_of_other_tasks(tmp_path):
     assert labels(tmp_path, "index\tprediction\n0\tyes\n1\tno\n2\tYES\n", task="mine") == ["Yes", "no", "Yes"]
+    assert labels(tmp_path, "4\n1\n2\n", task="ag_news") == ["Sci/Tech", "World", "Sports"]  # as its files count
+    assert labels(tmp_path, "3\n0\n1\n", task="ag_news") == ["Sci/Tech", "World", "Sports"]
+    with pytest.raises(
+        ValueError, match=r": expected names of classes, or a 0 or 4 that tells which number is the fir"
+    ):
+        labels(tmp_path, "3\n1\n2\n", task="ag_news")
     assert labels(tmp_path, "index\tprediction\n0\t1.5\n1\t2\n2\t-1e-2\n", task="stsb") == [1.5, 2, -0.01]
 
 
