@@ -321,6 +321,7 @@ class Windows:
         """A model's answer to each question; the model is left in eval mode.
 
         ``in_order``: batches follow the data, else windows of one length meet. ``watch`` sees the batches go by.
+        Raises ValueError for logits of which one is NaN or +inf.
         """
         model.eval()
         device = next(model.parameters()).device
@@ -330,6 +331,12 @@ class Windows:
             output = model(**{name: x.to(device) for name, x in inputs.items()})
             starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
             for place, window in enumerate(windows):
+                given = starts[place], ends[place]
+                if not all((logits[: len(self.offsets[window])] < np.inf).all() for logits in given):
+                    asked = self.questions.rows[self.question[window]]
+                    refuse(
+                        "Windows", "model", "one with finite logits", f"NaN or infinity for {asked.id or asked.text!r}"
+                    )
                 score, first, last = _best_span(starts[place], ends[place], allowed[place].numpy())
                 offsets, context = self.offsets[window], self.questions.rows[self.question[window]].context
                 text = context[offsets[first][0] : offsets[last][1]] if score > _NO_SPAN else ""

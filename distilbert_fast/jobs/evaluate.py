@@ -49,6 +49,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise RecipeError for a setting that cannot be."""
+        if not self.precisions:
+            raise RecipeError(f"{JOB}: precision: expected one or more of {', '.join(WAYS)}, got none")
         for precision in self.precisions:
             if precision not in WAYS:
                 raise RecipeError(f"{JOB}: precision: expected of {', '.join(WAYS)}, got {precision!r}")
@@ -153,7 +155,7 @@ def spread(results: Sequence[Result]) -> dict[str, dict[str, Scores]]:
 def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, name: str) -> Result:
     model, tokenizer, _ = load_with_head(source, judge.head)
     longest = longest_sequence(model.config)
-    length = settings.max_length or min(judge.max_length, longest)
+    length = min(judge.max_length, longest) if settings.max_length is None else settings.max_length
     if not 4 <= length <= longest:
         raise RecipeError(f"{JOB}: max_length: expected 4 to {longest}, the positions of {source!r}, got {length}")
     with refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ from distilbert_fast.jobs.score import (
     label_scores,
     tag_scores,
 )
-from distilbert_fast.jobs.settings import RecipeError
+from distilbert_fast.jobs.settings import RecipeError, refused
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +131,11 @@ class Labels(Judge):
             self.warn(f"{cut} of {len(whole)} texts are longer than {max_length} tokens and are cut")
 
     def _logits(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Tensor:
-        return metrics.predictions(
+        logits = metrics.predictions(
             model, self.tokenizer, self.texts, batch_size, self.length, in_order=in_order, watch=watch
         )
+        _refuse_nan(logits)
+        return logits
 
     def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
         logits = self._logits(model, batch_size, in_order, watch)
@@ -150,6 +153,12 @@ def texts_of(split: Split) -> list[Text]:
     """The sentences, or pairs of them, of a file."""
     pairs = len(split.columns) == 2
     return [(texts[0], texts[1]) if pairs else texts[0] for texts, _ in split.rows]
+
+
+def _refuse_nan(logits: Tensor) -> None:
+    """Raise RecipeError for logits [N, labels] of which one is NaN or +inf: the largest of its row means nothing."""
+    if wrong := int((~(logits < math.inf)).any(dim=1).sum()):
+        raise RecipeError(f"{JOB}: model: expected finite logits, got NaN or infinity for {wrong} of {len(logits)}")
 
 
 def matched(names: Sequence[str], classes: Sequence[str], task: Published | None) -> list[str]:
@@ -236,7 +245,9 @@ class Tags(Judge):
         self.pieces = Pieces(TagTask("data", (), (), (*names, *unknown)), rows, tokenizer, max_length)
 
     def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
-        return self.pieces.tags(self.pieces.chosen(self.pieces.logits(model, batch_size, in_order, watch)))
+        logits = self.pieces.logits(model, batch_size, in_order, watch)
+        _refuse_nan(logits)
+        return self.pieces.tags(self.pieces.chosen(logits))
 
     def score(self, predicted: Any) -> Scored:
         return tag_scores(self.pieces.tags(self.pieces.truth), predicted, self.entities)
@@ -278,7 +289,8 @@ class Answers(Judge):
         )
 
     def predict(self, model: Any, batch_size: int, in_order: bool, watch: Watch) -> Any:
-        return self.windows.answers(model, batch_size, in_order, watch)
+        with refused():
+            return self.windows.answers(model, batch_size, in_order, watch)
 
     def score(self, predicted: Any) -> Scored:
         texts, odds = self._by_id(predicted)

@@ -239,6 +239,30 @@ def test_models_of_one_name_have_files_of_their_own():
     assert file_names(["a", "./a", "/"]) == {"a": "a", "./a": "a", "/": "model"}
 
 
+@pytest.mark.parametrize(
+    ("head", "name", "task"),
+    [
+        ("SequenceClassification", "dev.tsv", None),
+        ("TokenClassification", "dev.conll", "entities"),
+        ("QuestionAnswering", "dev.json", "squad"),
+    ],
+)
+def test_logits_that_are_no_numbers_are_refused(tmp_path, head, name, task):
+    path = model(tmp_path, head, num_labels=2, id2label=dict(enumerate(sorted(WORDS) if not task else ("O", "B-X"))))
+    made = getattr(transformers, f"AutoModelFor{head}").from_pretrained(path)
+    with torch.no_grad():
+        next(of for at, of in made.named_parameters() if at.startswith(("classifier", "qa")))[0] = torch.nan
+    made.save_pretrained(path)
+    tsv(tmp_path / "dev.tsv", 8)
+    (tmp_path / "dev.conll").write_text("a\tB-X\nb\tO\n")
+    qa = {"id": "q", "question": "a", "answers": [{"text": "b", "answer_start": 0}]}
+    (tmp_path / "dev.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "b", "qas": [qa]}]}]}))
+    with pytest.raises(
+        RecipeError, match=r"with finite logits, got NaN or|expected finite logits, got NaN or infinity"
+    ):
+        evaluate(task, tmp_path / name, [str(path)], Settings(stride=1))
+
+
 def test_numbers_of_classes_are_in_their_order(tmp_path):
     (tmp_path / "dev.csv").write_text("text,label\n" + "".join(f"x,{at}\n" for at in range(1, 13)))
     judge = judge_of(None, tmp_path / "dev.csv", False, 0)
@@ -263,6 +287,11 @@ def test_numbers_of_classes_are_in_their_order(tmp_path):
             "evaluate: batch_size: expected 1 or more, got 0",
         ),
         (["--data", "dev.tsv", "--model", "bert", "--max-length", "9999"], "evaluate: max_length: expected 4 to "),
+        (["--data", "dev.tsv", "--model", "bert", "--max-length", "0"], "evaluate: max_length: expected 4 to "),
+        (
+            ["--data", "dev.tsv", "--model", "bert", "--precision", ","],
+            "evaluate: precision: expected one or more of transformers, auto, ",
+        ),
         (["--data", "dev.tsv", "--model", "nowhere"], "checkpoint: 'nowhere' is no directory, and"),
         (
             ["--data", "dev.tsv", "--model", "bert", "--regression"],
