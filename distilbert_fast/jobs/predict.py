@@ -43,6 +43,7 @@ from distilbert_fast.modeling.accelerator import explain
 from distilbert_fast.modeling.loading import fingerprint, locate
 from distilbert_fast.runs.run_directory import RunDirectory
 from distilbert_fast.serving.ahead import ahead
+from distilbert_fast.serving.answers import NOT_FINITE, is_finite
 from distilbert_fast.serving.encoding import Encoded
 from distilbert_fast.serving.pool import pool
 from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
@@ -198,6 +199,8 @@ class _Run:
         for row, encoded, answer in zip(window.rows, window.encoded, finish(), strict=True):
             if encoded.refused is not None:
                 made.append(Answered(row, None, encoded.refused))
+            elif not is_finite(answer):
+                made.append(Answered(row, None, NOT_FINITE))
             else:
                 fields = self.predictor.task.fields(answer)
                 made.append(Answered(row, fields, None, encoded.truncated, encoded.tokens))

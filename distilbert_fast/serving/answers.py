@@ -7,12 +7,23 @@ has only its inner part left, for documents, which is called here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
 from transformers.pipelines.document_question_answering import select_starts_ends
+
+NOT_FINITE = "the model's answer holds NaN or infinity"
+
+
+def is_finite(answer: Any) -> bool:
+    """Whether an answer holds no NaN and no infinity, which JSON has no form for."""
+    if isinstance(answer, Mapping):
+        return all(map(is_finite, answer.values()))
+    if isinstance(answer, (list, tuple)):
+        return all(map(is_finite, answer))
+    return not isinstance(answer, (float, np.floating, np.ndarray)) or bool(np.isfinite(answer).all())
 
 
 def best_answers(

@@ -18,6 +18,7 @@ from distilbert_fast.modeling.architectures import longest_sequence
 from distilbert_fast.modeling.loading import load_tokenizer, load_with_head, locate
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.ops import _check
+from distilbert_fast.serving.answers import NOT_FINITE, is_finite
 from distilbert_fast.serving.encoding import Encoded, Encoder
 from distilbert_fast.serving.sentence_transformers import embedding_options
 from distilbert_fast.serving.tasks import OP, TASKS, make_task, task_of
@@ -132,7 +133,7 @@ class Predictor:
             rows: a text or a pair of texts (a tuple), or a list of them.
 
         Raises:
-            ValueError: a row that is no such text, or an empty one, by its number.
+            ValueError: a row that is no such text, is empty, or has an answer with NaN or infinity, by its number.
         """
         if isinstance(rows, (str, tuple)):
             return self([rows])[0]
@@ -142,7 +143,10 @@ class Predictor:
                 raise ValueError(f"{OP}: row {number}: {row.refused}")
         if cut := sum(row.truncated for row in encoded):
             logger.warning("%s: %d of %d texts are longer than max_length %d", OP, cut, len(encoded), self.max_length)
-        return self.compute(encoded)
+        answers = self.compute(encoded)
+        if (wrong := next((number for number, one in enumerate(answers) if not is_finite(one)), None)) is not None:
+            raise ValueError(f"{OP}: row {wrong}: {NOT_FINITE}")
+        return answers
 
     def encode(self, rows: Sequence[Text]) -> list[Encoded]:
         """Tokenize rows. One that cannot be read has no windows and says why in ``refused``."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -194,6 +195,25 @@ def test_rows_of_other_types_do_not_fit_in_a_table(model, tmp_path):
     aside = lines(tmp_path / "out.parquet.rejected.jsonl")
     assert aside[0]["reason"].startswith("other columns than the rows before: expected int64 as id in 'twenty'")
     assert aside[1]["reason"] == "other columns than the rows before: expected columns of id, text, got 'surprise'"
+
+
+@pytest.mark.parametrize("task", ["text-classification", "embedding"])
+def test_answers_that_are_no_numbers_are_rejected(model, tmp_path, task):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    broken = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[torch.tensor(tokenizer("cat", add_special_tokens=False).input_ids)] = (
+            torch.nan
+        )
+    shutil.copytree(model, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    (tmp_path / "in.txt").write_text("it was\ncat\n")
+    made = predict(tmp_path / "broken", tmp_path / "in.txt", tmp_path / "out.jsonl", task)
+    assert (made["written"], made["rejected"]) == (1, 1)
+    (aside,) = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert (aside["line"], aside["reason"]) == (2, "the model's answer holds NaN or infinity")
+    with pytest.raises(ValueError, match=r"^Predictor: row 1: the model's answer holds NaN or infinity$"):
+        Predictor.load(tmp_path / "broken", task)(["it was", "cat"])
 
 
 @pytest.mark.parametrize(
