@@ -64,9 +64,9 @@ def quantize_model(
 
     Raises:
         TypeError, ValueError: an unsupported or already quantized model, by name; weights of several dtypes, or float64
-            ones, which int8 layers do not compute in; a name in ``modules_to_not_convert`` that no layer has; int8
-            embeddings for a model whose vocabulary logits share their table; a budget without a calibration, for shared
-            values, or one that cannot be kept.
+            ones, which int8 layers do not compute in; weights that are not finite; a name in ``modules_to_not_convert``
+            that no layer has; int8 embeddings for a model whose vocabulary logits share their table; a budget without a
+            calibration, for shared values, or one that cannot be kept.
     """
     if config is None:
         config = Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert))

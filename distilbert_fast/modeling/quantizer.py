@@ -128,6 +128,9 @@ def compressed_modules(
     encoder, config = find_encoder(model, caller), with_whole_projections(model, config, caller)
     linears = list(linears_of(model, config, caller))
     tables = list(_tables(model, config, caller))
+    for name, layer_or_table in [*((name, linear) for name, linear, _ in linears), *tables]:
+        if not bool(layer_or_table.weight.isfinite().all()):  # scales would not be either: saved, but refused when read
+            _check.refuse(caller, f"weight of {name}", "finite", "NaN or infinite numbers")
     groups: dict[nn.Module, tuple[str, ...]] = {linear: (name,) for name, linear, _ in linears}
     for layer in encoder_layers(encoder):
         projections = [part(encoder, layer, which) for which in QKV]

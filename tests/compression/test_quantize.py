@@ -204,3 +204,16 @@ def test_refuses_by_name(case):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_anything_changes(name, value):
+    """Their scales would not be finite: such a model was saved and could not be read."""
+    model = tiny()
+    with torch.no_grad():
+        model.get_submodule(name).weight[5, 0] = value
+    message = rf"^quantize_model: weight of {name} must be finite, got NaN or infinite numbers$"
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, Int8Config(embeddings=True))
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
