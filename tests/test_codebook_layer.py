@@ -128,6 +128,8 @@ def test_what_it_says_of_itself():
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match=r"^CodebookLinear: num_values must be one of 256, 64, 16, got 32$"):
         CodebookLinear(3, 4, 32)
+    with pytest.raises(ValueError, match=r"^CodebookLinear: num_values must be one of 256, 64, 16, got 16\.0$"):
+        CodebookLinear(3, 4, 16.0)
 
 
 def test_weights_that_are_no_numbers_are_refused():

@@ -63,5 +63,5 @@ def below(op: str, argument: str, x: torch.Tensor, end: int, of: str) -> None:
 
 
 def choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
+    if value not in allowed or type(value) is float:  # 16.0 is in (16,)
         refuse(op, argument, f"one of {', '.join(map(repr, allowed))}", repr(value))
