@@ -108,7 +108,7 @@ def test_precisions_and_seeds_side_by_side(classifier, directory):
     for one, row in zip(found["results"], rows, strict=True):  # what was written scores the same without a model
         name = f"{one['model'].rpartition('/')[2]}-{one['precision']}.tsv"
         assert score(None, data, out / name).metrics == row
-    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "140"}).stdout
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "240"}).stdout
     assert "median of 2" in shown and "int8" in shown and "40 rows" in shown
 
 
