@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -58,6 +59,12 @@ uint64_t term_of(const Region& region, int64_t block) {
   return hash_of(region.data + begin, std::min(kBlock, region.bytes - begin)) * static_cast<uint64_t>(2 * block + 1);
 }
 
+uint64_t sum_of_all(const Region& region) {
+  uint64_t sum = 0;
+  for (int64_t block = 0; block < blocks_of(region); ++block) sum += term_of(region, block);
+  return sum;
+}
+
 void prefetch(const uint8_t* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
 }
@@ -98,12 +105,12 @@ Fingerprint::Fingerprint(std::vector<Region> regions, int64_t blocks) {
   }
   sums_.resize(static_cast<size_t>(samples_ * parts_of_large()));
   for (size_t i = 0; i < large_.size(); ++i) {
-    auto& [region, stride, hash] = large_[i];
+    auto& [region, stride, sum] = large_[i];
     std::vector<uint64_t> sums(static_cast<size_t>(stride));  // set by set
     for (int64_t block = 0; block < blocks_of(region); ++block) {
       sums[static_cast<size_t>(block % stride)] += term_of(region, block);
     }
-    hash = hash_of(region);
+    sum = std::accumulate(sums.begin(), sums.end(), uint64_t{0});
     uint64_t* out = sums_.data() + i / kRegionsOfPart;
     for (int64_t sample = 0; sample < samples_; ++sample, out += parts_of_large()) {
       *out += sums[static_cast<size_t>(set_of(sample, stride))];
@@ -129,7 +136,7 @@ uint64_t Fingerprint::sum_of(int64_t part, int64_t sample) const {
   int64_t added = 0;
   const auto begin = static_cast<size_t>(part * kRegionsOfPart);
   for (size_t i = begin; i < std::min(begin + kRegionsOfPart, large_.size()); ++i) {
-    const auto& [region, stride, hash] = large_[i];
+    const auto& [region, stride, all] = large_[i];
     for (int64_t block = set_of(sample, stride); block < blocks_of(region); block += stride) {
       prefetch(region.data + block * kBlock, std::min(kBlock, region.bytes - block * kBlock));
       Place& place = places[added % kAhead];
@@ -180,7 +187,7 @@ bool Fingerprint::matches_samples(int64_t count, int threads) {
 
 bool Fingerprint::matches() const {
   for (const Large& large : large_) {
-    if (hash_of(large.region) != large.hash) return false;
+    if (sum_of_all(large.region) != large.sum) return false;
   }
   for (size_t i = 0; i < small_.size(); ++i) {
     if (!small_matches(i)) return false;

@@ -6,8 +6,8 @@
 // larger regions have one stride, the largest that gives some `blocks` blocks in all, at most kLargestStride, but for
 // those of which it would give less than kBlocksOfRegion: a change of a quarter of a region shows at once, however
 // small it is. What a sample costs is the pages that it touches, none of them in the caches or the TLB: some 140 ns
-// each, which threads share. The other lines of a block, and one number to compare for kRegionsOfPart regions, cost
-// next to nothing.
+// each, which threads share. The hashes of a sample are one sum for several regions: a table of one for each line would
+// be as cold as the memory.
 #pragma once
 
 #include <atomic>
@@ -50,7 +50,7 @@ class Fingerprint {
   struct Large {
     Region region;
     int64_t stride;  // a prime
-    uint64_t hash;   // of all of it
+    uint64_t sum;    // of all its blocks
   };
   struct Small {
     Region region;
