@@ -95,7 +95,7 @@ def predict(
         keep: columns that are written beside the answer; None: all.
         form: of standard input: "jsonl", "csv", "tsv" or "txt".
         shard_rows: rows after which what is done is kept; rounded up to whole windows, and fewer where rows are large.
-        overwrite: replace the output, and start anew where another run's shards are there.
+        overwrite: replace the output, and start again where another run's shards are there.
         each_shard: called with the totals so far after each shard.
 
     Returns:
@@ -283,7 +283,7 @@ class _Run:
         changes = ", ".join(f"{key}: {there.get(key)} there, {asked.get(key)} given" for key in keys)
         raise RecipeError(
             f"{JOB}: output: {str(self.parts)!r} holds the shards of a run with other settings ({changes}); give "
-            "--overwrite to start anew, or another file"
+            "--overwrite to start again, or another file"
         )
 
     def _finished(self, directory: RunDirectory, add: Callable[[Mapping[str, Any]], None]) -> int:
@@ -298,7 +298,7 @@ class _Run:
             if count != result["rows"] or digest.hexdigest() != result["digest"]:
                 raise RecipeError(
                     f"{self.rows.source}: has changed since {str(self.parts / name)!r} was made of its rows; give "
-                    "--overwrite to start anew"
+                    "--overwrite to start again"
                 )
             if number == 0 and isinstance(self.writer, Parquet):
                 self.writer.resume(self.parts / name / f"rows{self.writer.suffix}")

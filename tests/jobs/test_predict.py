@@ -325,7 +325,7 @@ def test_other_settings_and_another_input_are_refused(model, tmp_path):
         predict(model, source, output, shard_rows=32, options={"top_k": 2})
     assert str(raised.value) == (
         f"predict: output: '{output}.parts' holds the shards of a run with other settings (top_k: 1 there, 2 given); "
-        "give --overwrite to start anew, or another file"
+        "give --overwrite to start again, or another file"
     )
     whole = source.read_text()
     source.write_text(whole.replace('"id": 40,', '"id": 41,'))
