@@ -17,6 +17,9 @@ import places
 import pytest
 import torch
 
+for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # with them rich and typer take what the tests read back for a terminal of 80 columns
+
 if importlib.util.find_spec("hypothesis"):  # a machine without it runs the tests that do not need it
     from hypothesis import settings
 

@@ -149,10 +149,11 @@ class Demo(RunCommand):
 
 
 def _print_environment(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from distilbert_fast.jobs.flow import console
+
+    say = console()
 
     def section(title: str, rows: Mapping[str, str]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
@@ -160,7 +161,7 @@ def _print_environment(report: Mapping[str, Any]) -> None:
         table.add_column(overflow="fold")
         for name, text in rows.items():
             table.add_row(name, text)
-        console.print(table)
+        say(table)
 
     cpu, states = report["cpu"], report["backends"]
     versions = {name: version or "not installed" for name, version in report["versions"].items()}

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from distilbert_fast import backends
 from distilbert_fast.evaluation import speed
@@ -165,8 +166,11 @@ def machine() -> dict[str, Any]:
 
 
 def console() -> Callable[..., None]:
-    """Return a function that prints lines as they are, and tables."""
+    """Return a function that prints lines as they are, and tables: fitted to a terminal, or as wide as they are."""
     console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        columns = os.environ.get("COLUMNS", "")
+        console.size = ConsoleDimensions(int(columns) if columns.isdigit() else 10_000, 25)
 
     def say(*lines: Any) -> None:
         for line in lines:

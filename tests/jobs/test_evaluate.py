@@ -108,8 +108,10 @@ def test_precisions_and_seeds_side_by_side(classifier, directory):
     for one, row in zip(found["results"], rows, strict=True):  # what was written scores the same without a model
         name = f"{one['model'].rpartition('/')[2]}-{one['precision']}.tsv"
         assert score(None, data, out / name).metrics == row
-    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "240"}).stdout
-    assert "median of 2" in shown and "int8" in shown and "40 rows" in shown
+    for terminal in ({}, {"TERM": "dumb", "FORCE_COLOR": "1"}):  # rich takes the second for one of 80 columns
+        lines = CliRunner().invoke(app, arguments, env={"COLUMNS": None, **terminal}).stdout.splitlines()
+        assert lines[0].endswith("40 rows")
+        assert [line for line in lines if line.startswith(" median of 2 ") and " int8 " in line], lines
 
 
 def test_entities(directory, caplog):
