@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,7 +142,7 @@ def evaluate(
             return
         scored = score(task, data, predictions, na_prob, na_prob_thresh, regression)
         if as_json:
-            print(json.dumps(scored.as_json(), indent=2))
+            _print_json(scored.as_json())
         else:
             _print(task or str(data), scored)
 
@@ -180,7 +180,7 @@ def glue(
         settings = Settings(ways, batch_size, max_length, output=output)
         results, left_out = evaluate_glue(model_dir, data_dir, settings, _listed(tasks))
         if as_json:
-            print(json.dumps(glue_content(results, left_out), indent=2))
+            _print_json(glue_content(results, left_out))
             return
         rows = [["task", "n", "metric", *ways]]
         for name, found in results.items():
@@ -193,6 +193,12 @@ def glue(
         rows.append(["mean", "", "", *(f"{100 * value:.2f}" for value in means(results).values())])
         say = console()
         say(terminal_table("", rows), *(f"left out: {name}: {why}" for name, why in left_out.items()))
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    from distilbert_fast.evaluation.report import as_json
+
+    print(as_json(content).decode(), end="")
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -213,7 +219,7 @@ def _models(
 
     results = evaluate(task, data, models, Settings(*settings), regression)
     if as_json:
-        print(json.dumps(content(task, data, results), indent=2))
+        _print_json(content(task, data, results))
         return
     unit = results[0].scored.unit
     names = [name for name in results[0].scored.metrics if not name.endswith(("total", "_thresh"))]
@@ -274,6 +280,8 @@ def _kinds(scored: Scored) -> Any:
 
 def shown(name: str, value: float, unit: str) -> str:
     """A metric for a table: counts as they are, SQuAD's percentages, and shares as percentages, with two decimals."""
+    if math.isnan(value):
+        return "undefined"
     if name.endswith(("total", "support")):
         return f"{value:.0f}"
     if name.endswith("_thresh") or name == "mse":

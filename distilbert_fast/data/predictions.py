@@ -7,6 +7,7 @@ SuperGLUE's JSONL with idx and label, or one prediction a line. Tags: CoNLL's co
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 from distilbert_fast.data.conll import Tagged, read_conll, read_tags
 from distilbert_fast.data.published import Published, as_number
 from distilbert_fast.data.tables import as_written, cells_by_line
+from distilbert_fast.data.tags import scheme_of
 from distilbert_fast.data.tokens import read_tagged_file
 from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -48,36 +52,56 @@ def _by_question(op: str, argument: str, path: Path, what: str, expected: str, k
     return found
 
 
-def read_labels(op: str, path: Path, ids: Sequence[str], task: Published | None, classes: Sequence[str]) -> list[Any]:
+def read_labels(
+    op: str,
+    path: Path,
+    ids: Sequence[str],
+    task: Published | None,
+    classes: Sequence[str],
+    file_ids: Sequence[str] | None = None,
+) -> list[Any]:
     """The prediction for each row of `ids`: the name of a class, or a number if there are no `classes`.
 
     Rows are named by their ids or, if those are others, by their places 0, 1, …; without a column index the file has a
-    prediction for each row, in their order. Raises ValueError with file and line: rows that are missing, unknown or
-    there twice; a prediction that is no class or no number.
+    prediction for each row, in their order. With `file_ids`, those of all rows of the data's file, rows that are not in
+    `ids` (they have no label) may have predictions too, which do not count; a warning says how many. Raises ValueError
+    with file and line: rows that are missing, unknown or there twice; a prediction that is no class or no number.
     """
     source = f"{op}: predictions: {str(path)!r}"
     found = _labels(op, source, path)
     first = _first_number(source, task, {cell for _, _, cell in found})
-    values = [
-        (line, index, _value(f"{source}: line {line}", cell, task, classes, first)) for line, index, cell in found
+    cells = [(line, index, (line, cell)) for line, index, cell in found]
+    return [
+        _value(f"{source}: line {line}", cell, task, classes, first)
+        for line, cell in _by_index(source, cells, ids, file_ids or ids)
     ]
-    return _by_index(source, values, ids)
 
 
-def _by_index(source: str, found: Sequence[tuple[int, str | None, _T]], ids: Sequence[str]) -> list[_T]:
+def _by_index(
+    source: str, found: Sequence[tuple[int, str | None, _T]], ids: Sequence[str], file_ids: Sequence[str]
+) -> list[_T]:
     """The predictions in the order of `ids`, of line, index and prediction; without an index they are in order."""
     values = [value for _, _, value in found]
+    counted = set(ids)
     if any(index is None for _, index, _ in found) or not found:
-        if len(values) != len(ids):
-            refuse_input(source, f"a prediction for each of the {len(ids)} rows of data", len(values))
+        if len(values) not in (len(ids), len(file_ids)):
+            all_rows = f", or of all {len(file_ids)} in its file" if len(file_ids) > len(ids) else ""
+            refuse_input(source, f"a prediction for each of the {len(ids)} rows of data{all_rows}", len(values))
+        if len(values) > len(ids):
+            _count_left_out(source, len(values) - len(ids), len(values))
+            return [value for index, value in zip(file_ids, values, strict=True) if index in counted]
         return values
     keys = [str(index) for _, index, _ in found]
     try:
         refuse_twice(keys, "index")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    places = [str(at) for at in range(len(ids))]
-    wanted = places if set(keys) == set(places) != set(ids) else list(ids)
+    places = {index: str(at) for at, index in enumerate(file_ids)}
+    wanted, unlabelled = list(ids), set(file_ids) - counted
+    if (given := set(keys)) != counted and given != set(file_ids):  # perhaps they go by the rows' places in the file
+        by_place = {places[index] for index in ids}
+        if given in (by_place, set(places.values())):
+            wanted, unlabelled = [places[index] for index in ids], set(places.values()) - by_place
     by_index = dict(zip(keys, values, strict=True))
     if missing := [index for index in wanted if index not in by_index]:
         raise ValueError(
@@ -86,11 +110,17 @@ def _by_index(source: str, found: Sequence[tuple[int, str | None, _T]], ids: Seq
         )
     known = set(wanted)
     for line, index, _ in found:
-        if index not in known:
+        if index not in known and index not in unlabelled:
             refuse_input(
                 f"{source}: line {line}", f"the index of a row of data, {wanted[0]} to {wanted[-1]}", repr(index)
             )
+    if len(keys) > len(wanted):
+        _count_left_out(source, len(keys) - len(wanted), len(keys))
     return [by_index[index] for index in wanted]
+
+
+def _count_left_out(source: str, count: int, of: int) -> None:
+    logger.warning("%s: %d of %d predictions are of rows without a label and are left out", source, count, of)
 
 
 class Chosen(NamedTuple):
@@ -100,7 +130,7 @@ class Chosen(NamedTuple):
     scores: Mapping[str, float] | None
 
 
-def read_label_lists(op: str, path: Path, ids: Sequence[str]) -> list[Chosen]:
+def read_label_lists(op: str, path: Path, ids: Sequence[str], file_ids: Sequence[str] | None = None) -> list[Chosen]:
     """The labels of each row of `ids`: JSONL with "labels", and perhaps "idx" and "scores", an object of probabilities.
 
     Rows are named as in `read_labels`, which raises the same errors; rows must have scores of the same labels or none.
@@ -124,7 +154,7 @@ def read_label_lists(op: str, path: Path, ids: Sequence[str]) -> list[Chosen]:
             refuse_input(place, "scores of the same labels as in the line before", shortened(scores))
         index = as_written(row["idx"]) if "idx" in row else None
         found.append((number, index, Chosen(tuple(str(one) for one in named), scores)))
-    return _by_index(source, found, ids)
+    return _by_index(source, found, ids, file_ids or ids)
 
 
 def _is_number(value: object) -> bool:
@@ -202,14 +232,17 @@ def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tup
 
     The last column of each file counts, or the tags of JSONL and Parquet; without `gold` the last two of `predictions`
     are the true and the predicted tag, as conlleval reads them. A file may hold nothing but tags. Raises ValueError
-    with file and line where the two files do not have the same words, or as many sentences and words.
+    with file and line where the two files do not have the same words, or as many sentences and words, and for a tag or
+    type that data has in another case: scores tell them apart.
     """
     if gold is None:
         found = _tagged(op, "predictions", predictions)
         source = f"{op}: predictions: {str(predictions)!r}"
         if any(len(row) < 2 for columns in found.columns for row in columns):
             refuse_input(source, "the true and the predicted tag in the last two columns, or --data", "one column")
-        return [tuple(row[-2] for row in columns) for columns in found.columns], [tags for _, tags in found.rows]
+        gold_tags = [tuple(row[-2] for row in columns) for columns in found.columns]
+        _refuse_other_case(source, {tag for tags in gold_tags for tag in tags}, found.places)
+        return gold_tags, [tags for _, tags in found.rows]
     true, found = _tagged(op, "data", gold), _tagged(op, "predictions", predictions)
     source = f"{op}: predictions: {str(predictions)!r}"
     for at, ((words, tags), (others, theirs)) in enumerate(zip(true.rows, found.rows, strict=False)):
@@ -224,7 +257,24 @@ def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tup
             refuse_input(begin, expected, len(theirs))
     if len(true.rows) != len(found.rows):
         refuse_input(source, f"{len(true.rows)} sentences as in data", len(found.rows))
+    _refuse_other_case(source, true.places.keys(), found.places)
     return [tags for _, tags in true.rows], [tags for _, tags in found.rows]
+
+
+def _refuse_other_case(source: str, true: Set[str], places: Mapping[str, str]) -> None:
+    """Refuse a predicted tag, of these with their places, that the true ones have in another case, or its type."""
+    tags = {tag.casefold(): tag for tag in true}
+    scheme = scheme_of({*true, *places})
+    types = {} if scheme is None else {kind.casefold(): kind for tag in true if (kind := scheme.split(tag)[1])}
+    known = {*types.values()}
+    for tag, place in places.items():
+        if tag in true:
+            continue
+        if (same := tags.get(tag.casefold())) is not None:
+            refuse_input(f"{source}: {place}", f"the tag {same!r} as in data", repr(tag))
+        kind = "" if scheme is None else scheme.split(tag)[1]
+        if kind not in known and (same := types.get(kind.casefold())) is not None:
+            refuse_input(f"{source}: {place}", f"the type {same!r} as in data", repr(tag))
 
 
 def _tagged(op: str, argument: str, path: Path) -> Tagged:

@@ -35,12 +35,14 @@ class Split(NamedTuple):
         columns: what the texts are called.
         class_names: in the order of their numbers; None where the file does not say.
         ids: of each row, by which predictions name it: its column index or idx, or its place among the file's rows.
+        file_ids: of all rows of the file, also of those without a label, which are left out.
     """
 
     rows: list[Row]
     columns: tuple[str, ...]
     class_names: Sequence[str] | None
     ids: tuple[str, ...]
+    file_ids: tuple[str, ...]
 
 
 class Plain(NamedTuple):
@@ -252,10 +254,12 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
     source = f"{op}: {argument}: {str(path)!r}"
     rows: list[Row] = []
     ids: list[str] = []
+    kept: list[int] = []
     left_out = {"without a label": 0, "with too few columns": 0}
     first = task.first
     for at, (number, cells, given, index) in enumerate(_read(op, argument, path, source, task)):
         place = f"{source}: line {number}"
+        ids.append(str(at) if index is None else index)
         if cells is None:
             left_out["with too few columns"] += 1
             continue
@@ -270,7 +274,7 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
         if label == "0":
             first = 0
         rows.append(((" ".join(texts),) if len(task.columns) == 1 else tuple(texts), (place, label)))
-        ids.append(str(at) if index is None else index)
+        kept.append(at)
     rows = [(texts, _value(place, label, task, first)) for texts, (place, label) in rows]
     for what, count in left_out.items():
         if count:
@@ -279,7 +283,7 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
         raise ValueError(f"{source} holds no rows with a label")
     if len(set(ids)) < len(ids):
         ids = [str(at) for at in range(len(ids))]
-    return Split(rows, task.columns, task.class_names or None, tuple(ids))
+    return Split(rows, task.columns, task.class_names or None, tuple(ids[at] for at in kept), tuple(ids))
 
 
 def _folders(op: str, argument: str, path: Path, task: Published) -> Split:
@@ -294,7 +298,7 @@ def _folders(op: str, argument: str, path: Path, task: Published) -> Split:
             text = text_of(f"{op}: {argument}: {str(file)!r}", read_text(op, argument, file), "a text", "text")
             rows.append(((text,), name))
             ids.append(f"{name}/{file.name}")
-    return Split(rows, task.columns, task.class_names, tuple(ids))
+    return Split(rows, task.columns, task.class_names, tuple(ids), tuple(ids))
 
 
 def _read(

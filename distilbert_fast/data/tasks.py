@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from distilbert_fast.data.tables import (
     text_of,
 )
 from distilbert_fast.files.text import check_file, refuse_input, shortened
+
+logger = logging.getLogger(__name__)
 
 OP = "load_task"
 BUILT_IN = "stdlib-docs"
@@ -148,10 +151,10 @@ def load_task(
     """
     check_sources(OP, data, eval_data, max_train_rows)
     if data is not None:
-        train, columns, names, _ = read_split(OP, "data", Path(data), name, regression)
+        train, columns, names, *_ = read_split(OP, "data", Path(data), name, regression)
         held_out = None
         if eval_data is not None:
-            held_out, others, _, _ = read_split(OP, "eval_data", Path(eval_data), name, regression)
+            held_out, others, *_ = read_split(OP, "eval_data", Path(eval_data), name, regression)
             if others != columns:
                 refuse_input(f"{OP}: eval_data", f"the columns of data, {' and '.join(columns)}", " and ".join(others))
         regression = regression or isinstance(train[0][1], float)
@@ -213,10 +216,13 @@ def read_split(op: str, argument: str, path: Path, name: str | None = None, regr
     names = table.class_names.get(label)
     places = [at for at, given in enumerate(table.columns[label]) if not (names and given == NO_LABEL)]
     named = next((table.columns[name] for name in ("index", "idx") if name in table.columns), None)
-    ids = [] if named is None else [(as_written(named[at]) or "").strip() for at in places]
-    if not all(ids) or len(set(ids)) < len(places):
-        ids = [str(at) for at in places]
-    return Split(rows, columns, task.class_names if task and task.classes else names, tuple(ids))
+    ids = [] if named is None else [(as_written(index) or "").strip() for index in named]
+    if not all(ids) or len(set(ids)) < len(table):
+        ids = [str(at) for at in range(len(table))]
+    if len(places) < len(table):
+        logger.warning("%s: %d of %d rows without a label were left out", source, len(table) - len(places), len(table))
+    known = task.class_names if task and task.classes else names
+    return Split(rows, columns, known, tuple(ids[at] for at in places), tuple(ids))
 
 
 def read_hub_split(op: str, task: Published) -> Split:
@@ -231,7 +237,8 @@ def read_hub_split(op: str, task: Published) -> Split:
         raise ValueError(f"{source}: its split {task.split} has no rows with a label")
     if task.classes:
         rows = [(texts, task.class_of(source, label)) for texts, label in rows]
-    return Split(rows, task.columns, task.class_names or None, tuple(map(str, range(len(rows)))))
+    ids = tuple(map(str, range(len(rows))))
+    return Split(rows, task.columns, task.class_names or None, ids, ids)
 
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:

@@ -36,12 +36,12 @@ def matthews_correlation(predicted: np.ndarray, true: np.ndarray, weight: Any = 
 
 
 def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Pearson's correlation of numbers, -1 to 1; 0 for a constant answer."""
+    """Pearson's correlation of numbers, -1 to 1; NaN where one side has a single value: then there is none."""
     return _correlation("pearsonr", predicted, true)
 
 
 def spearmanr(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Spearman's correlation, of the ranks of numbers, -1 to 1; 0 for a constant answer."""
+    """Spearman's correlation, of the ranks of numbers, -1 to 1; NaN where one side has a single value."""
     return _correlation("spearmanr", predicted, true)
 
 
@@ -114,12 +114,19 @@ def class_scores(metrics: Sequence[str], predicted: Sequence[int], true: Sequenc
 
 
 def number_scores(metrics: Sequence[str], predicted: Sequence[float], true: Sequence[float]) -> tuple[Scores, Scores]:
-    """Metrics of predicted and true numbers [N], in float64, and their standard errors by the bootstrap."""
+    """Metrics of predicted and true numbers [N], in float64, and their standard errors by the bootstrap.
+
+    A metric that is undefined is NaN, and so is its error, from which samples in which it is undefined are left out.
+    """
     mine, theirs = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)
     draws = np.random.default_rng(0).integers(len(mine), size=(_RESAMPLES, len(mine)))
-    return {name: _OF_NUMBERS[name](mine, theirs) for name in metrics}, {
-        name: float(np.std([_OF_NUMBERS[name](mine[draw], theirs[draw]) for draw in draws])) for name in metrics
-    }
+    found = {name: _OF_NUMBERS[name](mine, theirs) for name in metrics}
+
+    def error(name: str) -> float:
+        values = np.array([_OF_NUMBERS[name](mine[draw], theirs[draw]) for draw in draws])
+        return math.nan if math.isnan(found[name]) else float(np.nanstd(values))
+
+    return found, {name: error(name) for name in metrics}
 
 
 def _metrics() -> Any:
@@ -128,9 +135,13 @@ def _metrics() -> Any:
     return metrics
 
 
+def _is_constant(numbers: np.ndarray) -> bool:
+    return bool((numbers == numbers[0]).all())
+
+
 def _correlation(name: str, predicted: np.ndarray, true: np.ndarray) -> float:
     from scipy import stats
 
-    if any((numbers == numbers[0]).all() for numbers in (predicted, true)):
-        return 0.0
+    if _is_constant(predicted) or _is_constant(true):
+        return math.nan
     return float(getattr(stats, name)(predicted, true)[0])

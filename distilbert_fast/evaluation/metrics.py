@@ -73,12 +73,12 @@ def mean_kl(logits: Tensor, teacher_logits: Tensor) -> float:
 
 
 def pearson(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson's correlation of numbers [N], -1 to 1; 0 for a constant answer."""
+    """Pearson's correlation of numbers [N], -1 to 1; NaN where one side has a single value."""
     return label_scores.pearson(*_numbers(predicted, labels))
 
 
 def spearman(predicted: Tensor, labels: Tensor) -> float:
-    """Spearman's correlation, of the ranks of numbers [N], -1 to 1; 0 for a constant answer."""
+    """Spearman's correlation, of the ranks of numbers [N], -1 to 1; NaN where one side has a single value."""
     return label_scores.spearmanr(*_numbers(predicted, labels))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -301,7 +302,16 @@ def terminal_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2).encode() + b"\n"
+    """JSON of a report; a number that is undefined or infinite, for which JSON has no form, is null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -141,15 +142,15 @@ def spread(results: Sequence[Result]) -> dict[str, dict[str, Scores]]:
     for precision in dict.fromkeys(one.precision for one in results):
         rows = [one.scored.metrics for one in results if one.precision == precision]
         found[precision] = {
-            name: {
-                "median": statistics.median(row[name] for row in rows),
-                "low": min(row[name] for row in rows),
-                "high": max(row[name] for row in rows),
-            }
-            for name in rows[0]
-            if all(name in row for row in rows)
+            name: _spread([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)
         }
     return found
+
+
+def _spread(values: Sequence[float]) -> Scores:
+    """Median, lowest and highest; undefined (NaN) where one value is."""
+    of: dict[str, Callable[[Sequence[float]], float]] = {"median": statistics.median, "low": min, "high": max}
+    return {name: math.nan if any(map(math.isnan, values)) else find(values) for name, find in of.items()}
 
 
 def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, name: str) -> Result:

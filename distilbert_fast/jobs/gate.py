@@ -27,7 +27,7 @@ def faults(row: Row, teacher: Row, metric: str, clock: str, goals: Goals, target
         found.append(f"neither faster ({speedup:.2f}×) nor smaller than the teacher")
     if target is not None and speedup < target * (1 - TOLERANCE):
         found.append(f"{speedup:.2f}× as fast, {target:g}× was asked for")
-    if goals.accuracy_drop is not None and drop > goals.accuracy_drop + 1e-9:
+    if goals.accuracy_drop is not None and not drop <= goals.accuracy_drop + 1e-9:  # NaN is no quality
         found.append(f"{drop:.2f} points of {metric} lost, {goals.accuracy_drop:g} are allowed")
     return found
 

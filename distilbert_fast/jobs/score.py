@@ -97,9 +97,9 @@ def score(
             return _squad(task, Path(data or ""), predictions, na_prob, threshold)
         split = read_split(JOB, "data", Path(data or ""), task, regression)
         if has_lists(split):
-            return label_list_scores(split, read_label_lists(JOB, predictions, split.ids))
+            return label_list_scores(split, read_label_lists(JOB, predictions, split.ids, split.file_ids))
         classes = class_names(split, known.class_names if known else None)
-        found = read_labels(JOB, predictions, split.ids, known, classes)
+        found = read_labels(JOB, predictions, split.ids, known, classes, split.file_ids)
         return label_scores(split, found, classes, known.metrics if known else None)
 
 
@@ -131,6 +131,9 @@ def label_scores(
         found = class_scores(metrics, [place[name] for name in predicted], [place[name] for name in true])
     else:
         found = number_scores(metrics, predicted, true)
+        if undefined := [name for name, value in found[0].items() if math.isnan(value)]:
+            what, same = ("labels", true[0]) if len({*true}) == 1 else ("predictions", predicted[0])
+            logger.warning("%s: all %s are %g: %s undefined", JOB, what, same, " and ".join(undefined))
     return Scored(len(true), "rows", *found)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from distilbert_fast.data.sentences import Text, by_tokens
 from distilbert_fast.modeling.accelerator import explain
@@ -67,6 +68,8 @@ class Predictor:
         batch_tokens: int = BATCH_TOKENS,
         **options: Any,
     ) -> None:
+        if not issubclass(type(model), PreTrainedModel):
+            _check.refuse(OP, "model", "a model of transformers (Predictor.load reads one)", _kind(model), TypeError)
         name = task_of(type(model), model.config) if task is None else task
         self.task = make_task(name, options)
         if tokenizer is None:
@@ -75,7 +78,7 @@ class Predictor:
             _check.refuse(OP, "batch_tokens", "an integer from 1 on", repr(batch_tokens))
         self.batch_tokens = batch_tokens
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.model = model if self.task.head else model.base_model
+        self.model: Any = model if self.task.head else model.base_model
         self.task.attach(self.model, self.tokenizer)
         longest = _longest(model, tokenizer)
         if max_length is not None and not 1 <= max_length <= longest:
@@ -130,9 +133,11 @@ class Predictor:
         """The answer to a row, or a list with those to several.
 
         Args:
-            rows: a text or a pair of texts (a tuple), or a list of them.
+            rows: a text or a pair of texts (a tuple), or a list of them, or what can be made one, such as a generator
+                or a pandas Series.
 
         Raises:
+            TypeError: rows that are None, a dict, a set or bytes.
             ValueError: a row that is no such text, is empty, or has an answer with NaN or infinity, by its number.
         """
         if isinstance(rows, (str, tuple)):
@@ -149,8 +154,13 @@ class Predictor:
         return answers
 
     def encode(self, rows: Sequence[Text]) -> list[Encoded]:
-        """Tokenize rows. One that cannot be read has no windows and says why in ``refused``."""
-        return self._encoder(rows)
+        """Tokenize rows, as a call takes them in a list. One that cannot be read says why in ``refused``.
+
+        Raises TypeError for what is no list of rows.
+        """
+        if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping, Set)):
+            _check.refuse(OP, "rows", "a text, a pair of texts or a list of them", _kind(rows), TypeError)
+        return self._encoder(list(rows))
 
     def compute(self, encoded: Sequence[Encoded]) -> list[Any]:
         """The answers to rows that were encoded, in their order; None to refused ones."""
@@ -201,6 +211,10 @@ class Predictor:
             for row, window, length in zip(types, windows, lengths, strict=True):
                 row[:length] = window.type_ids
         return {name: torch.from_numpy(array).to(self.model.device) for name, array in arrays.items()}
+
+
+def _kind(given: object) -> str:
+    return "None" if given is None else type(given).__name__
 
 
 def _longest(model: Any, tokenizer: Any) -> int:

@@ -129,6 +129,51 @@ def test_tags(tmp_path):
     assert read_tagged("evaluate", None, both) == (true, [("I-PER", "O"), ("O",)])
 
 
+LEFT_OUT = "evaluate: predictions: {!r}: {} of {} predictions are of rows without a label and are left out"
+
+
+@pytest.mark.parametrize("named", ["", "index\tprediction\n"])
+def test_rows_without_a_label_may_have_predictions(tmp_path, caplog, named):
+    every = [f"{at}\t{value}" if named else value for at, value in enumerate("01-0")]  # the third has the label "-"
+    path = file(tmp_path, named + "\n".join(every))
+    classes = TASKS["mnli"].class_names
+    for file_ids in ("0 1 2 3", "7 5 6 8") if named else ("7 5 6 8",):  # by index, by place
+        ids = [index for at, index in enumerate(file_ids.split()) if at != 2]
+        caplog.clear()
+        found = read_labels("evaluate", path, ids, TASKS["mnli"], classes, file_ids.split())
+        assert found == ["entailment", "neutral", "entailment"]
+        assert caplog.messages == [LEFT_OUT.format(str(path), 1, 4)]
+        caplog.clear()
+        path_of_kept = file(tmp_path, named + "\n".join(every[:2] + every[3:]), "kept.tsv")
+        assert read_labels("evaluate", path_of_kept, ids, TASKS["mnli"], classes, file_ids.split()) == found
+        assert not caplog.messages
+    fewer = file(tmp_path, named + "\n".join(every[:2]))
+    message = "lacks 3 of 3 rows of data" if named else "expected a prediction for each of the 3 rows of data, or of "
+    with pytest.raises(ValueError, match=message):
+        read_labels("evaluate", fewer, ids, TASKS["mnli"], classes, file_ids.split())
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "message"),
+    [
+        ("Rome B-LOC\nis O\n", "Rome b-loc\nis O\n", "line 1: expected the tag 'B-LOC' as in data, got 'b-loc'"),
+        ("Rome B-LOC\nis O\n", "Rome O\nis I-Loc\n", "line 2: expected the type 'LOC' as in data, got 'I-Loc'"),
+        ("Rome B-LOC\nis O\n", "Rome B-LOC\nis o\n", "line 2: expected the tag 'O' as in data, got 'o'"),
+        (None, "Rome B-LOC B-LOC\nis O I-loc\n", "line 2: expected the type 'LOC' as in data, got 'I-loc'"),
+        (None, "old ADJ ADJ\ncat NOUN noun\n", "line 2: expected the tag 'NOUN' as in data, got 'noun'"),
+    ],
+)
+def test_tags_of_another_case_are_refused(tmp_path, gold, found, message):
+    true = None if gold is None else file(tmp_path, gold, "gold.conll")
+    with pytest.raises(ValueError, match=rf"^evaluate: predictions: '.*pred.tsv': {message}$"):
+        read_tagged("evaluate", true, file(tmp_path, found))
+
+
+def test_tags_of_two_cases_in_data_are_told_apart(tmp_path):
+    both = file(tmp_path, "x B-PER B-per\ny B-per B-per\n")
+    assert read_tagged("evaluate", None, both) == ([("B-PER", "B-per")], [("B-per", "B-per")])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

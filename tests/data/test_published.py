@@ -111,7 +111,7 @@ def test_rows_without_label_and_broken_ones_are_counted(tmp_path, caplog):
     ]
     caplog.clear()
     split = read(tmp_path, "mnli", f"{MNLI}\n0\t1\tx\ty\tP\tH\tneutral\t-\n1\t1\tx\ty\tP\tH\tneutral\tneutral\n")
-    assert split.rows == [(("P", "H"), "neutral")] and split.ids == ("1",)
+    assert split.rows == [(("P", "H"), "neutral")] and split.ids == ("1",) and split.file_ids == ("0", "1")
     assert "1 of 2 rows without a label were left out" in caplog.text
 
 

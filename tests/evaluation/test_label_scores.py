@@ -44,4 +44,9 @@ def test_constant_answers():
     assert found == {"accuracy": 1, "f1": 0, "macro_f1": 1, "matthews_correlation": 0}
     assert errors["accuracy"] == 0
     assert class_scores(("matthews_correlation",), [1, 1, 1], [0, 1, 0])[0] == {"matthews_correlation": 0}
-    assert number_scores(("pearson", "spearmanr"), [1.0, 1.0], [2.0, 3.0])[0] == {"pearson": 0, "spearmanr": 0}
+    for numbers in ([[1.0, 1.0], [2.0, 3.0]], [[2.0, 3.0], [1.0, 1.0]]):  # one side is constant: SciPy says nan
+        found, errors = number_scores(default_metrics(0), *numbers)
+        assert np.isnan([*map(found.get, ("pearson", "spearmanr")), errors["pearson"], errors["spearmanr"]]).all()
+        assert found["mse"] == 2.5
+    few = number_scores(("pearson",), [1.0, 2.0, 4.0], [1.0, 3.0, 2.0])[1]  # a ninth of its samples are constant
+    assert 0 < few["pearson"] < 2

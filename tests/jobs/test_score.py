@@ -80,6 +80,19 @@ def test_predictions_are_told_by_the_column_index_of_data(tmp_path, ids):
     assert json.loads(done.stdout)["accuracy"] == 1
 
 
+@pytest.mark.parametrize(("true", "predicted", "what"), [("3", "45", "labels"), ("34", "5", "predictions")])
+def test_a_correlation_that_is_undefined_is_null_with_a_warning(tmp_path, caplog, true, predicted, what):
+    data, predictions = tmp_path / "dev.csv", tmp_path / "pred.txt"
+    data.write_text("text,label\n" + "".join(f"x,{true[at % len(true)]}\n" for at in range(4)))
+    predictions.write_text("".join(f"{predicted[at % len(predicted)]}\n" for at in range(4)))
+    arguments = ("--data", data, "--regression", "--predictions", predictions)
+    found = json.loads(run(*arguments, "--json").stdout, parse_constant=pytest.fail)
+    assert found == {"pearson": None, "spearmanr": None, "mse": 2.5, "n": 4}
+    same = {"labels": "3", "predictions": "5"}[what]
+    assert caplog.messages == [f"evaluate: all {what} are {same}: pearson and spearmanr undefined"]
+    assert "undefined" in run(*arguments).output
+
+
 def test_entities(tmp_path):
     (tmp_path / "both.conll").write_text("Rome B-LOC B-LOC\nis O O\n\nJohn B-PER O\nDoe I-PER B-PER\n")
     found = json.loads(run("--task", "entities", "--predictions", tmp_path / "both.conll", "--json").stdout)

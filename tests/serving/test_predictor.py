@@ -116,6 +116,22 @@ def test_regression_and_reranking(small):
         Predictor(two, "reranking", tokenizer)
 
 
+def test_rows_are_a_text_a_pair_or_a_list(classifier, tokenizer):
+    predictor = Predictor(copy.deepcopy(classifier), tokenizer=tokenizer)
+    wanted = predictor(SENTENCES)
+    assert predictor(iter(SENTENCES)) == predictor(np.array(SENTENCES)) == wanted
+    for rows in (None, 3, {"text": "a"}, {"a", "b"}, b"a"):
+        kind = "None" if rows is None else type(rows).__name__
+        message = f"^Predictor: rows must be a text, a pair of texts or a list of them, got {kind}$"
+        with pytest.raises(TypeError, match=message):
+            predictor(rows)
+    with pytest.raises(TypeError, match=r"^Predictor: rows must be a text, .*, got str$"):
+        predictor.encode("a text")
+    for model in (None, {}, iter(())):
+        with pytest.raises(TypeError, match=r"^Predictor: model must be a model of transformers"):
+            Predictor(model, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
 def test_embeddings_are_those_of_pipelines(bert, tokenizer, pooling):
     texts = SENTENCES[:5]
