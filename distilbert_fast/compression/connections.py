@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from distilbert_fast.modeling.compression_config import FLOAT, SPARSE, Kind, part_of
-from distilbert_fast.modeling.quantizer import hold_sparse, linears_of
+from distilbert_fast.modeling.quantizer import check_finite, check_float, hold_sparse, linears_of
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 from distilbert_fast.sparse import LINEARS, SparseLinear
@@ -116,11 +116,8 @@ def prune_connections(model: Model, config: SparsityConfig) -> Model:
     layers = layers_of(model, config, "prune_connections")
     if config.method != "magnitude":
         _check.refuse("prune_connections", "method", "'magnitude': others need training", repr(config.method))
-    importance = [(name, _magnitude(layer)) for name, layer in layers.items()]
-    for name, one in importance:
-        if bool(one.isnan().any() | (one == torch.inf).any()):
-            _check.refuse("prune_connections", f"weight of {name}", "finite", "others")
-    masks = masks_of([one for _, one in importance], config.amount, config)
+    importance = [_magnitude(layer) for layer in layers.values()]
+    masks = masks_of(importance, config.amount, config)
     kept = {name: _also_before(layer, mask) for (name, layer), mask in zip(layers.items(), masks, strict=True)}
     return hold_sparse(model, kept, "prune_connections")
 
@@ -200,6 +197,8 @@ def layers_of(model: Model, config: SparsityConfig, caller: str) -> dict[str, An
     """The linear layers that a config means, by their dotted names; they fit its pattern."""
     if not isinstance(config, SparsityConfig):
         _check.refuse(caller, "config", "a SparsityConfig", type(config).__name__, TypeError)
+    check_float(model, caller)
+    check_finite(model, caller)
     named = [name for name, module in model.named_modules() if isinstance(module, LINEARS)]
     for skipped in config.modules_to_not_convert:
         if not any(part_of(skipped, name) for name in named):

@@ -16,7 +16,7 @@ from torch import nn
 from distilbert_fast.compression.lsq import LsqLinear
 from distilbert_fast.layers import CodebookLinear
 from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
-from distilbert_fast.modeling.quantizer import linears_of, with_whole_projections
+from distilbert_fast.modeling.quantizer import check_finite, linears_of, with_whole_projections
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
@@ -79,6 +79,7 @@ def prepare_qat(model: Model, config: Int8Config | CodebookConfig, every: int = 
         _check.refuse("prepare_qat", "model", "one that is not prepared yet", "one that is")
     if config.int8_embeddings:
         _check.refuse("prepare_qat", "config.embeddings", "False: tables are quantized after training", True)
+    check_finite(model, "prepare_qat")
     layers = list(linears_of(model, with_whole_projections(model, config, "prepare_qat"), "prepare_qat"))
     for name, linear, _ in layers:
         if type(linear) is not nn.Linear:

@@ -15,7 +15,7 @@ from distilbert_fast.compression.sensitivity import exceptions
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import INT8, CodebookConfig, Int8Config
 from distilbert_fast.modeling.encoder import encoder_layers, find_encoder
-from distilbert_fast.modeling.quantizer import linear_names, linears_of, quantize_linears
+from distilbert_fast.modeling.quantizer import check_finite, linear_names, linears_of, quantize_linears
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
 
@@ -64,9 +64,9 @@ def quantize_model(
 
     Raises:
         TypeError, ValueError: an unsupported or already quantized model, by name; weights of several dtypes, or float64
-            ones, which int8 layers do not compute in; weights that are not finite; a name in ``modules_to_not_convert``
-            that no layer has; int8 embeddings for a model whose vocabulary logits share their table; a budget without a
-            calibration, for shared values, or one that cannot be kept.
+            ones, which int8 layers do not compute in; weights that are not finite or that float32 cannot square; a name
+            in ``modules_to_not_convert`` that no layer has; int8 embeddings for a model whose vocabulary logits share
+            their table; a budget without a calibration, for shared values, or one that cannot be kept.
     """
     if config is None:
         config = Int8Config(heads=heads, modules_to_not_convert=list(modules_to_not_convert))
@@ -79,6 +79,7 @@ def quantize_model(
         _check.positive(OP, "budget", budget)
         if calibration is None or not isinstance(config, Int8Config):
             _check.refuse(OP, "budget", "None without calibration, and for shared values", budget)
+    check_finite(model, OP)
     scales = learned_scales(model)
     _check_trained(model, config, scales, calibration is None)
     finish_qat(model)

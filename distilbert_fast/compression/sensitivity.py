@@ -16,7 +16,7 @@ from distilbert_fast.compression.activations import moments
 from distilbert_fast.compression.agreement import Agreement, agreement, answers
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import Int8Config
-from distilbert_fast.modeling.quantizer import Moments, compressed_modules, linear_names
+from distilbert_fast.modeling.quantizer import Moments, check_finite, compressed_modules, linear_names
 from distilbert_fast.ops import _check
 
 OP = "sensitivity"
@@ -86,6 +86,7 @@ def sensitivity(
         TypeError, ValueError: what ``quantize_model`` refuses; a model without a head that gives probabilities.
     """
     config = config or Int8Config()
+    check_finite(model, OP)
     names = linear_names(model, config, OP)
     given = list(batches(calibration, model, tokenizer, OP))
     seen = moments(model, names, given, OP)

@@ -34,7 +34,7 @@ from distilbert_fast.compression.sublayers import Batch, States, Sublayer, froze
 from distilbert_fast.engine.engine import PRECISIONS
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder, part
-from distilbert_fast.modeling.quantizer import record_structure
+from distilbert_fast.modeling.quantizer import check_finite, record_structure
 from distilbert_fast.modeling.structure import LayerStructure, check_float, structure_of
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops._check import choice, positive, refuse
@@ -146,12 +146,13 @@ def prune_model(
         ``model``, which ``save_pretrained`` now writes with its structure (docs/formats.md), and a report.
 
     Raises:
-        TypeError, ValueError: an unsupported, quantized or half-precision model, by name; no text, or no labels for
-            "fisher"; a budget that cannot be met.
+        TypeError, ValueError: an unsupported, quantized or half-precision model, or weights that are not finite, by
+            name; no text, or no labels for "fisher"; a budget that cannot be met.
     """
     encoder: Any = find_encoder(model, OP)
     check_weights(encoder, None, OP)
     check_float(encoder, OP)
+    check_finite(model, OP)
     if encoder.dtype not in (torch.float32, torch.float64):
         refuse(OP, "model.dtype", "float32 or float64", str(encoder.dtype)[6:], TypeError)
     labels = config.method == "fisher"

@@ -46,6 +46,7 @@ from distilbert_fast.modeling.stored_weights import (
     check_config,
     check_config_sizes,
     check_files,
+    check_writable,
     decisive,
     opened,
     values_left,
@@ -74,6 +75,7 @@ class Chooser(Protocol):
 
 QKV = ("query", "key", "value")
 _FLOATS = (nn.Linear, SparseLinear)
+_LARGEST_WEIGHT = 2.0**63
 Chosen = TypeVar("Chosen", bound=Int8Config | CodebookConfig)
 
 
@@ -128,9 +130,6 @@ def compressed_modules(
     encoder, config = find_encoder(model, caller), with_whole_projections(model, config, caller)
     linears = list(linears_of(model, config, caller))
     tables = list(_tables(model, config, caller))
-    for name, layer_or_table in [*((name, linear) for name, linear, _ in linears), *tables]:
-        if not bool(layer_or_table.weight.isfinite().all()):  # scales would not be either: saved, but refused when read
-            _check.refuse(caller, f"weight of {name}", "finite", "NaN or infinite numbers")
     groups: dict[nn.Module, tuple[str, ...]] = {linear: (name,) for name, linear, _ in linears}
     for layer in encoder_layers(encoder):
         projections = [part(encoder, layer, which) for which in QKV]
@@ -166,6 +165,7 @@ def with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str) 
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
 
     encoder = find_encoder(model, caller)
+    check_float(model, caller)
     named = {module: name for name, module in model.named_modules() if type(module) in _FLOATS}
     left = list(config.modules_to_not_convert)
     for skipped in left:
@@ -257,6 +257,17 @@ def check_float(model: PreTrainedModel, caller: str) -> None:
             _check.refuse(caller, "model", "a float model", f"one that is {kind_of(module)['kind']} already")
 
 
+def check_finite(model: nn.Module, caller: str) -> None:
+    """Refuse weights that are NaN, or that float32 cannot square: scales and errors would not be finite, or answers
+    would be where those of the float model are not. Raises ValueError, by name."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        ends = [float(end) for end in torch.aminmax(parameter.detach())]
+        if wrong := [end for end in ends if not abs(end) <= _LARGEST_WEIGHT]:
+            _check.refuse(caller, name, f"finite and at most {_LARGEST_WEIGHT:.1e}", f"{wrong[0]:g}")
+
+
 def _tables(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Embedding]]:
     """The tables to hold in int8, if ``config`` says so, with their dotted names in ``model``."""
     from distilbert_fast.modeling.encoder import find_encoder
@@ -304,7 +315,9 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
 
     Raises:
         OSError: the disk is full or cannot be written; it names the file, and the old ones are as they were.
+        TypeError, ValueError: a model that could not be read again, see ``check_writable``.
     """
+    check_writable(model)
     save = type(model).save_pretrained
     given = inspect.signature(save).bind(model, save_directory, *args, **kwargs).arguments
     directory = Path(save_directory)
@@ -384,6 +397,7 @@ class Int8Quantizer(HfQuantizer):
         if not isinstance(config, (Int8Config, CodebookConfig)):
             given = type(config).__name__
             _check.refuse(METHOD, "quantization_config", "an Int8Config or CodebookConfig", given, TypeError)
+        check_finite(model, METHOD)
         return quantize_linears(model, config, METHOD)
 
     def update_attn_implementation(self, config: Any) -> Any:

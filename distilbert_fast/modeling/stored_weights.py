@@ -16,11 +16,12 @@ from torch import nn
 
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import CHECKSUM, FileError, check_seal, refuse_file, regular_size
+from distilbert_fast.layers import CodebookLinear
 from distilbert_fast.modeling.compression_config import METHOD
 from distilbert_fast.modeling.linear_kinds import STORED_OTHERWISE, stored_dtypes
 from distilbert_fast.modeling.loading import check_sizes
 from distilbert_fast.ops import _check
-from distilbert_fast.sparse import PackedSparseLinear, mask_fault, unpack_mask
+from distilbert_fast.sparse import PackedSparseLinear, SparseLinear, mask_fault, unpack_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,24 @@ def check_config(config: Any, path: Path, files: Mapping[str, Any]) -> None:
         for name in wanted.keys() & found.keys():
             if found[name] != wanted[name]:
                 refuse_file(path, f"{name} must be {wanted[name]!r}, as {file} was saved with, got {found[name]!r}")
+
+
+def check_writable(model: PreTrainedModel) -> None:
+    """Refuse to write a compressed model that could not be read: of float64 beside codes or of several dtypes, which
+    casting makes, or with shared values or sparse weights that training made NaN. Raises TypeError or ValueError."""
+    from distilbert_fast.modeling.encoder import check_weights, find_encoder
+
+    caller = "save_pretrained"
+    check_weights(find_encoder(model, caller), "int8" if getattr(model, "is_quantized", False) else None, caller)
+    for name, module in model.named_modules():
+        if isinstance(module, CodebookLinear):
+            name, numbers = f"{name}.values", module.values.detach()
+        elif isinstance(module, SparseLinear):
+            name, numbers = f"{name}.weight", module.weight.detach()[module.mask]
+        else:
+            continue
+        if not bool((finite := numbers.isfinite()).all()):
+            _check.refuse(caller, name, "finite", f"{float(numbers[~finite][0]):g}")
 
 
 def check_files(model: PreTrainedModel, files: Mapping[str, Any], pruned: bool) -> None:

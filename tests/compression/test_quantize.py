@@ -7,10 +7,21 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny_models import SENTENCES, tiny
+from tiny_models import SENTENCES, padded_batch, tiny
 from torch import nn
 
-from distilbert_fast import Int8Config, optimize, quantize_model
+from distilbert_fast import (
+    CodebookConfig,
+    Int8Config,
+    PruningConfig,
+    SparsityConfig,
+    optimize,
+    prepare_qat,
+    prune_connections,
+    prune_model,
+    quantize_model,
+    sensitivity,
+)
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.ops.int8_linear import int8_linear_reference
 from distilbert_fast.ops.quantize import quantize_reference
@@ -187,6 +198,26 @@ REFUSED = {
         lambda: quantize_model(quantize_model(tiny())),
         "quantize_model: model must be a float model, got one that is int8 already",
     ),
+    "twice, with exceptions": (
+        lambda: quantize_model(quantize_model(tiny()), Int8Config(modules_to_not_convert=["output.dense"])),
+        "quantize_model: model must be a float model, got one that is int8 already",
+    ),
+    "training what is quantized": (
+        lambda: prepare_qat(quantize_model(tiny()), Int8Config(modules_to_not_convert=["output.dense"])),
+        "prepare_qat: model must be a float model, got one that is int8 already",
+    ),
+    "sensitivity of what is quantized": (
+        lambda: sensitivity(
+            quantize_model(tiny()), [padded_batch()], Int8Config(modules_to_not_convert=["output.dense"])
+        ),
+        "sensitivity: model must be a float model, got one that is int8 already",
+    ),
+    "sparse, of what is quantized": (
+        lambda: prune_connections(
+            quantize_model(tiny(), CodebookConfig(16)), SparsityConfig(0.5, modules_to_not_convert=["lin2"])
+        ),
+        "prune_connections: model must be a float model, got one that is codebook already",
+    ),
     "no such layer": (
         lambda: quantize_model(tiny(), Int8Config(modules_to_not_convert=["lin2"])),
         "quantize_model: modules_to_not_convert must be names of linear layers, got 'lin2'",
@@ -206,14 +237,44 @@ def test_refuses_by_name(case):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_before_anything_changes(name, value):
-    """Their scales would not be finite: such a model was saved and could not be read."""
+CHANGERS = {
+    "quantize_model": quantize_model,
+    "sensitivity": lambda model: sensitivity(model, [padded_batch()]),
+    "prepare_qat": lambda model: prepare_qat(model, Int8Config()),
+    "prune_connections": lambda model: prune_connections(model, SparsityConfig(0.5)),
+    "prune_model": lambda model: prune_model(model, [padded_batch()], PruningConfig(amount=0.5, neurons=1)),
+}
+
+
+@pytest.mark.parametrize("caller", CHANGERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.encoder.layer.1.output.dense.weight",
+        "bert.encoder.layer.0.intermediate.dense.bias",
+        "bert.encoder.layer.0.output.LayerNorm.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "classifier.weight",
+    ],
+)
+@pytest.mark.parametrize(("value", "given"), [(float("nan"), "nan"), (float("inf"), "inf"), (-1e38, "-1e+38")])
+def test_weights_that_no_finite_answers_follow_from_are_refused_before_anything_changes(caller, name, value, given):
+    """Some of such models were saved and could not be read; of some the answers became finite, and meant nothing."""
     model = tiny()
     with torch.no_grad():
-        model.get_submodule(name).weight[5, 0] = value
-    message = rf"^quantize_model: weight of {name} must be finite, got NaN or infinite numbers$"
+        model.get_parameter(name).view(-1)[17 % model.get_parameter(name).numel()] = value
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        CHANGERS[caller](model)
+    assert str(error.value) == f"{caller}: {name} must be finite and at most 9.2e+18, got {given}"
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(x.equal(after[n]) or not x.isfinite().all() for n, x in before.items())
+
+
+def test_scales_that_training_made_nan_are_refused():
+    model = prepare_qat(tiny(), Int8Config())
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.factor[3] = float("nan")
+    message = r"^quantize_model: bert\.encoder\.layer\.1\.output\.dense\.factor must be finite .*, got nan$"
     with pytest.raises(ValueError, match=message):
-        quantize_model(model, Int8Config(embeddings=True))
-    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+        quantize_model(model)

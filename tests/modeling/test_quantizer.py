@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import answers, assert_same_bits, padded_batch
 
 import distilbert_fast
-from distilbert_fast import Int8Config, optimize, quantize_model
+from distilbert_fast import CodebookConfig, Int8Config, SparsityConfig, optimize, prune_connections, quantize_model
 from distilbert_fast.files.durable import FileError
 from distilbert_fast.layers import Int8Linear
 
@@ -134,6 +134,40 @@ def test_bfloat16_keeps_its_scales(batch, tmp_path):
     assert_same_bits(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bf16"), read, batch)
     optimize(read)
     torch.testing.assert_close(answers(read, batch)[0].float(), b, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("config", [Int8Config(), Int8Config(embeddings=True), CodebookConfig(16)])
+@pytest.mark.parametrize("cast", [lambda model: model.double(), lambda model: model.to(torch.float64)])
+def test_a_model_that_could_not_be_read_is_not_written(config, cast, tmp_path):
+    model = quantize_model(make("BertForSequenceClassification"), config)
+    model.save_pretrained(tmp_path / "float32")
+    for one in (model, transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "float32")):
+        with pytest.raises(TypeError) as error:
+            cast(one).save_pretrained(tmp_path / "float64")
+        expected = "float32 or bfloat16 or float16 for int8, got float64"
+        assert str(error.value) == f"save_pretrained: model.dtype must be {expected}"
+        assert not (tmp_path / "float64").exists()
+
+
+def test_a_model_of_several_dtypes_is_not_written(tmp_path):
+    model = quantize_model(make("BertForSequenceClassification"))
+    model.bert.encoder.layer[1].to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"^save_pretrained: dtype of encoder\.layer\.1\.\S+ must be float32, as that "):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_values_that_are_not_finite_are_not_written(sparse, tmp_path):
+    model = make("BertForSequenceClassification")
+    model = prune_connections(model, SparsityConfig(0.5)) if sparse else quantize_model(model, CodebookConfig(16))
+    layer = model.bert.encoder.layer[1].output.dense
+    with torch.no_grad():
+        (layer.weight if sparse else layer.values).fill_(float("nan"))
+    name = f"bert.encoder.layer.1.output.dense.{'weight' if sparse else 'values'}"
+    with pytest.raises(ValueError, match=rf"^save_pretrained: {name} must be finite, got nan$"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_quantized_while_loading(batch, tmp_path):
