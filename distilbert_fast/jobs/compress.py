@@ -29,7 +29,7 @@ from distilbert_fast.distillation.student import student_from_teacher
 from distilbert_fast.evaluation import compression_report as report
 from distilbert_fast.evaluation.report import SPREAD
 from distilbert_fast.files.durable import write_file
-from distilbert_fast.jobs import gate, stage_results
+from distilbert_fast.jobs import gate, planning, stage_results
 from distilbert_fast.jobs.flow import CHECKPOINTS, TEACHER, console, find_teacher
 from distilbert_fast.jobs.planning import Plan, measured_costs
 from distilbert_fast.jobs.prune import as_json
@@ -228,10 +228,17 @@ class _Compression(TrainedFlow):
     # The stages -------------------------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, Any]:
-        """The teacher's speed by transformers and on the engine, and what heads, neurons and layers cost there."""
+        """The teacher's speed by transformers and on the engine, and what heads, neurons and layers cost there.
+
+        Some students are timed too, as they are before they are trained: their head costs something else.
+        """
         source = self.run.path / TEACHER
         models = {"transformers": self.load(source)[0]}
         models |= {"engine": optimize(self.load(source)[0]), "int8": optimize(self.load(source)[0], "int8")}
+        teacher = self.load(source)[0]
+        for layers in planning.depths(teacher.config.num_hidden_layers, self.recipe.layers):
+            student, _ = student_from_teacher(teacher, num_layers=layers)
+            models[planning.student(layers)] = optimize(student, "int8")
         place, speed = self.clocks(models, "rows")
         with _threads(self.recipe.threads):
             costs = measured_costs(self.load(source)[0], self.job.batches(32, 512), self.recipe.clock)

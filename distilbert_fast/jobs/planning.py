@@ -1,14 +1,15 @@
 """How `compress` reaches a speed: by how many layers, and by how much time of theirs that pruning takes away.
 
-A call of a model takes   t = own + base(layers) + Σ over layers of heads(h) + neurons(f),
+A call of a model takes   t = own(layers) + base(layers) + Σ over layers of heads(h) + neurons(f),
 
-with `own` what is outside the encoder's layers, and the rest a table that was measured on this machine (`Costs`).
+with `own` what is outside the encoder's layers: Python, and a head in float32. All but it is a table that was measured
+on this machine (`Costs`), and it is what whole models of some depths, the teacher and students, take beyond the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,16 @@ def measured_costs(model: Any, batches: Sequence[Mapping[str, Any]], clock: str)
     }
 
 
+def depths(layers: int, wanted: int | None) -> list[int]:
+    """Of the students that are timed: the shallowest, the deepest and the one that is asked for."""
+    return sorted({1, layers - 1, min(wanted or 1, layers)} & set(range(1, layers)))
+
+
+def student(layers: int) -> str:
+    """What the timing of a student of so many layers in int8 is called."""
+    return f"int8, {layers} layers"
+
+
 class Route(NamedTuple):
     """How many layers a model has, and the seconds that its encoder may take; None: as it is."""
 
@@ -52,7 +63,8 @@ class Plan:
         costs: of its encoder in int8.
         layers: that it has.
         reference: seconds of a call of the teacher by transformers.
-        own: seconds of a call in int8 outside of the encoder's layers; what the table counts too much is taken off.
+        own: for 1, 2, … layers the seconds of a call in int8 outside of them; what the table counts too much is taken
+            off. A student's head is another than the teacher's.
         batch_size: rows of a call.
         recipe: settings of the run.
     """
@@ -60,7 +72,7 @@ class Plan:
     costs: Costs
     layers: int
     reference: float
-    own: float
+    own: Sequence[float]
     batch_size: int
     recipe: Compression
 
@@ -69,9 +81,14 @@ class Plan:
         """From what `plan.json` says."""
         table = measured["costs"]
         costs = Costs(np.array(table["heads"]), np.array(table["widths"]), table["base"], _NEURONS, table["layer"])
-        made = cls(costs, table["layers"], 0.0, 0.0, _BATCH_SIZES[recipe.clock], recipe)
-        reference, int8 = (made.seconds(measured["speed"], name) for name in ("transformers", "int8"))
-        return cls(costs, made.layers, reference, int8 - made.whole(made.layers), made.batch_size, recipe)
+        made = cls(costs, table["layers"], 0.0, (), _BATCH_SIZES[recipe.clock], recipe)
+        timed = {made.layers: "int8"} | {count: student(count) for count in depths(made.layers, recipe.layers)}
+        beyond = {count: made.seconds(measured["speed"], timed[count]) - made.whole(count) for count in sorted(timed)}
+        shallower = [count for count in beyond if count < made.layers]
+        reference = made.seconds(measured["speed"], "transformers")
+        places = range(1, made.layers)  # none for a teacher of one layer
+        own = np.interp(places, shallower, [beyond[count] for count in shallower]).tolist() if places else []
+        return replace(made, reference=reference, own=(*own, beyond[made.layers]))
 
     def seconds(self, speed: Mapping[str, Any], name: str) -> float:
         """Of a call of the model ``name``, by what `Flow.clocks` measured."""
@@ -82,7 +99,11 @@ class Plan:
     @property
     def speedup_of_int8(self) -> float:
         """Of the teacher in int8."""
-        return self.reference / (self.own + self.whole(self.layers))
+        return self.reference / (self.own[-1] + self.whole(self.layers))
+
+    def budget(self, target: float, layers: int) -> float:
+        """Seconds of an encoder of so many layers in a model that is ``target`` times as fast as the teacher."""
+        return self.reference / target - self.own[layers - 1]
 
     def costs_of(self, layers: int) -> Costs:
         return self.costs.deeper(layers - self.layers)
@@ -98,22 +119,23 @@ class Plan:
 
     def route(self, target: float) -> Route:
         """The way to a speed-up that keeps most layers, without pruning more of them than is allowed if possible."""
-        budget = self.reference / target - self.own
-        depths = range(self.layers, 0, -1) if self.recipe.layers is None else [self.recipe.layers]
-        for layers in depths:
+        counts = range(self.layers, 0, -1) if self.recipe.layers is None else [self.recipe.layers]
+        for layers in counts:
+            budget = self.budget(target, layers)
             base, whole = float(self.costs_of(layers).base), self.whole(layers)
             if budget >= whole * (1 - 1e-9):
                 return Route(layers, None)
             if budget - base >= (1 - self.recipe.most_pruned) * (whole - base):
                 return Route(layers, budget)
-        return Route(depths[-1], budget)
+        return Route(counts[-1], budget)
 
     def allows(self, target: float) -> bool:
         """Whether a model may be so fast."""
         layers = self.recipe.layers or 1
-        return self.reference / target - self.own >= self.least(layers)
+        return self.budget(target, layers) >= self.least(layers)
 
     def check(self, target: float) -> None:
         """Raise RecipeError for a speed-up that no model reaches here."""
-        most = self.reference / (self.own + self.least(self.recipe.layers or 1))
+        layers = self.recipe.layers or 1
+        most = self.reference / (self.own[layers - 1] + self.least(layers))
         require(self.allows(target), "compress: speedup", f"at most {most:.1f} on this machine", f"{target:g}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distilbert_fast.files.schema import Check, anything, array, boolean, integer, mapping, nullable, real, record, text
+from distilbert_fast.jobs import planning
 
 _COUNT = integer(0)
 _MEASURED = record({"median": real, "low": real, "high": real}, others=True)
@@ -113,8 +114,9 @@ copied = record({"of": text()})
 
 
 def plan(value: Any, where: str) -> None:
-    """What `compress` measured of the teacher."""
+    """What `compress` measured of the teacher and some students."""
     record({"costs": _COSTS}, others=True)(value, where)
     speed(value, where)
-    timed = dict.fromkeys(("transformers", "engine", "int8"), anything)
+    students = map(planning.student, planning.depths(value["costs"]["layers"], None))
+    timed = dict.fromkeys(("transformers", "engine", "int8", *students), anything)
     record(timed)(value["speed"]["latency_ms"], f"{where}.speed.latency_ms")

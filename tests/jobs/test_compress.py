@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 import distilbert_fast  # noqa: F401, so that transformers reads what it writes
 from distilbert_fast.cli import app
 from distilbert_fast.compression.costs import Costs
+from distilbert_fast.files.durable import FileError
+from distilbert_fast.files.schema import read_json
 from distilbert_fast.jobs import compress as job
-from distilbert_fast.jobs import flow, gate
+from distilbert_fast.jobs import flow, gate, stage_results
 from distilbert_fast.jobs.flow import RecipeError
-from distilbert_fast.jobs.planning import Plan, Route
+from distilbert_fast.jobs.planning import Plan, Route, depths, student
 from distilbert_fast.jobs.settings import Compression, Goals, Training
 from distilbert_fast.modeling.encoder import find_encoder
 from distilbert_fast.modeling.structure import structure_of
@@ -272,7 +274,7 @@ def test_faults():
 def test_routes():
     """A table of four layers that take 1 each, 0.1 of it without heads and neurons; 0.5 outside; the reference 45."""
     costs = Costs(np.array([0.0, 0.2, 0.4]), np.array([0.0, 0.25, 0.5]), 0.4, 1, 0.1)
-    plan = Plan(costs, 4, 45.0, 0.5, 1, Compression())
+    plan = Plan(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression())
     assert plan.speedup_of_int8 == pytest.approx(10)
     assert plan.route(10) == Route(4, None)
     assert plan.route(15) == Route(4, pytest.approx(2.5))
@@ -281,6 +283,35 @@ def test_routes():
     plan.check(45 / 0.7)
     with pytest.raises(RecipeError, match=r"^compress: speedup: expected at most 65\.2 on this machine, got 70$"):
         plan.check(70)
-    forced = Plan(costs, 4, 45.0, 0.5, 1, Compression(layers=2))
+    forced = Plan(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression(layers=2))
     assert forced.route(11) == Route(2, None)
     assert not forced.allows(45 / 0.8)
+    slow_heads = Plan(costs, 4, 45.0, (0.75, 0.75, 0.75, 0.5), 1, Compression())
+    assert slow_heads.speedup_of_int8 == pytest.approx(10)
+    assert slow_heads.route(45 / 2.0) == Route(2, pytest.approx(1.25))
+    assert slow_heads.route(45 / 1.5) == Route(1, pytest.approx(0.75))
+
+
+def test_what_a_student_takes_is_timed():
+    """Of one with 2 layers nothing is known but what those with 1 and with 3 take."""
+    table = {"heads": [0.0, 0.2, 0.4], "widths": [0.0, 0.25, 0.5], "base": 0.4, "layer": 0.1, "layers": 4}
+    taken = {"transformers": 45.0, "int8": 4.5, student(1): 1.6, student(3): 4.0}
+    latency = {name: {"median": 1e3 * seconds} for name, seconds in taken.items()}
+    plan = Plan.of({"costs": table, "speed": {"latency_ms": latency}}, Compression())
+    assert plan.own == pytest.approx((0.6, 0.8, 1.0, 0.5))
+    assert (plan.reference, plan.layers) == (45.0, 4)
+    latency[student(2)] = {"median": 2.5e3}
+    plan = Plan.of({"costs": table, "speed": {"latency_ms": latency}}, Compression(layers=2))
+    assert plan.own == pytest.approx((0.6, 0.5, 1.0, 0.5))
+    assert plan.route(45 / 2.4) == Route(2, pytest.approx(1.9))
+    assert depths(1, None) == [] and depths(2, None) == [1] and depths(12, 4) == [1, 4, 11]
+
+
+def test_a_plan_without_students_is_refused(done, tmp_path):
+    """As earlier versions wrote it."""
+    measured = read_json(done[0] / "plan.json", stage_results.plan)
+    for by_name in measured["speed"].values():
+        del by_name[student(1)]
+    (tmp_path / "plan.json").write_text(json.dumps(measured))
+    with pytest.raises(FileError, match=r"plan\.json.*latency_ms\.int8, 1 layers must be given, got nothing"):
+        read_json(tmp_path / "plan.json", stage_results.plan)
