@@ -119,4 +119,4 @@ def plan(value: Any, where: str) -> None:
     speed(value, where)
     students = map(planning.student, planning.depths(value["costs"]["layers"], None))
     timed = dict.fromkeys(("transformers", "engine", "int8", *students), anything)
-    record(timed)(value["speed"]["latency_ms"], f"{where}.speed.latency_ms")
+    record(timed, others=True)(value["speed"]["latency_ms"], f"{where}.speed.latency_ms")
