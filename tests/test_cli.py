@@ -57,7 +57,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["evaluate"],
             ["--na-prob-thresh", "--precision", "distilbert-fast evaluate --task squad --data dev-v1.1.json"],
         ),
-        (["compare"], ["--only", "--quick", "distilbert-fast compare --quick --only bert-base"]),
+        (["compare"], ["--only", "--quick", "distilbert-fast compare --quick"]),
         (["finetune"], ["--max-steps", "--eval-data", "distilbert-fast finetune --model ./my-bert --task sst2"]),
         (["distill", "qa"], ["--stride", "distilbert-fast distill qa --teacher ./my-bert --data train-v1.1.json"]),
     ],
