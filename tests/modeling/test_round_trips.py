@@ -1,4 +1,4 @@
-"""Every kind of compressed model, of every family and head, read in a fresh process: the same bits on every CPU tier."""
+"""Every kind of compressed model, family and head, read in a fresh process: the same bits on every CPU tier."""
 
 from __future__ import annotations
 
