@@ -73,7 +73,7 @@ class Compress(SentencesCommand):
     threads: Annotated[int | None, in_goals(help="Of the models that are timed; by default torch's.")] = None
     accept: Annotated[bool, in_goals("--accept", help="Keep a model that misses a goal, exit status 0.")] = False
     layers: Annotated[
-        int | None, typer.Option(help="Of students; by default what leaves pruning half of their heads and neurons.")
+        int | None, typer.Option(help="Of students; by default what leaves pruning at most 60% of their time.")
     ] = None
     codebook: Annotated[
         int | None, typer.Option(metavar="VALUES", help="Weights share 256, 64 or 16 values instead of int8.")

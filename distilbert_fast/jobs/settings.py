@@ -260,7 +260,7 @@ class Compression:
     clock: str = "latency"
     sentences: int = 2048
     threads: int | None = None
-    most_pruned: float = 0.5
+    most_pruned: float = 0.6
 
     def check(self) -> None:
         """Raise RecipeError for a setting out of range."""

@@ -278,8 +278,9 @@ def test_routes():
     assert plan.speedup_of_int8 == pytest.approx(10)
     assert plan.route(10) == Route(4, None)
     assert plan.route(15) == Route(4, pytest.approx(2.5))
-    assert plan.route(45 / 2.0) == Route(2, pytest.approx(1.5))
-    assert plan.route(45 / 1.5) == Route(1, None)
+    assert plan.route(45 / 2.0) == Route(3, pytest.approx(1.5))  # 1.2 of 2.7
+    assert plan.route(45 / 1.75) == Route(2, pytest.approx(1.25))  # 1.05 of 1.8, and 0.95 of 2.7 is too little
+    assert plan.route(45 / 1.4) == Route(1, pytest.approx(0.9))
     plan.check(45 / 0.7)
     with pytest.raises(RecipeError, match=r"^compress: speedup: expected at most 65\.2 on this machine, got 70$"):
         plan.check(70)
