@@ -57,6 +57,11 @@ class Accelerator:
         """The engine that was packed last."""
         return None if self._packed is None else self._packed.engine
 
+    def replace(self, engine: Engine) -> None:
+        """Serve calls by another engine with the weights that were packed last, until they change."""
+        assert self._packed is not None
+        self._packed = self._packed._replace(engine=engine)
+
     def suspect(self) -> None:
         """Say that the weights may change now: the encoder trains, or its gradients are wanted."""
         self._suspect = True

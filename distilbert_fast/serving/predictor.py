@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 from transformers import PreTrainedModel
 
 from distilbert_fast.data.sentences import Text, by_tokens
 from distilbert_fast.modeling.accelerator import explain
 from distilbert_fast.modeling.architectures import longest_sequence
 from distilbert_fast.modeling.loading import load_tokenizer, load_with_head, locate
+from distilbert_fast.modeling.mapped import map_engine, map_parameters
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.ops import _check
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
 from distilbert_fast.serving.encoding import Encoded, Encoder
 from distilbert_fast.serving.sentence_transformers import embedding_options
-from distilbert_fast.serving.tasks import OP, TASKS, make_task, task_of
+from distilbert_fast.serving.tasks import OP, TASKS, Task, make_task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,13 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, source: str | Path, task: str | None = None, precision: str | None = None, **options: Any
+        cls,
+        source: str | Path,
+        task: str | None = None,
+        precision: str | None = None,
+        *,
+        packed: str | Path | None = None,
+        **options: Any,
     ) -> Predictor:
         """A predictor of a checkpoint with its tokenizer, on the GPU where there is one.
 
@@ -109,9 +117,12 @@ class Predictor:
             source: directory or hub id. For embeddings, what a directory of sentence-transformers says of pooling,
                 normalization and length is taken, unless ``options`` say otherwise.
             task, precision, **options: as for the class.
+            packed: a file for the packed weights, made if it is not there or holds others. It and the checkpoint are
+                then mapped, so that processes of one machine share the memory of the weights. None: each has its own.
 
         Raises:
             CheckpointError: a checkpoint that cannot be used, or that lacks the head.
+            OSError: the file of packed weights cannot be written.
             TypeError, ValueError: as the class does.
         """
         directory = locate(source)
@@ -127,7 +138,19 @@ class Predictor:
         tokenizer = load_tokenizer(directory, "")
         if most is not None and options.get("max_length") is None:
             options["max_length"] = min(most, _longest(model, tokenizer))
-        return cls(model, task, tokenizer, precision, **options)
+        if packed is not None:
+            map_parameters(model, directory)
+        made = cls(model, task, tokenizer, precision, **options)
+        if packed is not None:
+            map_engine(made.model, packed)
+        return made
+
+    def sharing(self, task: Task) -> Predictor:
+        """A predictor for another task, of the same model and the same windows of rows."""
+        other = copy.copy(self)
+        other.task = task
+        task.attach(self.model, self.tokenizer)
+        return other
 
     def __call__(self, rows: Text | Sequence[Text]) -> Any:
         """The answer to a row, or a list with those to several.
@@ -162,6 +185,10 @@ class Predictor:
             _check.refuse(OP, "rows", "a text, a pair of texts or a list of them", _kind(rows), TypeError)
         return self._encoder(list(rows))
 
+    def whole(self, text: str, special: bool = True) -> Encoding:
+        """All tokens of a text, however long it is; ``special``: with those that begin and end it."""
+        return self._encoder.whole.encode(text, add_special_tokens=special)
+
     def compute(self, encoded: Sequence[Encoded]) -> list[Any]:
         """The answers to rows that were encoded, in their order; None to refused ones."""
         return self.start(encoded)()
@@ -175,7 +202,7 @@ class Predictor:
         windows = [window for row in encoded for window in row.windows]
         batches = by_tokens([len(window) for window in windows], self.batch_tokens)
         given = ([windows[number] for number in numbers] for numbers in batches)
-        made = (map if pool is None else pool.map)(self._run, given)  # a pool begins at once
+        made = (map if pool is None else pool.map)(self.outputs, given)  # a pool begins at once
 
         def finish() -> list[Any]:
             outputs: list[Any] = [None] * len(windows)
@@ -193,8 +220,8 @@ class Predictor:
         return finish
 
     @torch.inference_mode()
-    def _run(self, windows: Sequence[Any]) -> Sequence[Any]:
-        """What the model puts out for each window of a batch."""
+    def outputs(self, windows: Sequence[Any]) -> Sequence[Any]:
+        """What the model puts out for each window of a batch, of which ``task.answer`` makes answers."""
         lengths = [len(window) for window in windows]
         return list(self.task.outputs(self.model, self._batch(windows, lengths), lengths))
 

@@ -112,10 +112,10 @@ class TextClassification(Task):
     def attach(self, model: Any, tokenizer: Any) -> None:
         super().attach(model, tokenizer)
         self._labels: dict[int, str] = model.config.id2label
-        self._function = self.function_to_apply or _function(model.config)
+        self._function = self.function_to_apply or function_of(model.config)
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
-        return _scores(_logits(model, batch), self._function)
+        return scores_of(_logits(model, batch), self._function)
 
     def answer(self, row: Encoded, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         scores = outputs[0]  # [K]
@@ -180,7 +180,7 @@ class Reranking(Task):
             _check.refuse(OP, "model", "one with 1 label for reranking", f"one with {model.config.num_labels}")
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
-        return _scores(_logits(model, batch), self.function_to_apply)
+        return scores_of(_logits(model, batch), self.function_to_apply)
 
     def answer(self, row: Encoded, outputs: Sequence[Any]) -> float:
         return float(outputs[0][0])
@@ -411,12 +411,12 @@ def _logits(model: Any, batch: Mapping[str, Tensor]) -> np.ndarray:
     return model(**batch).logits.float().cpu().numpy()
 
 
-def _function(config: Any) -> str:
+def function_of(config: Any) -> str:
     """What the pipeline makes scores of logits by."""
     if config.problem_type == "regression":
         return "none"
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
-def _scores(logits: np.ndarray, function: str) -> np.ndarray:
+def scores_of(logits: np.ndarray, function: str) -> np.ndarray:
     return {"sigmoid": sigmoid, "softmax": softmax}.get(function, lambda x: x)(logits)
