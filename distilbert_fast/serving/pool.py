@@ -14,11 +14,19 @@ import torch
 _MOST = 8  # beyond that Python, which runs one at a time, would keep them waiting
 
 
+def shares(device: torch.device) -> tuple[int, int]:
+    """How many workers share torch's threads, and how many each has: a thread each up to 8 workers; one for a GPU."""
+    whole = torch.get_num_threads()
+    if device.type != "cpu":
+        return 1, whole
+    each = -(-whole // _MOST)
+    return max(1, whole // each), each
+
+
 def pool(device: torch.device) -> ThreadPoolExecutor:
     """As many threads as torch would use for a call, or 8 that share those; one for a GPU."""
     whole = torch.get_num_threads()
-    each = -(-whole // _MOST)
-    workers = max(1, whole // each) if device.type == "cpu" else 1
+    workers, each = shares(device)
     executor = ThreadPoolExecutor(workers, "distilbert-fast")
     if workers > 1:
         together = threading.Barrier(workers)
