@@ -43,6 +43,10 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["demo"], ["--teacher", "distilbert-fast demo --data train.tsv", "the same command continues"]),
         (["predict"], ["--input", "--shard-rows", "distilbert-fast predict --model ./my-bert --input reviews.jsonl"]),
+        (
+            ["serve"],
+            ["--packed", "distilbert-fast serve --model ./minilm --precision int8", "text-embeddings-inference"],
+        ),
         (["prune"], ["--amount", "--measure", "distilbert-fast prune --model ./my-bert --data train.tsv"]),
         (
             ["distill", "mlm"],
@@ -77,7 +81,7 @@ print("LOADED", sorted(heavy & set(sys.modules)))
     done = python("-c", code, *command)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    for said in (*([] if command == ["evaluate"] else ["--overwrite"]), *shown):
+    for said in (*([] if command in (["evaluate"], ["serve"]) else ["--overwrite"]), *shown):
         assert said in done.stdout
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast.cli import compare, compress, distill, evaluate, finetune, predict, prune, quantize
+from distilbert_fast.cli import compare, compress, distill, evaluate, finetune, predict, prune, quantize, serve
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
@@ -35,6 +35,7 @@ app.add_typer(distill.app, name="distill")
 app.add_typer(evaluate.app, name="evaluate")
 add(app, "finetune", finetune.EPILOG, output=Path("fine-tuned"), lr=5e-5)(finetune.Finetune)
 app.command("predict", epilog=predict.EPILOG)(predict.predict)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 add(app, "compress", compress.EPILOG, compress.HELP, output=Path("compressed"))(compress.Compress)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("prune", epilog=prune.EPILOG)(prune.prune)

@@ -1,0 +1,103 @@
+"""A server on loopback with small models of every kind, and a client that hides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from demo_input import bert
+
+from distilbert_fast.jobs.serve import serve
+
+PATIENCE = 60.0
+HEADS = {
+    "labels": (transformers.BertForSequenceClassification, {"num_labels": 4}),
+    "cross": (transformers.BertForSequenceClassification, {"num_labels": 1}),
+    "ner": (transformers.BertForTokenClassification, {"num_labels": 5}),
+    "qa": (transformers.BertForQuestionAnswering, {}),
+}
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+def models(place: Path) -> dict[str, Path]:
+    """Directories by name: an encoder that embeds, and one with each head."""
+    made = {"embed": bert(place / "embed")}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made["embed"])
+    for name, (kind, config) in HEADS.items():
+        torch.manual_seed(1)
+        names = {"id2label": dict(enumerate(TAGS))} if name == "ner" else {}
+        model = kind.from_pretrained(made["embed"], **config, **names)
+        with torch.no_grad():
+            getattr(model, "qa_outputs" if name == "qa" else "classifier").weight.mul_(20)
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+        made[name] = place / name
+    return made
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    """Asks one server; a connection each time."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.host, _, port = address.removeprefix("http://").rpartition(":")
+        self.port = int(port)
+
+    def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Reply:
+        """``body``: bytes as they are, anything else as JSON; None: GET."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            connection.request(method or ("GET" if body is None else "POST"), path, content, named)
+            reply = connection.getresponse()
+            return Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def running(*given: Any, **settings: Any) -> Iterator[Client]:
+    """A client of a server in a thread, which is stopped at the end."""
+    is_ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    def ready(address: str, server: Any) -> None:
+        found.update(address=address, server=server)
+        is_ready.set()
+
+    def work() -> None:
+        try:
+            serve(*given, port=0, ready=ready, **settings)
+        except BaseException as error:
+            found["error"] = error
+            is_ready.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_ready.wait(PATIENCE)
+    if "error" in found:
+        raise found["error"]
+    try:
+        yield Client(found["address"])
+    finally:
+        found["server"].should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive() and "error" not in found
