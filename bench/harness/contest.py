@@ -15,6 +15,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
+import pytest
 import torch
 from rich.table import Table
 
@@ -25,18 +26,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "distilbert_fast"  # the contender that the others are compared with
 TRIAD = "triad"  # the contender that measures the bandwidth
 FLUSH_BYTES = 1 << 30  # more than a last-level cache holds
+# Where `python -m bench --base` has ours of every contest kept, which is then timed and not held.
+COLLECTED = pytest.StashKey[dict[str, "Contender"]]()
 
 
 class Contender(NamedTuple):
     call: Callable[[], object]  # what is timed
     reset: Callable[[], object]  # what is not, before each call
     moved_bytes: int  # the least that has to cross memory
+    operations: int = 0  # of its products, two for each multiplication and addition; 0: memory alone limits it
+    unit: str = "fp32"  # of these, as harness/peaks.py calls it
 
 
 class Result(NamedTuple):
     seconds: list[float]  # one a round
     moved_bytes: int
     peak_bytes: int
+    operations: int = 0
+    unit: str = "fp32"
 
 
 def contest(contenders: dict[str, Contender], rounds: int) -> dict[str, Result]:
@@ -53,7 +60,7 @@ def contest(contenders: dict[str, Contender], rounds: int) -> dict[str, Result]:
             contender.reset()
             flush.fill_(0)
             timed[name].append(seconds(contender.call))
-    return {name: Result(timed[name], contenders[name].moved_bytes, memory[name]) for name in contenders}
+    return {name: Result(timed[name], one[2], memory[name], *one[3:]) for name, one in contenders.items()}
 
 
 def seconds(call: Callable[[], object]) -> float:

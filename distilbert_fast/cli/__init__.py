@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbert_fast.cli import compare, compress, distill, evaluate, finetune, predict, prune, quantize, serve
+from distilbert_fast.cli import bench, compare, compress, distill, evaluate, finetune, predict, prune, quantize, serve
 from distilbert_fast.cli.command import EvalFile, RunCommand, TaskFile, TaskName, add
 from distilbert_fast.cli.errors import plain_errors
 from distilbert_fast.jobs.settings import DEMO_ROWS, DemoTraining
@@ -38,6 +38,7 @@ app.command("predict", epilog=predict.EPILOG)(predict.predict)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 add(app, "compress", compress.EPILOG, compress.HELP, output=Path("compressed"))(compress.Compress)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("bench", context_settings=bench.SETTINGS)(bench.bench)
 app.command("prune", epilog=prune.EPILOG)(prune.prune)
 app.command("quantize", epilog=quantize.EPILOG)(quantize.quantize)
 

@@ -59,7 +59,7 @@ def compare(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of each process; by default the cores allowed here.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the pairs, two turns, one start.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the pairs, two turns, one start.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")
     ] = False,

@@ -61,10 +61,10 @@ class Plan:
         size: "base", or "tiny" for a trial.
     """
 
-    pairs: int = 50
-    batches: int = 2
+    pairs: int = 40
+    batches: int = 1
     turns: int = 5
-    starts: int = 3
+    starts: int = 2
     threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
     size: str = "base"
 
