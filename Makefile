@@ -25,7 +25,7 @@ PEERS := package
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all check bench peers gpu clean package FORCE
+.PHONY: help demo test test-all check bench peers figures gpu clean package FORCE
 
 help: ## print this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -52,6 +52,9 @@ bench: $(BENCH) ## run the benchmarks; ARGS go to pytest
 
 peers: $(PEERS) ## run the encoder beside OpenVINO, ONNX Runtime, CTranslate2 and inductor; ARGS go to `python -m bench.peers`
 	$(PY) -m bench.peers $(ARGS)
+
+figures: $(BENCH) ## write the figures of README and docs again, from bench/results
+	$(PY) -m bench.figures $(ARGS)
 
 gpu: $(TEST) ## build, test, tune and measure on this machine's GPU; ARGS go to `python -m bench.gpu`
 	$(PY) -m bench.gpu $(ARGS)
