@@ -8,6 +8,7 @@ Shapes: B batch, T sequence, N tokens, C hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -289,7 +290,7 @@ class Int8Linear(nn.Module):
         return self.codes * self.weight_scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
+        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)  # numel() would not trace a size that may vary
         y = _dynamic_int8_linear(rows, self.codes, self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -424,7 +425,7 @@ class CodebookLinear(nn.Module):
         return self.values[rows, self.codes.int()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
+        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)  # numel() would not trace a size that may vary
         y = codebook_linear(rows, self.weight[0], self.values, self.bias, self.bits, self._rows)
         return y.view(*x.shape[:-1], self.out_features)
 

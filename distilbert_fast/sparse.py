@@ -94,6 +94,8 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if torch.onnx.is_in_onnx_export():  # by TorchScript, which takes parameters from the state
+            return
         destination[f"{prefix}weight"] = pack_mask(self.mask)[None]
         destination[f"{prefix}values"] = self.weight.detach()[self.mask]
         if self.scores is not None:
