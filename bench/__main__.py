@@ -45,7 +45,7 @@ def main(
         str | None,
         typer.Option(metavar="REV", help="Compare this checkout with a revision instead of with others' code."),
     ] = None,
-    processes: Annotated[int, typer.Option(min=2, help="With --base: of each revision, one after another.")] = 7,
+    processes: Annotated[int, typer.Option(min=4, help="With --base: of each revision, one after another.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 2,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON; plots lie beside it.")] = None,
 ) -> None:

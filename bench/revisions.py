@@ -1,9 +1,10 @@
 """Two revisions in one run: the other one is checked out and built beside this checkout, and both take turns.
 
-A process lays out its memory once, which alone makes a kernel some percent faster or slower. So each revision is run by
-several processes, and what counts is how much their medians differ over pairs of processes: a t-interval of the mean
-log-ratio at 99 %, Bonferroni-corrected for the number of cases. A verdict needs an interval that excludes 0 and an
-effect of FLOOR or more.
+A process lays out its memory once, which alone makes a kernel some percent faster or slower; and of two processes the
+one that was started first is slower or faster by as much. So each revision is run by several processes, which are
+started in either order, and what counts is how much their medians differ over the pairs: Yuen's test, Welch's t of
+trimmed means, of the log-ratios of both orders, at 99 %, Bonferroni-corrected for the number of cases. A verdict needs
+an interval that excludes 0 and an effect of FLOOR or more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from bench.harness.processes import Worker
 
 FLOOR = 0.03  # below which a difference is not told
 CONFIDENCE = 0.99
+TRIM = 0.2  # of the pairs of each order, from either end
+LEAST = 4  # pairs of processes
 TURN = 0.05  # seconds at least
 _NATIVE = ("csrc", "setup.py")
 
@@ -134,26 +137,31 @@ def measure(
 def verdict(pairs: Sequence[Mapping[str, Sequence[float]]], cases: int = 1) -> dict[str, Any]:
     """How much slower "this" is than "base" over pairs of processes, and whether that is more than noise.
 
+    Args:
+        pairs: seconds of each side; in the pairs of even number base was started first, in the others this.
+
     Returns:
         {"change": of time, 0.1 being 10 % slower, "low", "high": its interval, "verdict": "slower", "faster" or "same"}
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_ind
 
     logs = [
         statistics.median(math.log(this / base) for base, this in zip(pair["base"], pair["this"], strict=True))
         for pair in pairs
     ]
-    mean, count = statistics.mean(logs), len(logs)
-    if count < 2:
-        raise ValueError(f"verdict: expected 2 or more pairs of processes, got {count}")
-    half = t.ppf(1 - (1 - CONFIDENCE) / (2 * cases), count - 1) * statistics.stdev(logs) / math.sqrt(count)
-    change, low, high = (math.expm1(value) for value in (mean, mean - half, mean + half))
-    told = (low > 0 or high < 0) and abs(mean) >= math.log1p(FLOOR)
+    if len(logs) < LEAST:
+        raise ValueError(f"verdict: expected {LEAST} or more pairs of processes, got {len(logs)}")
+    # The mean of one order of start less the negated mean of the other is twice the change: what order does cancels.
+    test = ttest_ind(logs[::2], [-log for log in logs[1::2]], equal_var=False, trim=TRIM)
+    interval = test.confidence_interval(1 - (1 - CONFIDENCE) / cases)
+    low, high = float(interval.low) / 2, float(interval.high) / 2
+    middle = (low + high) / 2
+    told = (low > 0 or high < 0) and abs(middle) >= math.log1p(FLOOR)
     return {
-        "change": change,
-        "low": low,
-        "high": high,
-        "verdict": ("slower" if change > 0 else "faster") if told else "same",
+        "change": math.expm1(middle),
+        "low": math.expm1(low),
+        "high": math.expm1(high),
+        "verdict": ("slower" if middle > 0 else "faster") if told else "same",
     }
 
 

@@ -23,7 +23,7 @@ def torch_norm(x, weight, bias, residual):
 def torch_codes(x, weight, bias, residual):
     y = torch_norm(x, weight, bias, residual)
     scale = y.abs().amax(dim=1) / 127
-    return y, (y / scale[:, None]).round().to(torch.int8), scale
+    return y, (y / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def arguments(dtype):

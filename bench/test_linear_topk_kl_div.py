@@ -11,9 +11,10 @@ import torch
 
 import distilbert_fast
 from bench.harness.contest import DEVICE, OURS, TRIAD, Contender, forgetting, triad
+from bench.vocabulary_losses import some_labels, steps
 from distilbert_fast.ops.linear_topk_kl_div import linear_topk_kl_div_reference
 
-N, V, C, K, TEMPERATURE = (256 if DEVICE.type == "cpu" else 8192), 30_522, 384, 64, 2.0
+N, V, C, K = (256 if DEVICE.type == "cpu" else 8192), 30_522, 384, 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -25,29 +26,14 @@ def test_forward_backward(hold_contest, dtype):
     log_p, ids = log_p.topk(K, dim=-1)
     log_tail = (1 - log_p.exp().sum(dim=-1)).clamp_min(1e-9).log()
     teacher = [x.to(DEVICE) for x in (ids, log_p, log_tail)]
-    labels = torch.randint(0, V, (N,), generator=g)
-    labels = labels.masked_fill(torch.rand(N, generator=g) > 0.15, -100).to(DEVICE)
+    labels = some_labels(N, V, g)
     forget = forgetting(*student)
 
-    def step(function):
-        def call():
-            kl, ce = function(*student, *teacher, TEMPERATURE, None, labels)
-            (5 * kl + 2 * ce).backward()
-            return kl.item(), ce.item()
-
-        return call
-
     losses = {OURS: distilbert_fast.linear_topk_kl_div, "torch": linear_topk_kl_div_reference}
-    agreed = None
-    for name, function in losses.items():  # right before fast
-        found = step(function)()
-        agreed = agreed or found
-        assert found == pytest.approx(agreed, rel=1e-3 if dtype == torch.float32 else 5e-2), name
+    calls = steps(losses, [*student, *teacher], labels, dtype)
     forget()
     moved = sum(2 * x.nbytes for x in student) + sum(x.nbytes for x in teacher)
     unit = "fp32" if dtype == torch.float32 else "bf16"
-    contenders = {
-        name: Contender(step(function), forget, moved, 6 * N * C * V, unit) for name, function in losses.items()
-    }
+    contenders = {name: Contender(call, forget, moved, 6 * N * C * V, unit) for name, call in calls.items()}
     contenders[TRIAD] = triad(student[1].detach(), student[1].detach())
     hold_contest(contenders, N * V * student[0].element_size())

@@ -153,6 +153,10 @@ def plot(content: Mapping[str, Any]) -> bytes:
             axes.annotate(label, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="both", labelsize=7)
         axes.set_xlabel(f"milliseconds a pair, {title}")
         axes.margins(x=0.25, y=0.1)
         axes.spines[["top", "right"]].set_visible(False)
