@@ -1,7 +1,9 @@
-"""`distilbert-fast prune`: heads and neurons of a classifier removed, without training."""
+"""`distilbert-fast prune`: heads and neurons of a classifier removed, or single weights, without training."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,11 @@ Half of the encoder's weights away, chosen on the sentences of a file:
 Until the encoder is twice as fast on this machine, in int8, by a table of times that is measured first:
 
     distilbert-fast prune --model ./my-bert --data train.tsv --speedup 2 --precision int8
+
+Four fifths of the single weights away, those of the least magnitude. The file shrinks to a quarter; calls take as long as \
+before:
+
+    distilbert-fast prune --model ./my-bert --data train.tsv --connections --amount 0.8 --scope global -o my-bert-sparse
 
 Nothing is trained here. `distilbert-fast compress` also wins back what was lost, by distilling the whole model into \
 the pruned one, and makes it int8.
@@ -52,28 +59,53 @@ def prune(
     precision: Annotated[
         str | None, typer.Option(help="Of the engine that is timed: fp32, bf16, fp16 or int8; by default the model's.")
     ] = None,
+    connections: Annotated[
+        bool,
+        typer.Option("--connections", help="Single weights instead, the smallest ones: a smaller file, the same speed."),
+    ] = False,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="With --connections: that share of each layer (the default), or global: of all together."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="With --connections: 2:4, two of each four in a row, as sparse tensor cores take.")
+    ] = None,
     sentences: Annotated[int, typer.Option(help="Training rows that it is chosen on.")] = 2048,
     max_length: Annotated[int, typer.Option(help="Tokens of a sentence; longer ones are cut.")] = 128,
     regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers, taken as they are.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the answers that scores are drawn from.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")] = False,
 ) -> None:
-    """Remove attention heads and neurons of a model, without training, and measure what that cost.
+    """Remove heads and neurons of a model, or single weights, without training, and measure what that cost.
 
     Sub-layer by sub-layer from the bottom, those that matter least for the model's own answers go, and what reads the
     rest is fitted again (K-prune, arXiv:2308.03449). Minutes on two cores for a small BERT. The result is a model of
-    transformers, which loads after import distilbert_fast; report.json says what is left and how well it answers.
+    transformers, which loads after import distilbert_fast; report.json and the model card say what is left and how well it
+    answers. A result that is not smaller is refused.
     """
     with plain_errors("nothing was written"):
+        from distilbert_fast.compression.connections import SparsityConfig
         from distilbert_fast.compression.structure import PruningConfig
         from distilbert_fast.data.tasks import load_task
         from distilbert_fast.jobs import prune as job
-        from distilbert_fast.jobs.settings import refused
+        from distilbert_fast.jobs.settings import refused, require
         from distilbert_fast.jobs.task import RegressionJob, TaskJob
 
         with refused():
-            share, of = job.share(amount, measure, speedup)
-            config = PruningConfig(amount=share, measure=of, method=method, precision=precision, seed=seed)
+            config: PruningConfig | SparsityConfig
+            if connections:
+                structural = {"speedup": speedup, "measure": measure, "precision": precision}
+                structural |= {"method": None if method == "kprune" else method}
+                for name, given in structural.items():
+                    require(given is None, f"prune: --{name}", "no --connections with it", given)
+                half = 0.5 if amount is None else amount
+                config = SparsityConfig(half, scope=scope or "layer", pattern=pattern)
+            else:
+                for name, given in {"scope": scope, "pattern": pattern}.items():
+                    require(given is None, f"prune: --{name}", "--connections with it", given)
+                share, of = job.share(amount, measure, speedup)
+                config = PruningConfig(amount=share, measure=of, method=method, precision=precision, seed=seed)
             loaded = load_task(task, data, eval_data, None, regression)
         kind = RegressionJob if loaded.regression else TaskJob
-        job.prune(kind(loaded, max_length), model, output, config, sentences, overwrite)
+        command = shlex.join(["distilbert-fast", *sys.argv[1:]])
+        job.prune(kind(loaded, max_length), model, output, config, sentences, overwrite, command)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from distilbert_fast.compression.agreement import Agreement, agreement, answers, has_answers
@@ -18,6 +17,7 @@ from distilbert_fast.compression.quantize import quantize_model
 from distilbert_fast.data.text_sources import Texts
 from distilbert_fast.evaluation.speed import file_bytes
 from distilbert_fast.files.durable import building, flush
+from distilbert_fast.jobs.cards import card, size_point
 from distilbert_fast.jobs.flow import save
 from distilbert_fast.jobs.settings import RecipeError, config_of, refused
 from distilbert_fast.layers import is_token
@@ -99,8 +99,8 @@ def quantize(
     with building(output) as partial, without_bars():
         save(JOB, partial, network, tokenizer)
         after = file_bytes(partial)
-        card = _card(model, network, before, after, left, fidelity, command, config)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        text = _card(model, network, before, after, left, fidelity, command, config)
+        (partial / "README.md").write_text(text, encoding="utf-8")
         flush(partial)
     say(f"{output}: {_megabytes(after)}, {100 * after / before:.1f}% of that")
     if left:
@@ -169,27 +169,13 @@ def _card(
     command: str | None,
     config: Int8Config | CodebookConfig | None,
 ) -> str:
-    hub = model if model.count("/") == 1 and not model.startswith((".", "/")) else None
     tag, form, fitted = "int8", "in int8", "scales and biases were"
     if isinstance(config, CodebookConfig):
         tag, form, fitted = "codebook", f"with {config.values} shared values", "values were"
-    data = ModelCardData(library_name="transformers", base_model=hub, tags=[tag, "distilbert_fast"])
-    kind = type(network).__name__
-    text = [
-        f"# {kind} {form}",
-        "",
-        f"Quantized from {model} with distilbert_fast{f' by `{command}`' if command else ''}.",
-        "",
-        f"- **Weights:** {after / 1e6:.1f} MB, {100 * after / before:.1f}% of {before / 1e6:.1f} MB",
-        f"- **Compared with the float model:** {found or 'not'}"
+    points = [
+        size_point(after, before),
+        f"**Compared with the float model:** {found or 'not'}"
         + (f", which {fitted} fitted to ({found.texts} texts)" if found and found.answers else ""),
-        f"- **Linear layers of the encoder left float:** {', '.join(left) or 'none'}",
-        "",
-        "```python",
-        "import distilbert_fast",
-        f"from transformers import {kind}",
-        "",
-        f'model = distilbert_fast.optimize({kind}.from_pretrained("<this directory>"))',
-        "```",
+        f"**Linear layers of the encoder left float:** {', '.join(left) or 'none'}",
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n"))
+    return card(model, network, form, "Quantized", tag, points, command)
