@@ -148,8 +148,11 @@ def test_no_flag_that_changes_arithmetic_or_needs_this_machine():
 
 
 # Rooms that need an extra, by its name in pyproject.toml; fastapi and uvicorn bring starlette and pydantic.
-OF_EXTRAS = {"serve": ("distilbert_fast/serving/http/", "distilbert_fast/jobs/serve.py")}
-BROUGHT = {"serve": {"starlette", "pydantic", "pydantic_core"}}
+OF_EXTRAS = {
+    "serve": ("distilbert_fast/serving/http/", "distilbert_fast/jobs/serve.py"),
+    "ray": ("distilbert_fast/jobs/predict_engines.py",),
+}
+BROUGHT = {"serve": {"starlette", "pydantic", "pydantic_core"}, "ray": set()}
 
 
 def test_what_is_imported_is_declared():

@@ -31,6 +31,10 @@ Entities of what another program writes; answers to questions; scores of pairs:
     distilbert-fast predict --model ./qa --input questions.tsv --output answers.jsonl --handle-impossible-answer
     distilbert-fast predict --model ./reranker --task reranking --input pairs.tsv --output scores.parquet
 
+On the cores of a Ray cluster (pip install 'distilbert-fast\\[ray]'), with the same output:
+
+    distilbert-fast predict --model ./my-bert --input reviews.jsonl --output labelled.jsonl --engine ray
+
 Stopped at any moment, the same command continues; its output is byte for byte that of a run that nobody stopped.
 """
 _FILES, _TASK, _SPEED = "Files", "Task", "Speed"
@@ -128,6 +132,19 @@ def predict(
     shard_rows: Annotated[
         int | None, typer.Option(help="Rows after which what is done is kept.", rich_help_panel=_SPEED)
     ] = None,
+    packed: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep packed weights here; processes share them.", rich_help_panel=_SPEED),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="here, or ray: workers of the cluster that RAY_ADDRESS names.", rich_help_panel=_SPEED),
+    ] = "here",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Of Ray; by default as many as the cluster has cores for.", rich_help_panel=_SPEED),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of each worker of Ray.", rich_help_panel=_SPEED)] = 1,
 ) -> None:
     """Write the answers of a model to the rows of a file, in their order, with their other columns.
 
@@ -166,6 +183,10 @@ def predict(
             max_length=max_length,
             options=options,
             overwrite=overwrite,
+            packed=packed,
+            engine=engine,
+            workers=workers,
+            threads=threads,
             **{name: size for name, size in sizes.items() if size is not None},
         )
         print(json.dumps(found, indent=2))

@@ -15,19 +15,19 @@ import itertools
 import json
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distilbert_fast.data.rows import STANDARD_INPUT, Row, Rows
+from distilbert_fast.data.rows import STANDARD_INPUT, Rows
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import hidden, raise_disk_error, replacing
+from distilbert_fast.jobs.predict_engines import AnswerEngine, Here, OnRay, Window
 from distilbert_fast.jobs.predict_input import JOB, Texts, raw
 from distilbert_fast.jobs.predict_output import (
     REJECTED,
@@ -43,12 +43,10 @@ from distilbert_fast.modeling.accelerator import explain
 from distilbert_fast.modeling.loading import fingerprint, locate
 from distilbert_fast.runs.run_directory import RunDirectory
 from distilbert_fast.serving.ahead import ahead
-from distilbert_fast.serving.answers import NOT_FINITE, is_finite
-from distilbert_fast.serving.encoding import Encoded
-from distilbert_fast.serving.pool import pool
 from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
 from distilbert_fast.serving.tasks import name_of
 
+ENGINES = ("here", "ray")
 _MARKER = f".{JOB}.json"  # of RunDirectory
 SHARD_ROWS, SHARD_BYTES = 16384, 2**28
 _RESULT = schema.record(
@@ -57,14 +55,6 @@ _RESULT = schema.record(
         "digest": schema.text("[0-9a-f]{32}"),
     }
 )
-
-
-class Window(NamedTuple):
-    """Rows that are computed together: those read, and their tokens or the reasons why there are none."""
-
-    rows: list[Row]
-    encoded: list[Encoded]
-    text: bytes  # that the rows were read from
 
 
 def predict(
@@ -82,6 +72,10 @@ def predict(
     shard_rows: int = SHARD_ROWS,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    packed: Path | None = None,
+    engine: str = "here",
+    workers: int | None = None,
+    threads: int = 1,
     each_shard: Callable[[Mapping[str, Any]], None] = lambda totals: None,
 ) -> dict[str, Any]:
     """Write the answers of a model to the rows of a file, in their order, with the other columns.
@@ -96,6 +90,10 @@ def predict(
         form: of standard input: "jsonl", "csv", "tsv" or "txt".
         shard_rows: rows after which what is done is kept; rounded up to whole windows, and fewer where rows are large.
         overwrite: replace the output, and start again where another run's shards are there.
+        packed: a file for packed weights, which processes then share, see ``Predictor.load``.
+        engine: "here": this process computes; "ray": workers of a Ray cluster do, with the same answers.
+        workers, threads: of Ray: how many workers, by default as many as the cluster has cores for, and the threads of
+            each.
         each_shard: called with the totals so far after each shard.
 
     Returns:
@@ -113,11 +111,15 @@ def predict(
     require(shard_rows >= 1, f"{JOB}: shard_rows", "1 or more", shard_rows)
     with refused():
         rows = Rows(JOB, input, form)
+    require(engine in ENGINES, f"{JOB}: engine", " or ".join(ENGINES), repr(engine))
     directory = locate(model)
     with refused(JOB):
-        given = {"max_length": max_length, "batch_tokens": batch_tokens, **(options or {})}
-        predictor = Predictor.load(directory, task, precision, **given)
-    run = _Run(predictor, rows, output, columns, keep, shard_rows, overwrite)
+        sizes = {"max_length": max_length, "batch_tokens": batch_tokens, **(options or {})}
+        given = {"source": directory, "task": task, "precision": precision, "packed": packed, **sizes}
+        predictor = Predictor.load(**given)
+    require(threads >= 1, f"{JOB}: threads", "1 or more", threads)
+    made = Here(predictor) if engine == "here" else OnRay(given, workers, threads)
+    run = _Run(predictor, rows, output, columns, keep, shard_rows, overwrite, made)
     settings = run.settings(fingerprint(directory), precision)
     try:
         return run.run(settings, each_shard)
@@ -165,46 +167,20 @@ class _Run:
         keep: Sequence[str] | None,
         shard_rows: int,
         overwrite: bool,
+        engine: AnswerEngine,
     ) -> None:
+        self.engine = engine
         self.predictor, self.output, self.rows, self.keep = predictor, output, rows, keep
         self.shard_rows, self.overwrite = shard_rows, overwrite
         self.parts = _parts(output)
         self.texts = Texts(rows, predictor.task, columns, keep)
         self.writer: Writer = WRITERS[output.suffix.lower()](rows, predictor.task.columns(), keep)
 
-    def _encoded(self) -> Iterator[Window]:
+    def _windows(self) -> Iterator[Window]:
         for rows in self.texts.windows():
             faults = [self.texts.fault(row) for row in rows]
             texts: list[Any] = [None if why else self.texts.of(row) for row, why in zip(rows, faults, strict=True)]
-            encoded = self.predictor.encode(texts)
-            pairs = zip(encoded, faults, strict=True)
-            yield Window(rows, [one if why is None else one._replace(refused=why) for one, why in pairs], raw(rows))
-
-    def _answered(self, windows: Iterable[Window]) -> Iterator[tuple[Window, list[Answered]]]:
-        """Windows with their answers. One is begun before the one before it is finished, so that no thread is idle."""
-        begun: deque[tuple[Window, Callable[[], list[Any]]]] = deque()
-        threads = pool(self.predictor.model.device)
-        try:
-            for window in windows:
-                begun.append((window, self.predictor.start(window.encoded, threads)))
-                if len(begun) > 1:
-                    yield self._finished_window(*begun.popleft())
-            while begun:
-                yield self._finished_window(*begun.popleft())
-        finally:
-            threads.shutdown(cancel_futures=True)
-
-    def _finished_window(self, window: Window, finish: Callable[[], list[Any]]) -> tuple[Window, list[Answered]]:
-        made = []
-        for row, encoded, answer in zip(window.rows, window.encoded, finish(), strict=True):
-            if encoded.refused is not None:
-                made.append(Answered(row, None, encoded.refused))
-            elif not is_finite(answer):
-                made.append(Answered(row, None, NOT_FINITE))
-            else:
-                fields = self.predictor.task.fields(answer)
-                made.append(Answered(row, fields, None, encoded.truncated, encoded.tokens))
-        return window, made
+            yield Window(rows, texts, faults, raw(rows))
 
     # What is written ----------------------------------------------------------------------------------------------
 
@@ -251,7 +227,7 @@ class _Run:
                 bar.update(shown, advance=step, rows=resumed + done, rate=f"{rate:,.0f} rows/s")
 
             bar.update(shown, completed=resumed if self.rows.form == "parquet" else totals["bytes"], rows=resumed)
-            answered = ahead(self._answered(ahead(self._encoded())))
+            answered = ahead(self.engine.answered(self._windows()))
             try:
                 for first in answered:
                     windows = itertools.chain([first], answered)
