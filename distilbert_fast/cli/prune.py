@@ -23,8 +23,7 @@ Until the encoder is twice as fast on this machine, in int8, by a table of times
 
     distilbert-fast prune --model ./my-bert --data train.tsv --speedup 2 --precision int8
 
-Four fifths of the single weights away, those of the least magnitude. The file shrinks to a quarter; calls take as long as \
-before:
+Four fifths of the single weights away, the smallest ones. The file shrinks, calls take as long as before:
 
     distilbert-fast prune --model ./my-bert --data train.tsv --connections --amount 0.8 --scope global -o my-bert-sparse
 
@@ -61,14 +60,14 @@ def prune(
     ] = None,
     connections: Annotated[
         bool,
-        typer.Option("--connections", help="Single weights instead, the smallest ones: a smaller file, the same speed."),
+        typer.Option("--connections", help="Single weights instead, the smallest: a smaller file, the same speed."),
     ] = False,
     scope: Annotated[
         str | None,
         typer.Option(help="With --connections: that share of each layer (the default), or global: of all together."),
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="With --connections: 2:4, two of each four in a row, as sparse tensor cores take.")
+        str | None, typer.Option(help="With --connections: 2:4, two of each four in a row, for sparse tensor cores.")
     ] = None,
     sentences: Annotated[int, typer.Option(help="Training rows that it is chosen on.")] = 2048,
     max_length: Annotated[int, typer.Option(help="Tokens of a sentence; longer ones are cut.")] = 128,
@@ -80,8 +79,8 @@ def prune(
 
     Sub-layer by sub-layer from the bottom, those that matter least for the model's own answers go, and what reads the
     rest is fitted again (K-prune, arXiv:2308.03449). Minutes on two cores for a small BERT. The result is a model of
-    transformers, which loads after import distilbert_fast; report.json and the model card say what is left and how well it
-    answers. A result that is not smaller is refused.
+    transformers, which loads after import distilbert_fast; report.json and the model card say what is left and how well
+    it answers. A result that is not smaller is refused.
     """
     with plain_errors("nothing was written"):
         from distilbert_fast.compression.connections import SparsityConfig
