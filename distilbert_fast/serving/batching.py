@@ -21,6 +21,7 @@ import torch
 from distilbert_fast.serving.pool import shares
 
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
+_HASTE = 0.7  # of the deadline: jobs are taken while the queue needs no more, since batches end together
 _FADE = 0.8  # of what was known of the speed when a batch is done
 
 
@@ -113,6 +114,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._queues: dict[Compute, deque[_Job]] = {}
         self._waiting = 0  # tokens
+        self._running = 0  # tokens of batches that are computed
         self._busy = 0  # threads
         self._closed = False
         self._tokens, self._seconds = 0.0, 0.0  # of late batches, the latest counting most; seconds · threads
@@ -131,10 +133,15 @@ class Batcher:
         """Whether all threads run."""
         return all(thread.is_alive() for thread in self._threads)
 
+    @property
+    def _rate(self) -> float:
+        """Tokens a second, all threads busy; 0 before the first batch."""
+        return self._whole * self._tokens / self._seconds if self._seconds else 0.0
+
     def seconds_to_wait(self) -> float:
-        """An estimate of when a job that comes now would begin."""
-        rate = self._whole * self._tokens / self._seconds if self._seconds else 0.0  # tokens a second, all threads busy
-        return self._waiting / rate if rate else 0.0
+        """An estimate of how long a job that comes now would take, of no tokens of its own."""
+        rate = self._rate
+        return (self._waiting + self._running) / rate if rate and self._waiting else 0.0
 
     def check(self, seconds: float) -> None:
         """Raise Overloaded if a job that may take so many seconds would be refused now, Closed after ``close``."""
@@ -143,8 +150,10 @@ class Batcher:
         wait = self.seconds_to_wait()
         if self._waiting >= self.queue_tokens:
             raise Overloaded(f"{self._waiting} tokens wait, and {self.queue_tokens} may", wait)
-        if wait > seconds:
-            raise Overloaded(f"the queue takes {wait:.1f} s, and the deadline is {seconds:g} s", wait - seconds)
+        if wait > _HASTE * seconds:
+            raise Overloaded(
+                f"the queue takes {wait:.1f} s, and the deadline is {seconds:g} s", wait - _HASTE * seconds
+            )
 
     def submit(
         self, compute: Compute, windows: Sequence[Any], finish: Callable[[list[Any]], Any], seconds: float
@@ -198,6 +207,7 @@ class Batcher:
             finally:
                 with self._changed:
                     self._busy -= 1
+                    self._running -= batch.tokens
 
     def _next(self) -> _Batch | None:
         """Wait for a batch; None once there will be none."""
@@ -206,6 +216,7 @@ class Batcher:
                 batch = self._take()
                 if batch is not None:
                     self._busy += 1
+                    self._running += batch.tokens
                     alone = self._busy == 1 and not self._waiting
                     batch.threads = self._whole if alone else self._each
                     return batch
@@ -227,7 +238,10 @@ class Batcher:
             compute = min(self._queues, key=lambda one: self._queues[one][0].arrived)
             batch = _Batch(compute, [], 0, self._each)
             queue = self._queues[compute]
-            while queue and self._add(batch, queue[0], now):
+            # No more than the oldest has time for: what is computed too late is computed for nobody.
+            in_time = (queue[0].deadline - now) * self._rate * self._each / self._whole
+            budget = min(self.batch_tokens, int(in_time) or self.batch_tokens)
+            while queue and self._add(batch, queue[0], now, budget):
                 queue.popleft()
             if batch.parts:
                 self._waiting -= batch.tokens
@@ -240,14 +254,14 @@ class Batcher:
             job.fail(DeadlinePassed(f"not computed within the deadline: {waited:.2f} s have passed"))
         return job.future.done()
 
-    def _add(self, batch: _Batch, job: _Job, now: float) -> bool:
+    def _add(self, batch: _Batch, job: _Job, now: float, budget: int) -> bool:
         """Put windows of a job into a batch while there is room. Return whether none of the job are left."""
         if self._is_over(job, now):
             return True
         start = job.taken
         while job.taken < len(job.windows):
             tokens = len(job.windows[job.taken])
-            if batch.tokens + tokens > self.batch_tokens and batch.tokens:
+            if batch.tokens + tokens > budget and batch.tokens:
                 break
             batch.tokens += tokens
             job.taken += 1

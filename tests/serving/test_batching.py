@@ -212,3 +212,11 @@ def test_many_threads_lose_and_cross_nothing():
     batcher.close()
     torch.set_num_threads(before)
     assert not faults and batcher.waiting_tokens == 0
+
+
+def test_a_batch_is_no_larger_than_the_oldest_job_has_time_for(batcher, model):
+    """At a token a second, a job that has four seconds gets batches of three tokens and not of ten."""
+    batcher._tokens, batcher._seconds = 10.0, 10.0
+    model.may_go.set()
+    batcher.submit(model.compute, ["aaa", "bbb", "ccc"], list, 4.0).result(PATIENCE)
+    assert model.batches == [["aaa"], ["bbb"], ["ccc"]]

@@ -49,6 +49,8 @@ class Guard:
 
         try:
             self._check_token(scope)
+            if scope["method"] == "POST":
+                self.service.check_queue()
             await self.app(scope, receive, watched)
         except Refused as refused:
             await send_refusal(refused, scope["path"], watched)

@@ -119,15 +119,18 @@ class Service:
         able = ", ".join(f"{name!r} can {' and '.join(sorted(one.kinds))}" for name, one in self.models.items())
         raise Refused(422, f"no model here can {kind}: {able}", "model")
 
+    def check_queue(self) -> None:
+        """Refuse a request before anything is done for it: 429 if the queue is full, 503 if the server shuts down."""
+        with _refusals():
+            self.batcher.check(self.limits.deadline)
+
     async def read(self, request: Request, kind: type[_Body]) -> _Body:
         """The body of a request.
 
         Raises:
-            Refused: 400, 408, 413, 422; 429 where the queue is full already, 503 where the server is shutting down.
+            Refused: 400, 408, 413, 422.
         """
         seconds = self._seconds(request)
-        with _refusals():
-            self.batcher.check(seconds)
         try:
             content = await asyncio.wait_for(self._content(request), seconds)
         except (asyncio.TimeoutError, TimeoutError):
