@@ -83,6 +83,9 @@ def _by_index(
     """The predictions in the order of `ids`, of line, index and prediction; without an index they are in order."""
     values = [value for _, _, value in found]
     counted = set(ids)
+    without = [line for line, index, _ in found if index is None]
+    if 0 < len(without) < len(found):
+        refuse_input(f"{source}: line {without[0]}", "an index as other lines have", "none")
     if any(index is None for _, index, _ in found) or not found:
         if len(values) not in (len(ids), len(file_ids)):
             all_rows = f", or of all {len(file_ids)} in its file" if len(file_ids) > len(ids) else ""
@@ -148,6 +151,8 @@ def read_label_lists(op: str, path: Path, ids: Sequence[str], file_ids: Sequence
         labels, scores = row.get("labels"), row.get("scores")
         if not isinstance(labels, list) or (named := [as_written(one) for one in labels]).count(None):
             refuse_input(place, "an object with a list as labels", shortened(line))
+        if len(set(named)) < len(named):
+            refuse_input(place, "labels that are there once each", shortened(labels))
         if scores is not None and not (isinstance(scores, dict) and all(map(_is_number, scores.values()))):
             refuse_input(place, "an object of numbers as scores", shortened(scores))
         if found and (scores or {}).keys() != (found[0][2].scores or {}).keys():

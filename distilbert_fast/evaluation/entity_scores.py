@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from distilbert_fast.data.tags import Scheme, is_outside, scheme_of
 
 
@@ -37,6 +39,19 @@ class EntityScore(NamedTuple):
 
     def as_dict(self) -> dict[str, float]:
         return {"precision": self.precision, "recall": self.recall, "f1": self.f1, "support": self.true}
+
+
+_RESAMPLES = 200
+
+
+def entity_errors(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Standard errors of precision, recall and F1 of all entities, by the bootstrap over sentences."""
+    scheme = scheme_of({tag for tags in (*predicted, *true) for tag in tags})
+    rows = zip(predicted, true, strict=True)
+    counts = np.array([[*entity_scores([mine], [theirs], scheme)[0]] for mine, theirs in rows])  # [S, 3]
+    draws = np.random.default_rng(0).integers(len(counts), size=(_RESAMPLES, len(counts)))
+    samples = [EntityScore(*map(int, counts[draw].sum(axis=0))) for draw in draws]
+    return {name: float(np.std([getattr(one, name) for one in samples])) for name in ("precision", "recall", "f1")}
 
 
 def entity_scores(

@@ -22,7 +22,7 @@ from distilbert_fast.data.predictions import (
 from distilbert_fast.data.published import TASKS, Split, published
 from distilbert_fast.data.squad import read_answers
 from distilbert_fast.data.tasks import label_order, read_split
-from distilbert_fast.evaluation.entity_scores import entity_scores
+from distilbert_fast.evaluation.entity_scores import entity_errors, entity_scores
 from distilbert_fast.evaluation.label_scores import (
     Scores,
     class_scores,
@@ -194,10 +194,11 @@ def tag_scores(true: Sequence[Sequence[str]], found: Sequence[Sequence[str]], en
         for mine, theirs in zip(tags, others, strict=True)
     ]
     accuracy = sum(same) / len(same)
+    errors = {"accuracy": math.sqrt(accuracy * (1 - accuracy) / len(same))}
     if not entities:
-        spread = math.sqrt(accuracy * (1 - accuracy) / len(same))
-        return Scored(len(true), "sentences", {"accuracy": accuracy}, {"accuracy": spread})
+        return Scored(len(true), "sentences", {"accuracy": accuracy}, errors)
     total, kinds = entity_scores(found, true)
     metrics = {name: value for name, value in total.as_dict().items() if name != "support"}
     metrics["accuracy"] = accuracy
-    return Scored(len(true), "sentences", metrics, kinds={name: kind.as_dict() for name, kind in kinds.items()})
+    errors = entity_errors(found, true) | errors
+    return Scored(len(true), "sentences", metrics, errors, {name: kind.as_dict() for name, kind in kinds.items()})

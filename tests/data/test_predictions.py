@@ -6,7 +6,13 @@ import re
 
 import pytest
 
-from distilbert_fast.data.predictions import read_labels, read_no_answer, read_squad_predictions, read_tagged
+from distilbert_fast.data.predictions import (
+    read_label_lists,
+    read_labels,
+    read_no_answer,
+    read_squad_predictions,
+    read_tagged,
+)
 from distilbert_fast.data.published import TASKS
 
 
@@ -127,6 +133,24 @@ def test_tags(tmp_path):
     assert read_tagged("evaluate", gold, rows) == (true, [("B-PER", "O"), ("O",)])
     both = file(tmp_path, "John NN B-PER I-PER\nran VB O O\n\nRome NN B-LOC O\n")
     assert read_tagged("evaluate", None, both) == (true, [("I-PER", "O"), ("O",)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"idx": 0, "labels": []}\n{"labels": ["a"]}\n', "line 2: expected an index as other lines have, got none"),
+        (
+            '{"labels": ["a", "b", "a"]}\n{"labels": []}\n',
+            "line 1: expected labels that are there once each, got ['a', 'b', 'a']",
+        ),
+    ],
+)
+def test_lists_of_labels_that_are_refused(tmp_path, text, message):
+    path = file(tmp_path, text, "pred.jsonl")
+    with pytest.raises(
+        ValueError, match=rf"^evaluate: predictions: {re.escape(repr(str(path)))}: {re.escape(message)}$"
+    ):
+        read_label_lists("evaluate", path, ["0", "1"])
 
 
 LEFT_OUT = "evaluate: predictions: {!r}: {} of {} predictions are of rows without a label and are left out"

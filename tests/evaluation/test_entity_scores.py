@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from distilbert_fast.evaluation.entity_scores import EntityScore, entity_scores
+from distilbert_fast.evaluation.entity_scores import EntityScore, entity_errors, entity_scores
 
 
 def split(*sentences: str) -> list[list[str]]:
@@ -54,3 +55,14 @@ def test_what_cannot_be_scored():
         entity_scores([["DET"]], [["NOUN"]])
     with pytest.raises(ValueError, match=r"^entity_scores: expected as many predicted as true tags, got 1, 2$"):
         entity_scores([["B-X"]], [["B-X", "O"]])
+
+
+def test_standard_errors_are_those_of_a_share():
+    draw = np.random.default_rng(0)
+    right = draw.random(400) < 0.7
+    found = [["B-X"] if one else ["B-Y"] for one in right]
+    errors = entity_errors(found, [["B-X"]] * 400)
+    share = right.mean()
+    for name in ("precision", "recall", "f1"):  # one entity a sentence: all are the share that is right
+        assert errors[name] == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=0.2)
+    assert entity_errors([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
