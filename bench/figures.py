@@ -239,6 +239,29 @@ def epyc_avx2_step() -> str:
     return steps(["epyc-avx2-step-8x128", "epyc-avx2-step-32x128"], memory=True)
 
 
+# Whole models beside those of the paper -------------------------------------------------------------------------------
+
+
+@figure("compare")
+def compare() -> str:
+    from distilbert_fast.evaluation.comparison_report import notes, rows
+
+    content = record("xeon-amx-compare")
+    head, *body = rows(content)
+    return markdown(head, body) + "\n" + "\n".join(f"- {note}" for note in notes(content)) + "\n"
+
+
+@figure("base-slowdown")
+def base_slowdown() -> str:
+    head = ["", "ms before", "ms now", "change of time", "99 % interval", "verdict"]
+    body = []
+    for case, one in record("xeon-amx-base-slowdown")["verdicts"].items():
+        times = [three(1e3 * one[side]) for side in ("base", "this")]
+        interval = f"{one['low']:+.1%} to {one['high']:+.1%}"
+        body.append([case.removeprefix("test_"), *times, f"{one['change']:+.1%}", interval, one["verdict"]])
+    return markdown(head, body)
+
+
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 

@@ -65,7 +65,7 @@ def test_quantize(hold_contest, dtype):
     norms["torch.compile"] = torch.compile(torch_codes, dynamic=False)
     agreed = distilbert_fast.layer_norm_quantize(*tensors, EPS)[1].int()
     for norm in norms.values():  # right before fast
-        assert (norm(*tensors)[1] - agreed).abs().max() <= 1
+        assert (norm(*tensors)[1] - agreed).abs().max() <= (1 if dtype == torch.float32 else 2)
     matrix = tensors[0].nbytes
     moved = 3 * matrix + agreed.numel()
     contenders = {
