@@ -20,7 +20,7 @@ from distilbert_fast.jobs.flow import console, machine, save
 from distilbert_fast.jobs.settings import RecipeError, class_names, config_of, refused, require
 from distilbert_fast.jobs.task import TaskJob
 from distilbert_fast.modeling.compression_config import METHOD, CompressionConfig
-from distilbert_fast.modeling.loading import load_with_head, locate
+from distilbert_fast.modeling.loading import load_with_head, locate, without_bars
 from distilbert_fast.sparse import SparseLinear
 
 JOB = "prune"
@@ -73,7 +73,8 @@ def prune(
     rows = {"whole": job.evaluate(whole, None), "pruned": job.evaluate(pruned, whole)}
     for name, row in rows.items():
         say(f"{name}: {_row(row)}")
-    save(JOB, output, pruned, tokenizer)
+    with without_bars():
+        save(JOB, output, pruned, tokenizer)
     found = {"task": job.describe(), "settings": vars(config), "pruning": made, "results": rows}
     found |= {"parameters": {"whole": _count(whole), "pruned": _count(pruned)}, "machine": machine()}
     found |= {"bytes": {"whole": before, "pruned": after}}
