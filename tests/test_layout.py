@@ -33,7 +33,7 @@ def drawn(page: str) -> set[str]:
     What stands left, up to column 28, is a folder or a module, and its indentation says inside which folder. The text
     right of it names modules of that folder.
     """
-    drawing = re.search(r"^## The house\n+```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    drawing = re.search(r"^## The house\n+```(?:text)?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
     found: set[str] = set()
     folders: list[str] = []
     for line in drawing.splitlines():

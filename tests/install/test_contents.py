@@ -39,7 +39,7 @@ def test_wheel_metadata(built, names):
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert f"\nVersion: {VERSION}\n" in metadata
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
-    assert extras == {"demo", "serve", "ray", "test", "bench", "peers"}
+    assert extras == {"demo", "serve", "ray", "test", "docs", "bench", "peers"}
 
 
 def test_no_package_is_named_kernels(built, names):

@@ -1,0 +1,79 @@
+"""What the pages say of tests, of figures and of the first five minutes is so."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from pages.fences import ROOT, blocks, commands
+
+from distilbert_fast import _HOME
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    call = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/quickstart/index.html").is_file()
+
+
+def functions(path):
+    """The tests of a module."""
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_guarantee_has_its_tests():
+    rows = re.findall(r"^\| (.+) \| (`tests/.+`) \|$", (ROOT / "docs/guarantees.md").read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    for promise, named in rows:
+        for node in re.findall(r"`([^`]+)`", named):
+            path, _, function = node.partition("::")
+            assert (ROOT / path).is_file(), f"{promise}: {node}"
+            assert not function or function in functions(ROOT / path), f"{promise}: {node}"
+
+
+def test_the_chart_shows_what_was_measured():
+    text = (ROOT / "docs/index.md").read_text()
+    measured = {}
+    for kind in ("int8", "bf16"):
+        record = json.loads((ROOT / f"bench/results/xeon-amx-2-threads-{kind}.json").read_text())
+        rows = [one for one in record["results"] if one["workload"] == "32x128-ragged"]
+        measured |= {one["engine"]: 1e3 * one["seconds"]["median"] for one in rows}
+    engines = {"transformers": "transformers-sdpa", "ONNX Runtime": "onnxruntime"}
+    bars = re.findall(r"^(.+), (\w+) +(\d+)  (█+)$", text, re.MULTILINE)
+    assert len(bars) == 6
+    for engine, precision, shown, bar in bars:
+        milliseconds = measured[f"{engines.get(engine, engine.lower())}-{precision}"]
+        assert int(shown) == round(milliseconds)
+        assert abs(len(bar) - milliseconds / 5) < 1  # a block is 5 ms
+
+
+def test_from_a_csv_to_a_classifier_in_five_commands():
+    first, *others = (
+        [line for block in blocks(ROOT / page) if block.kind == "bash" for line in commands(block.text)]
+        for page in ("docs/quickstart.md", "README.md")
+    )
+    assert first[0] == "pip install ." and len(first) <= 5
+    assert [line.split()[1] for line in first[1:]] == ["compress", "evaluate", "predict"]
+    assert [line for line in others[0] if line in first] == first  # README has the same
+
+
+def test_the_reference_has_every_public_name():
+    listed = re.findall(r"^::: distilbert_fast\.(.+)\.(\w+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    assert {name: module for module, name in listed} == _HOME
+
+
+def test_ops_are_listed_with_their_maths():
+    text = (ROOT / "docs/ops.md").read_text()
+    for module in {module for module in _HOME.values() if module.startswith("ops.")}:
+        name = module.removeprefix("ops.")
+        assert f"\n## {name}\n" in text
+        maths = ast.get_docstring(ast.parse((ROOT / f"distilbert_fast/ops/{name}.py").read_text()))
+        formula = re.search(r"\n\n((?:    .*\n|\n)+)", maths + "\n")[1].strip("\n")
+        formula = "\n".join(line[4:] for line in formula.splitlines())
+        assert formula.rstrip() in text, f"{name}: its formula is not that of its docstring"
