@@ -1,6 +1,7 @@
 // distilbert_fast._cpu: every native CPU entry. Tensors come as addresses, sizes and strides in elements, so the module
 // needs no torch to build and serves every torch version. How Python gives pointers and structs: see arguments.h.
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -53,18 +54,22 @@ struct type_caster<DType> : FromNumber<DType> {};
 template <>
 struct type_caster<Weights> : FromNumber<Weights> {};
 
-template <>
-struct type_caster<Address<const LayerMatches>> {
-  PYBIND11_TYPE_CASTER(Address<const LayerMatches>, const_name("LayerMatches | None"));
+// Of a class that Python knows, its object, or None for null.
+template <class T>
+struct FromObject {
+  PYBIND11_TYPE_CASTER(Address<T>, make_caster<T>::name);
 
   bool load(handle source, bool convert) {
-    make_caster<LayerMatches> caster;
+    make_caster<T> caster;
     if (!caster.load(source, convert)) return false;
-    value = {cast_op<LayerMatches*>(caster)};  // None: null
+    value = {cast_op<std::remove_const_t<T>*>(caster)};
     return true;
   }
 };
-
+template <>
+struct type_caster<Address<const LayerMatches>> : FromObject<const LayerMatches> {};
+template <>
+struct type_caster<Address<Fingerprint>> : FromObject<Fingerprint> {};
 template <>
 struct type_caster<Codes> : FromTuple<Codes, uint8_t*, int64_t, uint8_t, float*, const float*, int64_t> {};
 template <>
@@ -161,17 +166,7 @@ PYBIND11_MODULE(_cpu, m) {
       " them must outlive it")
       .def(py::init<const std::vector<TreeWatch::Dictionary>&, const std::vector<PyObject*>&,
                     std::vector<TreeWatch::Attribute>, const std::vector<PyObject*>&>())
-      .def(
-          "holds", [](TreeWatch& watch) { return watch.holds(nullptr, 0, 1).tree; },
-          "Whether entries, classes and what torch counts of tensors are what they were")
-      .def(
-          "holds_with",
-          [](TreeWatch& watch, Fingerprint* memory, int64_t count, int threads) {
-            const TreeWatch::Found found = watch.holds(memory, count, threads);
-            return std::make_pair(found.tree, found.memory);
-          },
-          "That, and whether so many samples of a Fingerprint's memory are what they were (None: no memory), on some"
-          " threads");
+      .def("holds", &TreeWatch::holds, "Whether entries, classes and what torch counts of tensors are what they were");
 
   m.def("isa", &isa, "The instruction set tier in use");
   m.def("set_isa", &set_isa, "Use a tier by name; ValueError if it cannot run here");
@@ -282,6 +277,13 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Encoder>(m, "Encoder", "A whole encoder; what its addresses name must outlive it")
       .def(py::init(&make_encoder))
-      .def("run", entry([](Encoder& encoder, const EncoderCall& call, int threads) { encoder.run(call, threads); }),
-           "Hidden states [batch, length, C] of ids, 0 at padding that is not computed");
+      .def("run",
+           entry([](Encoder& encoder, const EncoderCall& call, int threads, Fingerprint* memory, int64_t samples) {
+             std::optional<Look> look;
+             if (memory != nullptr) look.emplace(*memory, samples, threads);
+             encoder.run(call, threads, look ? &*look : nullptr);
+             return !look || look->holds();
+           }),
+           "Hidden states [batch, length, C] of ids, 0 at padding that is not computed; whether the next samples of a"
+           " Fingerprint's memory are what they were (None: no memory)");
 }

@@ -196,21 +196,19 @@ def test_models_are_freed():
     assert [ref() for ref in alive] == [None, None]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_tree_and_its_bytes_on_threads(threads):
+def test_the_tree_and_its_bytes():
     model = make()
     snapshot = Snapshot(model)
+    assert snapshot.sampled(16) is None
     snapshot.watch(own_tensors(layer(model).ffn.lin1), [])
-    assert snapshot.look(model) == (True, None)
-    for _ in range(3):
-        assert snapshot.glance(model, 16, threads) == (True, None)
-    layer(model).ffn.lin1.bias.detach().numpy()[3] += 1  # torch counts no such write; small tensors are compared whole
-    assert snapshot.look(model) == (True, None)
-    assert snapshot.glance(model, 16, threads) == (False, None)
-    layer(model).ffn.lin1.bias.detach().numpy()[3] -= 1
-    assert snapshot.glance(model, 16, threads) == (True, None)
+    assert [snapshot.sampled(tokens).samples for tokens in (0, 16, 31, 160)] == [1, 1, 1, 10]
+    bias = layer(model).ffn.lin1.bias.detach().numpy()
+    for change, holds in ((0, True), (1, False), (-1, True)):
+        bias[3] += change  # torch counts no such write; small tensors are compared whole
+        assert snapshot.look(model) == (True, None)
+        assert snapshot.sampled(16).holds() is holds
     layer(model).ffn.lin2.weight.data = torch.zeros(8, 16)
-    assert snapshot.glance(model, 16, threads) == (False, None)
+    assert snapshot.look(model) == (False, None)
 
 
 def test_tensors_without_torchs_functions():

@@ -20,6 +20,18 @@ struct Range {
   int64_t begin, end;
 };
 
+// Work of no step, in parts of less than a microsecond, which members do while they wait for each other.
+class SideWork {
+ public:
+  virtual ~SideWork() = default;
+  // Goes on with it; false once nothing is left for this member.
+  virtual bool step(int rank) = 0;
+  // Does what is left, with the other members.
+  void finish(int rank) {
+    while (step(rank)) continue;
+  }
+};
+
 // All of `size` wait until the last has come. A microsecond apart they spin; a waiter whose core is wanted elsewhere
 // gives it up. Until they meet they take parts of the work of a step.
 class SpinBarrier {
@@ -34,7 +46,7 @@ class SpinBarrier {
       if (taken_.compare_exchange_weak(begin, begin + part, std::memory_order_relaxed)) return {begin, begin + part};
     }
   }
-  void wait(int size) {
+  void wait(int size, int rank, SideWork* aside) {
     const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -42,6 +54,7 @@ class SpinBarrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
+    if (aside != nullptr) aside->step(rank);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       if (spins < 1 << 14) {
 #ifdef __x86_64__
@@ -64,6 +77,7 @@ struct Team {
   int rank = 0;
   int size = 1;
   SpinBarrier* barrier = nullptr;
+  SideWork* aside = nullptr;  // may be null
 
   // body(part, next) until all members together have done [0, n); then they wait for each other. `next` is the part
   // that this member does after it, empty after its last: there is time to fetch what it reads.
@@ -74,14 +88,14 @@ struct Team {
       next = barrier->take(n, size);
       body(part, next);
     }
-    barrier->wait(size);
+    barrier->wait(size, rank, aside);
   }
   template <class Body>
   void divide(int64_t n, const Body& body) const {
     divide_ahead(n, [&](Range part, Range) { body(part.begin, part.end); });
   }
   void wait() const {
-    if (size > 1) barrier->wait(size);
+    if (size > 1) barrier->wait(size, rank, aside);
   }
 };
 

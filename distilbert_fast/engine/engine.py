@@ -22,7 +22,7 @@ from distilbert_fast import backends
 from distilbert_fast.engine import packed_files
 from distilbert_fast.engine.blobs import pack_model, with_static_scales
 from distilbert_fast.engine.cuda_graphs import GRAPHS, Graphs
-from distilbert_fast.engine.native_encoder import CODED, PackedEncoder
+from distilbert_fast.engine.native_encoder import CODED, MemoryChanged, PackedEncoder, Watched
 from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
 from distilbert_fast.engine.weights import OP, PRECISIONS, EncoderModules, Layer, LayerModules
 from distilbert_fast.layers import Tokens, head_masks, is_token, token_mask
@@ -228,6 +228,7 @@ class Engine:
         rows: str = "all",
         num_tokens: int | None = None,
         padding: bool = False,
+        watched: Watched | None = None,
     ) -> Encoded:
         """Run the encoder on the real tokens of a batch.
 
@@ -244,9 +245,11 @@ class Engine:
             num_tokens: how many positions attention_mask counts, if known: the host then need not wait either.
             padding: compute padded positions too, as transformers does: their queries meet the keys of the tokens. Not
                 with rows "first".
+            watched: memory to look at meanwhile, where threads would wait.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, by name.
+            MemoryChanged: what is watched is not what it was.
         """
         given = (input_ids, attention_mask, token_type_ids, position_ids)
         self._check_inputs(*given)
@@ -258,10 +261,12 @@ class Engine:
         padding = padding and attention_mask is not None
         masks = head_masks(OP, head_mask, self.num_heads, self.heads, self.word.device)
         if self.packed is not None and self.is_native:
-            states = self.packed.run(*given, masks, hidden_states, padding=padding)
+            states = self.packed.run(*given, masks, hidden_states, padding=padding, watched=watched)
             if first:
                 states = [_first_rows(states[-1], attention_mask)]
         else:
+            if watched is not None and not watched.holds():
+                raise MemoryChanged
             states = self._run_ops(*given, masks, hidden_states, first, num_tokens, padding=padding)
         return Encoded(states[-1], tuple(states) if hidden_states else ())
 

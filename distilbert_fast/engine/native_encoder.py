@@ -6,7 +6,7 @@ Shapes: B batch, T sequence, L layers, C hidden, H heads, D head size, F feed-fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,21 @@ WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2, "codebook16": 3}  # enum Weights of 
 CODED = frozenset({"int8", "codebook16"})  # those that read activations as int8 codes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORMS = ("attention_norm", "ffn_norm")
+
+
+class Watched(NamedTuple):
+    """Memory that others may write, and how many samples of it a call compares (csrc/cpu/watch/fingerprint.h)."""
+
+    fingerprint: Any
+    samples: int
+
+    def holds(self) -> bool:
+        """Whether they are what they were."""
+        return bool(self.fingerprint.matches_samples(self.samples, torch.get_num_threads()))
+
+
+class MemoryChanged(Exception):
+    """Watched memory is not what it was: what was computed may be of weights that are no more."""
 
 
 class EncoderShape(NamedTuple):
@@ -126,6 +141,7 @@ class PackedEncoder:
         hidden_states: bool = False,
         largest: torch.Tensor | None = None,
         padding: bool = False,
+        watched: Watched | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states [B, T, C] in the shape's dtype: the last, or with ``hidden_states`` the embeddings
         and the output of each layer. They are 0 at padding, or, with ``padding``, what its queries find at the tokens.
@@ -135,10 +151,12 @@ class PackedEncoder:
             attention_mask: [B, T], 0 = padding, anywhere in its row.
             token_type_ids, position_ids: [B or 1, T].
             head_masks: for each layer None or a factor for each of its heads [H_i].
+            watched: memory to look at meanwhile.
             largest: float32 ``largest()``, raised to the magnitudes of what out and ffn_out read, by channel.
 
         Raises:
             ValueError: an id, position or token type outside its table, by name.
+            MemoryChanged: what is watched is not what it was.
         """
         batch, length = input_ids.shape
         ids = input_ids.contiguous()
@@ -151,7 +169,7 @@ class PackedEncoder:
         count = len(self.shape.heads) + 1 if hidden_states else 1
         size = batch, length, self.shape.hidden
         outputs = [torch.empty(size, dtype=self._dtype, device="cpu") for _ in range(count)]
-        self._encoder.run(
+        unchanged = self._encoder.run(
             ids.data_ptr(),
             ids.dtype == torch.int64,
             batch,
@@ -170,7 +188,10 @@ class PackedEncoder:
             [output.data_ptr() for output in outputs] if hidden_states else [],
             address(largest),
             torch.get_num_threads(),
+            *(watched or (None, 0)),
         )
+        if not unchanged:
+            raise MemoryChanged
         return outputs
 
     def _factors(self, head_masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -105,11 +105,17 @@ class Accelerator:
         self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
         self._calibrated = True
 
-    def current(self, encoder: PreTrainedModel, tokens: int) -> _Packed | str:
-        """The weights that it has now, packed, for a call of so many tokens; or why its own forward must run."""
+    def doubt(self) -> None:
+        """Say that a call has met bytes that were written: the next compares all."""
+        self._wary = max(self._wary, 1)
+
+    def current(self, encoder: PreTrainedModel) -> _Packed | str:
+        """The weights that it has now, packed, if nobody wrote some of their bytes in a way that torch does not count:
+        that the call itself has to see, see ``Snapshot.sampled``; or why its own forward must run.
+        """
         packed = self._packed
         if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
-            holds, why = packed.snapshot.glance(encoder, tokens, torch.get_num_threads())
+            holds, why = packed.snapshot.look(encoder)
             if holds:
                 return why or packed
         with self._lock:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilbert_fast.backends import run_aside, without_vectors
 from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
+from distilbert_fast.engine.native_encoder import MemoryChanged
 from distilbert_fast.layers import NO_PADDING, Padding, exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
@@ -244,14 +245,19 @@ def _serve(
 
 
 def _encode(
-    self: Any, accelerator: Accelerator, given: Mapping[str, Any], names: tuple[str, ...], honoured: bool
+    self: Any,
+    accelerator: Accelerator,
+    given: Mapping[str, Any],
+    names: tuple[str, ...],
+    honoured: bool,
+    again: bool = False,
 ) -> Any:
     given = {name: value for name, value in given.items() if value is not None or name in FLAGS}
     attentions, hidden_states = (given.get(name, getattr(self.config, name, False)) for name in FLAGS)
     refused = why_not(given, names, self.config._attn_implementation, attentions, hidden_states, honoured)
     if refused is None and given["input_ids"].is_cpu and ("head_mask" not in given or honoured):
         refused = without_vectors()
-    current = refused or accelerator.current(self, given["input_ids"].numel())
+    current = refused or accelerator.current(self)
     if isinstance(current, str):
         return current
     snapshot, engine = current
@@ -265,17 +271,22 @@ def _encode(
     keep_padding = not padding.none and (padding.left or _is_read(self, accelerator, given.get("keep_padding")))
     if keep_padding and padding.empty and self.config._attn_implementation == "eager":
         return "a sequence without tokens, where eager attention attends to padding"
-    encoded = engine.encode(
-        given["input_ids"],
-        None if padding.none else mask,
-        None if engine.token_type is None else given.get("token_type_ids"),  # transformers ignores them there
-        given.get("position_ids"),
-        head_mask,
-        bool(hidden_states),
-        "first" if given.get("first_rows", False) and not (hidden_states or keep_padding) else "all",
-        padding.num_tokens,
-        keep_padding,
-    )
+    try:
+        encoded = engine.encode(
+            given["input_ids"],
+            None if padding.none else mask,
+            None if engine.token_type is None else given.get("token_type_ids"),  # transformers ignores them there
+            given.get("position_ids"),
+            head_mask,
+            bool(hidden_states),
+            "first" if given.get("first_rows", False) and not (hidden_states or keep_padding) else "all",
+            padding.num_tokens,
+            keep_padding,
+            None if again else snapshot.sampled(given["input_ids"].numel()),  # all bytes have just been compared
+        )
+    except MemoryChanged:
+        accelerator.doubt()
+        return _encode(self, accelerator, given, names, honoured, again=True)
     output = encoder_output(self, encoded.last)  # [B, T, C] or, the first rows, [B, 1, C]
     if hidden_states:
         output["hidden_states"] = encoded.hidden_states

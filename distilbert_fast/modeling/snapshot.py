@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distilbert_fast import backends
+from distilbert_fast.engine.native_encoder import Watched
 from distilbert_fast.modeling.architectures import METHODS, TENSORS
 
 _BLOCKS = 120  # of 128 bytes, which a sample of a small model compares: some 5 µs
@@ -88,16 +89,9 @@ class Snapshot:
             self._seen = sight._replace(obstacle=obstacle)
         return True, obstacle
 
-    def glance(self, root: nn.Module, tokens: int, threads: int) -> tuple[bool, str | None]:
-        """``look``, and whether some of the bytes are what they were: others with every call, more for more tokens."""
-        samples = max(tokens // _TOKENS, 1)
-        seen = self._seen
-        if seen is not None and seen.root is vars(root):
-            tree, memory = seen.watch.holds_with(self.fingerprint, samples, threads)
-            if tree:
-                return memory, seen.obstacle
-        holds, obstacle = self.look(root)
-        return holds and (self.fingerprint is None or self.fingerprint.matches_samples(samples, threads)), obstacle
+    def sampled(self, tokens: int) -> Watched | None:
+        """What a call of so many tokens is to compare of the bytes: others with every call, more for more tokens."""
+        return None if self.fingerprint is None else Watched(self.fingerprint, max(tokens // _TOKENS, 1))
 
     def _sight(self, root: nn.Module) -> _Sight | None:
         """None where the native module is not built, and for what is no tree of dictionaries and plain tensors."""

@@ -12,8 +12,9 @@ import torch
 from tiny_encoder import CLOSE, MASK, PRECISIONS, C, H, V, make, ragged, reference
 
 import distilbert_fast
+from distilbert_fast import backends
 from distilbert_fast.engine.engine import Engine
-from distilbert_fast.engine.native_encoder import PackedEncoder
+from distilbert_fast.engine.native_encoder import MemoryChanged, PackedEncoder, Watched
 from distilbert_fast.engine.packed_files import FORMAT
 
 
@@ -72,6 +73,32 @@ def test_calls_at_the_same_time_as_the_first_have_its_bits(tier, ids):
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(engine, [ids] * 40, [MASK] * 40))
         assert all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 40])  # by all threads together, and dealt out to them
+@pytest.mark.parametrize("by", ["the C++ encoder", "ops"])
+def test_memory_that_is_watched_meanwhile(tier, sequences, by, threads, monkeypatch):
+    engine = Engine.from_model(make(), "int8")
+    if by == "ops":
+        monkeypatch.setattr(Engine, "is_native", False)
+    ids, mask = (x[:sequences] for x in ragged(40))
+    want = engine(ids, mask)
+    tensors = [torch.zeros(7 + 13 * i) for i in range(30)] + [torch.zeros(30_000 * (1 + i)) for i in range(7)]
+    fingerprint = backends.fingerprint(tensors, 40)
+    assert fingerprint.samples() > 7
+    for count in (1, 2, 5):
+        threads(count)
+        for samples in (1, 3, 1000):
+            assert torch.equal(engine.encode(ids, mask, watched=Watched(fingerprint, samples)).last, want)
+        for tensor in tensors:  # of the large ones all of it, else a sample may have another part
+            tensor += 1
+            with pytest.raises(MemoryChanged):
+                engine.encode(ids, mask, watched=Watched(fingerprint, 1))
+            tensor -= 1
+        tensors[-1][9_999] = 1
+        with pytest.raises(MemoryChanged):
+            engine.encode(ids, mask, watched=Watched(fingerprint, fingerprint.samples()))
+        tensors[-1][9_999] = 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -227,7 +254,7 @@ def test_refuses_another_number_of_hidden_states(count):
     ids = torch.ones(1, 2, dtype=torch.int64)
     call = [ids.data_ptr(), True, 1, 2, 0, 0, 0, 0, 0, 0, False, 0, 0, states[-1].data_ptr(), 0]
     with pytest.raises(ValueError) as error:
-        packed._encoder.run(*call, [state.data_ptr() for state in states], 0, 1)
+        packed._encoder.run(*call, [state.data_ptr() for state in states], 0, 1, None, 0)
     assert str(error.value) == f"engine: hidden_states must be 3, got {count}"
 
 

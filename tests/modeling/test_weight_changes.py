@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import distilbert_fast
 from distilbert_fast import backends, explain, optimize, quantize_model
+from distilbert_fast.engine.native_encoder import PackedEncoder
 from distilbert_fast.modeling import accelerator
 from distilbert_fast.modeling.snapshot import own_tensors
 
@@ -469,6 +470,23 @@ def test_drop_in_classes_too():
     plain = distilbert_fast.DistilBertForSequenceClassification(model.config).eval()
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(ask(model), ask(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_writer_that_never_stops(monkeypatch):
+    """What is written while a call computes shows at the next one: a call computes twice at most."""
+    model = optimize(make())
+    ask(model)
+    weight, runs, run = model.bert.encoder.layer[0].output.dense.weight, [], PackedEncoder.run
+
+    def disturbed(self, *args, **kwargs):
+        runs.append(kwargs["watched"] is not None)
+        weight.data += 1
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedEncoder, "run", disturbed)
+    for _ in range(3):
+        ask(model)
+    assert runs == [True, False] * 3
 
 
 # The fingerprint -------------------------------------------------------------------------------------------------

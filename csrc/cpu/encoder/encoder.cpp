@@ -105,7 +105,7 @@ const EncoderModel& Encoder::model_for(int64_t tokens, const Kernels& tier, int 
 
 Encoder::~Encoder() = default;
 
-void Encoder::run(const EncoderCall& call, int threads) {
+void Encoder::run(const EncoderCall& call, int threads, SideWork* aside) {
   require(call.batch >= 0 && call.length >= 0, "batch and length must be 0 or more",
           std::to_string(call.batch) + " and " + std::to_string(call.length));
   require(call.batch * call.length <= INT32_MAX, "batch · length must fit in 31 bits",
@@ -148,20 +148,21 @@ void Encoder::run(const EncoderCall& call, int threads) {
   SpinBarrier barrier;
   run_team(threads, [&](int rank, int size) {
     if (plan.shared) {
-      Team team = {rank, size, &barrier};
+      const Team team = {rank, size, &barrier, aside};
       for (const Chunk& chunk : plan.chunks) {
         Walk(model, call, plan, live, tier, arena->set(model, 0), arena->scratch(rank), team, chunk).go();
       }
-      return;
-    }
-    // Its own group, then what is left of others': a core that others want too may be late with its own.
-    for (int64_t i = 0; i < groups; ++i) {
-      const int64_t group = (rank + i) % groups;
-      for (int64_t next = taken[group]++; next < plan.groups[group + 1]; next = taken[group]++) {
-        Walk(model, call, plan, live, tier, arena->set(model, rank), arena->scratch(rank), Team(), plan.chunks[next])
-            .go();
+    } else {
+      // Its own group, then what is left of others': a core that others want too may be late with its own.
+      for (int64_t i = 0; i < groups; ++i) {
+        const int64_t group = (rank + i) % groups;
+        for (int64_t next = taken[group]++; next < plan.groups[group + 1]; next = taken[group]++) {
+          const Buffers& buffers = arena->set(model, rank);
+          Walk(model, call, plan, live, tier, buffers, arena->scratch(rank), Team(), plan.chunks[next]).go();
+        }
       }
     }
+    if (aside != nullptr) aside->finish(rank);
   });
   give(std::move(arena));
 }

@@ -77,6 +77,7 @@ struct EncoderCall {
 };
 
 class Arena;
+class SideWork;
 struct Flow;
 struct Kernels;
 
@@ -94,7 +95,8 @@ class Encoder {
   ~Encoder();
 
   // Throws std::invalid_argument before it computes anything if an id or a position is outside its table.
-  void run(const EncoderCall& call, int threads);
+  // Threads do `aside`, which may be null, to its end where they would wait; nothing of it for a call without tokens.
+  void run(const EncoderCall& call, int threads, SideWork* aside);
 
  private:
   std::unique_ptr<Arena> take(const Flow& flow, int64_t rows, int64_t sets, int64_t scratch, int64_t threads);

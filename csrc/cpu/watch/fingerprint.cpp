@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "cpu/check.h"
-#include "cpu/parallel.h"
+#include "cpu/threads.h"
 
 namespace distilbert_fast {
 namespace {
@@ -68,6 +68,10 @@ uint64_t sum_of_all(const Region& region) {
 void prefetch(const uint8_t* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
 }
+void prefetch_block(const Region& region, int64_t block) {
+  prefetch(region.data + block * kBlock, std::min(kBlock, region.bytes - block * kBlock));
+}
+void prefetch_small(const Region& region) { prefetch(region.data, std::min(region.bytes, kAhead * kLine)); }
 
 // The largest stride, up to a limit, of which so many blocks of n are multiples.
 int64_t stride_for(int64_t n, int64_t blocks, int64_t limit) {
@@ -126,6 +130,20 @@ int64_t Fingerprint::parts() const {
   return parts_of_large() + (static_cast<int64_t>(small_.size()) + kRegionsOfPart - 1) / kRegionsOfPart;
 }
 
+int64_t Fingerprint::number_of(const Samples& samples, int64_t i) const {
+  return static_cast<int64_t>((samples.first + static_cast<uint64_t>(i)) % static_cast<uint64_t>(samples_));
+}
+
+// body(region, block) for each that a sample has of a part.
+template <class Body>
+void Fingerprint::for_each_block(int64_t part, int64_t sample, const Body& body) const {
+  const auto begin = static_cast<size_t>(part * kRegionsOfPart);
+  for (size_t i = begin; i < std::min(begin + kRegionsOfPart, large_.size()); ++i) {
+    const auto& [region, stride, all] = large_[i];
+    for (int64_t block = set_of(sample, stride); block < blocks_of(region); block += stride) body(region, block);
+  }
+}
+
 // Each block kAhead blocks after memory was asked for it.
 uint64_t Fingerprint::sum_of(int64_t part, int64_t sample) const {
   struct Place {
@@ -134,22 +152,18 @@ uint64_t Fingerprint::sum_of(int64_t part, int64_t sample) const {
   } places[kAhead];
   uint64_t sum = 0;
   int64_t added = 0;
-  const auto begin = static_cast<size_t>(part * kRegionsOfPart);
-  for (size_t i = begin; i < std::min(begin + kRegionsOfPart, large_.size()); ++i) {
-    const auto& [region, stride, all] = large_[i];
-    for (int64_t block = set_of(sample, stride); block < blocks_of(region); block += stride) {
-      prefetch(region.data + block * kBlock, std::min(kBlock, region.bytes - block * kBlock));
-      Place& place = places[added % kAhead];
-      if (added++ >= kAhead) sum += term_of(*place.region, place.block);
-      place = {&region, block};
-    }
-  }
+  for_each_block(part, sample, [&](const Region& region, int64_t block) {
+    prefetch_block(region, block);
+    Place& place = places[added % kAhead];
+    if (added++ >= kAhead) sum += term_of(*place.region, place.block);
+    place = {&region, block};
+  });
   for (int64_t i = 0; i < std::min(added, kAhead); ++i) sum += term_of(*places[i].region, places[i].block);
   return sum;
 }
 
 bool Fingerprint::small_matches(size_t i) const {
-  if (i + 1 < small_.size()) prefetch(small_[i + 1].region.data, std::min(small_[i + 1].region.bytes, kAhead * kLine));
+  if (i + 1 < small_.size()) prefetch_small(small_[i + 1].region);
   return hash_of(small_[i].region) == small_[i].hash;
 }
 
@@ -158,11 +172,18 @@ Fingerprint::Samples Fingerprint::begin_samples(int64_t count) {
   return {calls_.fetch_add(static_cast<uint64_t>(count), std::memory_order_relaxed), count};
 }
 
+void Fingerprint::ask(int64_t part, const Samples& samples) const {
+  if (part < parts_of_large()) {
+    for_each_block(part, number_of(samples, 0), prefetch_block);
+  } else {
+    prefetch_small(small_[static_cast<size_t>((part - parts_of_large()) * kRegionsOfPart)].region);
+  }
+}
+
 bool Fingerprint::part_matches(int64_t part, const Samples& samples) const {
   if (part < parts_of_large()) {
     for (int64_t i = 0; i < samples.count; ++i) {
-      const auto sample =
-          static_cast<int64_t>((samples.first + static_cast<uint64_t>(i)) % static_cast<uint64_t>(samples_));
+      const int64_t sample = number_of(samples, i);
       if (sum_of(part, sample) != sums_[static_cast<size_t>(sample * parts_of_large() + part)]) return false;
     }
     return true;
@@ -174,15 +195,21 @@ bool Fingerprint::part_matches(int64_t part, const Samples& samples) const {
   return true;
 }
 
+bool Look::step(int rank) {
+  int64_t& part = asked_[static_cast<size_t>(rank)].number;
+  if (part >= 0 && !memory_.part_matches(part, samples_)) holds_.store(false, std::memory_order_relaxed);
+  const bool left = holds() && next_.load(std::memory_order_relaxed) < memory_.parts();
+  part = left ? next_.fetch_add(1, std::memory_order_relaxed) : -1;
+  if (part >= memory_.parts()) part = -1;  // another member has just taken the last
+  if (part >= 0) memory_.ask(part, samples_);
+  return part >= 0;
+}
+
 bool Fingerprint::matches_samples(int64_t count, int threads) {
-  const Samples samples = begin_samples(count);
-  std::atomic<bool> same{true};
-  parallel_rows(parts(), 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
-      if (!part_matches(i, samples)) same.store(false, std::memory_order_relaxed);
-    }
-  });
-  return same.load(std::memory_order_relaxed);
+  threads = std::max(usable_threads(threads), 1);
+  Look look(*this, count, threads);
+  run_team(threads, [&](int rank, int) { look.finish(rank); });
+  return look.holds();
 }
 
 bool Fingerprint::matches() const {

@@ -6,14 +6,16 @@
 // larger regions have one stride, the largest that gives some `blocks` blocks in all, at most kLargestStride, but for
 // those of which it would give less than kBlocksOfRegion: a change of a quarter of a region shows at once, however
 // small it is. What a sample costs is the pages that it touches, none of them in the caches or the TLB: some 140 ns
-// each, which threads share. The hashes of a sample are one sum for several regions: a table of one for each line would
-// be as cold as the memory.
+// each, which is why a Look at one asks for them early, and is work that threads do while they wait. The hashes of a
+// sample are one sum for several regions: a table of one for each line would be as cold as the memory.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "cpu/team.h"
 
 namespace distilbert_fast {
 
@@ -28,24 +30,15 @@ class Fingerprint {
   // Throws std::invalid_argument for a null address or a negative size. The regions must outlive it.
   Fingerprint(std::vector<Region> regions, int64_t blocks);
 
-  // Some samples on end.
-  struct Samples {
-    uint64_t first;
-    int64_t count;
-  };
-
   // Whether the next `count` samples of the memory are what they were. Safe to call from several threads.
   bool matches_samples(int64_t count, int threads);
-  // The same in parts that threads share: begin_samples() for a call, then part_matches of each of parts().
-  Samples begin_samples(int64_t count);
-  int64_t parts() const;
-  bool part_matches(int64_t part, const Samples& samples) const;
   // How many samples see all of it.
   int64_t samples() const { return samples_; }
   // Whether all of it is.
   bool matches() const;
 
  private:
+  friend class Look;
   // Of more than kWhole bytes.
   struct Large {
     Region region;
@@ -57,7 +50,21 @@ class Fingerprint {
     uint64_t hash;
   };
 
+  // Some samples on end.
+  struct Samples {
+    uint64_t first;
+    int64_t count;
+  };
+  Samples begin_samples(int64_t count);
+  // They are compared in parts, each of some regions.
+  int64_t parts() const;
+  void ask(int64_t part, const Samples& samples) const;  // for the memory that is read first
+  bool part_matches(int64_t part, const Samples& samples) const;
+
   int64_t parts_of_large() const;
+  template <class Body>
+  void for_each_block(int64_t part, int64_t sample, const Body& body) const;
+  int64_t number_of(const Samples& samples, int64_t i) const;
   uint64_t sum_of(int64_t part, int64_t sample) const;
   bool small_matches(std::size_t i) const;
 
@@ -66,6 +73,30 @@ class Fingerprint {
   std::vector<Small> small_;
   std::vector<uint64_t> sums_;  // [samples, parts_of_large]
   std::atomic<uint64_t> calls_{0};
+};
+
+// Whether the next samples of a fingerprint's memory are what they were, told by members of a team while they wait:
+// each asks for what its next part reads, and reads it when it waits again.
+class Look final : public SideWork {
+ public:
+  // The fingerprint must outlive it.
+  Look(Fingerprint& memory, int64_t samples, int members)
+      : memory_(memory), samples_(memory.begin_samples(samples)), asked_(static_cast<std::size_t>(members)) {}
+
+  bool step(int rank) override;
+  // So far; of all once every member has finished.
+  bool holds() const { return holds_.load(std::memory_order_relaxed); }
+
+ private:
+  struct alignas(64) Part {
+    int64_t number = -1;
+  };
+
+  Fingerprint& memory_;
+  const Fingerprint::Samples samples_;
+  std::vector<Part> asked_;  // by each member
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> holds_{true};
 };
 
 }  // namespace distilbert_fast

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/check.h"
 
@@ -77,14 +78,23 @@ void prefetch_lines(uint64_t first, int lines) {
 }  // namespace
 
 TorchTensor::TorchTensor(PyObject* tensor) : object_(tensor), implementation_(cdata(tensor)) {
-  if (!read(tensor, &state_))
+  State state;
+  if (!read(tensor, &state))
     refuse("TorchTensor", "tensor must have a version, memory and a layout", Py_TYPE(tensor)->tp_name);
   PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
   if (storage == nullptr) PyErr_Clear();
   storage_ = cdata(storage);
   Py_XDECREF(storage);
-  bytes_.assign(own_bytes(), own_bytes() + Py_TYPE(tensor)->tp_basicsize - sizeof(PyObject));
-  direct_ = implementation_ != 0 && torch().found() && holds_directly();
+  version_ = state.version;
+  address_ = state.address;
+  dimensions_ = static_cast<int64_t>(state.layout.size()) / 2;
+  const bool fits = dimensions_ <= kDimensions && Py_TYPE(tensor)->tp_basicsize == kOwnBytes + sizeof(PyObject);
+  if (fits) {
+    std::copy(state.layout.begin(), state.layout.end(), layout_.begin());
+    std::copy(own_bytes(), own_bytes() + kOwnBytes, own_bytes_.begin());
+  }
+  const bool direct = fits && implementation_ != 0 && torch().found() && version_holds() && holds_directly();
+  if (!direct) state_ = std::make_unique<const State>(std::move(state));
 }
 
 bool TorchTensor::read(PyObject* tensor, State* state) {
@@ -104,10 +114,8 @@ bool TorchTensor::holds_directly() const {
   if (torch().data_pointer(tensor, &address) != 0 || torch().dimensions(tensor, &dimensions) != 0 ||
       torch().sizes(tensor, &sizes) != 0 || torch().strides(tensor, &strides) != 0)
     return false;
-  const int64_t* layout = state_.layout.data();
-  return static_cast<uint64_t>(torch().version(tensor)) == state_.version &&
-         reinterpret_cast<uint64_t>(address) == state_.address &&
-         2 * dimensions == static_cast<int64_t>(state_.layout.size()) &&
+  const int64_t* layout = layout_.data();
+  return reinterpret_cast<uint64_t>(address) == address_ && dimensions == dimensions_ &&
          std::equal(layout, layout + dimensions, sizes) &&
          std::equal(layout + dimensions, layout + 2 * dimensions, strides);
 }
@@ -118,12 +126,19 @@ void TorchTensor::prefetch() const {
   prefetch_lines(storage_, kStorageLines);
 }
 
-bool TorchTensor::holds() const {
+bool TorchTensor::version_holds() const {
+  if (state_ != nullptr) return true;  // memory_holds() asks for both
   // torch.utils.swap_tensors puts another C++ tensor behind the same object; the one that was there may be gone.
-  if (std::memcmp(own_bytes(), bytes_.data(), bytes_.size()) != 0) return false;
-  if (direct_) return holds_directly();
-  State now;
-  return read(object_, &now) && now == state_;
+  return std::memcmp(own_bytes(), own_bytes_.data(), kOwnBytes) == 0 &&
+         static_cast<uint64_t>(torch().version(&implementation_)) == version_;
+}
+
+bool TorchTensor::memory_holds() const {
+  if (state_ != nullptr) {
+    State now;
+    return read(object_, &now) && now == *state_;
+  }
+  return holds_directly();
 }
 
 }  // namespace distilbert_fast

@@ -7,7 +7,9 @@
 
 #include <Python.h>
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace distilbert_fast {
@@ -18,14 +20,18 @@ class TorchTensor {
   // it.
   explicit TorchTensor(PyObject* tensor);
 
-  // Whether the object is the same tensor, neither written through torch nor moved nor laid out anew since.
-  bool holds() const;
-  // Whether Python has to be asked for that: needs the GIL.
-  bool needs_python() const { return !direct_; }
-  // Ask for the memory that holds() reads.
+  // All need the GIL. Ask for the memory that the others read.
   void prefetch() const;
+  // Whether the object is the same tensor, not written through torch since. So little that a processor waits for the
+  // counters of several at a time: they are where only torch can find them.
+  bool version_holds() const;
+  // If so, whether its memory is where it was, laid out as it was.
+  bool memory_holds() const;
 
  private:
+  static constexpr int64_t kDimensions = 3, kOwnBytes = 32;
+
+  // What Python tells.
   struct State {
     uint64_t version = 0, address = 0;
     std::vector<int64_t> layout;  // sizes, then strides
@@ -37,11 +43,14 @@ class TorchTensor {
   bool holds_directly() const;
   const char* own_bytes() const { return reinterpret_cast<const char*>(object_) + sizeof(PyObject); }
 
+  // All of it in two lines: as cold as torch's memory, and in order with that of the next tensor.
   PyObject* object_;
-  State state_;
-  std::vector<char> bytes_;                    // of the Python object, which say which C++ tensor is behind it
   uint64_t implementation_ = 0, storage_ = 0;  // addresses of torch's C++ objects
-  bool direct_ = false;
+  uint64_t version_ = 0, address_ = 0;
+  int64_t dimensions_ = 0;
+  std::array<int64_t, 2 * kDimensions> layout_{};  // sizes, then strides
+  std::array<char, kOwnBytes> own_bytes_{};        // of the Python object, which say which C++ tensor is behind it
+  std::unique_ptr<const State> state_;             // instead, where Python must be asked
 };
 
 }  // namespace distilbert_fast

@@ -1,12 +1,8 @@
 #include "cpu/watch/tree_watch.h"
 
 #include <algorithm>
-#include <atomic>
-#include <utility>
 
 #include "cpu/check.h"
-#include "cpu/team.h"
-#include "cpu/threads.h"
 
 namespace distilbert_fast {
 namespace {
@@ -17,6 +13,16 @@ uint64_t tag_of([[maybe_unused]] PyObject* dictionary) {
 #else
   return 0;  // deprecated, and gone from 3.14 on
 #endif
+}
+
+// CPython's, which it gives a class when an attribute is looked up, and takes from it when the class or a base changes.
+unsigned tag_of_class(PyObject* object) {
+  if (!PyType_Check(object)) return 0;
+  const auto* type = reinterpret_cast<const PyTypeObject*>(object);
+#if PY_VERSION_HEX < 0x030C0000
+  if ((type->tp_flags & Py_TPFLAGS_VALID_VERSION_TAG) == 0) return 0;
+#endif
+  return type->tp_version_tag;
 }
 
 // In the same order too: another one costs a look at all of it, and no more.
@@ -30,18 +36,24 @@ bool same_entries(PyObject* a, PyObject* b) {
   return true;
 }
 
-constexpr int64_t kPart = 64;  // dictionaries or tensors, whose memory is asked for before it is read
-
-template <class T>
-int64_t size_of(const std::vector<T>& x) {
-  return static_cast<int64_t>(x.size());
+// holds(x) for all of them, a few at a time: memory is asked for before it is read.
+template <class Watched, class Ask, class Holds>
+bool all_hold(std::vector<Watched>& watched, const Ask& ask, const Holds& holds) {
+  constexpr size_t kAtATime = 64;
+  for (size_t begin = 0; begin < watched.size(); begin += kAtATime) {
+    const auto first = watched.begin() + static_cast<int64_t>(begin);
+    const auto last = first + static_cast<int64_t>(std::min(kAtATime, watched.size() - begin));
+    std::for_each(first, last, ask);
+    if (!std::all_of(first, last, holds)) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vector<PyObject*>& objects,
-                     std::vector<Attribute> attributes, const std::vector<PyObject*>& tensors)
-    : attributes_(std::move(attributes)) {
+                     const std::vector<Attribute>& attributes, const std::vector<PyObject*>& tensors) {
+  for (const Attribute& attribute : attributes) attributes_.push_back({attribute, 0});  // likewise
   for (const Dictionary& dictionary : dictionaries) {
     for (PyObject* object : {dictionary.live, dictionary.copy}) {
       if (!PyDict_Check(object)) refuse("TreeWatch", "dictionaries must be dicts", Py_TYPE(object)->tp_name);
@@ -53,69 +65,52 @@ TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vec
     objects_.push_back({object, Py_TYPE(object), place, place == nullptr ? nullptr : *place});
   }
   for (PyObject* tensor : tensors) tensors_.emplace_back(tensor);
-  const auto with_python =
-      std::stable_partition(tensors_.begin(), tensors_.end(), [](const TorchTensor& x) { return !x.needs_python(); });
-  direct_ = with_python - tensors_.begin();
 }
 
-bool TreeWatch::calling_thread_holds() const {
-  for (const Object& object : objects_) {
-    __builtin_prefetch(object.object);
-    __builtin_prefetch(object.place);
-  }
-  for (const Attribute& attribute : attributes_) __builtin_prefetch(attribute.owner);
-  for (const Object& object : objects_) {
-    if (Py_TYPE(object.object) != object.kind) return false;
-    if (object.place != nullptr && *object.place != object.attributes) return false;
-  }
-  for (const Attribute& attribute : attributes_) {
-    PyObject* value = PyObject_GetAttr(attribute.owner, attribute.name);
-    if (value == nullptr) PyErr_Clear();
-    Py_XDECREF(value);  // its owner has another reference, or it is not the one
-    if (value != attribute.value) return false;
-  }
-  return std::all_of(tensors_.begin() + direct_, tensors_.end(), [](const TorchTensor& x) { return x.holds(); });
+bool TreeWatch::objects_hold() {
+  return all_hold(
+      objects_,
+      [](const Object& x) {
+        __builtin_prefetch(x.object);
+        __builtin_prefetch(x.place);
+      },
+      [](const Object& x) { return Py_TYPE(x.object) == x.kind && (x.place == nullptr || *x.place == x.attributes); });
 }
 
-int64_t TreeWatch::parts() const { return (size_of(dictionaries_) + direct_ + kPart - 1) / kPart; }
-
-bool TreeWatch::part_holds(int64_t part) {
-  const int64_t begin = part * kPart, end = std::min(begin + kPart, size_of(dictionaries_) + direct_);
-  const int64_t split = std::clamp(direct_, begin, end);
-  for (int64_t i = begin; i < split; ++i) tensors_[i].prefetch();
-  for (int64_t i = split; i < end; ++i) __builtin_prefetch(dictionaries_[i - direct_].dictionary.live);
-  for (int64_t i = begin; i < split; ++i) {
-    if (!tensors_[i].holds()) return false;
-  }
-  for (int64_t i = split; i < end; ++i) {
-    auto& [dictionary, tag] = dictionaries_[i - direct_];
-    const uint64_t now = tag_of(dictionary.live);
-    if (now != 0 && now == tag) continue;
-    if (!same_entries(dictionary.live, dictionary.copy)) return false;
-    tag = now;
-  }
-  return true;
+bool TreeWatch::attributes_hold() {
+  return all_hold(
+      attributes_, [](const WatchedAttribute& x) { __builtin_prefetch(x.attribute.owner); },
+      [](WatchedAttribute& x) {
+        const unsigned now = tag_of_class(x.attribute.owner);
+        if (now != 0 && now == x.tag) return true;
+        PyObject* value = PyObject_GetAttr(x.attribute.owner, x.attribute.name);
+        if (value == nullptr) PyErr_Clear();
+        Py_XDECREF(value);  // its owner has another reference, or it is not the one
+        x.tag = value == x.attribute.value ? tag_of_class(x.attribute.owner) : 0;
+        return value == x.attribute.value;
+      });
 }
 
-TreeWatch::Found TreeWatch::holds(Fingerprint* memory, int64_t count, int threads) {
-  const Fingerprint::Samples samples = memory == nullptr ? Fingerprint::Samples{0, 0} : memory->begin_samples(count);
-  const int64_t parts_of_memory = memory == nullptr ? 0 : memory->parts();
-  std::atomic<int64_t> next{0}, next_of_memory{0};
-  std::atomic<bool> tree_holds{true}, memory_holds{true};
-  const auto check = [](std::atomic<int64_t>& next, int64_t parts, std::atomic<bool>& holds, const auto& part) {
-    for (int64_t i = next++; i < parts && holds.load(std::memory_order_relaxed); i = next++) {
-      if (!part(i)) holds.store(false, std::memory_order_relaxed);
-    }
-  };
-  SpinBarrier barrier;
-  run_team(usable_threads(threads), [&](int rank, int size) {  // member 0 is the calling thread
-    if (rank == 0 && !calling_thread_holds()) tree_holds.store(false, std::memory_order_relaxed);
-    check(next, parts(), tree_holds, [&](int64_t i) { return part_holds(i); });
-    if (size > 1) barrier.wait(size);
-    if (!tree_holds.load(std::memory_order_relaxed)) return;  // memory is read only where tensors still have it
-    check(next_of_memory, parts_of_memory, memory_holds, [&](int64_t i) { return memory->part_matches(i, samples); });
-  });
-  return {tree_holds.load(), tree_holds.load() && memory_holds.load()};
+bool TreeWatch::tensors_hold() {
+  for (const TorchTensor& x : tensors_) x.prefetch();
+  for (const TorchTensor& x : tensors_) {
+    if (!x.version_holds()) return false;
+  }
+  return std::all_of(tensors_.begin(), tensors_.end(), [](const TorchTensor& x) { return x.memory_holds(); });
 }
+
+bool TreeWatch::dictionaries_hold() {
+  return all_hold(
+      dictionaries_, [](const Watched& x) { __builtin_prefetch(x.dictionary.live); },
+      [](Watched& x) {
+        const uint64_t now = tag_of(x.dictionary.live);
+        if (now != 0 && now == x.tag) return true;
+        if (!same_entries(x.dictionary.live, x.dictionary.copy)) return false;
+        x.tag = now;
+        return true;
+      });
+}
+
+bool TreeWatch::holds() { return objects_hold() && attributes_hold() && tensors_hold() && dictionaries_hold(); }
 
 }  // namespace distilbert_fast

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/watch/fingerprint.h"
 #include "cpu/watch/torch_tensor.h"
 
 namespace distilbert_fast {
@@ -28,20 +27,21 @@ class TreeWatch {
 
   // Throws std::invalid_argument for what is no dict, and for a tensor without _version and data_ptr().
   TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vector<PyObject*>& objects,
-            std::vector<Attribute> attributes, const std::vector<PyObject*>& tensors);
+            const std::vector<Attribute>& attributes, const std::vector<PyObject*>& tensors);
 
   // Whether every dictionary has the entries of its copy, every object the class and the __dict__ that it had, every
-  // attribute its value, and every tensor the memory and the version that it had. If so and `memory` is not null, also
-  // whether the next `count` samples of it are what they were. Needs the GIL, and keeps it: threads share the work.
-  struct Found {
-    bool tree, memory;
-  };
-  Found holds(Fingerprint* memory, int64_t count, int threads);
+  // attribute its value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
+  bool holds();
 
  private:
   struct Watched {
     Dictionary dictionary;
     uint64_t tag;  // CPython's, which each change of the dictionary changes; 0 where it has none
+  };
+
+  struct WatchedAttribute {
+    Attribute attribute;
+    unsigned tag;  // that of its owner, if this is a class: each change of it or of its bases changes it; 0: unknown
   };
 
   struct Object {
@@ -51,17 +51,15 @@ class TreeWatch {
     PyObject* attributes;
   };
 
-  // What needs the GIL: classes, attributes, and tensors that only Python can tell about.
-  bool calling_thread_holds() const;
-  // The others, a few at a time.
-  int64_t parts() const;
-  bool part_holds(int64_t part);
+  bool objects_hold();
+  bool attributes_hold();
+  bool tensors_hold();
+  bool dictionaries_hold();
 
   std::vector<Watched> dictionaries_;
   std::vector<Object> objects_;
-  std::vector<Attribute> attributes_;
+  std::vector<WatchedAttribute> attributes_;
   std::vector<TorchTensor> tensors_;
-  int64_t direct_ = 0;  // how many of them can be read without Python: they come first
 };
 
 }  // namespace distilbert_fast
