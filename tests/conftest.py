@@ -27,6 +27,12 @@ if importlib.util.find_spec("hypothesis"):  # a machine without it runs the test
     settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Modules with slow tests come first, so that at the end no worker has a long one left while others have none."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill every torch.empty with NaN (or the largest integer), so that a kernel that skips an element is seen."""

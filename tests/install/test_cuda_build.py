@@ -13,7 +13,7 @@ import pytest
 from cases import many
 from install.commands import copy_checkout, succeed
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+pytestmark = [pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc"), pytest.mark.slow]
 
 ARCHS = many(("80", "90a"), ("80", "86", "89", "90a", "100"))
 

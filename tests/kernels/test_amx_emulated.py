@@ -84,6 +84,7 @@ def emulated(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", HELD)
 def test_the_tier_on_emulated_instructions(tier, emulated):
     if HELD[tier] in MISSING:
@@ -94,6 +95,7 @@ def test_the_tier_on_emulated_instructions(tier, emulated):
     run_tests(emulated, *tests, "-k", tier)
 
 
+@pytest.mark.slow
 def test_every_tier_under_sanitizers(tmp_path):
     """The tests that go to the edges of memory: hostile layouts, canaries, empty calls, refusals."""
     libraries = [
