@@ -58,7 +58,7 @@ def optimize(
         cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 16,384 tokens, one for each size they
             are rounded up to (see cuda_graphs.py); their inputs and outputs take 512 MiB at most. 0 = none.
         keep_padding: compute what transformers does at padded positions, instead of 0. None: where something may read
-            it, see below.
+            it, see below. A call may say otherwise: ``model(**batch, keep_padding=False)``.
 
     Returns:
         ``model``: same object, parameters, config, signature and files.
@@ -184,8 +184,9 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     """A task head: padded positions are wanted where a label counts one, and by some only the first."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
-    if "_accelerator" in vars(self.base_model) and _passes_on(kind):
-        kwargs.setdefault("keep_padding", False)
+    accelerator: Accelerator | None = vars(self.base_model).get("_accelerator")
+    if accelerator is not None and _passes_on(kind):
+        kwargs.setdefault("keep_padding", bool(accelerator.keep_padding))
         if labels is not None and mask is not None and labels.shape == mask.shape and not kwargs["keep_padding"]:
             kwargs["keep_padding"] = traced(labels, mask) or labels_padding(labels, mask)
         if reads_first_token(self, kind) and not self.base_model._forward_hooks:
@@ -298,10 +299,10 @@ _CALL = nn.Module._call_impl.__code__  # by which every module is called, whatev
 
 
 def _is_read(encoder: nn.Module, accelerator: Accelerator, asked: bool | None) -> bool:
-    """Whether what an encoder puts out at padding is wanted: by its user, by its caller, who knows, or perhaps."""
-    if accelerator.keep_padding is None and asked is None:
-        return _unknown_reader(encoder)
-    return bool(asked or accelerator.keep_padding)
+    """Whether what an encoder puts out at padding is wanted: by its caller, who knows, by its user, or perhaps."""
+    if asked is not None:
+        return asked
+    return _unknown_reader(encoder) if accelerator.keep_padding is None else accelerator.keep_padding
 
 
 def _unknown_reader(encoder: nn.Module) -> bool:

@@ -342,7 +342,7 @@ class QuestionAnswering(Task):
         return min(max_length // 2, 128) if self.stride is None else self.stride
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
-        found = model(**batch)
+        found = model(**batch, keep_padding=False)  # nobody reads it: a third of the time of ragged batches
         start, end = (x.float().cpu().numpy() for x in (found.start_logits, found.end_logits))  # [B, T]
         return [(start[at, :length], end[at, :length]) for at, length in enumerate(lengths)]
 

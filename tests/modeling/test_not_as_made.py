@@ -233,9 +233,17 @@ def test_two_heads_on_one_encoder():
     same(qa, plain, IDS, MASK)
     optimize(sc)
     same(qa, plain, IDS, MASK)
-    optimize(qa, keep_padding=False)
-    with torch.no_grad():
-        assert qa(IDS, MASK).start_logits[1, 7:].unique().numel() == 1  # of zeros, as asked for
+    real = MASK.bool()
+    for packs in (False, True):
+        if packs:
+            optimize(qa, keep_padding=False)
+        for asked in (None, False, True):
+            given = {} if asked is None else {"keep_padding": asked}
+            with torch.no_grad():
+                found, want = (m(IDS, MASK, **given).start_logits for m in (qa, plain))
+            torch.testing.assert_close(found[real], want[real], rtol=1e-4, atol=1e-5)
+            left_out = packs if asked is None else not asked
+            assert (found[1, 7:].unique().numel() == 1) is left_out  # of zeros
 
 
 class Around(nn.Module):
