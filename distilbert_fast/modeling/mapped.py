@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from distilbert_fast.engine.engine import Engine
-from distilbert_fast.files.durable import FileError
+from distilbert_fast.files.durable import FileError, lock
 from distilbert_fast.modeling.accelerator import Accelerator
 from distilbert_fast.ops import _check
 
@@ -76,13 +76,13 @@ def map_engine(model: Any, path: str | Path) -> None:
     if engine.packed is None:
         _check.refuse(OP, "model", "one that the C++ encoder takes", "another")
     path = Path(path)
-    found = None
-    with contextlib.suppress(FileError, FileNotFoundError):
-        found = Engine.load(path)
-    if found is None or not _equal(found, engine):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        engine.save(path)
-        found = Engine.load(path)
+    with lock(path):  # of processes that start together one writes it, or each would map a file of its own
+        found = None
+        with contextlib.suppress(FileError, FileNotFoundError):
+            found = Engine.load(path)
+        if found is None or not _equal(found, engine):
+            engine.save(path)
+            found = Engine.load(path)
     accelerator.replace(found)
     del engine
     _give_back()

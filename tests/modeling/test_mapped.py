@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 import transformers
 from demo_input import bert, sentences
 
-from distilbert_fast import Predictor, explain
+from distilbert_fast import Predictor, explain, optimize
+from distilbert_fast.engine.engine import Engine
 from distilbert_fast.modeling.mapped import map_engine, map_parameters
 
 TEXTS = [text for text, _ in sentences(8, 1)]
@@ -35,6 +38,22 @@ def test_answers_stay_and_the_file_is_used_again(place, tmp_path, precision):
         for found, wanted in zip(one(TEXTS), plain(TEXTS), strict=True):
             assert torch.equal(torch.from_numpy(found), torch.from_numpy(wanted))
         assert explain(one.model).served == 1 and not explain(one.model).fallbacks
+
+
+def test_of_many_that_start_together_one_writes(place, tmp_path, monkeypatch):
+    models = [optimize(transformers.BertModel.from_pretrained(place), "int8") for _ in range(4)]
+    written, save = [], Engine.save
+
+    def slowly(engine, path):
+        time.sleep(0.05)
+        written.append(path)
+        save(engine, path)
+
+    monkeypatch.setattr(Engine, "save", slowly)
+    file = tmp_path / "sub" / "packed.safetensors"
+    with ThreadPoolExecutor(len(models)) as threads:
+        assert [*threads.map(lambda model: map_engine(model, file), models)] == [None] * len(models)
+    assert written == [file]
 
 
 def test_a_file_of_other_weights_is_replaced(place, tmp_path):
