@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from distilbert_fast.backends import run_aside
 from distilbert_fast.engine.engine import Engine
 from distilbert_fast.files.durable import FileError, lock
 from distilbert_fast.modeling.accelerator import Accelerator
@@ -32,6 +34,12 @@ def map_parameters(model: nn.Module, directory: Path) -> int:
     Returns:
         The bytes that are mapped.
     """
+    mapped = run_aside(lambda: _map_parameters(model, directory))
+    _give_back()
+    return mapped
+
+
+def _map_parameters(model: nn.Module, directory: Path) -> int:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_cpu}
     mapped = 0
     for path in sorted(directory.glob("*.safetensors")):
@@ -45,7 +53,6 @@ def map_parameters(model: nn.Module, directory: Path) -> int:
                 if tensor.dtype == parameter.dtype and torch.equal(tensor, parameter.data):
                     parameter.data = tensor
                     mapped += tensor.nbytes
-    _give_back()
     return mapped
 
 
@@ -80,7 +87,7 @@ def map_engine(model: Any, path: str | Path) -> None:
         found = None
         with contextlib.suppress(FileError, FileNotFoundError):
             found = Engine.load(path)
-        if found is None or not _equal(found, engine):
+        if found is None or not run_aside(functools.partial(_equal, found, engine)):
             engine.save(path)
             found = Engine.load(path)
     accelerator.replace(found)

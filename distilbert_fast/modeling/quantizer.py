@@ -260,12 +260,16 @@ def check_float(model: PreTrainedModel, caller: str) -> None:
 def check_finite(model: nn.Module, caller: str) -> None:
     """Refuse weights that are NaN, or that float32 cannot square: scales and errors would not be finite, or answers
     would be where those of the float model are not. Raises ValueError, by name."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        ends = [float(end) for end in torch.aminmax(parameter.detach())]
-        if wrong := [end for end in ends if not abs(end) <= _LARGEST_WEIGHT]:
-            _check.refuse(caller, name, f"finite and at most {_LARGEST_WEIGHT:.1e}", f"{wrong[0]:g}")
+
+    def check() -> None:
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            ends = [float(end) for end in torch.aminmax(parameter.detach())]
+            if wrong := [end for end in ends if not abs(end) <= _LARGEST_WEIGHT]:
+                _check.refuse(caller, name, f"finite and at most {_LARGEST_WEIGHT:.1e}", f"{wrong[0]:g}")
+
+    run_aside(check)
 
 
 def _tables(model: PreTrainedModel, config: AnyConfig, caller: str) -> Iterator[tuple[str, nn.Embedding]]:
