@@ -263,7 +263,7 @@ def check_finite(model: nn.Module, caller: str) -> None:
 
     def check() -> None:
         for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point() or not parameter.numel():
+            if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
                 continue
             ends = [float(end) for end in torch.aminmax(parameter.detach())]
             if wrong := [end for end in ends if not abs(end) <= _LARGEST_WEIGHT]:
