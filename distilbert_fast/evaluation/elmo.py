@@ -97,8 +97,8 @@ class Elmo(nn.Module):
         back = torch.where(back >= 0, back, places)[..., None].expand_as(x)
         forward, backward = x, x.gather(1, back)
         layers = [torch.cat([x, x], dim=-1)]
-        for i, (ahead, behind) in enumerate(zip(self.forwards, self.backwards, strict=True)):
-            made, made_back = ahead(forward)[0], behind(backward)[0]
+        for i, (ahead, back_to_front) in enumerate(zip(self.forwards, self.backwards, strict=True)):
+            made, made_back = ahead(forward)[0], back_to_front(backward)[0]
             forward, backward = (made, made_back) if i == 0 else (made + forward, made_back + backward)
             layers.append(torch.cat([forward, backward.gather(1, back)], dim=-1))
         weights = self.mix.softmax(dim=0)

@@ -23,7 +23,7 @@ LEFT = 499  # in log and counts: the client left before it was answered
 
 
 class Guard:
-    """An application behind a token.
+    """An application for clients that show a token.
 
     Args:
         app: that answers requests.
