@@ -186,6 +186,20 @@ def test_a_write_while_it_is_judged():
     assert snapshot.look(model) == (False, None)
 
 
+def test_a_hook_that_torch_does_not_count():
+    """Some libraries write into the dictionary themselves; a hook may go again too."""
+    model = make()
+    snapshot = seen(model)
+    hooks = layer(model).ffn.lin1._forward_hooks
+    for _ in range(2):
+        assert snapshot.look(model) == (True, None)
+    hooks[12345] = lambda module, args, output: output * 2
+    for _ in range(2):
+        assert snapshot.look(model) == (True, "a hook inside the encoder")
+    del hooks[12345]
+    assert snapshot.look(model) == (True, None)
+
+
 def test_models_are_freed():
     model = optimize(make())
     with torch.no_grad():

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import Watched
@@ -26,7 +25,7 @@ _Setting = tuple[Callable[[Any], Any], nn.Module]
 
 
 class _Sight(NamedTuple):
-    """A tree without an obstacle at the last look. Nothing has changed in it while ``watch`` holds.
+    """The state of the tree at the last look. Nothing has changed in it while ``watch`` holds.
 
     Copies of dictionaries keep what was in them, such as a hook that was removed, until the next look.
     """
@@ -34,6 +33,7 @@ class _Sight(NamedTuple):
     root: dict[str, Any]  # vars() of it: a shallow copy of a model has another root
     watch: Any  # csrc/cpu/watch/tree_watch.h
     watched: Any  # keeps alive what the watch points to
+    obstacle: str | None
 
 
 class Snapshot:
@@ -83,12 +83,13 @@ class Snapshot:
         """
         seen = self._seen
         if seen is not None and seen.root is vars(root) and seen.watch.holds():
-            return True, None
+            return True, seen.obstacle
         sight = self._sight(root)  # before it is judged: what another thread changes meanwhile is seen the next time
         if not self._holds(root):
             return False, None
         obstacle = self._obstacle()
-        self._seen = sight if obstacle is None else None  # the watch sees that a hook comes, not that it goes
+        if sight is not None:
+            self._seen = sight._replace(obstacle=obstacle)
         return True, obstacle
 
     def sampled(self, tokens: int) -> Watched | None:
@@ -101,13 +102,12 @@ class Snapshot:
             return None
         modules = (root, *self._inner)
         homes = (home for m in modules for home in _homes(m) if home or type(m) not in _LEAVES)
-        dictionaries: list[Any] = [*map(vars, modules), *homes, *_GLOBAL_HOOKS]
+        dictionaries: list[Any] = [*map(vars, modules), *homes, *_hooks(self._inner), *_GLOBAL_HOOKS]
         dictionaries += [vars(root.config)] if "config" in vars(root) else []
         attributes = [(kind, name, getattr(kind, name, None)) for kind, name, _ in self._methods]
-        attributes.append((RemovableHandle, "next_id", RemovableHandle.next_id))  # counts the hooks of all modules
         try:
             watched = ([(live, dict(live)) for live in dictionaries], self._inner, attributes, self._tensors)
-            return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched)
+            return _Sight(vars(root), backends.cpu().TreeWatch(*watched), watched, None)
         except (TypeError, ValueError):
             return None
 
