@@ -86,11 +86,17 @@ def write_table(arch: int, found: dict[str, dict[str, Config]]) -> Path:
 
 
 def fastest(candidates: Sequence[Config], run: Callable[[Config], None]) -> Config:
-    """The candidate whose median time is least; those that the GPU has too little of something for are passed over."""
+    """The candidate whose median time is least; those that the GPU has too little of something for are passed over.
+
+    Launches are captured as CUDA graphs and replayed: launched one by one, the short kernels would be timed by what
+    Python takes to launch them.
+    """
     times = []
+    torch.cuda.synchronize()  # what is timed runs in another stream, and must find its inputs
     for config in candidates:
         try:
-            times.append((triton.testing.do_bench(lambda config=config: run(config), return_mode="median"), config))
+            median = triton.testing.do_bench_cudagraph(lambda config=config: run(config), return_mode="median")
+            times.append((median, config))
         except triton.runtime.errors.OutOfResources:
             continue
     if not times:
