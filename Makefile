@@ -61,8 +61,8 @@ peers: $(PEERS) ## run the encoder beside OpenVINO, ONNX Runtime, CTranslate2 an
 figures: $(BENCH) ## write the figures of README and docs again, from bench/results
 	$(PY) -m bench.figures $(ARGS)
 
-gpu: $(TEST) ## build, test, tune and measure on this machine's GPU; ARGS go to `python -m bench.gpu`
-	$(PY) -m bench.gpu $(ARGS)
+gpu: ## build, test, tune and measure on this machine's GPU by the Python that is there; ARGS go to `python -m bench.gpu`
+	$(or $(PYTHON),$(wildcard .venv/bin/python),python3) -m bench.gpu $(ARGS)
 
 clean: ## remove what builds and tests leave behind, .venv too
 	rm -rf .venv build dist *.egg-info distilbert_fast/*.so distilbert_fast/_build_info.py

@@ -13,6 +13,7 @@ from bench.gpu.measure import Case, Work, run
 from bench.gpu.records import Records, Where
 
 DTYPE = torch.bfloat16
+FLEX = "FlexAttention"
 
 
 def attention(where: Where, records: Records) -> None:
@@ -74,12 +75,12 @@ def _forward_and_backward(
         return call
 
     rivals = {
-        "SDPA flash": ("", True, lambda: sdpa("FLASH_ATTENTION")),
         "SDPA cuDNN": ("", True, lambda: sdpa("CUDNN_ATTENTION")),
+        "SDPA flash": ("", True, lambda: sdpa("FLASH_ATTENTION")),
         "SDPA efficient": ("", True, lambda: sdpa("EFFICIENT_ATTENTION")),
         "SDPA math": ("", False, lambda: sdpa("MATH")),
-        "FlexAttention": ("", True, flex),
         "flash-attention": ("flash_attn", True, flash),
+        FLEX: ("", True, flex),
     }
 
     def forward(function):
@@ -110,7 +111,7 @@ def _forward_and_backward(
         case = Case("attention", f"{name}, {shape}", work, "SDPA math", 0.05)
         case.ours(where, (DTYPE,), lambda way=way: way(ours))
         for rival, (package, gpu, make) in rivals.items():
-            case.rival(where, rival, lambda make=make, way=way: way(make()), package, gpu)
+            case.rival(where, rival, lambda make=make, way=way: way(make()), package, gpu, compiled=rival == FLEX)
         run(case, where, records)
 
 

@@ -1,4 +1,4 @@
-"""Build the native modules in place, by the checkout's own setup.py."""
+"""Build the native modules in place, by the checkout's own setup.py, and meanwhile compile all Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from bench.gpu import precompile
 from bench.gpu.records import Records, Where
 from bench.harness.command import ROOT
 
@@ -23,8 +24,10 @@ def build(where: Where, records: Records) -> None:
     elif "DISTILBERT_FAST_CUDA_ARCHS" not in os.environ:
         variables["DISTILBERT_FAST_CUDA_ARCHS"] = _arch() if where.gpu else "90a"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    status = subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode
-    if status:
+    building = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables)
+    if where.gpu:
+        precompile.compile_all(records)
+    if status := building.wait():
         raise SystemExit(f"setup.py ended with status {status}")
     from distilbert_fast import _build_info as info
 

@@ -83,7 +83,7 @@ def _layer(where: Where, records: Records, n: int, name: str, c: int, f: int, re
     case.rival(where, "bf16, cuBLAS", lambda: bf16, gpu=False)
     with compiled() as compile:
         if compiles or not where.gpu:  # the two largest layers: compiling all would take minutes
-            case.rival(where, "_int_mm, torch.compile", lambda: compile(separate))
-            case.rival(where, "torchao, x quantized too", torchao, "torchao")
-            case.rival(where, "bf16, torch.compile", lambda: compile(bf16))
+            case.rival(where, "_int_mm, torch.compile", lambda: compile(separate), compiled=True)
+            case.rival(where, "torchao, x quantized too", torchao, "torchao", compiled=True)
+            case.rival(where, "bf16, torch.compile", lambda: compile(bf16), compiled=True)
         run(case, where, records)

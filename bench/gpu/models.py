@@ -1,6 +1,7 @@
 """DistilBERT-base (random weights) for inference: throughput, latency of one text, ragged batches.
 
-Wall-clock seconds of a call whose result the device has finished, by turns: what launching costs is a part of it.
+Wall-clock seconds of a call whose result the device has finished: what launching costs is a part of it. Ours come
+first, in turns; others one by one, each made when its turn has come.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.gpu.measure import OURS
 from bench.gpu.records import Records, Where
 from bench.harness.errors import reason
 from bench.harness.turns import spread
@@ -89,7 +91,7 @@ def compiled(where: Where, records: Records) -> None:
                 "ours, int8": lambda: _ours(where, "int8"),
                 "ours, bf16": lambda: _ours(where, "bf16"),
             }
-            if where.gpu:
+            if where.gpu and where.rivals == "all":
                 makers[name] = lambda mode=mode: torch.compile(base(where), mode=mode)
             missing = {} if where.gpu else {name: "needs a CUDA device"}
             _compete(where, records, makers, [workload], f", beside {mode}", missing)
@@ -118,41 +120,89 @@ def _compete(
     title: str,
     missing: dict[str, str] | None = None,
 ) -> None:
-    held, missing = {}, dict(missing or {})
-    for name, make in makers.items():
+    missing = dict(missing or {})
+    ours, rivals = (
+        {name: make for name, make in makers.items() if name.startswith(OURS) == mine} for mine in (True, False)
+    )
+    held: dict[str, Any] = {}
+    cases: dict[str, _Workload] = {}
+
+    def take_part(name: str, make: Callable[[], Any]) -> None:
         try:
             held[name] = make()
         except Exception as error:  # whatever is wrong with a rival, the others go on
             missing[name] = reason(error)
+
+    for name, make in ours.items():
+        take_part(name, make)
     oracle = base(where)
     for workload in workloads:
         with records.attempt(f"{workload.name}{title}"), torch.inference_mode():
             batch = batch_of(workload, where.device, oracle.config.vocab_size)
-            want = _tokens(oracle, batch)
-            contenders: dict[str, dict[str, Any]] = {}
-            for name in list(held):
-                try:
-                    cosine = float(torch.cosine_similarity(_tokens(held[name], batch), want, dim=-1).min())
-                    agrees = cosine > (0.9 if "int8" in name else 0.99)
-                    unit = "int8" if "int8" in name else "bf16"
-                    contenders[name] = {"error": 1 - cosine, "agrees": agrees, "unit": unit}
-                except torch.AcceleratorError:
-                    raise
-                except Exception as error:
-                    missing[name] = reason(error)
-                    del held[name]
-            if where.gpu:
-                for name, turns in time_calls({name: held[name] for name in contenders}, [batch], TURNS).items():
-                    contenders[name] |= vars(spread([calls[0] for calls in turns]))
-            records.add(
-                "case",
-                op="DistilBERT-base",
-                case=f"{workload.name}{title}",
-                work={"operations": operations(oracle, batch), "unit": "bf16", "moved_bytes": 0.0},
-                rows=workload.batch,
-                contenders=contenders,
-                missing=missing,
-            )
+            cases[workload.name] = _Workload(where, records, workload, title, batch, oracle, missing)
+            cases[workload.name].add(held)
+    if where.rivals == "none" or where.compiling:
+        return
+    for name, make in rivals.items():
+        take_part(name, make)
+        if name not in held:
+            continue
+        for workload in workloads:
+            with records.attempt(f"{workload.name}{title}, {name}"), torch.inference_mode():
+                cases[workload.name].add({name: held[name]})
+        del held[name]
+
+
+class _Workload:
+    """One workload's case, which grows by contenders and is recorded each time."""
+
+    def __init__(
+        self,
+        where: Where,
+        records: Records,
+        workload: Workload,
+        title: str,
+        batch: Batch,
+        oracle: Any,
+        missing: dict[str, str],
+    ) -> None:
+        self.where, self.records, self.workload, self.title = where, records, workload, title
+        self.batch, self.missing = batch, missing
+        self.contenders: dict[str, dict[str, Any]] = {}
+        self.want = None if where.compiling else _tokens(oracle, batch)
+        self.operations = operations(oracle, batch)
+
+    def add(self, models: dict[str, Any]) -> None:
+        """Models that take turns."""
+        able = {}
+        for name, model in models.items():
+            try:
+                found = _tokens(model, self.batch)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self.missing[name] = reason(error)
+                continue
+            able[name] = model
+            if self.want is not None:
+                cosine = float(torch.cosine_similarity(found, self.want, dim=-1).min())
+                unit = "int8" if "int8" in name else "bf16"
+                agrees = cosine > (0.9 if unit == "int8" else 0.99)
+                self.contenders[name] = {"error": 1 - cosine, "agrees": agrees, "unit": unit}
+        if self.where.compiling:
+            return
+        if self.where.gpu:
+            for name, turns in time_calls(able, [self.batch], TURNS).items():
+                self.contenders[name] |= vars(spread([calls[0] for calls in turns]))
+        self.records.add(
+            "case",
+            op="DistilBERT-base",
+            case=f"{self.workload.name}{self.title}",
+            work={"operations": self.operations, "unit": "bf16", "moved_bytes": 0.0},
+            rows=self.workload.batch,
+            contenders=self.contenders,
+            missing=self.missing,
+        )
 
 
 def _tokens(model: Any, batch: Batch) -> torch.Tensor:

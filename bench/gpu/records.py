@@ -18,15 +18,20 @@ from bench.harness.errors import reason
 Size = TypeVar("Size")
 
 
+RIVALS = ("all", "ready", "none")
+
+
 class Where(NamedTuple):
     """A GPU and real sizes; or no GPU, and everything but launching, on tiny tensors on the CPU."""
 
     device: torch.device
     seconds: float = 60.0  # until the part is ended
+    rivals: str = "all"  # of RIVALS: which take part; "ready": all but those that torch.compile makes
+    compiling: bool = False  # ours are called once, so that their kernels are compiled and cached; nothing is measured
 
     @classmethod
-    def here(cls, seconds: float = 60.0) -> Where:
-        return cls(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds)
+    def here(cls, seconds: float = 60.0, rivals: str = "all", compiling: bool = False) -> Where:
+        return cls(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds, rivals, compiling)
 
     @property
     def gpu(self) -> bool:
@@ -39,8 +44,8 @@ class Where(NamedTuple):
 class Records:
     """A file of JSON lines.
 
-    Every line has a "kind": "case" (see measure.py), "failure" (what, reason), "note" (text), and those of single
-    parts: "peaks", "tuned", "tests".
+    Every line has a "kind": "case" (see measure.py; written again with each contender, the last one counts), "failure"
+    (what, reason), "note" (text), and those of single parts: "peaks", "tuned", "tests".
     """
 
     def __init__(self, path: Path) -> None:

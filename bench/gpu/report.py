@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.gpu.measure import OURS
-from bench.gpu.runner import Outcome
+from bench.gpu.runner import RUNNING, Outcome
 from bench.harness import report as harness
 
 NO_GPU = "not measured: no CUDA device"
@@ -37,12 +37,13 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         """A part's records, however it ended."""
         self.parts.append({key: value for key, value in outcome._asdict().items() if key != "records"})
-        if outcome.status != "done":
+        if outcome.status not in ("done", RUNNING):
             self.failures.append({"part": outcome.name, "what": outcome.status, "reason": outcome.reason})
         for record in outcome.records:
             rest = {key: value for key, value in record.items() if key != "kind"}
-            if record["kind"] == "case":
-                self.cases.append(rest)
+            if record["kind"] == "case":  # each is written again as it grows
+                named = rest["op"], rest["case"]
+                self.cases = [case for case in self.cases if (case["op"], case["case"]) != named] + [rest]
             elif record["kind"] == "peaks":
                 self.peaks |= rest
             elif record["kind"] == "failure":
@@ -112,7 +113,9 @@ def op_table(op: str, cases: Iterable[Mapping[str, Any]]) -> Table:
                 name,
                 harness.milliseconds(contender["median"]) if timed else "",
                 harness.span(contender) if timed else "",
-                f"{contender['median'] / min(ours):.2f}x as fast" if timed and ours and not mine else "",
+                f"{contender['median'] / contender.get('beside', min(ours)):.2f}x as fast"
+                if timed and ours and not mine
+                else "",
                 f"{contender['share_of_limit']:.0%}" if "share_of_limit" in contender else "",
                 f"{contender['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in contender else "",
                 remark(contender, case.get("rows")),
@@ -127,7 +130,11 @@ def remark(contender: Mapping[str, Any], rows: int | None) -> str:
     said = []
     if rows is not None and "median" in contender:
         said.append(f"{rows / contender['median']:,.0f} sequences/s")
-    if not contender["agrees"] or "median" not in contender:
+    if contender.get("host_bound"):
+        said.append("waits for the host")
+    if "agrees" not in contender:
+        said.append("not compared")
+    elif not contender["agrees"] or "median" not in contender:
         said.append(f"{'agrees' if contender['agrees'] else 'DISAGREES'}, error {contender['error']:.2g}")
     return ", ".join(said)
 

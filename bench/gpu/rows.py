@@ -27,7 +27,7 @@ def rows(where: Where, records: Records) -> None:
         case.ours(where, (DTYPE,), lambda: torch.no_grad()(ours))
         case.calls["torch"] = torch.no_grad()(eager)
         with compiled() as compile:
-            case.rival(where, "torch.compile", lambda: torch.no_grad()(compile(eager)))
+            case.rival(where, "torch.compile", lambda: torch.no_grad()(compile(eager)), compiled=True)
             run(case, where, records)
 
     compete(
@@ -113,5 +113,5 @@ def _with_gradients(where: Where, records: Records, x, residual, weight, bias) -
         case.ours(where, (DTYPE,), lambda way=way, ours=ours: way(ours))
         case.calls["torch"] = way(eager)
         with compiled() as compile:
-            case.rival(where, "torch.compile", lambda way=way, eager=eager: way(compile(eager)))
+            case.rival(where, "torch.compile", lambda way=way, eager=eager: way(compile(eager)), compiled=True)
             run(case, where, records)

@@ -56,6 +56,7 @@ def step(where: Where, records: Records) -> None:
             where,
             "original, torch.compile",
             lambda: stepping(compile(rival_loss), original, teacher, ids, labels),
+            compiled=True,
         )
         run(case, where, records, ROUNDS)
 

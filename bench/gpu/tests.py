@@ -23,15 +23,26 @@ MARGIN = 3.0  # seconds before this part's own end in which what was found is wr
 TOOLS = ("memcheck", "racecheck")
 
 
+def small(where: Where, records: Records) -> None:
+    """The quickest sign that kernels are right: every op by every backend on small shapes, in bfloat16."""
+    if where.gpu:
+        _pytest(where, records, ["tests/gpu/test_ops_gpu.py", "-k", "small and bfloat16"])
+    else:
+        records.note("there is no CUDA device to run on")
+
+
 def gpu_tests(where: Where, records: Records) -> None:
-    """pytest, several at once where pytest-xdist is there; what has passed counts even if time runs out."""
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += (
-        [*GPU_TESTS, "-k", "gpu or triton", f"--ignore={INTERPRETER}"] if where.gpu else [*CUBIN_TESTS, "-k", "cubin"]
-    )
+    """All of them; without a GPU those of machine code."""
+    chosen = [*GPU_TESTS, "-k", "gpu or triton", f"--ignore={INTERPRETER}"]
+    _pytest(where, records, chosen if where.gpu else [*CUBIN_TESTS, "-k", "cubin"])
+
+
+def _pytest(where: Where, records: Records, chosen: Sequence[str]) -> None:
+    """Several at once where pytest-xdist is there; what has passed counts even if time runs out."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen]
     if where.gpu and importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]
-    said, code = _run(command, {}, where.seconds - MARGIN)
+    said, code = run(command, {}, where.seconds - MARGIN)
     print(said)
     verdicts = {
         name: len(re.findall(rf"(?:^\S+::.* {name}\b|^\[gw\d+\].* {name} tests)", said, re.MULTILINE))
@@ -58,7 +69,7 @@ def sanitizer(where: Where, records: Records) -> None:
     def check(tool: str) -> None:
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "gpu.small"]
         variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        said, code = _run(command, variables, where.seconds - MARGIN)
+        said, code = run(command, variables, where.seconds - MARGIN)
         print(said)
         summary = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*", said)
         ran = len(re.findall(r"^(?:cuda|triton) \w+", said, re.MULTILINE))
@@ -76,7 +87,7 @@ def sanitizer(where: Where, records: Records) -> None:
         thread.join()
 
 
-def _run(command: Sequence[str], variables: Mapping[str, str], limit: float) -> tuple[str, int | None]:
+def run(command: Sequence[str], variables: Mapping[str, str], limit: float) -> tuple[str, int | None]:
     """What a command said, and its status; None if it had to be ended."""
     with tempfile.TemporaryFile("w+", errors="replace") as out:  # a pipe would wait for what the command started
         process = subprocess.Popen(

@@ -41,22 +41,20 @@ def calls(where: Where) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(op, what, call) by weight: what most of the time is spent in comes first."""
     batches = where.size(BATCHES, ((2, 5),))
     for batch, length in batches:
-        yield "attention", f"bf16, {batch} x {length}", _attention(where, torch.bfloat16, batch, length)
+        yield "attention", f"{batch} x {length}", _attention(where, batch, length)
     for batch, length in batches:
         yield "int8_linear", f"{batch * length} tokens", _int8_linear(where, batch * length)
     for batch, length in batches[:1]:
         yield "linear_kl_div", "", _linear_kl_div(where, batch * length)
         yield "kl_div", "", _kl_div(where, batch * length)
         yield "layer_norm", "", _layer_norm(where, batch * length)
-    for batch, length in batches:
-        yield "attention", f"fp16, {batch} x {length}", _attention(where, torch.float16, batch, length)
 
 
-def _attention(where: Where, dtype: torch.dtype, batch: int, length: int) -> Callable[[], object]:
+def _attention(where: Where, batch: int, length: int) -> Callable[[], object]:
     heads, size = where.size((12, 64), (3, 8))
 
     def call():
-        qkv = torch.randn(batch * length, 3, heads, size, dtype=dtype, device=where.device, requires_grad=True)
+        qkv = torch.randn(batch * length, 3, heads, size, dtype=torch.bfloat16, device=where.device, requires_grad=True)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=where.device) * length
         distilbert_fast.attention(*qkv.unbind(1), cu_seqlens).sum().backward()
 
