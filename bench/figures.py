@@ -20,7 +20,6 @@ from bench.harness.command import RESULTS, ROOT, start
 
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figure: (\S+) -->\n)(.*?)(<!-- /figure -->)", re.DOTALL)
-BAR_MS = 25  # of a block of the README's chart
 FIGURES: dict[str, Callable[[], str]] = {}
 
 SHAPES = {
@@ -175,26 +174,35 @@ def avx2_emerald() -> str:
     return markdown(head, [row for row in rows if row[0] in {SHAPES[shape] for shape in whole}])
 
 
+def chart(records: Sequence[str], names: Sequence[str], cores: str, bar_ms: int) -> str:
+    """A bar for each engine named, of any of the records, the slowest first; a block is ``bar_ms`` milliseconds."""
+    found = {engine: of for each in records for engine, of in results(each).items()}
+    bars = {}
+    for engine in names:
+        one = found[engine]["32x128-ragged"]
+        title = NAMES[engine.removesuffix(f"-{one['precision']}")].removesuffix(" sdpa")
+        bars[f"{title}, {one['precision']}"] = milliseconds(one)
+    lines = [f"DistilBERT-base, 32 texts of 16 to 128 tokens, {cores}: milliseconds a batch (less is better)", ""]
+    for title, ms in sorted(bars.items(), key=lambda bar: -bar[1]):
+        lines.append(f"{title:<26}{ms:>6.0f}  {'█' * max(1, int(ms / bar_ms + 0.5))}")
+    return "\n".join(["```text", *lines, "```", ""])
+
+
+OF_CHARTS = (
+    *("transformers-sdpa-bf16", "distilbert_fast-bf16"),
+    *("onnxruntime-int8", "ctranslate2-int8", "openvino-int8", "distilbert_fast-int8"),
+)
+
+
 @figure("readme-chart")
 def readme_chart() -> str:
-    found, shape = results("epyc-avx512_bf16-2-threads"), "32x128-ragged"
-    bars = {
-        f"{name}, {precision}": min(milliseconds(found[engine][shape]) for engine in of)
-        for name, precision, of in (
-            ("transformers", "fp32", ("transformers-sdpa-fp32",)),
-            ("distilbert_fast", "fp32", ("distilbert_fast-fp32",)),
-            ("transformers", "bf16", ("transformers-sdpa-bf16",)),
-            ("ONNX Runtime", "int8", ("onnxruntime-int8",)),
-            ("distilbert_fast", "bf16", ("distilbert_fast-bf16",)),
-            ("CTranslate2", "int8", ("ctranslate2-int8",)),
-            ("OpenVINO", "int8", ("openvino-int8",)),
-            ("distilbert_fast", "int8", ("distilbert_fast-int8",)),
-        )
-    }
-    lines = ["DistilBERT-base, 32 texts of 16 to 128 tokens, two cores: milliseconds a batch (less is better)", ""]
-    for name, ms in sorted(bars.items(), key=lambda bar: -bar[1]):
-        lines.append(f"{name:<26}{ms:>6.0f}  {'█' * max(1, int(ms / BAR_MS + 0.5))}")
-    return "\n".join(["```text", *lines, "```", ""])
+    engines = ("transformers-sdpa-fp32", "distilbert_fast-fp32", *OF_CHARTS)
+    return chart(["epyc-avx512_bf16-2-threads"], engines, "two cores", 25)
+
+
+@figure("index-chart")
+def index_chart() -> str:
+    return chart(["xeon-amx-2-threads-int8", "xeon-amx-2-threads-bf16"], OF_CHARTS, "two cores with AMX", 5)
 
 
 # A distillation step --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +19,27 @@ from bench import figures  # noqa: E402
 def test_pages_hold_what_was_measured(page):
     text = (ROOT / page).read_text()
     assert figures.written(text, page) == text, "run `make figures`"
+
+
+@pytest.mark.parametrize(
+    ("page", "records", "of_a_block", "count"),
+    [
+        ("README.md", ["epyc-avx512_bf16-2-threads"], 25, 8),
+        ("docs/index.md", ["xeon-amx-2-threads-int8", "xeon-amx-2-threads-bf16"], 5, 6),
+    ],
+)
+def test_a_chart_shows_what_was_measured(page, records, of_a_block, count):
+    results = [
+        one for name in records for one in json.loads((ROOT / f"bench/results/{name}.json").read_text())["results"]
+    ]
+    measured = {one["engine"]: 1e3 * one["seconds"]["median"] for one in results if one["workload"] == "32x128-ragged"}
+    engines = {"transformers": "transformers-sdpa", "ONNX Runtime": "onnxruntime"}
+    bars = re.findall(r"^(.+), (\w+) +(\d+)  (█+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(bars) == count
+    for engine, precision, shown, bar in bars:
+        milliseconds = measured[f"{engines.get(engine, engine.lower())}-{precision}"]
+        assert int(shown) == round(milliseconds)
+        assert abs(len(bar) - milliseconds / of_a_block) < 1
 
 
 def test_every_figure_is_in_a_page_once():

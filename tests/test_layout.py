@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,19 +135,5 @@ def test_every_page_is_reached_from_the_index():
     assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
 
 
-def test_readme_is_short_and_its_chart_shows_what_was_measured():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 120
-    record = json.loads((ROOT / "bench/results/epyc-avx512_bf16-2-threads.json").read_text())
-    engines = {"transformers": "transformers-sdpa", "ONNX Runtime": "onnxruntime", "CTranslate2": "ctranslate2"}
-    measured = {
-        result["engine"]: 1e3 * result["seconds"]["median"]
-        for result in record["results"]
-        if result["workload"] == "32x128-ragged"
-    }
-    bars = re.findall(r"^(.+), (\w+) +(\d+)  (█+)$", text, re.MULTILINE)
-    assert len(bars) == 8
-    for engine, precision, shown, bar in bars:
-        milliseconds = measured[f"{engines.get(engine, engine.lower())}-{precision}"]
-        assert int(shown) == round(milliseconds)
-        assert abs(len(bar) - milliseconds / 25) < 1  # a block is 25 ms
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -35,22 +34,6 @@ def test_each_guarantee_has_its_tests():
             path, _, function = node.partition("::")
             assert (ROOT / path).is_file(), f"{promise}: {node}"
             assert not function or function in functions(ROOT / path), f"{promise}: {node}"
-
-
-def test_the_chart_shows_what_was_measured():
-    text = (ROOT / "docs/index.md").read_text()
-    measured = {}
-    for kind in ("int8", "bf16"):
-        record = json.loads((ROOT / f"bench/results/xeon-amx-2-threads-{kind}.json").read_text())
-        rows = [one for one in record["results"] if one["workload"] == "32x128-ragged"]
-        measured |= {one["engine"]: 1e3 * one["seconds"]["median"] for one in rows}
-    engines = {"transformers": "transformers-sdpa", "ONNX Runtime": "onnxruntime"}
-    bars = re.findall(r"^(.+), (\w+) +(\d+)  (█+)$", text, re.MULTILINE)
-    assert len(bars) == 6
-    for engine, precision, shown, bar in bars:
-        milliseconds = measured[f"{engines.get(engine, engine.lower())}-{precision}"]
-        assert int(shown) == round(milliseconds)
-        assert abs(len(bar) - milliseconds / 5) < 1  # a block is 5 ms
 
 
 def test_from_a_csv_to_a_classifier_in_five_commands():
