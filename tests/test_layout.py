@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,16 @@ csrc/cpu/                   not_a_module.py
 def test_no_module_is_too_long():
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in modules() | {"setup.py"}}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_no_class_shares_its_name_with_another():
+    """But for the records of a call and of its backward, which every op has."""
+    places: dict[str, list[str]] = {}
+    for module in sorted(modules()):
+        for node in ast.walk(ast.parse((ROOT / module).read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert {name: of for name, of in places.items() if len(of) > 1 and name not in ("Call", "Gradient")} == {}
 
 
 def anchors(text: str) -> set[str]:

@@ -20,7 +20,7 @@ from bench.harness.processes import Worker, end_all
 from bench.peers.engines import ENGINES, PRECISIONS, REFERENCE, Spec, environment, tcmalloc
 from bench.peers.models import MODELS, MissingModelError
 from bench.peers.workloads import SEED, WORKLOADS, Workload
-from distilbert_fast.modeling.loading import fingerprint
+from distilbert_fast.modeling.loading import checkpoint_digest
 
 PEAKS = Spec("machine-peaks", "", "")  # a worker that measures the machine
 
@@ -148,7 +148,7 @@ class Work:
     def kept(self, name: str, directory: Path) -> Path:
         """Where what is made of a checkpoint of this content lies."""
         if directory not in self.fingerprints:
-            self.fingerprints[directory] = fingerprint(directory)[:12]
+            self.fingerprints[directory] = checkpoint_digest(directory)[:12]
         return self.settings.cache / f"{name}-{self.fingerprints[directory]}"
 
     def contest(

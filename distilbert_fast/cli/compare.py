@@ -73,7 +73,7 @@ def compare(
     with plain_errors("the same command continues"):
         from distilbert_fast.jobs import compare as job
 
-        plan = job.QUICK if quick else job.Plan()
+        plan = job.QUICK if quick else job.Workload()
         if threads is not None:
             plan = dataclasses.replace(plan, threads=threads)
         patterns = [part.strip() for part in only.split(",") if part.strip()]

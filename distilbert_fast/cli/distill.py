@@ -54,7 +54,7 @@ A corpus that need not fit on the disk:
     teacher_batch_size=64,
 )
 @dataclass(kw_only=True)
-class Mlm(DistillCommand):
+class DistilMlm(DistillCommand):
     """Distil a general student by masked language modelling on text, as DistilBERT was made."""
 
     data: Annotated[
@@ -155,7 +155,7 @@ Numbers instead of classes, such as how alike two sentences are:
 """,
 )
 @dataclass(kw_only=True)
-class Task(SentencesCommand, TaskCommand):
+class DistilSentences(SentencesCommand, TaskCommand):
     """Distil a student that classifies sentences, or pairs of them, or gives them a number."""
 
     def objective(self, job: Job) -> dict[str, Any]:
@@ -181,7 +181,7 @@ A tagger that is there, on a data set of the hub:
 """,
 )
 @dataclass(kw_only=True)
-class Tokens(TaskCommand):
+class DistilTokens(TaskCommand):
     """Distil a student that tags words: named entities, parts of speech."""
 
     task: Annotated[
@@ -216,7 +216,7 @@ class Tokens(TaskCommand):
     micro_batch=8,
 )
 @dataclass(kw_only=True)
-class Qa(TaskCommand):
+class DistilAnswers(TaskCommand):
     """Distil a student that finds answers in a text."""
 
     data: Annotated[Path, typer.Option(metavar="FILE", help="Questions with answers, a .json file of SQuAD's form.")]

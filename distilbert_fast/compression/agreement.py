@@ -68,7 +68,7 @@ class Agreement(NamedTuple):
         return self.same / max(self.answers, 1)
 
 
-def agreement(found: torch.Tensor, reference: torch.Tensor) -> Agreement:
+def agreement_of(found: torch.Tensor, reference: torch.Tensor) -> Agreement:
     """Of log p [R, K] with reference log p [R, K]."""
     kl = (reference.exp() * (reference - found)).sum(-1)
     same = found.argmax(-1) == reference.argmax(-1)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from distilbert_fast.compression.sublayers import Batch, States, Sublayer, from_layer, inputs_of
+from distilbert_fast.compression.sublayers import Batch, States, Sublayer, from_layer, inputs_read
 from distilbert_fast.ops import _check
 
 LogLikelihood = Callable[[Any, Batch, torch.Tensor], torch.Tensor]  # of a model's answers, summed over a batch
@@ -98,7 +98,7 @@ class Scorer:
             for i in self.which:
                 batch, real = states.batches[i], states.masks[i]
                 given[:] = [states.hidden[i].detach().requires_grad_()]
-                with inputs_of(readers) as inputs:
+                with inputs_read(readers) as inputs:
                     outputs = self.model(**batch, **({} if self.labels is None else {"labels": self.labels[i]}))
                 places = [k for k, x in enumerate(inputs) if x.numel()]
                 loss = self.log_likelihood(outputs, batch, real)

@@ -23,7 +23,7 @@ from distilbert_fast.ops.int8_linear import int8_linear
 from distilbert_fast.ops.linear import linear
 from distilbert_fast.ops.quantize import quantize
 
-LARGEST = 127
+LARGEST_CODE = 127
 
 
 class LsqLinear(nn.Linear):
@@ -85,9 +85,9 @@ class _Lsq(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = linear(dy, (codes * scale[:, None]).to(ctx.dtype).t())  # [N, C]
         dw = linear(dy.t(), (x_q * x_scale[:, None]).to(ctx.dtype).t()).float()  # [F, C]
-        inside = weight.float().abs() <= LARGEST * scale[:, None]
+        inside = weight.float().abs() <= LARGEST_CODE * scale[:, None]
         within = inside & (scale > 0)[:, None]
         wrong = codes - torch.where(within, weight / scale[:, None], 0)  # [F, C]
-        ds = (dw * wrong).sum(1) / math.sqrt(LARGEST * max(weight.shape[1], 1))  # [F]
+        ds = (dw * wrong).sum(1) / math.sqrt(LARGEST_CODE * max(weight.shape[1], 1))  # [F]
         db = dy.sum(0) if ctx.needs_input_grad[3] else None
         return dx, torch.where(inside, dw, 0).to(weight.dtype), ds, db

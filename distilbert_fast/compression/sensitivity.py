@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.compression.activations import moments
-from distilbert_fast.compression.agreement import Agreement, agreement, answers
+from distilbert_fast.compression.agreement import Agreement, agreement_of, answers
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.compression_config import Int8Config
 from distilbert_fast.modeling.quantizer import Moments, check_finite, compressed_modules, linear_names
@@ -151,7 +151,7 @@ def _measure(model: PreTrainedModel, variants: Sequence[Modules], given: Batches
                 try:
                     for name, module in modules:
                         model.set_submodule(name, module)
-                    found[i] += agreement(answers(model, batch, caller), reference)
+                    found[i] += agreement_of(answers(model, batch, caller), reference)
                 finally:
                     for name, module in kept:
                         model.set_submodule(name, module)

@@ -30,18 +30,18 @@ from distilbert_fast.compression.allocation import allocate
 from distilbert_fast.compression.costs import Costs
 from distilbert_fast.compression.importance import Scorer, drawn, labelled
 from distilbert_fast.compression.least_squares import LeastSquares
-from distilbert_fast.compression.sublayers import Batch, States, Sublayer, frozen, inputs_of, sublayers
+from distilbert_fast.compression.sublayers import Batch, States, Sublayer, frozen, inputs_read, sublayers
 from distilbert_fast.engine.engine import PRECISIONS
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import check_weights, encoder_layers, find_encoder, part
 from distilbert_fast.modeling.quantizer import check_finite, record_structure
-from distilbert_fast.modeling.structure import LayerStructure, check_float, structure_of
+from distilbert_fast.modeling.structure import LayerStructure, check_prunable, structure_of
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops._check import choice, positive, refuse
 
 OP = "prune_model"
 MEASURES = ("parameters", "flops", "time")
-METHODS = ("kprune", "fisher")
+PRUNING_METHODS = ("kprune", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class PruningConfig:
                 refuse(OP, name, "a number from 1 on", getattr(self, name))
         choice(OP, "precision", self.precision, (None, *PRECISIONS))
         choice(OP, "measure", self.measure, MEASURES)
-        choice(OP, "method", self.method, METHODS)
+        choice(OP, "method", self.method, PRUNING_METHODS)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def prune_model(
     """
     encoder: Any = find_encoder(model, OP)
     check_weights(encoder, None, OP)
-    check_float(encoder, OP)
+    check_prunable(encoder, OP)
     check_finite(model, OP)
     if encoder.dtype not in (torch.float32, torch.float64):
         refuse(OP, "model.dtype", "float32 or float64", str(encoder.dtype)[6:], TypeError)
@@ -224,7 +224,7 @@ class _Pruning:
         """What each of a layer's norms reads in the whole model, real tokens [N, C] of each batch."""
         found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for i, x in enumerate(self.whole):
-            with inputs_of(self._norms(layer)) as read:
+            with inputs_read(self._norms(layer)) as read:
                 self.whole[i] = self.states.run(layer, i, x)
             for place, sum_ in enumerate(read):
                 found[place].append(self.states.rows(sum_, i))
@@ -260,7 +260,7 @@ class _Pruning:
         reader, norm = sublayer.reader(encoder), self._norms(layer)[0 if sublayer.is_attention else 1]
         fit = LeastSquares(reader.in_features, reader.out_features, encoder.device)
         for i, x in enumerate(states.hidden):
-            with inputs_of([reader, norm], stop=True) as read:
+            with inputs_read([reader, norm], stop=True) as read:
                 states.run(layer, i, x)
             z, sum_ = (states.rows(tensor, i) for tensor in read)
             fit.add(z, target[i] - (sum_ - reader(z)))

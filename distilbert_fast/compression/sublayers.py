@@ -118,7 +118,7 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 
 @contextlib.contextmanager
-def inputs_of(modules: Sequence[nn.Module], stop: bool = False) -> Iterator[list[Any]]:
+def inputs_read(modules: Sequence[nn.Module], stop: bool = False) -> Iterator[list[Any]]:
     """What modules read in the call that runs meanwhile; with ``stop`` it ends where it reaches the last of them."""
     seen: list[Any] = [None] * len(modules)
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 from datasets.table import MemoryMappedTable
 
 from distilbert_fast.data.packing import CorpusReport, Flat, LineTokenizer, RowFilter, RowFormat, join
-from distilbert_fast.data.text_sources import Texts
+from distilbert_fast.data.text_sources import TextSource
 from distilbert_fast.files.durable import building, lock
 from distilbert_fast.files.schema import integer, record, validate
 from distilbert_fast.ops._check import choice, refuse
@@ -136,7 +136,7 @@ def load_corpus(
         refuse("load_corpus", "tokenizer", "one with tokens that open and close a sequence", type(tokenizer).__name__)
     form = RowFormat(cls, sep, max_length, packing, "uint16" if len(tokenizer) <= 2**16 else "int32")
     keep = RowFilter(min_length, max_unknown, tokenizer.unk_token_id, holdout, seed if holdout else 0)
-    texts = Texts(source, text_column, split, across_lines=packing == "full_sentences")
+    texts = TextSource(source, text_column, split, across_lines=packing == "full_sentences")
     pipeline = _Pipeline(texts, tokenizer, form, keep)
     if streaming and not head:
         return Corpus(_stream(pipeline, 0), _stream(pipeline, 1) if holdout else None)
@@ -161,7 +161,7 @@ def load_corpus(
 class _Pipeline(NamedTuple):
     """The steps from texts to rows."""
 
-    texts: Texts
+    texts: TextSource
     tokenizer: Any
     form: RowFormat
     keep: RowFilter

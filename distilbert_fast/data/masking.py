@@ -267,10 +267,10 @@ def pad_collator(tokenizer: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict
     """
     if tokenizer.pad_token_id is None:
         refuse("pad_collator", "tokenizer", "one with a pad token", type(tokenizer).__name__)
-    return partial(pad, pad_id=int(tokenizer.pad_token_id))
+    return partial(pad_rows, pad_id=int(tokenizer.pad_token_id))
 
 
-def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def pad_rows(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """The batch that ``pad_collator`` makes of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE

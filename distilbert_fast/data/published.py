@@ -20,9 +20,14 @@ from distilbert_fast.files.text import json_object, lines, read_text, refuse_inp
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
+LabelledRow = tuple[tuple[str, ...], Any]  # a sentence or two, and a label
 # Columns of pairs, as GLUE's data sets have them.
-PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+)
 _ENTAILMENT = (("entailment",), ("not_entailment",))
 _INFERENCE = (("entailment",), ("neutral",), ("contradiction",))
 
@@ -38,7 +43,7 @@ class Split(NamedTuple):
         file_ids: of all rows of the file, also of those without a label, which are left out.
     """
 
-    rows: list[Row]
+    rows: list[LabelledRow]
     columns: tuple[str, ...]
     class_names: Sequence[str] | None
     ids: tuple[str, ...]
@@ -110,7 +115,7 @@ class Published:
 _SENTENCE, _TWO = ("sentence",), ("sentence1", "sentence2")
 _ACCURACY = ("accuracy",)
 _WITH_F1 = ("accuracy", "f1")
-TASKS: Mapping[str, Published] = {
+PUBLISHED_TASKS: Mapping[str, Published] = {
     task.name: task
     for task in (
         Published(
@@ -240,7 +245,7 @@ _TEXT_AND_CLASS = Plain((2,), (0,), 1)  # AG News in one column of text
 def published(name: str | None) -> Published | None:
     """The task of that name, also with "glue/" or "super_glue/" before; None if there is none."""
     known = (name or "").lower().removeprefix("glue/").removeprefix("super_glue/")
-    return TASKS.get(_ALSO.get(known, known))
+    return PUBLISHED_TASKS.get(_ALSO.get(known, known))
 
 
 def read_published(op: str, argument: str, path: Path, task: Published) -> Split:
@@ -252,7 +257,7 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
     if task.name == "imdb" and path.is_dir():
         return _folders(op, argument, path, task)
     source = f"{op}: {argument}: {str(path)!r}"
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     ids: list[str] = []
     kept: list[int] = []
     left_out = {"without a label": 0, "with too few columns": 0}
@@ -288,7 +293,7 @@ def read_published(op: str, argument: str, path: Path, task: Published) -> Split
 
 def _folders(op: str, argument: str, path: Path, task: Published) -> Split:
     """Of a directory with a folder for each class, and a text in each of its files, as IMDb's test/neg/0_2.txt."""
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     ids: list[str] = []
     for name in task.class_names:
         files = sorted((path / name).glob("*.txt"))
@@ -362,7 +367,7 @@ def _objects(source: str, text: str, task: Published) -> Iterator[tuple[int, Seq
 
 def _named(names: Sequence[str], task: Published) -> tuple[tuple[int, ...], int] | None:
     """The places of texts and label among names of columns; None if they are not there."""
-    known = (task.columns, *task.texts, *(PAIRS if len(task.columns) == 2 else (("text",),)))
+    known = (task.columns, *task.texts, *(PAIR_COLUMNS if len(task.columns) == 2 else (("text",),)))
     texts = next((columns for columns in known if set(columns) <= set(names)), None)
     label = next((name for name in (task.label, "label") if name in names), None)
     if texts is None or label is None:

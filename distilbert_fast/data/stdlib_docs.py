@@ -46,7 +46,7 @@ MASK = "\N{HORIZONTAL ELLIPSIS}"
 MIN_WORDS, MAX_WORDS = 14, 80  # about 20 to 120 word pieces
 SHARED_RUN = 8  # words in a row that no two passages have in common
 LIBRARY_LIMIT = 400  # passages per library at most, so that no class dominates
-EVAL_PERCENT = 20
+_EVAL_PERCENT = 20
 
 
 _Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -88,7 +88,7 @@ def passages() -> list[Passage]:
 
 def is_eval(name: str) -> bool:
     """Whether the object `name` belongs to the evaluation split: fixed by the name alone."""
-    return hashed(name) % 100 < EVAL_PERCENT
+    return hashed(name) % 100 < _EVAL_PERCENT
 
 
 def prose(doc: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Pair(NamedTuple):
+class PairLengths(NamedTuple):
     """The size of a pair of sentences."""
 
     tokens: int  # word pieces of both, with the special ones
@@ -93,9 +93,9 @@ _COUNTED = (
 )
 
 
-def stsb_pairs() -> list[Pair]:
+def stsb_pairs() -> list[PairLengths]:
     """The 1,500 pairs, in the order of their lengths."""
-    return [Pair(tokens, first, second) for tokens, count, first, second in _COUNTED for _ in range(count)]
+    return [PairLengths(tokens, first, second) for tokens, count, first, second in _COUNTED for _ in range(count)]
 
 
 def words(text: str) -> int:
@@ -103,7 +103,7 @@ def words(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def spread_over(pairs: Iterable[Pair], count: int) -> list[Pair]:
+def spread_over(pairs: Iterable[PairLengths], count: int) -> list[PairLengths]:
     """So many of the pairs, evenly spaced in the order of their lengths: their mean is about that of all."""
     ordered = sorted(pairs)
     return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]

@@ -14,7 +14,15 @@ from typing import Any
 
 from datasets import Dataset
 
-from distilbert_fast.data.published import PAIRS, Published, Row, Split, as_number, published, read_published
+from distilbert_fast.data.published import (
+    PAIR_COLUMNS,
+    LabelledRow,
+    Published,
+    Split,
+    as_number,
+    published,
+    read_published,
+)
 from distilbert_fast.data.sentences import Text
 from distilbert_fast.data.tables import (
     EVAL_SPLITS,
@@ -75,7 +83,7 @@ class Task:
         columns = [split[column] for column in self.columns]
         return list(columns[0]) if len(columns) == 1 else list(zip(columns[0], columns[1], strict=True))
 
-    def _rows(self, split: Dataset) -> list[Row]:
+    def _rows(self, split: Dataset) -> list[LabelledRow]:
         texts = zip(*(split[column] for column in self.columns), strict=True)
         return list(zip(texts, split["label"], strict=True))
 
@@ -129,10 +137,10 @@ def load_task(
             has. Of a hub data set the split `validation` is evaluated on (mnli: `validation_matched`), or else `test`;
             rows without label are left out.
         data: a .tsv, .csv, .jsonl or .parquet file with the columns `sentence` (or `text`) and `label`, or with one of
-            `PAIRS` and `label`; with the name of a task of `published.TASKS`, a file as it is published. TSV files have
-            no quoting, CSV files quote with `"`; both start with a line of column names. Texts are taken as they are,
-            labels without the spaces around them. A Parquet file that `datasets` wrote has the names of its classes,
-            and its rows without label are left out as those of the hub are.
+            `PAIR_COLUMNS` and `label`; with the name of a task of `published.PUBLISHED_TASKS`, a file as it is
+            published. TSV files have no quoting, CSV files quote with `"`; both start with a line of column names.
+            Texts are taken as they are, labels without the spaces around them. A Parquet file that `datasets` wrote
+            has the names of its classes, and its rows without label are left out as those of the hub are.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences (or
             pairs) of `data` are held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training rows, chosen by hash; all when None.
@@ -172,10 +180,10 @@ def load_task(
     return _task(name, train, held_out, columns, regression, names, max_train_rows)
 
 
-def _stdlib_docs() -> tuple[list[Row], list[Row], tuple[str, ...]]:
+def _stdlib_docs() -> tuple[list[LabelledRow], list[LabelledRow], tuple[str, ...]]:
     from distilbert_fast.data import stdlib_docs
 
-    rows: dict[bool, list[Row]] = {False: [], True: []}
+    rows: dict[bool, list[LabelledRow]] = {False: [], True: []}
     for passage in stdlib_docs.passages():
         rows[stdlib_docs.is_eval(passage.name)].append(((passage.text,), passage.library))
     return rows[False], rows[True], tuple(stdlib_docs.LIBRARIES)
@@ -243,19 +251,19 @@ def read_hub_split(op: str, task: Published) -> Split:
 
 def _text_columns(names: Sequence[str]) -> tuple[str, ...]:
     """The columns of a pair, if both are there, else the column of a sentence; and the columns that are missing."""
-    whole = (pair for pair in PAIRS if set(pair) <= set(names))
-    begun = (pair for pair in PAIRS if set(pair) & set(names))
+    whole = (pair for pair in PAIR_COLUMNS if set(pair) <= set(names))
+    begun = (pair for pair in PAIR_COLUMNS if set(pair) & set(names))
     return next(whole, SENTENCE if "sentence" in names else next(begun, SENTENCE))
 
 
 def _rows(
     source: str, table: Table, columns: Sequence[str], regression: bool, label_column: str = "label"
-) -> list[Row]:
+) -> list[LabelledRow]:
     """The texts of these columns as they are, with their labels; for a regression labels are floats, lists are tuples.
 
     Labels that are numbers of named classes become these names, and rows with NO_LABEL are left out.
     """
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     names = table.class_names.get(label_column)
     texts = [table.columns[column] for column in columns]
     labels = table.columns[label_column]
@@ -309,7 +317,9 @@ def _label(row: str, cell: object) -> str:
     return text_of(row, cell, "a text as label", "label").strip()
 
 
-def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None, tuple[str, ...], Sequence[str] | None]:
+def _from_hub(
+    name: str, regression: bool
+) -> tuple[list[LabelledRow], list[LabelledRow] | None, tuple[str, ...], Sequence[str] | None]:
     """Rows to train and to evaluate on; what their columns are to be called; the names of the classes."""
     splits = hub_splits(OP, name, f"the built-in task {BUILT_IN!r}")
     names = [*splits["train"].columns]
@@ -320,11 +330,11 @@ def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None,
     if not {*reading, label} <= set(names):
         raise ValueError(
             f"{OP}: name: {name!r} has no columns sentence (or text) and label, nor a pair such as "
-            f"{' and '.join(PAIRS[0])}; its columns: {', '.join(names)}"
+            f"{' and '.join(PAIR_COLUMNS[0])}; its columns: {', '.join(names)}"
         )
     regression = regression or any(isinstance(given, float) for given in splits["train"].columns[label])
 
-    def labelled(split: str) -> list[Row]:  # GLUE keeps the labels of its test splits to itself
+    def labelled(split: str) -> list[LabelledRow]:  # GLUE keeps the labels of its test splits to itself
         return _rows(f"{OP}: name: {name!r}", splits[split], reading, regression, label)
 
     train = labelled("train")
@@ -336,8 +346,8 @@ def _from_hub(name: str, regression: bool) -> tuple[list[Row], list[Row] | None,
 
 def _task(
     name: str,
-    train: list[Row],
-    held_out: list[Row] | None,
+    train: list[LabelledRow],
+    held_out: list[LabelledRow] | None,
     columns: tuple[str, ...],
     regression: bool,
     class_names: Sequence[str] | None,
@@ -375,7 +385,7 @@ def _task(
     return Task(name, splits[0], splits[1], names, columns, True in several)
 
 
-def _used(rows: Sequence[Row]) -> set[Any]:
+def _used(rows: Sequence[LabelledRow]) -> set[Any]:
     """All labels of rows, which may have one each or several."""
     return {one for _, label in rows for one in (label if isinstance(label, tuple) else (label,))}
 
@@ -406,6 +416,6 @@ def label_order(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
+def _dataset(rows: Sequence[LabelledRow], columns: Sequence[str]) -> Dataset:
     texts = {column: [row[0][i] for row in rows] for i, column in enumerate(columns)}
     return Dataset.from_dict({**texts, "label": [row[1] for row in rows]})

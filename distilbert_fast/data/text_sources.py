@@ -50,7 +50,7 @@ class OpenTexts(NamedTuple):
     added: int = 0
 
 
-class Texts:
+class TextSource:
     """A source as ``load_corpus`` describes it; ``across_lines`` says that lines are put together to documents.
 
     Raises:

@@ -130,7 +130,7 @@ class DistillationArguments(TrainingArguments):
             refuse(OP, "label_smoothing_factor", f"0 for objective {self.objective}", self.label_smoothing_factor)
 
 
-def settings_of(args: DistillationArguments) -> dict[str, Any]:
+def objective_settings(args: DistillationArguments) -> dict[str, Any]:
     """The settings that the objective reads; "task" is left out, since it is the default."""
     of_mlm = (*_ALPHAS.values(), "kd_positions", "hidden_loss", "layer_map", "relation_heads")
     read = ("temperature", *(of_mlm if args.objective == "mlm" else ("alpha",)))

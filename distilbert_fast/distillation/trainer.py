@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
-from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, settings_of
+from distilbert_fast.distillation.arguments import DistillationArguments, objective_of, objective_settings
 from distilbert_fast.distillation.objectives.task import Objective, Step
 from distilbert_fast.distillation.teachers.cache import CachedTeacher
 from distilbert_fast.distillation.teachers.effect import teacher_effect
@@ -253,7 +253,7 @@ class DistillationTrainer(ResumableTrainer):
         """The settings that must be the same to resume a run, and the teacher's weights."""
         return (
             super().resume_settings()
-            | {f"args.{name}": value for name, value in settings_of(self.args).items()}
+            | {f"args.{name}": value for name, value in objective_settings(self.args).items()}
             | {
                 "objective": repr(self.objective) if self._given_objective else None,
                 "teacher": None if self.teacher is None else self.teacher.describe(),

@@ -23,13 +23,12 @@ from distilbert_fast.engine.native_encoder import (
     WEIGHTS,
     EncoderShape,
     PackedEncoder,
-    address,
     packed_bytes,
     whole_panels,
 )
 from distilbert_fast.engine.weights import EncoderModules, LayerModules, float_weight, has_tables, layer_weights
 from distilbert_fast.layers import CodebookLinear, Int8Linear
-from distilbert_fast.ops._rows import parameter
+from distilbert_fast.ops._rows import address, parameter
 from distilbert_fast.ops.quantize import quantize
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

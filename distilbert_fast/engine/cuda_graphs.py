@@ -26,7 +26,7 @@ import torch
 from distilbert_fast import backends
 from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
 
-LARGEST = 16_384  # tokens; beyond that a GPU computes for longer than the host takes to launch
+MOST_TOKENS = 16_384  # tokens; beyond that a GPU computes for longer than the host takes to launch
 PADDING = 128  # tokens of an added sequence: short, since attention grows with the square
 GRAPHS = 64  # kept by default
 MAX_BYTES = 512 << 20  # of the kept graphs' inputs and outputs, what they share aside
@@ -50,7 +50,7 @@ def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-class Inputs(NamedTuple):
+class GraphInputs(NamedTuple):
     """What a graph reads: the memory stays, the values change."""
 
     ids: torch.Tensor  # int64 [N']
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 class Captured(NamedTuple):
-    inputs: Inputs
+    inputs: GraphInputs
     output: torch.Tensor
     replay: Callable[[], None]
 
@@ -94,7 +94,7 @@ class CudaDevice:
             finally:
                 self._done.record(current)
 
-    def capture(self, make: Callable[[], Inputs], function: Callable[[Inputs], torch.Tensor]) -> Captured:
+    def capture(self, make: Callable[[], GraphInputs], function: Callable[[GraphInputs], torch.Tensor]) -> Captured:
         """Capture ``function`` of the inputs made; called in turn."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -159,7 +159,7 @@ class Graphs:
 
     def take(self, tokens: int) -> bool:
         """Whether ``run`` serves so many tokens now."""
-        return 0 < tokens <= LARGEST and self._device.free(self._encoder.dtype)
+        return 0 < tokens <= MOST_TOKENS and self._device.free(self._encoder.dtype)
 
     def run(
         self,
@@ -192,11 +192,11 @@ class Graphs:
     def _capture(self, tokens: int, sequences: int, first: bool) -> Captured:
         encoder = self._encoder
 
-        def make() -> Inputs:
+        def make() -> GraphInputs:
             ids, positions, types = torch.zeros(3, tokens, dtype=torch.int64, device=encoder.word.device)
             ends = [min(i * -(-tokens // sequences), tokens) for i in range(sequences + 1)]
             cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=ids.device)
-            return Inputs(ids, positions, None if encoder.token_type is None else types, cu_seqlens)
+            return GraphInputs(ids, positions, None if encoder.token_type is None else types, cu_seqlens)
 
         return self._device.capture(make, lambda inputs: encoder.run(*inputs, first=first)[-1])
 

@@ -14,6 +14,7 @@ from distilbert_fast import backends
 from distilbert_fast.engine.weights import OP
 from distilbert_fast.layers import is_token
 from distilbert_fast.ops import _check
+from distilbert_fast.ops._rows import address
 
 WEIGHTS = {"int8": 0, "bf16": 1, "fp32": 2, "codebook16": 3}  # enum Weights of csrc/cpu/gemm/gemm.h
 CODED = frozenset({"int8", "codebook16"})  # those that read activations as int8 codes
@@ -210,11 +211,6 @@ class PackedEncoder:
         """
         columns = self._widest * self.shape.head_size + self._widest_ffn
         return torch.zeros(len(self.shape.heads), columns, device="cpu")
-
-
-def address(x: torch.Tensor | None) -> int:
-    """Where C++ code finds a tensor's elements; 0: there is none."""
-    return 0 if x is None else x.data_ptr()
 
 
 def packed_bytes(precision: str, columns: int, depth: int) -> int:

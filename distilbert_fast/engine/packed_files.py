@@ -31,8 +31,8 @@ from distilbert_fast.engine.native_encoder import (
 )
 from distilbert_fast.engine.weights import OP
 from distilbert_fast.files.durable import (
-    CHECKSUM,
     UNSEALED,
+    XXH3_KEY,
     FileError,
     check_seal,
     few,
@@ -71,7 +71,7 @@ _TABLES, _VECTORS = (torch.float32, torch.bfloat16), (torch.float32,)
 def write(packed: PackedEncoder, path: str | Path) -> None:
     """Write a file, or replace one. Raises OSError that names it; no half-written file is left."""
     tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in packed.tensors.items()}
-    metadata = {"format": FORMAT, "shape": json.dumps(packed.shape._asdict()), CHECKSUM: UNSEALED}
+    metadata = {"format": FORMAT, "shape": json.dumps(packed.shape._asdict()), XXH3_KEY: UNSEALED}
     with replacing(path, unique=True) as partial:
         save_file(tensors, partial, metadata)
         seal(partial)
@@ -83,9 +83,9 @@ def read(path: str | Path, verify: bool | None) -> PackedEncoder:
         size = regular_size(path)
         metadata, tensors = _parts(path)
         shape = _shape(path, metadata, tensors)
-        if verify and metadata.get(CHECKSUM, UNSEALED) == UNSEALED:
+        if verify and metadata.get(XXH3_KEY, UNSEALED) == UNSEALED:
             refuse_file(path, "expected a checksum to verify, got a file of an earlier version; save it again")
-        check_seal(path, metadata.get(CHECKSUM), size < VERIFIED if verify is None else verify)
+        check_seal(path, metadata.get(XXH3_KEY), size < VERIFIED if verify is None else verify)
         _check_parts(shape, tensors)
         return PackedEncoder(shape, tensors)
     except FileError as error:
@@ -110,9 +110,9 @@ def _parts(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def _shape(path: str | Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> EncoderShape:
-    unknown = metadata.keys() - {"format", "shape", CHECKSUM}
+    unknown = metadata.keys() - {"format", "shape", XXH3_KEY}
     if unknown or "shape" not in metadata:
-        refuse_file(path, f"expected the metadata format, shape and {CHECKSUM}, got {', '.join(sorted(metadata))}")
+        refuse_file(path, f"expected the metadata format, shape and {XXH3_KEY}, got {', '.join(sorted(metadata))}")
     fields = parse_json(metadata["shape"], path, record(_FORMATS[metadata["format"]]), "shape")
     fields["heads"] = tuple(map(tuple, fields["heads"]))
     fields["scales"] = tuple(map(tuple, fields["scales"]))

@@ -68,7 +68,7 @@ class EncoderModules(NamedTuple):
     padding_idx: int | None = None  # RoBERTa counts positions from padding_idx + 1, and only of other ids
 
     @property
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, EmbeddingTable]:
         named = {"word": self.word, "position": self.position, "token_type": self.token_type}
         return {name: table_weights(table) for name, table in named.items() if table is not None}
 
@@ -97,7 +97,7 @@ class Linear(NamedTuple):
     tables: torch.Tensor | None = None  # int8 [F, 16], the same for each four rows
 
 
-class Table(NamedTuple):
+class EmbeddingTable(NamedTuple):
     """Vectors [rows, C]: weight, or row by row scale · weight where that holds int8 codes."""
 
     weight: torch.Tensor
@@ -234,10 +234,10 @@ def _concatenate(query: Linear, key: Linear, value: Linear) -> Linear:
     return Linear(*joined)
 
 
-def table_weights(table: Any) -> Table:
+def table_weights(table: Any) -> EmbeddingTable:
     if isinstance(table, Int8Embedding):
-        return Table(table.codes.detach(), table.weight_scale)
-    return Table(table.weight.detach(), None)
+        return EmbeddingTable(table.codes.detach(), table.weight_scale)
+    return EmbeddingTable(table.weight.detach(), None)
 
 
 def table_dtype(table: Any) -> torch.dtype:

@@ -27,7 +27,7 @@ from distilbert_fast.evaluation.report import (
 )
 
 FILES = ("compare.json", "compare.md", "compare.png", "compare.html")
-PAIRS = 1500  # of STS-B's development set, which DistilBERT's paper timed a pass over
+PAPER_PAIRS = 1500  # of STS-B's development set, which DistilBERT's paper timed a pass over
 PAPER = "DistilBERT's paper (arXiv:1910.01108v4, table 3: Xeon E5-2690 v3, batch 1)"
 # What was published: millions of parameters, and seconds of a pass over STS-B's development set at batch 1; GLUE's mean
 # of nine tasks. RoBERTa's size is that of fairseq's list of models.
@@ -113,9 +113,9 @@ def notes(content: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, row in found.items():
         if name in PUBLISHED and (seconds := PUBLISHED[name][1]):
-            here = row["latency_ms"]["median"] * PAIRS / 1e3
+            here = row["latency_ms"]["median"] * PAPER_PAIRS / 1e3
             yield (
-                f"{row['title']}: {here:.0f} s for a pass over {PAIRS} pairs; published: {seconds:g} s, {PAPER}; "
+                f"{row['title']}: {here:.0f} s for a pass over {PAPER_PAIRS} pairs; published: {seconds:g} s, {PAPER}; "
                 f"GLUE's mean there: {PUBLISHED[name][2]:g}."
             )
     if "elmo-bilstm" in found:

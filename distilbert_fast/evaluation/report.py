@@ -21,14 +21,14 @@ from rich.table import Table
 
 SPREAD = 2.0  # slowest over fastest turn, above which other work disturbed a timing
 
-Row = Mapping[str, Any]
+ReportRow = Mapping[str, Any]
 CLOCKS = {"ms, batch 1": "latency_ms", "sentences/s, batch 32": "throughput"}  # what we call them: key in the rows
-LIBRARIES = {"transformers": "transformers", "distilbert_fast": "optimize()"}  # key in the rows: what we call it
+LIBRARY_TITLES = {"transformers": "transformers", "distilbert_fast": "optimize()"}  # key in the rows: what we call it
 
 
 def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
     """The table of the report as text: a title and a cell for each model in a row; the first one holds their names."""
-    models: Mapping[str, Row] = content["models"]
+    models: Mapping[str, ReportRow] = content["models"]
     shown: dict[str, list[str]] = {
         title: [form(row) for row in models.values()]
         for title, form in (
@@ -43,7 +43,7 @@ def rows(content: Mapping[str, Any], ranges: bool = True) -> list[list[str]]:
         )
     }
     for title, key in CLOCKS.items():
-        for library, called in LIBRARIES.items():
+        for library, called in LIBRARY_TITLES.items():
             shown[f"{title}, {called}"] = [timing(row[key][library], ranges) for row in models.values()]
     return [["", *models], *([title, *cells] for title, cells in shown.items())]
 
@@ -59,7 +59,7 @@ def busy_lines(content: Mapping[str, Any]) -> list[str]:
     return busy(
         (f"{name}, {title}, {called}", row[key][library])
         for title, key in CLOCKS.items()
-        for library, called in LIBRARIES.items()
+        for library, called in LIBRARY_TITLES.items()
         for name, row in content["models"].items()
     )
 
@@ -116,7 +116,7 @@ def files(content: Mapping[str, Any]) -> dict[str, bytes]:
 
 def plot(content: Mapping[str, Any]) -> bytes:
     """A PNG: accuracy with agreement, size, latency and throughput of each model."""
-    models: Mapping[str, Row] = content["models"]
+    models: Mapping[str, ReportRow] = content["models"]
     figure = new_figure(10, 7.5)
     (quality, size), (latency, throughput) = figure.subplots(2, 2)
     names = list(models)
@@ -129,7 +129,7 @@ def plot(content: Mapping[str, Any]) -> bytes:
                 places,
                 values,
                 width * 0.94,
-                label=LIBRARIES.get(label, label),
+                label=LIBRARY_TITLES.get(label, label),
                 yerr=ranges and ranges[label],
                 capsize=3,
             )
@@ -143,7 +143,7 @@ def plot(content: Mapping[str, Any]) -> bytes:
 
     def timings(axes: Any, key: str, title: str) -> None:
         series, ranges = {}, {}
-        for library in LIBRARIES:
+        for library in LIBRARY_TITLES:
             measured = [row[key][library] for row in models.values()]
             series[library] = [m["median"] for m in measured]
             ranges[library] = [[m["median"] - m["low"] for m in measured], [m["high"] - m["median"] for m in measured]]
@@ -223,7 +223,7 @@ PIPELINES = {  # what the hub calls them, by head
 }
 
 
-def model_card(content: Mapping[str, Any], row: Row, name: str, made: str, text: Sequence[str]) -> str:
+def model_card(content: Mapping[str, Any], row: ReportRow, name: str, made: str, text: Sequence[str]) -> str:
     """The card of a model that was made from a teacher, with what is known of it for the hub.
 
     Args:

@@ -31,7 +31,9 @@ class Measured:
     high: float
 
 
-def batches(tokenizer: Any, texts: Sequence[Text], batch_size: int, max_length: int, device: Any) -> list[Batch]:
+def batches_of_texts(
+    tokenizer: Any, texts: Sequence[Text], batch_size: int, max_length: int, device: Any
+) -> list[Batch]:
     """The texts in their order, tokenized in batches and padded to the longest of each, on the device."""
     return [
         tokenized(tokenizer, texts[start : start + batch_size], max_length, padding=True, return_tensors="pt").to(

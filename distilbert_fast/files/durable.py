@@ -267,7 +267,7 @@ def _disk_code(error: BaseException) -> int | None:
 
 # Checksums of safetensors files ---------------------------------------------------------------------------------------
 
-CHECKSUM = "xxh3"  # the name in a file's metadata under which its checksum stands
+XXH3_KEY = "xxh3"  # the name in a file's metadata under which its checksum stands
 UNSEALED = "0" * 32  # what stands there until ``seal``
 _FIELD = re.compile(rb'"xxh3":"([0-9a-f]{32})"')
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbert_fast import backends
-from distilbert_fast.data.stsb_lengths import Pair, spread_over, stsb_pairs, words
+from distilbert_fast.data.stsb_lengths import PairLengths, spread_over, stsb_pairs, words
 from distilbert_fast.data.tasks import read_split
 from distilbert_fast.evaluation import comparison_report
 from distilbert_fast.files.durable import write_file
@@ -33,7 +33,7 @@ from distilbert_fast.jobs.contenders import CONTENDERS, OURS, REFERENCE, Contend
 from distilbert_fast.jobs.evaluate import AUTO, TRANSFORMERS, Settings, evaluate
 from distilbert_fast.jobs.flow import console, find_teacher, machine
 from distilbert_fast.jobs.settings import RecipeError, class_names, refused, require
-from distilbert_fast.modeling.loading import fingerprint, load_tokenizer, locate, without_bars
+from distilbert_fast.modeling.loading import checkpoint_digest, load_tokenizer, locate, without_bars
 from distilbert_fast.runs.run_directory import RunDirectory
 
 JOB = "compare"
@@ -49,7 +49,7 @@ _ROW = record(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Workload:
     """How much is measured.
 
     Attributes:
@@ -74,7 +74,7 @@ class Plan:
             require(getattr(self, name) >= 1, f"{JOB}: {name}", "1 or more", getattr(self, name))
 
 
-QUICK = Plan(pairs=10, batches=1, turns=2, starts=1)
+QUICK = Workload(pairs=10, batches=1, turns=2, starts=1)
 
 
 def compare(
@@ -83,7 +83,7 @@ def compare(
     models: Sequence[str] = (),
     task: str | None = None,
     data: Path | None = None,
-    plan: Plan | None = None,
+    plan: Workload | None = None,
     overwrite: bool = False,
     command: str = "",
     say: Callable[..., None] | None = None,
@@ -100,14 +100,14 @@ def compare(
         RecipeError: a name, a path or a file that cannot be used, by name.
         StageError: an output that holds something else.
     """
-    plan, say = plan or Plan(), say or console()
+    plan, say = plan or Workload(), say or console()
     plan.check()
     names = chosen(only)
     checkpoints = _checkpoints(models)
     pairs = stsb_pairs() if data is None else _pairs(task, data, checkpoints)
     settings = {
         **dataclasses.asdict(plan),
-        "models": {name: f"{path} ({fingerprint(path)[:12]})" for name, path in checkpoints.items()},
+        "models": {name: f"{path} ({checkpoint_digest(path)[:12]})" for name, path in checkpoints.items()},
         "data": None if data is None else data.name,
         "lengths": [sum(pair.tokens for pair in pairs), len(pairs)],
         "cpu": machine()["cpu"],
@@ -176,7 +176,7 @@ def _checkpoints(models: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _pairs(task: str | None, data: Path, checkpoints: Mapping[str, Path]) -> list[Pair]:
+def _pairs(task: str | None, data: Path, checkpoints: Mapping[str, Path]) -> list[PairLengths]:
     """The sizes of a file's rows, as the tokenizer of the first checkpoint counts them, or that of the extra 'demo'."""
     with refused():
         split = read_split(JOB, "data", data, task)
@@ -185,7 +185,8 @@ def _pairs(task: str | None, data: Path, checkpoints: Mapping[str, Path]) -> lis
     texts = [texts for texts, _ in split.rows]
     ids = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=512)["input_ids"]
     return [
-        Pair(len(of), words(row[0]), words(row[1]) if len(row) > 1 else 1) for of, row in zip(ids, texts, strict=True)
+        PairLengths(len(of), words(row[0]), words(row[1]) if len(row) > 1 else 1)
+        for of, row in zip(ids, texts, strict=True)
     ]
 
 
@@ -203,7 +204,7 @@ def _scores(field: _Field, one: Contender, task: str | None, data: Path | None) 
 class _Process:
     """A contender's process, and what it answers."""
 
-    def __init__(self, one: Contender, directory: Path, threads: int, first: Pair) -> None:
+    def __init__(self, one: Contender, directory: Path, threads: int, first: PairLengths) -> None:
         given = {"name": one.name, "directory": str(directory), "threads": threads, "first": first}
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # close() does
@@ -252,7 +253,7 @@ class _Field:
     A second process of BERT-base is measured beside the first: how far their ratio is from 1 says how noisy a run was.
     """
 
-    def __init__(self, plan: Plan, checkpoints: Mapping[str, Path], pairs: Sequence[Pair]) -> None:
+    def __init__(self, plan: Workload, checkpoints: Mapping[str, Path], pairs: Sequence[PairLengths]) -> None:
         self.plan, self.checkpoints = plan, checkpoints
         self.single = spread_over(pairs, plan.pairs)
         self.batched = spread_over(pairs, plan.batches * BATCH)

@@ -34,22 +34,22 @@ def main() -> None:
 def _serve(given: Mapping[str, Any], say: Any) -> None:
     import torch
 
-    from distilbert_fast.data.stsb_lengths import Pair
-    from distilbert_fast.jobs.contenders import CONTENDERS, batch_of, load, vocabulary
+    from distilbert_fast.data.stsb_lengths import PairLengths
+    from distilbert_fast.jobs.contenders import CONTENDERS, batch_of, load_contender, vocabulary
 
     torch.set_num_threads(given["threads"])
     one, directory = CONTENDERS[given["name"]], Path(given["directory"])
-    call = load(one, directory)
+    call = load_contender(one, directory)
     words = vocabulary(one, directory)
     with torch.inference_mode():
-        call(batch_of(one, [Pair(*given["first"])], words, 0)).tolist()
+        call(batch_of(one, [PairLengths(*given["first"])], words, 0)).tolist()
         say({"first": True})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked.get("peak"):
                 say({"peak_bytes": _peak()})
                 continue
-            pairs, size = [Pair(*pair) for pair in asked["pairs"]], asked["batch"]
+            pairs, size = [PairLengths(*pair) for pair in asked["pairs"]], asked["batch"]
             batches = [batch_of(one, pairs[start : start + size], words, start) for start in range(0, len(pairs), size)]
             call(batches[0])
             seconds = 0.0

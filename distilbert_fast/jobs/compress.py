@@ -31,7 +31,7 @@ from distilbert_fast.evaluation.report import SPREAD
 from distilbert_fast.files.durable import write_file
 from distilbert_fast.jobs import gate, planning, stage_results
 from distilbert_fast.jobs.flow import CHECKPOINTS, TEACHER, console, find_teacher
-from distilbert_fast.jobs.planning import Plan, measured_costs
+from distilbert_fast.jobs.planning import MeasuredTeacher, measured_costs
 from distilbert_fast.jobs.prune import as_json
 from distilbert_fast.jobs.settings import (
     Compression,
@@ -46,7 +46,7 @@ from distilbert_fast.jobs.settings import (
 from distilbert_fast.jobs.task import TaskJob
 from distilbert_fast.jobs.trained_flow import TrainedFlow
 from distilbert_fast.modeling.compression_config import CodebookConfig, Int8Config
-from distilbert_fast.modeling.loading import fingerprint, without_bars
+from distilbert_fast.modeling.loading import checkpoint_digest, without_bars
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.training import for_training
 from distilbert_fast.runs.processes import processes
@@ -103,7 +103,7 @@ def compress(
         check_models(job, source, made, JOB)
         training = ("teacher", "student", "recovery")
         settings = {
-            "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+            "teacher": f"{teacher or source.name} ({checkpoint_digest(source)[:12]})",
             "data": job.describe(),
             **{f"{name}_training": dataclasses.asdict(getattr(recipe, name)) for name in training},
             **{name: value for name, value in dataclasses.asdict(recipe).items() if name not in training},
@@ -156,7 +156,7 @@ class _Compression(TrainedFlow):
         taught = self.stage(TEACHER, "the teacher", self.teach, stage_results.distilled)
         self.say("how fast it is here, and what its layers cost")
         measured = self.run.result(PLAN, self.measure, stage_results.plan)
-        self.plan = Plan.of(measured, self.recipe)
+        self.plan = MeasuredTeacher.of(measured, self.recipe)
         self.rows[TEACHER] = self._row(taught, measured["speed"], "transformers", title="teacher, by transformers")
         self.rows[ENGINE] = self._row(taught, measured["speed"], "engine", title="teacher, on the engine")
         made = self._by_speedup() if self.goals.speedups else self._by_accuracy()

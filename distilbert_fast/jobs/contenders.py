@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_fast.data.stsb_lengths import Pair
+from distilbert_fast.data.stsb_lengths import PairLengths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ELMO, TRANSFORMERS, OURS = "torch", "transformers", "distilbert_fast"  # what runs a model
-PRUNED, INT8, CODEBOOK = "half pruned, int8", "int8", "16 values a group"
+PRUNED, QUANTIZED, CODEBOOK = "half pruned, int8", "int8", "16 values a group"
 REFERENCE = "bert-base"  # that the others take turns with
 _ELMO_CONFIG, _ELMO_WEIGHTS = "elmo.json", "elmo.safetensors"
 
@@ -78,11 +78,11 @@ CONTENDERS = {
         Contender("distilbert-base", "distilbert", TRANSFORMERS),
         Contender("bert-base:fp32", "bert", OURS),
         Contender("bert-base:bf16", "bert", OURS, "bf16"),
-        Contender("bert-base:int8", "bert", OURS, INT8),
+        Contender("bert-base:int8", "bert", OURS, QUANTIZED),
         Contender("distilbert-base:fp32", "distilbert", OURS),
         Contender("distilbert-base:bf16", "distilbert", OURS, "bf16"),
         Contender("distilbert-base:fp16", "distilbert", OURS, "fp16"),
-        Contender("distilbert-base:int8", "distilbert", OURS, INT8),
+        Contender("distilbert-base:int8", "distilbert", OURS, QUANTIZED),
         Contender("distilbert-base:pruned", "distilbert", OURS, PRUNED),
         Contender("distilbert-base:codebook16", "distilbert", OURS, CODEBOOK),
     )
@@ -107,7 +107,7 @@ class Made:
     flops: int
 
 
-def make(one: Contender, directory: Path, size: str, checkpoint: Path | None, pair: Pair) -> Made:
+def make(one: Contender, directory: Path, size: str, checkpoint: Path | None, pair: PairLengths) -> Made:
     """Write a contender's model into a directory: the checkpoint's, or one of random weights; FLOPs are of ``pair``.
 
     Raises:
@@ -140,7 +140,7 @@ def make(one: Contender, directory: Path, size: str, checkpoint: Path | None, pa
     return Made(parameters, with_head, file_bytes(directory), flops)
 
 
-def load(one: Contender, directory: Path) -> Callable[[Mapping[str, Any]], Any]:
+def load_contender(one: Contender, directory: Path) -> Callable[[Mapping[str, Any]], Any]:
     """Read a model back and make it ready, as a user would: what then takes the batches of `batch_of`."""
     if one.family == "elmo":
         return _load_elmo(directory)
@@ -154,7 +154,7 @@ def load(one: Contender, directory: Path) -> Callable[[Mapping[str, Any]], Any]:
     return lambda batch: model(**batch).logits
 
 
-def batch_of(one: Contender, pairs: Sequence[Pair], vocabulary: int, seed: int) -> Mapping[str, Any]:
+def batch_of(one: Contender, pairs: Sequence[PairLengths], vocabulary: int, seed: int) -> Mapping[str, Any]:
     """Pairs of random words, padded to the longest: ids and mask [B, T], or of each sentence characters and lengths."""
     import torch
 
@@ -242,14 +242,14 @@ def _compressed(one: Contender, model: Any) -> Any:
 
     if _is_compressed(model):
         return model
-    if one.precision in (INT8, PRUNED):
+    if one.precision in (QUANTIZED, PRUNED):
         return quantize_model(model, Int8Config(embeddings=True))
     if one.precision == CODEBOOK:
         return quantize_model(model, CodebookConfig(16, "group", 16))
     return model.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(one.precision, torch.float32))
 
 
-def _flops(one: Contender, model: Any, pair: Pair) -> int:
+def _flops(one: Contender, model: Any, pair: PairLengths) -> int:
     """Of a call on one pair, by torch's counter, which knows neither oneDNN's LSTM nor all fused attention."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -43,7 +43,7 @@ from distilbert_fast.jobs.settings import (
     training_arguments,
 )
 from distilbert_fast.jobs.task import TaskJob
-from distilbert_fast.modeling.loading import fingerprint, without_bars
+from distilbert_fast.modeling.loading import checkpoint_digest, without_bars
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.training import for_training
 from distilbert_fast.runs.resumable_trainer import ResumableTrainer, newest_complete_checkpoint
@@ -51,8 +51,8 @@ from distilbert_fast.runs.run_directory import RunDirectory
 
 __all__ = ["DemoTraining", "RecipeError", "demo"]
 
-STUDENT, INT8 = "student", "student-int8"
-MODELS = (TEACHER, STUDENT, INT8)
+STUDENT, STUDENT_INT8 = "student", "student-int8"
+MODELS = (TEACHER, STUDENT, STUDENT_INT8)
 MEASURED = "evaluation.json"
 REPORT = ("report.md", "report.json", "report.png")
 
@@ -103,7 +103,7 @@ def demo(
     with refused():
         job.match_classes(class_names(source), kept=training.teacher_epochs == 0)
     settings = {
-        "teacher": f"{teacher or TEACHER_PACKAGE} ({fingerprint(source)[:12]})",
+        "teacher": f"{teacher or TEACHER_PACKAGE} ({checkpoint_digest(source)[:12]})",
         "task": f"{job.task.name} ({job.task.fingerprint[:12]})",
         **dataclasses.asdict(training),
     }
@@ -119,7 +119,7 @@ def demo(
         stages: dict[str, Stage] = {
             TEACHER: ("fine-tune the teacher on the task", flow.fine_tune),
             STUDENT: ("distil it into a DistilBERT of half the depth", flow.distil),
-            INT8: ("quantize the student's linear layers to int8", flow.quantize),
+            STUDENT_INT8: ("quantize the student's linear layers to int8", flow.quantize),
         }
         results = flow.build(stages, stage_results.DEMO_STAGE, 5)
         say("[4/5] measure all three beside transformers" + (": done before" if run.is_complete(MEASURED) else ""))
@@ -183,7 +183,7 @@ class _Demo(Flow):
                 done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
                 steps = self.epoch_steps * epochs - done
                 seconds += steps * (step_seconds(for_training(model), batch) + beside)
-        for name, call in ((TEACHER, calls[TEACHER]), (STUDENT, calls[STUDENT]), (INT8, calls[STUDENT])):
+        for name, call in ((TEACHER, calls[TEACHER]), (STUDENT, calls[STUDENT]), (STUDENT_INT8, calls[STUDENT])):
             evaluated = 0 if self.run.is_complete(name) else 2 * len(self.job.task.eval)  # as made, and read back
             if not self.run.is_complete(MEASURED):
                 evaluated += 2 * len(self.job.task.eval) + 2 * (TURNS + 1) * (2 * ALONE + BATCHED)

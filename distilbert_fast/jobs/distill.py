@@ -46,7 +46,7 @@ from distilbert_fast.jobs.settings import (
     require,
 )
 from distilbert_fast.jobs.trained_flow import TrainedFlow
-from distilbert_fast.modeling.loading import fingerprint, without_bars
+from distilbert_fast.modeling.loading import checkpoint_digest, without_bars
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.training import for_training
 from distilbert_fast.runs.processes import Processes, SharedRun, processes
@@ -103,7 +103,7 @@ def distill(
         compared = [known[name] for name in recipe.compare if name != STUDENT.name]
         variants = [STUDENT, *distinct(compared, recipe, from_layers=bool(made_of.layers))]
         settings = {
-            "teacher": f"{teacher or source.name} ({fingerprint(source)[:12]})",
+            "teacher": f"{teacher or source.name} ({checkpoint_digest(source)[:12]})",
             "data": job.describe(),
             "student_training": dataclasses.asdict(recipe.student),
             "teacher_training": {**dataclasses.asdict(recipe.teacher), "train_body": recipe.train_body},

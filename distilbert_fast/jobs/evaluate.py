@@ -61,7 +61,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Result:
+class Evaluated:
     """A model in one precision: what its predictions are worth, and how long they took."""
 
     model: str
@@ -91,7 +91,7 @@ def evaluate(
     settings: Settings | None = None,
     regression: bool = False,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-) -> list[Result]:
+) -> list[Evaluated]:
     """Judge each model in each precision.
 
     Args:
@@ -130,13 +130,13 @@ def file_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def content(task: str | None, data: Path | None, results: Sequence[Result]) -> dict[str, Any]:
+def content(task: str | None, data: Path | None, results: Sequence[Evaluated]) -> dict[str, Any]:
     """All results as JSON has them; with several models also their median and range in each precision."""
     found = {"task": task, "data": None if data is None else str(data), "results": [one.as_json() for one in results]}
     return found | ({"summary": spread(results)} if len({one.model for one in results}) > 1 else {})
 
 
-def spread(results: Sequence[Result]) -> dict[str, dict[str, Scores]]:
+def spread(results: Sequence[Evaluated]) -> dict[str, dict[str, Scores]]:
     """The median, lowest and highest value of each metric over models, such as those of several seeds, by precision."""
     found: dict[str, dict[str, Scores]] = {}
     for precision in dict.fromkeys(one.precision for one in results):
@@ -153,7 +153,7 @@ def _spread(values: Sequence[float]) -> Scores:
     return {name: math.nan if any(map(math.isnan, values)) else find(values) for name, find in of.items()}
 
 
-def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, name: str) -> Result:
+def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, name: str) -> Evaluated:
     model, tokenizer, _ = load_with_head(source, judge.head)
     longest = longest_sequence(model.config)
     length = min(judge.max_length, longest) if settings.max_length is None else settings.max_length
@@ -173,7 +173,7 @@ def _evaluated(judge: Judge, source: str, precision: str, settings: Settings, na
     if settings.output is not None:
         for suffix, text in judge.files(predicted).items():
             write_file(settings.output / f"{name}{suffix}", text.encode())
-    return Result(source, precision, judge.score(predicted), seconds, judge.size)
+    return Evaluated(source, precision, judge.score(predicted), seconds, judge.size)
 
 
 def _bar(batches: Sequence[Any]) -> Iterable[Any]:

@@ -22,7 +22,7 @@ from distilbert_fast.jobs.job import Job
 from distilbert_fast.jobs.settings import RecipeError, Training, check_devices, class_names, refused, require
 from distilbert_fast.jobs.trained_flow import TrainedFlow
 from distilbert_fast.modeling.architectures import longest_sequence
-from distilbert_fast.modeling.loading import fingerprint, load_with_head, without_bars
+from distilbert_fast.modeling.loading import checkpoint_digest, load_with_head, without_bars
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.modeling.training import for_training
 from distilbert_fast.runs.processes import Processes, SharedRun, processes
@@ -73,7 +73,7 @@ def finetune(
         positions = longest_sequence(network.config)
         require(4 <= job.max_length <= positions, f"{JOB}: max_length", f"4 to {positions}", job.max_length)
         settings = {
-            "model": f"{model or source.name} ({fingerprint(source)[:12]})",
+            "model": f"{model or source.name} ({checkpoint_digest(source)[:12]})",
             "data": job.describe(),
             "training": dataclasses.asdict(training),
         }

@@ -9,10 +9,12 @@ from distilbert_fast.jobs.settings import Goals
 
 TOLERANCE = 0.05  # by which the turns of a timing spread: a target that is missed by no more counts as met
 
-Row = Mapping[str, Any]  # of report.json: "quality", "file_bytes", "speedup" by clock
+ReportRow = Mapping[str, Any]  # of report.json: "quality", "file_bytes", "speedup" by clock
 
 
-def faults(row: Row, teacher: Row, metric: str, clock: str, goals: Goals, target: float | None) -> list[str]:
+def faults(
+    row: ReportRow, teacher: ReportRow, metric: str, clock: str, goals: Goals, target: float | None
+) -> list[str]:
     """Why a model is rejected; nothing for one that passes.
 
     Args:
@@ -32,18 +34,18 @@ def faults(row: Row, teacher: Row, metric: str, clock: str, goals: Goals, target
     return found
 
 
-def fastest(names: Sequence[str], rows: Mapping[str, Row], clock: str) -> str:
+def fastest(names: Sequence[str], rows: Mapping[str, ReportRow], clock: str) -> str:
     """The name of the fastest of some models, the first of equals."""
     return max(names, key=lambda name: rows[name]["speedup"][clock])
 
 
-def pareto(rows: Mapping[str, Row], metric: str, clock: str) -> list[str]:
+def pareto(rows: Mapping[str, ReportRow], metric: str, clock: str) -> list[str]:
     """Names of the models that no other surpasses: none is as fast and as good, and better in one of them."""
 
-    def both(row: Row) -> tuple[float, float]:
+    def both(row: ReportRow) -> tuple[float, float]:
         return row["speedup"][clock], row["quality"][metric]
 
-    def surpassed(row: Row) -> bool:
+    def surpassed(row: ReportRow) -> bool:
         fast, good = both(row)
         return any(f >= fast and g >= good and (f, g) != (fast, good) for f, g in map(both, rows.values()))
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distilbert_fast.data.published import GLUE, TASKS
+from distilbert_fast.data.published import GLUE, PUBLISHED_TASKS
 from distilbert_fast.evaluation.report import as_json
 from distilbert_fast.files.durable import write_file
-from distilbert_fast.jobs.evaluate import REPORT, Result, Settings, content, evaluate, spread
+from distilbert_fast.jobs.evaluate import REPORT, Evaluated, Settings, content, evaluate, spread
 from distilbert_fast.jobs.score import JOB
 from distilbert_fast.jobs.settings import RecipeError
 
@@ -24,7 +24,7 @@ _APART = ("ax",)  # diagnostics, not part of GLUE's mean
 
 def evaluate_glue(
     models: Sequence[str], data: Path | None, settings: Settings, tasks: Sequence[str] = ()
-) -> tuple[dict[str, list[Result]], dict[str, str]]:
+) -> tuple[dict[str, list[Evaluated]], dict[str, str]]:
     """Judge a model on each task of GLUE, or several.
 
     Args:
@@ -55,8 +55,8 @@ def evaluate_glue(
         if absent is not None:
             left_out[name] = f"no model {absent}"
         elif data is not None and file is None:
-            left_out[name] = f"no file {data / TASKS[name].dev}"
-        elif data is None and not TASKS[name].hub:
+            left_out[name] = f"no file {data / PUBLISHED_TASKS[name].dev}"
+        elif data is None and not PUBLISHED_TASKS[name].hub:
             left_out[name] = "the hub has no labels; give its file in --data-dir"
         else:
             runs[name] = file, found
@@ -73,7 +73,7 @@ def evaluate_glue(
     return results, left_out
 
 
-def glue_content(results: dict[str, list[Result]], left_out: dict[str, str]) -> dict[str, Any]:
+def glue_content(results: dict[str, list[Evaluated]], left_out: dict[str, str]) -> dict[str, Any]:
     """All of it as JSON has it."""
     return {
         "tasks": {name: content(name, None, found) for name, found in results.items()},
@@ -82,7 +82,7 @@ def glue_content(results: dict[str, list[Result]], left_out: dict[str, str]) -> 
     }
 
 
-def means(results: dict[str, list[Result]]) -> dict[str, float]:
+def means(results: dict[str, list[Evaluated]]) -> dict[str, float]:
     """GLUE's mean over tasks in each precision: of each the mean of its metrics, of several models the median.
 
     Both sets of MNLI count as one task, and the diagnostics as none.
@@ -97,7 +97,7 @@ def means(results: dict[str, list[Result]]) -> dict[str, float]:
 
 
 def _file(directory: Path, name: str) -> Path | None:
-    known = TASKS[name].dev
+    known = PUBLISHED_TASKS[name].dev
     places = (known, f"{name}/{Path(known).name}", f"{_MODEL_OF.get(name, name)}/{Path(known).name}")
     return next((directory / place for place in places if (directory / place).is_file()), None)
 

@@ -37,7 +37,7 @@ from distilbert_fast.jobs.score import (
     TAGS,
     Scored,
     check_task,
-    class_names,
+    classes_of,
     has_lists,
     label_list_scores,
     label_scores,
@@ -101,7 +101,7 @@ class Labels(Judge):
 
     def __init__(self, split: Split, task: Published | None) -> None:
         self.split, self.task = split, task
-        self.classes = class_names(split, task.class_names if task else None)
+        self.classes = classes_of(split, task.class_names if task else None)
         self.texts = texts_of(split)
 
     @property

@@ -56,7 +56,7 @@ class Route(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasuredTeacher:
     """What was measured of a teacher, and what follows from it.
 
     Attributes:
@@ -77,7 +77,7 @@ class Plan:
     recipe: Compression
 
     @classmethod
-    def of(cls, measured: Mapping[str, Any], recipe: Compression) -> Plan:
+    def of(cls, measured: Mapping[str, Any], recipe: Compression) -> MeasuredTeacher:
         """From what `plan.json` says."""
         table = measured["costs"]
         costs = Costs(np.array(table["heads"]), np.array(table["widths"]), table["base"], _NEURONS, table["layer"])

@@ -28,7 +28,7 @@ from distilbert_fast.data.rows import STANDARD_INPUT, Rows
 from distilbert_fast.files import schema
 from distilbert_fast.files.durable import hidden, raise_disk_error, replacing
 from distilbert_fast.jobs.predict_engines import AnswerEngine, Here, OnRay, Window
-from distilbert_fast.jobs.predict_input import JOB, Texts, raw
+from distilbert_fast.jobs.predict_input import JOB, TaskTexts, raw
 from distilbert_fast.jobs.predict_output import (
     REJECTED,
     WRITERS,
@@ -40,7 +40,7 @@ from distilbert_fast.jobs.predict_output import (
 )
 from distilbert_fast.jobs.settings import RecipeError, refused, require
 from distilbert_fast.modeling.accelerator import explain
-from distilbert_fast.modeling.loading import fingerprint, locate
+from distilbert_fast.modeling.loading import checkpoint_digest, locate
 from distilbert_fast.runs.run_directory import RunDirectory
 from distilbert_fast.serving.ahead import ahead
 from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
@@ -120,7 +120,7 @@ def predict(
     require(threads >= 1, f"{JOB}: threads", "1 or more", threads)
     made = Here(predictor) if engine == "here" else OnRay(given, workers, threads)
     run = _Run(predictor, rows, output, columns, keep, shard_rows, overwrite, made)
-    settings = run.settings(fingerprint(directory), precision)
+    settings = run.settings(checkpoint_digest(directory), precision)
     try:
         return run.run(settings, each_shard)
     finally:
@@ -173,7 +173,7 @@ class _Run:
         self.predictor, self.output, self.rows, self.keep = predictor, output, rows, keep
         self.shard_rows, self.overwrite = shard_rows, overwrite
         self.parts = _parts(output)
-        self.texts = Texts(rows, predictor.task, columns, keep)
+        self.texts = TaskTexts(rows, predictor.task, columns, keep)
         self.writer: Writer = WRITERS[output.suffix.lower()](rows, predictor.task.columns(), keep)
 
     def _windows(self) -> Iterator[Window]:

@@ -14,8 +14,8 @@ from distilbert_fast.jobs.predict_output import Answered
 from distilbert_fast.jobs.settings import RecipeError
 from distilbert_fast.serving.ahead import ahead
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
-from distilbert_fast.serving.encoding import Encoded
-from distilbert_fast.serving.pool import pool
+from distilbert_fast.serving.encoding import EncodedRow
+from distilbert_fast.serving.pool import worker_threads
 from distilbert_fast.serving.predictor import Predictor
 
 _AHEAD = 2  # windows that each worker of Ray has or waits for
@@ -46,7 +46,7 @@ class AnswerEngine(ABC):
 
 
 def _outcomes(
-    predictor: Predictor, encoded: Sequence[Encoded], faults: Sequence[str | None], answers: Sequence[Any]
+    predictor: Predictor, encoded: Sequence[EncodedRow], faults: Sequence[str | None], answers: Sequence[Any]
 ) -> Iterator[tuple[Any, ...]]:
     """What ``Answered`` says of each row, besides the row."""
     for row, why, answer in zip(encoded, faults, answers, strict=True):
@@ -69,8 +69,8 @@ class Here(AnswerEngine):
 
     def answered(self, windows: Iterable[Window]) -> Generator[tuple[Window, list[Answered]], None, None]:
         """One window is begun before the one before it is finished, so that no thread is idle."""
-        begun: deque[tuple[Window, list[Encoded], Callable[[], list[Any]]]] = deque()
-        threads = pool(self.predictor.model.device)
+        begun: deque[tuple[Window, list[EncodedRow], Callable[[], list[Any]]]] = deque()
+        threads = worker_threads(self.predictor.model.device)
 
         def finished() -> tuple[Window, list[Answered]]:
             window, encoded, finish = begun.popleft()

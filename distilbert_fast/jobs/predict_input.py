@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distilbert_fast.data.published import PAIRS
+from distilbert_fast.data.published import PAIR_COLUMNS
 from distilbert_fast.data.rows import Row, Rows
 from distilbert_fast.jobs.settings import RecipeError, require
-from distilbert_fast.serving.tasks import Task, name_of
+from distilbert_fast.serving.tasks import ServedTask, name_of
 
 JOB = "predict"
 WINDOW_ROWS, WINDOW_CHARACTERS = 1024, 2**23  # whichever is reached first
@@ -18,12 +18,12 @@ _TEXTS = ("text", "sentence")
 _PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "question-answering": (("question", "context"),),
     "reranking": (("query", "text"), ("query", "passage"), ("query", "document"), ("question", "sentence")),
-    "text-classification": PAIRS,
-    "regression": PAIRS,
+    "text-classification": PAIR_COLUMNS,
+    "regression": PAIR_COLUMNS,
 }
 
 
-class Texts:
+class TaskTexts:
     """The texts that a task reads of rows.
 
     Args:
@@ -41,7 +41,7 @@ class Texts:
         source: what messages about the rows begin with.
     """
 
-    def __init__(self, rows: Rows, task: Task, columns: Sequence[str], keep: Sequence[str] | None) -> None:
+    def __init__(self, rows: Rows, task: ServedTask, columns: Sequence[str], keep: Sequence[str] | None) -> None:
         self.rows, self.task, self.keep, self.source = rows, task, keep, rows.source
         head = list(itertools.islice(rows, _LOOKED_AT))
         self.given: Iterator[Row] = itertools.chain(head, rows)

@@ -12,9 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from distilbert_fast.compression.agreement import Agreement, agreement, answers, has_answers
+from distilbert_fast.compression.agreement import Agreement, agreement_of, answers, has_answers
 from distilbert_fast.compression.quantize import quantize_model
-from distilbert_fast.data.text_sources import Texts
+from distilbert_fast.data.text_sources import TextSource
 from distilbert_fast.evaluation.speed import file_bytes
 from distilbert_fast.files.durable import building, flush
 from distilbert_fast.jobs.cards import card, size_point
@@ -134,7 +134,7 @@ def _head(config: dict[str, Any], model: str) -> str:
 
 
 def _texts(path: Path, count: int) -> list[str]:
-    opened = Texts(path, None, "train", across_lines=False).open(streaming=True)
+    opened = TextSource(path, None, "train", across_lines=False).open(streaming=True)
     rows = (row[opened.column] for row in opened.rows)
     found = list(islice((text for text in rows if text.strip()), count))
     if not found:
@@ -146,7 +146,7 @@ def _texts(path: Path, count: int) -> list[str]:
 def _compared(network: Any, reference: Any, given: Sequence[Mapping[str, torch.Tensor]]) -> Fidelity:
     count = sum(len(batch["input_ids"]) for batch in given)
     if has_answers(network):
-        parts = [agreement(answers(network, batch, JOB), answers(reference, batch, JOB)) for batch in given]
+        parts = [agreement_of(answers(network, batch, JOB), answers(reference, batch, JOB)) for batch in given]
         return Fidelity(count, sum(parts[1:], parts[0]), None)
     cosines = []
     for batch in given:

@@ -19,7 +19,7 @@ from distilbert_fast.data.predictions import (
     read_squad_predictions,
     read_tagged,
 )
-from distilbert_fast.data.published import TASKS, Split, published
+from distilbert_fast.data.published import PUBLISHED_TASKS, Split, published
 from distilbert_fast.data.squad import read_answers
 from distilbert_fast.data.tasks import label_order, read_split
 from distilbert_fast.evaluation.entity_scores import entity_errors, entity_scores
@@ -76,7 +76,7 @@ def score(
     """Score predictions by what is true.
 
     Args:
-        task: one of `OTHERS` or of `published.TASKS`; None for a file with our columns.
+        task: one of `OTHERS` or of `published.PUBLISHED_TASKS`; None for a file with our columns.
         data: the gold file; of "entities" and "tags" None where `predictions` holds the true tags in its last column
             but one.
         predictions: see `data.predictions`.
@@ -98,7 +98,7 @@ def score(
         split = read_split(JOB, "data", Path(data or ""), task, regression)
         if has_lists(split):
             return label_list_scores(split, read_label_lists(JOB, predictions, split.ids, split.file_ids))
-        classes = class_names(split, known.class_names if known else None)
+        classes = classes_of(split, known.class_names if known else None)
         found = read_labels(JOB, predictions, split.ids, known, classes, split.file_ids)
         return label_scores(split, found, classes, known.metrics if known else None)
 
@@ -107,11 +107,11 @@ def check_task(task: str | None) -> Any:
     """The published task of that name, None for another one. Raises RecipeError for a name that is none."""
     known = published(task)
     if known is None and task is not None and task not in OTHERS:
-        raise RecipeError(f"{JOB}: task: expected one of {', '.join([*TASKS, *OTHERS])}, got {task!r}")
+        raise RecipeError(f"{JOB}: task: expected one of {', '.join([*PUBLISHED_TASKS, *OTHERS])}, got {task!r}")
     return known
 
 
-def class_names(split: Split, known: Sequence[str] | None) -> tuple[str, ...]:
+def classes_of(split: Split, known: Sequence[str] | None) -> tuple[str, ...]:
     """The classes of a file in order; none where its labels are numbers of a regression."""
     if isinstance(split.rows[0][1], float):
         return ()

@@ -26,7 +26,7 @@ from distilbert_fast.serving.http.app import application
 from distilbert_fast.serving.http.connection import Connection
 from distilbert_fast.serving.http.served import Served
 from distilbert_fast.serving.http.service import Limits, Service
-from distilbert_fast.serving.tasks import TASKS
+from distilbert_fast.serving.tasks import SERVED_TASKS
 
 JOB = "serve"
 KEY = "DISTILBERT_FAST_API_KEY"  # the environment variable with the token
@@ -148,7 +148,7 @@ def model_specs(models: Sequence[str], tasks: Sequence[str]) -> list[ModelSpec]:
             require(len(sources) == 1, f"{JOB}: task", only, repr(given))
             name = next(iter(sources))
         require(name in sources, f"{JOB}: task", f"the name of a model ({', '.join(sources)})", repr(given))
-        require(task in TASKS, f"{JOB}: task", f"one of {', '.join(TASKS)}", repr(task))
+        require(task in SERVED_TASKS, f"{JOB}: task", f"one of {', '.join(SERVED_TASKS)}", repr(task))
         named[name] = task
     return [ModelSpec(name, source, named.get(name)) for name, source in sources.items()]
 

@@ -104,7 +104,7 @@ class TaskJob(Job):
     def batches(self, size: int, rows: int) -> Sequence[speed.Batch]:
         texts = self.task.texts(self.task.eval)
         timed = texts[:: max(1, len(texts) // rows)][:rows]
-        return speed.batches(self.tokenizer, timed, size, self.max_length, "cpu")
+        return speed.batches_of_texts(self.tokenizer, timed, size, self.max_length, "cpu")
 
 
 class RegressionJob(TaskJob):

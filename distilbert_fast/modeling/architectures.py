@@ -46,7 +46,7 @@ EMBEDDINGS = {
     "norm": "embeddings.LayerNorm",
 }
 # The methods by which modules inside an encoder compute. Somebody may put others in their places.
-METHODS = (
+COMPUTING_METHODS = (
     "forward",
     "feed_forward_chunk",
     "ff_chunk",

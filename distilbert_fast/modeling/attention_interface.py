@@ -33,7 +33,7 @@ from distilbert_fast.modeling.architectures import ARCHITECTURES
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import padded_attention
 
-NAME = "distilbert_fast"
+IMPLEMENTATION = "distilbert_fast"
 
 # Encoders known to use a plain padding mask for self-attention only, each compared with sdpa by a test. Elsewhere
 # a 2-D mask could belong to a cross-attention whose queries are all real.
@@ -121,7 +121,7 @@ def attention_forward(
 
     if kwargs.get("output_attentions"):
         if not plain:
-            _check.refuse(NAME, "output_attentions", "False for this attention; use 'eager'", True)
+            _check.refuse(IMPLEMENTATION, "output_attentions", "False for this attention; use 'eager'", True)
         return eager_attention(module, query, key, value, attention_mask, scaling, dropout, mask)
 
     by_token = attention_mask is None or attention_mask.dim() == 2
@@ -133,7 +133,7 @@ def attention_forward(
     if by_token and attention_mask is not None:
         attention_mask = attention_mask[:, None, None, :]
     if kwargs.get("s_aux") is not None:
-        _check.refuse(NAME, "s_aux", "None: attention sinks are not supported", "a tensor")
+        _check.refuse(IMPLEMENTATION, "s_aux", "None: attention sinks are not supported", "a tensor")
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -175,13 +175,13 @@ def _of_layer(head_mask: torch.Tensor, module: nn.Module, query: torch.Tensor) -
     """The factors [H] or [B, H] of this layer's heads."""
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        _check.refuse(NAME, "head_mask", "None for an encoder-decoder model", "a tensor")
+        _check.refuse(IMPLEMENTATION, "head_mask", "None for an encoder-decoder model", "a tensor")
     batch, heads = query.shape[:2]
     layers = getattr(config, "num_hidden_layers", None)
     left: Any = getattr(module, "heads", None)
     pruned = isinstance(left, tuple)
     heads = getattr(config, "num_attention_heads", heads) if pruned else heads
-    mask = parse_head_mask(NAME, head_mask, heads, layers, query.device, batch)
+    mask = parse_head_mask(IMPLEMENTATION, head_mask, heads, layers, query.device, batch)
     if mask.dim() > 1:
         mask = _row(mask, module, heads, head_mask)
     return mask[..., list(left)] if pruned else mask
@@ -195,11 +195,11 @@ def _row(mask: torch.Tensor, module: nn.Module, heads: int, head_mask: torch.Ten
             f"of shape [{heads}], since {type(module).__name__} does not know its layer"
             " (distilbert_fast.modeling.attention_interface.number_layers(model) tells it)"
         )
-        _check.refuse(NAME, "head_mask", expected, list(head_mask.shape))
+        _check.refuse(IMPLEMENTATION, "head_mask", expected, list(head_mask.shape))
     return mask[index]
 
 
 # Known, and none returns probabilities.
 FUSED = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

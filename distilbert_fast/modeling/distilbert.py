@@ -39,7 +39,7 @@ from distilbert_fast.layers import NO_PADDING, Padding, Tokens, labels_padding, 
 from distilbert_fast.modeling import distilbert_modules as modules
 from distilbert_fast.modeling.encoder import heads_left
 from distilbert_fast.modeling.quantizer import record_structure
-from distilbert_fast.modeling.structure import NAME, LayerStructure, prune_heads, restructure, whole_class
+from distilbert_fast.modeling.structure import MODEL_NAME, LayerStructure, prune_heads, restructure, whole_class
 from distilbert_fast.ops import _check
 
 hf: Any = modeling_distilbert
@@ -126,7 +126,7 @@ class DistilBertModel(_DropIn, hf.DistilBertModel):
             raise ValueError("DistilBertModel: exactly one of input_ids and inputs_embeds must be given")
         asked: dict[str, Any] = dict(kwargs)
         if asked.get("is_causal"):
-            _check.refuse(NAME, "is_causal", "False, this is an encoder", True)
+            _check.refuse(MODEL_NAME, "is_causal", "False, this is an encoder", True)
         if asked.get("output_attentions", getattr(self.config, "output_attentions", False)):
             asked["output_attentions"] = True
         if head_mask is not None:
@@ -136,7 +136,7 @@ class DistilBertModel(_DropIn, hf.DistilBertModel):
         if not traced(given):
             self._check_inputs(given, input_ids is not None, position_ids)
             if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
-                attention_mask = token_mask(NAME, attention_mask, *given.shape[:2]).to(given.device)
+                attention_mask = token_mask(MODEL_NAME, attention_mask, *given.shape[:2]).to(given.device)
             if not asked.get("output_attentions") and modules.may_unpad(self):
                 tokens = _tokens(attention_mask, given, keep_padding or self.always_keep_padding)
         if tokens is None:
@@ -163,21 +163,21 @@ class DistilBertModel(_DropIn, hf.DistilBertModel):
         """Refuse ids and positions outside their tables."""
         argument = "input_ids" if are_ids else "inputs_embeds"
         if are_ids:
-            _check.tensor(NAME, argument, given, ("B", "T"), _INTEGERS)
+            _check.tensor(MODEL_NAME, argument, given, ("B", "T"), _INTEGERS)
             _in_range(argument, given, self._table_size("word_embeddings"))
         else:
-            _check.tensor(NAME, argument, given, ("B", "T", self.config.dim))
+            _check.tensor(MODEL_NAME, argument, given, ("B", "T", self.config.dim))
         batch, length = given.shape[:2]
         positions = self._table_size("position_embeddings")
         if position_ids is not None:
             shape = getattr(position_ids, "shape", ())
-            _check.tensor(NAME, "position_ids", position_ids, shape, _INTEGERS)
+            _check.tensor(MODEL_NAME, "position_ids", position_ids, shape, _INTEGERS)
             fits = all(size in (1, wanted) for size, wanted in zip(reversed(shape), (length, batch), strict=False))
             if len(shape) > 2 or not fits:
-                _check.refuse(NAME, "position_ids", f"of shape [{batch} or 1, {length}]", list(shape))
+                _check.refuse(MODEL_NAME, "position_ids", f"of shape [{batch} or 1, {length}]", list(shape))
             _in_range("position_ids", position_ids, positions)
         elif positions is not None and length > positions:
-            _check.refuse(NAME, argument, f"of at most {positions} positions (max_position_embeddings)", length)
+            _check.refuse(MODEL_NAME, argument, f"of at most {positions} positions (max_position_embeddings)", length)
 
     def _table_size(self, name: str) -> int | None:
         """None if another module has taken its place, since that may read anything."""
@@ -202,7 +202,7 @@ def _in_range(argument: str, ids: torch.Tensor, size: int | None) -> None:
     if size is not None and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= size:
-            _check.refuse(NAME, argument, f"in 0…{size - 1}", low if low < 0 else high)
+            _check.refuse(MODEL_NAME, argument, f"in 0…{size - 1}", low if low < 0 else high)
 
 
 _MODULES: dict[type[nn.Module], type[nn.Module]] = {

@@ -25,7 +25,7 @@ from distilbert_fast.embeddings import Int8Embedding
 from distilbert_fast.layers import Tokens, head_masks, is_token, traced
 from distilbert_fast.modeling.attention_interface import FUSED, attention_forward, eager_attention, is_known
 from distilbert_fast.modeling.snapshot import is_patched
-from distilbert_fast.modeling.structure import NAME
+from distilbert_fast.modeling.structure import MODEL_NAME
 from distilbert_fast.ops import _check
 from distilbert_fast.ops.attention import attention
 from distilbert_fast.ops.embedding import embedding
@@ -178,10 +178,10 @@ class Transformer(hf.Transformer):
             for module, kind in ((block, TransformerBlock), (attention, DistilBertSelfAttention)):
                 if not isinstance(module, kind):
                     expected = f"None, since {type(module).__name__} in layer {index} may ignore it"
-                    _check.refuse(NAME, "head_mask", expected, type(head_mask).__name__)
+                    _check.refuse(MODEL_NAME, "head_mask", expected, type(head_mask).__name__)
         kept = [block.attention.heads for block in self.layer]
         heads = self.layer[0].attention.config.n_heads if kept else 0
-        return head_masks(NAME, head_mask, heads, kept, device, batch)
+        return head_masks(MODEL_NAME, head_mask, heads, kept, device, batch)
 
 
 def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:

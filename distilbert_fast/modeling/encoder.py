@@ -17,8 +17,8 @@ from distilbert_fast.engine.engine import EncoderModules, LayerModules
 from distilbert_fast.engine.weights import table_dtype
 from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.architectures import (
+    COMPUTING_METHODS,
     EMBEDDINGS,
-    METHODS,
     PROJECTION,
     Architecture,
     architecture_of,
@@ -166,7 +166,7 @@ def _check_modules(encoder: Any, caller: str) -> None:
         allowed = _DROPOUTS if is_dropout else (*LINEARS, *_NORMS, *_OTHERS)
         if kind not in allowed and (is_dropout or kind.__module__ not in homes):
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
-        for method in METHODS:
+        for method in COMPUTING_METHODS:
             found: Any = getattr(kind, method, None)
             if found is not None and found.__module__.split(".")[0] not in _OWNERS:
                 patch = f"{found.__module__}.{found.__qualname__}"

@@ -12,7 +12,7 @@ from distilbert_fast.layers import CodebookLinear, Int8Linear
 from distilbert_fast.modeling.compression_config import FLOAT, INT8, SPARSE, Kind
 from distilbert_fast.sparse import PackedSparseLinear, SparseLinear
 
-FLOATS = ("F64", "F32", "BF16", "F16")  # what safetensors call the dtypes of a float layer
+STORED_FLOATS = ("F64", "F32", "BF16", "F16")  # what safetensors call the dtypes of a float layer
 _INT8 = {"weight": ("I8",), "weight_scale": ("F32",)}
 _CODES = {"weight": ("U8",)}
 _STORED = {Int8Linear: _INT8, Int8Embedding: _INT8, CodebookLinear: _CODES, PackedSparseLinear: _CODES}
@@ -65,4 +65,4 @@ def converted(
 
 def stored_dtypes(layer: nn.Module, part: str) -> tuple[str, ...]:
     """What safetensors may call the dtype of a part of a layer."""
-    return _STORED.get(type(layer), {}).get(part, FLOATS)
+    return _STORED.get(type(layer), {}).get(part, STORED_FLOATS)

@@ -146,7 +146,7 @@ def _as_checkpoint_error() -> Iterator[None]:
         raise CheckpointError(f"checkpoint: {error}", error.reason) from error
 
 
-def fingerprint(directory: Path) -> str:
+def checkpoint_digest(directory: Path) -> str:
     """SHA-256 of a checkpoint's config, vocabulary and weights, by content and not by place."""
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.json"), *directory.glob("*.txt"), *directory.glob("*.safetensors")]):

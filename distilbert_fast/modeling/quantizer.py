@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from distilbert_fast.backends import run_aside
 from distilbert_fast.embeddings import Int8Embedding
-from distilbert_fast.files.durable import CHECKSUM, UNSEALED, filling, refuse_file, seal
+from distilbert_fast.files.durable import UNSEALED, XXH3_KEY, filling, refuse_file, seal
 from distilbert_fast.layers import QUANTIZED_LINEARS
 from distilbert_fast.modeling.architectures import EMBEDDINGS, PROJECTION
 from distilbert_fast.modeling.compression_config import (
@@ -76,7 +76,7 @@ class Chooser(Protocol):
 QKV = ("query", "key", "value")
 _FLOATS = (nn.Linear, SparseLinear)
 _LARGEST_WEIGHT = 2.0**63
-Chosen = TypeVar("Chosen", bound=Int8Config | CodebookConfig)
+SomeConfig = TypeVar("SomeConfig", bound=Int8Config | CodebookConfig)
 
 
 class Moments(NamedTuple):
@@ -160,7 +160,7 @@ def linear_names(model: PreTrainedModel, config: Int8Config, caller: str) -> lis
     return [name for name, _, _ in linears_of(model, with_whole_projections(model, config, caller), caller)]
 
 
-def with_whole_projections(model: PreTrainedModel, config: Chosen, caller: str) -> Chosen:
+def with_whole_projections(model: PreTrainedModel, config: SomeConfig, caller: str) -> SomeConfig:
     """The same where query, key and value of a layer are of one kind: the engine multiplies them at once."""
     from distilbert_fast.modeling.encoder import encoder_layers, find_encoder, part
 
@@ -418,7 +418,7 @@ class Int8Quantizer(HfQuantizer):
         return super().update_attn_implementation(config)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        return None, {CHECKSUM: UNSEALED, SAVED: json.dumps(decisive(model.config), sort_keys=True)}
+        return None, {XXH3_KEY: UNSEALED, SAVED: json.dumps(decisive(model.config), sort_keys=True)}
 
     def is_serializable(self) -> bool:
         return True

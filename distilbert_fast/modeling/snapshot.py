@@ -11,7 +11,7 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import Watched
-from distilbert_fast.modeling.architectures import METHODS, TENSORS
+from distilbert_fast.modeling.architectures import COMPUTING_METHODS, TENSORS
 
 _BLOCKS = 120  # of 128 bytes, which a sample of a small model compares: some 5 µs
 _TOKENS = 16  # of a call, for each of which that is a small part of its time
@@ -52,7 +52,7 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._inner = [m for m in root.modules() if m is not root]
         self._types: list[Any] = list(map(type, self._inner))
-        methods = [(kind, name) for kind in set(self._types) for name in METHODS if hasattr(kind, name)]
+        methods = [(kind, name) for kind in set(self._types) for name in COMPUTING_METHODS if hasattr(kind, name)]
         self._methods = [(kind, name, getattr(kind, name)) for kind, name in (*methods, (nn.Module, "__call__"))]
         self._entries = _entries([root, *self._inner])
         self._tensors = [entry for entry in self._entries if isinstance(entry, torch.Tensor)]
@@ -156,7 +156,7 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
 def is_patched(module: nn.Module) -> bool:
     """Whether a module has a forward, or a method that this calls, of its own, which is not that of its class."""
     own, kind = vars(module), type(module)
-    found = (name for name in METHODS if name in own)
+    found = (name for name in COMPUTING_METHODS if name in own)
     return any(getattr(own[name], "__func__", None) is not getattr(kind, name, None) for name in found)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from distilbert_fast.files import schema
-from distilbert_fast.files.durable import CHECKSUM, FileError, check_seal, refuse_file, regular_size
+from distilbert_fast.files.durable import XXH3_KEY, FileError, check_seal, refuse_file, regular_size
 from distilbert_fast.layers import CodebookLinear
 from distilbert_fast.modeling.compression_config import METHOD
 from distilbert_fast.modeling.linear_kinds import STORED_OTHERWISE, stored_dtypes
@@ -189,7 +189,7 @@ def opened(file: str) -> Iterator[Any]:
     try:
         regular_size(file)
         with safe_open(file, framework="pt") as tensors:
-            check_seal(file, (tensors.metadata() or {}).get(CHECKSUM))
+            check_seal(file, (tensors.metadata() or {}).get(XXH3_KEY))
             yield tensors
     except SafetensorError as error:
         raise FileError(f"{METHOD}: {file} is truncated or no safetensors file ({error})") from error

@@ -23,7 +23,7 @@ from distilbert_fast.modeling.compression_config import METHOD
 from distilbert_fast.modeling.encoder import attention_of, encoder_layers, heads_left, part
 from distilbert_fast.ops import _check
 
-NAME = "DistilBertModel"  # in messages
+MODEL_NAME = "DistilBertModel"  # in messages
 _QKV = ("query", "key", "value")
 
 
@@ -89,7 +89,7 @@ def restructure(encoder: Any, structure: Iterable[LayerStructure]) -> None:
     run_aside(shrink)
 
 
-def check_float(encoder: Any, caller: str, layers: Iterable[int] | None = None) -> None:
+def check_prunable(encoder: Any, caller: str, layers: Iterable[int] | None = None) -> None:
     """Refuse layers with other than plain linear layers, which cannot be pruned. Raises TypeError."""
     stack = encoder_layers(encoder)
     for i in range(len(stack)) if layers is None else layers:
@@ -119,11 +119,11 @@ def prune_heads(encoder: Any, heads_to_prune: Mapping[int, Sequence[int]]) -> No
     count, layers = encoder.config.n_heads, encoder_layers(encoder)
     for layer, heads in heads_to_prune.items():
         if layer not in range(len(layers)):
-            _check.refuse(NAME, "heads_to_prune", f"of layers in 0…{len(layers) - 1}", layer)
+            _check.refuse(MODEL_NAME, "heads_to_prune", f"of layers in 0…{len(layers) - 1}", layer)
         for head in heads:
             if head not in range(count):
-                _check.refuse(NAME, "heads_to_prune", f"of heads in 0…{count - 1}", head)
-    check_float(encoder, NAME, heads_to_prune)
+                _check.refuse(MODEL_NAME, "heads_to_prune", f"of heads in 0…{count - 1}", head)
+    check_prunable(encoder, MODEL_NAME, heads_to_prune)
 
     def shrink() -> None:
         for layer, heads in heads_to_prune.items():

@@ -18,10 +18,10 @@ def for_training(model: Model) -> Model:
     so does every parameter and what ``save_pretrained`` writes.
     """
     from distilbert_fast.modeling import distilbert
-    from distilbert_fast.modeling.attention_interface import ENCODERS, NAME
+    from distilbert_fast.modeling.attention_interface import ENCODERS, IMPLEMENTATION
 
     if type(model) in distilbert.DROP_INS:
         distilbert.adopt(model)
     elif model.config.model_type in ENCODERS and type(model) not in distilbert.DROP_INS.values():
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(IMPLEMENTATION)
     return model

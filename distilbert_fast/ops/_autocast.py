@@ -25,6 +25,6 @@ def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     return tuple(cast(x) for x in tensors)
 
 
-def as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Inside an op every product runs in the dtype its code says."""
     return torch.autocast(device.type, enabled=False) if enabled(device.type) else contextlib.nullcontext()

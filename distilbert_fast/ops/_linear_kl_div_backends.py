@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from distilbert_fast import backends
 from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops._operator import triton_kernels
-from distilbert_fast.ops._vocabulary_losses import Losses, Result
+from distilbert_fast.ops._vocabulary_losses import ForwardResult, Losses
 from distilbert_fast.ops.kl_div import Call as KLDivCall
 from distilbert_fast.ops.kl_div import forward as _kl_div_forward
 from distilbert_fast.ops.linear import product_into
@@ -41,8 +41,8 @@ class Call(NamedTuple):
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(call: Call, defer: bool) -> Result:
-    begun = shared.plan(call, defer)
+def _forward_torch(call: Call, defer: bool) -> ForwardResult:
+    begun = shared.plan_chunks(call, defer)
     h_t, wanted = call.h_t, shared.any_gradient(call)
     (W, b), (W_t, b_t) = shared.torch_projection(*call[:3]), shared.torch_projection(*call[3:6])
 
@@ -63,7 +63,7 @@ def _forward_torch(call: Call, defer: bool) -> Result:
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(call: Call, defer: bool) -> Result:
+def _forward_cpu(call: Call, defer: bool) -> ForwardResult:
     """As in torch, but the logits of every chunk stand in the same memory, and gradients are written over them."""
     memory, v = shared.CpuChunks(call, defer), call.W.shape[0]
     h_t, W_t, b_t = call[3:6]
@@ -85,12 +85,12 @@ def _forward_cpu(call: Call, defer: bool) -> Result:
 # gpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_triton(call: Call, defer: bool) -> Result:
+def _forward_triton(call: Call, defer: bool) -> ForwardResult:
     """The logits of every chunk stand in the same memory, and gradients are written over them: the KL's over the
     teacher's, which nobody reads again, the cross-entropy's over the student's.
     """
     kernels = triton_kernels("linear_kl_div")
-    begun = shared.plan(call, defer)
+    begun = shared.plan_chunks(call, defer)
     h_t, b_t = call.h_t, call.b_t
     W, W_t = call.W.to(shared.projection_dtype(call.h)), call.W_t.to(shared.projection_dtype(h_t))
     v, wanted, rows, width = W.shape[0], shared.any_gradient(call), begun.largest, kernels.width(W.shape[0])

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distilbert_fast import backends
 
-INT8 = 0  # the code of its layout in csrc/cpu/gemm/gemm.h
+INT8_LAYOUT = 0  # the code of its layout in csrc/cpu/gemm/gemm.h
 _VIEWS = 64  # of one tensor whose packs are kept: enough for the layers of a stacked weight
 
 
@@ -55,7 +55,7 @@ def packed_int8(w_q: torch.Tensor) -> Packed:
         # Hashed before it is packed: a write meanwhile shows at the next call.
         fingerprint = backends.fingerprint([w_q], _BLOCKS)
         blob = _pack_int8(w_q)
-        matches = backends.cpu().LayerMatches(INT8, blob.data_ptr(), blob.numel(), *w_q.shape)
+        matches = backends.cpu().LayerMatches(INT8_LAYOUT, blob.data_ptr(), blob.numel(), *w_q.shape)
         pack = _Pack(Packed(blob, matches), w_q.untyped_storage(), fingerprint)
         with _lock:
             kept = [(k, p) for k, p in _packs.get(owner, {}).items() if k[0] == version and p.storage is pack.storage]
@@ -66,6 +66,6 @@ def packed_int8(w_q: torch.Tensor) -> Packed:
 def _pack_int8(w_q: torch.Tensor) -> torch.Tensor:
     f, c = w_q.shape
     module = backends.cpu()
-    blob = torch.empty(module.packed_bytes(INT8, f, c), dtype=torch.uint8, device="cpu")
-    module.pack_linear(INT8, w_q.data_ptr(), False, *w_q.stride(), 0, 0, 0, f, c, blob.data_ptr(), blob.numel())
+    blob = torch.empty(module.packed_bytes(INT8_LAYOUT, f, c), dtype=torch.uint8, device="cpu")
+    module.pack_linear(INT8_LAYOUT, w_q.data_ptr(), False, *w_q.stride(), 0, 0, 0, f, c, blob.data_ptr(), blob.numel())
     return blob

@@ -123,6 +123,7 @@ def count(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | int:
 
 
 def address(x: torch.Tensor | None) -> int:
+    """Where native code finds a tensor's elements; 0: there is none."""
     return 0 if x is None else x.data_ptr()
 
 

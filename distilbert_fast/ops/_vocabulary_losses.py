@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._autocast import as_written, enabled
+from distilbert_fast.ops._autocast import enabled, without_autocast
 from distilbert_fast.ops._operator import is_eager, operator
 from distilbert_fast.ops._rows import accumulation_dtype
 from distilbert_fast.ops.linear import operands, product, product_into
@@ -70,10 +70,10 @@ def projection_dtype(h: torch.Tensor) -> torch.dtype:
     return torch.float32 if h.dtype == torch.float16 else h.dtype
 
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+LossOutputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def outputs_like(call: Call) -> Outputs:
+def outputs_like(call: Call) -> LossOutputs:
     """Memory for kl, ce, and of the gradients that are wanted those of the sums of row losses: of the KL and, with
     labels, of the cross-entropy: dh [1 or 2, N, C], dW [1 or 2, V, C], db [1 or 2, V].
     """
@@ -119,14 +119,14 @@ class Chunk(NamedTuple):
 # What a backend gives: the outputs. Or, where it may defer the products with gradients and one chunk holds all rows:
 # that chunk, and outputs without gradients. The chunk's gradients of logits are smaller than a dW for each loss, and by
 # the time of backward the upstream gradients are known, so the two losses' are one matrix before they are multiplied.
-Result = tuple[Outputs, Chunk | None]
+ForwardResult = tuple[LossOutputs, Chunk | None]
 
 
-class Plan(NamedTuple):
+class ChunkPlan(NamedTuple):
     """What a backend begins with."""
 
     counted: Counted
-    outputs: Outputs  # memory for ``outputs_like``
+    outputs: LossOutputs  # memory for ``outputs_like``
     chunk: int  # rows of every chunk but the last
     defer: bool  # whether the gradients are in fact deferred
 
@@ -158,14 +158,14 @@ def _counted(call: Call) -> Counted:
     return Counted(kind.argsort(stable=True)[: alone + both + rest], alone, alone + both)
 
 
-def plan(call: Call, defer: bool) -> Plan:
+def plan_chunks(call: Call, defer: bool) -> ChunkPlan:
     counted, chunk = _counted(call), chunk_rows(call.W.shape[0], call.h.device)
     defer = defer and any_gradient(call) and 0 < len(counted.rows) <= chunk
     held = call._replace(dh=False, dW=False, db=False) if defer else call
-    return Plan(counted, outputs_like(held), chunk, defer)
+    return ChunkPlan(counted, outputs_like(held), chunk, defer)
 
 
-def by_chunks(op: str, losses_of_chunk: LossesOfChunk, W: torch.Tensor, call: Call, plan: Plan) -> Result:
+def by_chunks(op: str, losses_of_chunk: LossesOfChunk, W: torch.Tensor, call: Call, plan: ChunkPlan) -> ForwardResult:
     """Fill the outputs. W: the student's, as ``product`` takes it."""
     kl, ce, dh_sum, dW_sum, db_sum = plan.outputs
     for x in (kl, ce, dh_sum, db_sum):
@@ -248,7 +248,7 @@ class CpuChunks:
     """
 
     def __init__(self, call: Call, defer: bool) -> None:
-        begun = plan(call, defer)
+        begun = plan_chunks(call, defer)
         kl, ce, dh, dW, db = begun.outputs
         self.plan = begun._replace(outputs=(kl, ce, dh, backends.empty_cpu(dW), db))  # dW's is kept from step to step
         h, rows, v = call.h, begun.largest, call.W.shape[0]
@@ -275,7 +275,7 @@ class CpuChunks:
 
 
 def losses_of(
-    op: str, record: Any, kernels: Mapping[str, Callable[[Any, bool], Result]], hidden: Sequence[str]
+    op: str, record: Any, kernels: Mapping[str, Callable[[Any, bool], ForwardResult]], hidden: Sequence[str]
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Register ``<op>_forward`` and return what computes (kl, ce) from checked arguments, with their gradients.
 
@@ -283,12 +283,12 @@ def losses_of(
     chosen by the dtypes of the fields named ``hidden``.
     """
 
-    def run(call: Call, defer: bool) -> Result:
+    def run(call: Call, defer: bool) -> ForwardResult:
         kernel = kernels[backends.select(op, call.h.device, *(getattr(call, name).dtype for name in hidden))]
-        with as_written(call.h.device):
+        with without_autocast(call.h.device):
             return kernel(call, defer)
 
-    def forward(call: Call) -> Outputs:
+    def forward(call: Call) -> LossOutputs:
         """kl, ce, and the sums of gradients that are wanted: see ``outputs_like``."""
         return run(call, False)[0]
 
@@ -316,7 +316,7 @@ def losses_of(
             others = [None] * (len(ctx.needs_input_grad) - 3)
             if not ctx.single:
                 return *_of_sums(ctx, dkl, dce), *others
-            with as_written(dkl.device):
+            with without_autocast(dkl.device):
                 some = zip(_of_one_chunk(ctx, dkl, dce), ctx.dtypes, strict=True)
                 return *(None if x is None else x.to(dtype) for x, dtype in some), *others
 

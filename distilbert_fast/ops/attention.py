@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from distilbert_fast.ops import _attention_backends as served
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._attention_backends import OP, Call, Forward, Gradients
-from distilbert_fast.ops._autocast import as_written, autocast
+from distilbert_fast.ops._autocast import autocast, without_autocast
 from distilbert_fast.ops._operator import function, operator
 from distilbert_fast.ops._rows import accumulation_dtype, whole_rows
 
@@ -186,7 +186,7 @@ def _forward_like(call: Call) -> torch.Tensor:
 def _forward(call: Call) -> torch.Tensor:
     """The output, contiguous."""
     kernel = served.FORWARD[served.backend_of(call.q)]
-    with as_written(call.q.device):
+    with without_autocast(call.q.device):
         return kernel(_whole(call))
 
 
@@ -202,7 +202,7 @@ def _forward_keeping(call: Call) -> Forward:
     kernel = served.FORWARD_KEEPING.get(served.backend_of(call.q))
     if kernel is None:
         return _forward(call), *served.nothing_like(call.q)
-    with as_written(call.q.device):
+    with without_autocast(call.q.device):
         return kernel(_whole(call))
 
 
@@ -217,5 +217,5 @@ def _backward(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch.Tensor
     o, stats: what ``_forward_keeping`` kept; o is the output before the head mask if dm is wanted, else after it.
     """
     kernel = served.BACKWARD[served.backend_of(call.q)]
-    with as_written(call.q.device):
+    with without_autocast(call.q.device):
         return kernel(_whole(call), whole_rows(do), o, stats)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._autocast import as_written, autocast
+from distilbert_fast.ops._autocast import autocast, without_autocast
 from distilbert_fast.ops._operator import function, operator
 
 OP = "codebook_linear"
@@ -210,14 +210,14 @@ def _forward_torch(call: Call) -> torch.Tensor:
     if values < 1 << call.bits:
         codes = unpack_codes(call.codes, call.x.shape[1], call.bits)
         _check.below(OP, "codes", codes, values, "the values of codebook")
-    with as_written(call.x.device):
+    with without_autocast(call.x.device):
         return torch.nn.functional.linear(call.x, _look_up(call), call.bias)
 
 
 def _backward_torch(call: Gradient) -> Gradients:
     dy, x, codebook, wanted = call.dy, call.x, call.codebook, call.wanted
     dx, dcodebook, dbias = (x.new_empty(0) for _ in wanted)
-    with as_written(x.device):
+    with without_autocast(x.device):
         if wanted[0]:
             dx = dy @ _look_up(call)
         if wanted[1]:

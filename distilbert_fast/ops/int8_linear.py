@@ -15,9 +15,9 @@ import torch
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check, _rows
-from distilbert_fast.ops._autocast import as_written
+from distilbert_fast.ops._autocast import without_autocast
 from distilbert_fast.ops._operator import function, operator, triton_kernels
-from distilbert_fast.ops._packed import INT8, packed_int8
+from distilbert_fast.ops._packed import INT8_LAYOUT, packed_int8
 from distilbert_fast.ops._rows import as_scale
 from distilbert_fast.ops.quantize import quantize_reference
 
@@ -137,7 +137,7 @@ def accumulate(x_q: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
     in any order. (torch._int_mm is wrong on the CPU for a single column, and without VNNI it saturates.)
     """
     acc = torch.zeros((x_q.shape[0], w_q.shape[0]), dtype=torch.int32, device=x_q.device)
-    with as_written(x_q.device):
+    with without_autocast(x_q.device):
         for start in range(0, x_q.shape[1], 1024):
             columns = slice(start, start + 1024)
             acc += (x_q[:, columns].to(torch.float32) @ w_q[:, columns].to(torch.float32).t()).to(torch.int32)
@@ -169,7 +169,7 @@ def _forward_cpu(call: Call) -> torch.Tensor:
     backends.cpu().int8_linear(
         *(x_q.data_ptr(), *x_q.stride()),
         *_rows.scale_arguments(x_scale),
-        *(INT8, blob.data_ptr(), blob.numel(), w_scale.data_ptr(), _rows.address(bias)),
+        *(INT8_LAYOUT, blob.data_ptr(), blob.numel(), w_scale.data_ptr(), _rows.address(bias)),
         *(x_q.shape[0], w_q.shape[0], x_q.shape[1]),
         gelu,
         *_rows.matrix_arguments(residual, backends.CPU_DTYPE)[:2],

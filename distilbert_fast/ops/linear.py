@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbert_fast import backends
 from distilbert_fast.ops import _check
-from distilbert_fast.ops._autocast import as_written, autocast, enabled
+from distilbert_fast.ops._autocast import autocast, enabled, without_autocast
 from distilbert_fast.ops._operator import is_eager, operator, require_memory
 from distilbert_fast.ops._rows import address, parameter
 
@@ -106,7 +106,7 @@ def product(
     if dtype != a.dtype and a.is_cuda and bias is None:  # there it leaves the tensor cores as it was summed
         return torch.mm(a, b.t(), out_dtype=dtype)
     if _is_widened(dtype, a, b, bias):
-        with as_written(a.device):
+        with without_autocast(a.device):
             return F.linear(a.float(), b.float(), None if bias is None else bias.float()).to(dtype)
     work = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype, dtype) else a.dtype
     return F.linear(a.to(work), b.to(work), None if bias is None else bias.to(work)).to(dtype)

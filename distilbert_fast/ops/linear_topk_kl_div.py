@@ -24,7 +24,7 @@ from distilbert_fast import backends
 from distilbert_fast.ops import _check
 from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops._operator import function
-from distilbert_fast.ops._vocabulary_losses import Losses, Result
+from distilbert_fast.ops._vocabulary_losses import ForwardResult, Losses
 from distilbert_fast.ops.linear import product_into
 
 OP = "linear_topk_kl_div"
@@ -136,8 +136,8 @@ class Call(NamedTuple):
 # torch ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_torch(call: Call, defer: bool) -> Result:
-    begun = shared.plan(call, defer)
+def _forward_torch(call: Call, defer: bool) -> ForwardResult:
+    begun = shared.plan_chunks(call, defer)
     W, b = shared.torch_projection(*call[:3])
     wanted, tau = shared.any_gradient(call), call.temperature
 
@@ -182,7 +182,7 @@ def _terms(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 # cpu -----------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(call: Call, defer: bool) -> Result:
+def _forward_cpu(call: Call, defer: bool) -> ForwardResult:
     """The logits of every chunk stand in the same memory, and gradients are written over them."""
     memory, v, k = shared.CpuChunks(call, defer), call.W.shape[0], call.ids.shape[1]
 

@@ -20,7 +20,7 @@ from distilbert_fast.ops._check import refuse
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class WindowTokens:
     """The tokens of a window, a fraction of the memory of an ``Encoding``."""
 
     ids: np.ndarray  # int32 [T]
@@ -30,7 +30,7 @@ class Tokens:
         return len(self.ids)
 
 
-class Encoded(NamedTuple):
+class EncodedRow(NamedTuple):
     """A row, tokenized.
 
     Attributes:
@@ -96,32 +96,32 @@ class Encoder:
             max_length, stride=stride or 0, strategy=strategy, direction=tokenizer.truncation_side
         )
 
-    def __call__(self, rows: Sequence[Text]) -> list[Encoded]:
+    def __call__(self, rows: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize rows; those that cannot be read say why."""
         faults = [self._fault(row) for row in rows]
         if self.second_only:
             self._refuse_long_questions(rows, faults)
         fits = [at for at, fault in enumerate(faults) if fault is None]
         encode = self.truncating.encode_batch if self.offsets else self.truncating.encode_batch_fast
-        found = [Encoded(row, (), False, fault) for row, fault in zip(rows, faults, strict=True)]
+        found = [EncodedRow(row, (), False, fault) for row, fault in zip(rows, faults, strict=True)]
         for at, encoding in zip(fits, encode([rows[at] for at in fits]) if fits else (), strict=True):
             further = encoding.overflowing
             windows = (encoding,) if self.stride is None else (encoding, *further)
             kept = windows if self.offsets else tuple(map(_tokens, windows))
-            found[at] = Encoded(rows[at], kept, self.stride is None and bool(further))
+            found[at] = EncodedRow(rows[at], kept, self.stride is None and bool(further))
         return found
 
     def _fault(self, row: Any) -> str | None:
         """Why a row cannot be tokenized; None if it can."""
         if self.pair is None and not isinstance(row, (tuple, list)):
-            return fault(row)
+            return unreadable(row)
         is_pair = isinstance(row, tuple) and len(row) == 2
         if self.pair is not None and not is_pair:
             return f"expected a pair of texts, {' and '.join(self.pair)}, got {shortened(row)}"
         if not is_pair or self.single:
             return f"expected a text{'' if self.single else ' or a pair of texts'}, got {shortened(row)}"
         names = self.pair or ("the first text", "the second text")
-        faults = ((name, fault(text)) for name, text in zip(names, row, strict=True))
+        faults = ((name, unreadable(text)) for name, text in zip(names, row, strict=True))
         return next((f"{name}: {why}" for name, why in faults if why is not None), None)
 
     def _refuse_long_questions(self, rows: Sequence[Any], faults: list[str | None]) -> None:
@@ -138,11 +138,11 @@ class Encoder:
                 )
 
 
-def _tokens(encoding: Encoding) -> Tokens:
-    return Tokens(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8))
+def _tokens(encoding: Encoding) -> WindowTokens:
+    return WindowTokens(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8))
 
 
-def fault(text: Any) -> str | None:
+def unreadable(text: Any) -> str | None:
     """Why something is no text that a tokenizer reads whole; None if it is."""
     if not isinstance(text, str):
         return f"expected a text, got {shortened(text)}"

@@ -23,7 +23,7 @@ def shares(device: torch.device) -> tuple[int, int]:
     return max(1, whole // each), each
 
 
-def pool(device: torch.device) -> ThreadPoolExecutor:
+def worker_threads(device: torch.device) -> ThreadPoolExecutor:
     """As many threads as torch would use for a call, or 8 that share those; one for a GPU."""
     whole = torch.get_num_threads()
     workers, each = shares(device)

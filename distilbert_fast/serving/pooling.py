@@ -15,7 +15,7 @@ from torch import Tensor
 from distilbert_fast.ops.quantize import quantize
 
 POOLINGS = ("mean", "cls", "max")
-DTYPES = ("float32", "float16", "int8", "binary", "ubinary")
+EMBEDDING_DTYPES = ("float32", "float16", "int8", "binary", "ubinary")
 
 
 class CodedEmbedding(NamedTuple):
@@ -36,7 +36,7 @@ def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     return (hidden * inside).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def shortened(embeddings: Tensor, dimensions: int | None, normalize: bool) -> Tensor:
+def cut_dimensions(embeddings: Tensor, dimensions: int | None, normalize: bool) -> Tensor:
     """Keep the first dimensions [B, D], then divide each by its length."""
     kept = embeddings[:, :dimensions]
     return torch.nn.functional.normalize(kept, dim=-1) if normalize else kept

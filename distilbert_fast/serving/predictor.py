@@ -22,9 +22,9 @@ from distilbert_fast.modeling.mapped import map_engine, map_parameters
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.ops import _check
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
-from distilbert_fast.serving.encoding import Encoded, Encoder
+from distilbert_fast.serving.encoding import EncodedRow, Encoder
 from distilbert_fast.serving.sentence_transformers import embedding_options
-from distilbert_fast.serving.tasks import OP, TASKS, Task, make_task, task_of
+from distilbert_fast.serving.tasks import OP, SERVED_TASKS, ServedTask, make_task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,12 @@ class Predictor:
         directory = locate(source)
         if task is None:
             task = task_of_checkpoint(directory)
-        _check.choice(OP, "task", task, tuple(TASKS))
+        _check.choice(OP, "task", task, tuple(SERVED_TASKS))
         known = embedding_options(directory) if task == "embedding" else {}
         most = known.pop("max_length", None)
         options = known | options
         make_task(task, {name: value for name, value in options.items() if name not in ("max_length", "batch_tokens")})
-        head = TASKS[task].head
+        head = SERVED_TASKS[task].head
         model, _, _ = load_with_head(directory, head, new_head=not head)  # a pooler that is missing is not used
         tokenizer = load_tokenizer(directory, "")
         if most is not None and options.get("max_length") is None:
@@ -145,7 +145,7 @@ class Predictor:
             map_engine(made.model, packed)
         return made
 
-    def sharing(self, task: Task) -> Predictor:
+    def sharing(self, task: ServedTask) -> Predictor:
         """A predictor for another task, of the same model and the same windows of rows."""
         other = copy.copy(self)
         other.task = task
@@ -176,7 +176,7 @@ class Predictor:
             raise ValueError(f"{OP}: row {wrong}: {NOT_FINITE}")
         return answers
 
-    def encode(self, rows: Sequence[Text]) -> list[Encoded]:
+    def encode(self, rows: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize rows, as a call takes them in a list. One that cannot be read says why in ``refused``.
 
         Raises TypeError for what is no list of rows.
@@ -189,11 +189,11 @@ class Predictor:
         """All tokens of a text, however long it is; ``special``: with those that begin and end it."""
         return self._encoder.whole.encode(text, add_special_tokens=special)
 
-    def compute(self, encoded: Sequence[Encoded]) -> list[Any]:
+    def compute(self, encoded: Sequence[EncodedRow]) -> list[Any]:
         """The answers to rows that were encoded, in their order; None to refused ones."""
         return self.start(encoded)()
 
-    def start(self, encoded: Sequence[Encoded], pool: Executor | None = None) -> Callable[[], list[Any]]:
+    def start(self, encoded: Sequence[EncodedRow], pool: Executor | None = None) -> Callable[[], list[Any]]:
         """Begin to compute; what is returned waits for that and returns the answers, as ``compute`` does.
 
         Args:

@@ -25,17 +25,17 @@ from distilbert_fast.modeling.architectures import head_of
 from distilbert_fast.ops import _check
 from distilbert_fast.serving import pooling
 from distilbert_fast.serving.answers import best_answers
-from distilbert_fast.serving.encoding import Encoded
+from distilbert_fast.serving.encoding import EncodedRow
 
 OP = "Predictor"
 FUNCTIONS = ("sigmoid", "softmax", "none")
 STRATEGIES = ("none", "simple", "first", "average", "max")
-Outputs = Sequence[Any] | np.ndarray  # of a model, for each window of a batch
+ModelOutputs = Sequence[Any] | np.ndarray  # of a model, for each window of a batch
 _SCORES = pyarrow.list_(pyarrow.float32())
 
 
 @dataclass(kw_only=True)
-class Task(ABC):
+class ServedTask(ABC):
     """A task, see above.
 
     Attributes:
@@ -71,11 +71,11 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         """What the model puts out for each window of a batch [B, T], of so many tokens each."""
 
     @abstractmethod
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> Any:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> Any:
         """The answer to a row, from the outputs of its windows."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Task(ABC):
 
 
 @dataclass(kw_only=True)
-class TextClassification(Task):
+class TextClassification(ServedTask):
     """Labels of texts, or of pairs of texts.
 
     Answer: [{"label", "score"}, …], the best first.
@@ -114,10 +114,10 @@ class TextClassification(Task):
         self._labels: dict[int, str] = model.config.id2label
         self._function = self.function_to_apply or function_of(model.config)
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         return scores_of(_logits(model, batch), self._function)
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> list[dict[str, Any]]:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         scores = outputs[0]  # [K]
         order = np.argsort(-scores, kind="stable")[: self.top_k]
         return [{"label": self._labels[at], "score": float(scores[at])} for at in order.tolist()]
@@ -134,7 +134,7 @@ class TextClassification(Task):
 
 
 @dataclass(kw_only=True)
-class Regression(Task):
+class Regression(ServedTask):
     """Numbers of texts, or of pairs of texts: the logits. Answer: a float, or a list where the head has several."""
 
     head = "SequenceClassification"
@@ -146,10 +146,10 @@ class Regression(Task):
         super().attach(model, tokenizer)
         self._one = model.config.num_labels == 1
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         return _logits(model, batch)
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> float | list[float]:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> float | list[float]:
         return float(outputs[0][0]) if self._one else outputs[0].tolist()
 
     def columns(self) -> dict[str, pyarrow.DataType]:
@@ -160,7 +160,7 @@ class Regression(Task):
 
 
 @dataclass(kw_only=True)
-class Reranking(Task):
+class Reranking(ServedTask):
     """How well texts answer queries, by a cross-encoder with one label. Answer: a float, the higher the better.
 
     Attributes:
@@ -179,10 +179,10 @@ class Reranking(Task):
         if model.config.num_labels != 1:
             _check.refuse(OP, "model", "one with 1 label for reranking", f"one with {model.config.num_labels}")
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         return scores_of(_logits(model, batch), self.function_to_apply)
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> float:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> float:
         return float(outputs[0][0])
 
     def columns(self) -> dict[str, pyarrow.DataType]:
@@ -193,7 +193,7 @@ class Reranking(Task):
 
 
 @dataclass(kw_only=True)
-class Embedding(Task):
+class Embedding(ServedTask):
     """Embeddings of texts. Answer: an array [D], or a ``CodedEmbedding`` for int8.
 
     Attributes:
@@ -212,7 +212,7 @@ class Embedding(Task):
 
     def check(self) -> None:
         _check.choice(OP, "pooling", self.pooling, pooling.POOLINGS)
-        _check.choice(OP, "dtype", self.dtype, pooling.DTYPES)
+        _check.choice(OP, "dtype", self.dtype, pooling.EMBEDDING_DTYPES)
         if self.dimensions is not None:
             _count("dimensions", self.dimensions)
 
@@ -222,13 +222,13 @@ class Embedding(Task):
             _check.refuse(OP, "dimensions", f"1 to {hidden}, what the model has", self.dimensions)
         self._width = pooling.width(hidden, self.dimensions, self.dtype)
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         first = {"first_rows": True} if self.pooling == "cls" else {}
         hidden = model(**batch, **first)[0]  # [B, T, C]
         pooled = pooling.pool(hidden, batch["attention_mask"].bool(), self.pooling)
-        return pooling.as_dtype(pooling.shortened(pooled, self.dimensions, self.normalize), self.dtype)
+        return pooling.as_dtype(pooling.cut_dimensions(pooled, self.dimensions, self.normalize), self.dtype)
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> Any:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> Any:
         return outputs[0]
 
     def columns(self) -> dict[str, pyarrow.DataType]:
@@ -243,7 +243,7 @@ class Embedding(Task):
 
 
 @dataclass(kw_only=True)
-class TokenClassification(Task):
+class TokenClassification(ServedTask):
     """Entities of texts. Answer: [{"entity_group", "score", "word", "start", "end"}, …], as the pipeline has them;
     start and end count characters. With aggregation_strategy "none" a token each, with "entity" and "index".
 
@@ -276,11 +276,11 @@ class TokenClassification(Task):
     def windows(self, max_length: int) -> int | None:
         return self.stride
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         logits = model(**batch).logits.float().cpu()  # [B, T, K]
         return [own[:length].clone() for own, length in zip(logits, lengths, strict=True)]
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> list[dict[str, Any]]:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         given = [
             {
                 "sentence": row.row,
@@ -306,7 +306,7 @@ class TokenClassification(Task):
 
 
 @dataclass(kw_only=True)
-class QuestionAnswering(Task):
+class QuestionAnswering(ServedTask):
     """Answers to questions from contexts. Answer: {"score", "start", "end", "answer"}, start and end count characters
     of the context; a list of them where top_k is above 1. A context longer than a window is cut into several.
 
@@ -341,12 +341,12 @@ class QuestionAnswering(Task):
     def windows(self, max_length: int) -> int | None:
         return min(max_length // 2, 128) if self.stride is None else self.stride
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> ModelOutputs:
         found = model(**batch, keep_padding=False)  # nobody reads it: a third of the time of ragged batches
         start, end = (x.float().cpu().numpy() for x in (found.start_logits, found.end_logits))  # [B, T]
         return [(start[at, :length], end[at, :length]) for at, length in enumerate(lengths)]
 
-    def answer(self, row: Encoded, outputs: Sequence[Any]) -> Any:
+    def answer(self, row: EncodedRow, outputs: Sequence[Any]) -> Any:
         options = (self.top_k, self.max_answer_len, self.handle_impossible_answer, self.align_to_words)
         found = best_answers(row.row[1], row.windows, outputs, self._cls_id, *options)
         return found[0] if self.top_k == 1 and found else found
@@ -362,7 +362,7 @@ class QuestionAnswering(Task):
         return answer or {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
-TASKS: dict[str, type[Task]] = {
+SERVED_TASKS: dict[str, type[ServedTask]] = {
     "text-classification": TextClassification,
     "regression": Regression,
     "embedding": Embedding,
@@ -372,14 +372,14 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def name_of(task: Task) -> str:
-    return next(name for name, kind in TASKS.items() if kind is type(task))
+def name_of(task: ServedTask) -> str:
+    return next(name for name, kind in SERVED_TASKS.items() if kind is type(task))
 
 
-def make_task(name: str, options: Mapping[str, Any]) -> Task:
+def make_task(name: str, options: Mapping[str, Any]) -> ServedTask:
     """A task by its name. Raises ValueError or TypeError for an unknown one, and for options that it has not."""
-    _check.choice(OP, "task", name, tuple(TASKS))
-    kind = TASKS[name]
+    _check.choice(OP, "task", name, tuple(SERVED_TASKS))
+    kind = SERVED_TASKS[name]
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [option for option in options if option not in known]:
         has = f"one of {', '.join(known)}" if known else "none"
@@ -394,7 +394,7 @@ def task_of(kind: type, config: Any) -> str:
     head = (head_of(kind) or (None, ""))[1].removeprefix("For")
     if head == "SequenceClassification" and config.problem_type == "regression":
         return "regression"
-    name = next((name for name, task in TASKS.items() if (task.head or "Model") == head), None)
+    name = next((name for name, task in SERVED_TASKS.items() if (task.head or "Model") == head), None)
     if name is None:
         expected = "given for a model whose head tells none"
         _check.refuse(OP, "task", expected, f"None for {kind.__name__}", TypeError)

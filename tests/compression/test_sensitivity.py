@@ -12,7 +12,7 @@ from tiny_models import tiny
 
 from distilbert_fast import Int8Config, optimize, quantize_model, sensitivity
 from distilbert_fast.compression.activations import moments
-from distilbert_fast.compression.agreement import Agreement, agreement, answers
+from distilbert_fast.compression.agreement import Agreement, agreement_of, answers
 from distilbert_fast.layers import Int8Linear
 from distilbert_fast.modeling.quantizer import linear_names
 
@@ -43,7 +43,7 @@ def float_names(model):
 
 def kl(model, reference, given=GIVEN):
     with torch.no_grad():
-        parts = [agreement(answers(model, b, "test"), answers(reference, b, "test")) for b in given]
+        parts = [agreement_of(answers(model, b, "test"), answers(reference, b, "test")) for b in given]
     return sum(part.kl_sum for part in parts) / sum(part.answers for part in parts)
 
 
@@ -169,7 +169,7 @@ def test_labels_that_do_not_exclude_each_other():
 
 def test_agreement():
     a, b = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double(), torch.tensor([[0.6, 0.4], [0.2, 0.8]]).double()
-    found = agreement(a.log(), b.log()) + agreement(b.log(), b.log())
+    found = agreement_of(a.log(), b.log()) + agreement_of(b.log(), b.log())
     expected = (b * (b / a).log()).sum()
     assert found.answers == 4 and found.same == 3 and found.kl == pytest.approx(float(expected) / 4)
     assert Agreement().kl == 0

@@ -167,7 +167,7 @@ LOOKS = ["2020-01-01", "007", "1e5", "true", "NA", "", "1.50", "2020-01-01 00:00
 @pytest.mark.parametrize("last", [*LOOKS, LOOKS])
 def test_texts_stay_as_written_wherever_they_stand(tmp_path, last, suffix, streaming):
     """Readers look at a block for types: a column that begins with words may go on with what looks like numbers."""
-    from distilbert_fast.data.text_sources import Texts
+    from distilbert_fast.data.text_sources import TextSource
 
     for words in (0, 1, 10_000):  # pandas reads 10,000 rows at a time
         texts = ["word"] * words + ([last] * 3 if isinstance(last, str) else last)
@@ -177,7 +177,7 @@ def test_texts_stay_as_written_wherever_they_stand(tmp_path, last, suffix, strea
             separator = "," if suffix == ".csv" else "\t"
             lines = [f"text{separator}n", *(f"{text}{separator}1" for text in texts)]
         path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-        table = Texts(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
+        table = TextSource(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
         assert [row["text"] for row in table.rows] == texts
 
 
@@ -367,7 +367,7 @@ def before(module, name):
 
 
 KILLED_BEFORE = {
-    "reading": (data.Texts, "open"),
+    "reading": (data.TextSource, "open"),
     "joining": (data, "join"),
     "writing": (pyarrow, "record_batch"),
     "counting": (data.np, "save"),
@@ -505,7 +505,7 @@ def test_bad_tokenizers(tokenizer, text, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_spaces_that_begin_a_row_are_kept_wherever_a_readers_buffer_ends(tmp_path, suffix, streaming):
-    from distilbert_fast.data.text_sources import Texts
+    from distilbert_fast.data.text_sources import TextSource
 
     separator = "," if suffix == ".csv" else "\t"
     head = f"text{separator}n\n"
@@ -513,7 +513,7 @@ def test_spaces_that_begin_a_row_are_kept_wherever_a_readers_buffer_ends(tmp_pat
         texts = ["x" * (262144 - len(head) - 3 - spaces_before), "        def f(): pass", "  other"]
         path = tmp_path / f"{spaces_before}{suffix}"
         path.write_text(head + "".join(f"{text}{separator}0\n" for text in texts))
-        table = Texts(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
+        table = TextSource(path, None, "train", False).open(tmp_path / "work", streaming=streaming)
         assert [row["text"] for row in table.rows] == texts
 
 

@@ -13,7 +13,7 @@ from distilbert_fast.data.predictions import (
     read_squad_predictions,
     read_tagged,
 )
-from distilbert_fast.data.published import TASKS
+from distilbert_fast.data.published import PUBLISHED_TASKS
 
 
 def file(tmp_path, text, name="pred.tsv"):
@@ -23,7 +23,7 @@ def file(tmp_path, text, name="pred.tsv"):
 
 
 def labels(tmp_path, text, ids="0 1 2", task="rte", name="pred.tsv"):
-    known = TASKS.get(task)
+    known = PUBLISHED_TASKS.get(task)
     classes = known.class_names if known else ("no", "Yes")
     return read_labels("evaluate", file(tmp_path, text, name), ids.split(), known, classes)
 
@@ -160,21 +160,21 @@ LEFT_OUT = "evaluate: predictions: {!r}: {} of {} predictions are of rows withou
 def test_rows_without_a_label_may_have_predictions(tmp_path, caplog, named):
     every = [f"{at}\t{value}" if named else value for at, value in enumerate("01-0")]  # the third has the label "-"
     path = file(tmp_path, named + "\n".join(every))
-    classes = TASKS["mnli"].class_names
+    classes = PUBLISHED_TASKS["mnli"].class_names
     for file_ids in ("0 1 2 3", "7 5 6 8") if named else ("7 5 6 8",):  # by index, by place
         ids = [index for at, index in enumerate(file_ids.split()) if at != 2]
         caplog.clear()
-        found = read_labels("evaluate", path, ids, TASKS["mnli"], classes, file_ids.split())
+        found = read_labels("evaluate", path, ids, PUBLISHED_TASKS["mnli"], classes, file_ids.split())
         assert found == ["entailment", "neutral", "entailment"]
         assert caplog.messages == [LEFT_OUT.format(str(path), 1, 4)]
         caplog.clear()
         path_of_kept = file(tmp_path, named + "\n".join(every[:2] + every[3:]), "kept.tsv")
-        assert read_labels("evaluate", path_of_kept, ids, TASKS["mnli"], classes, file_ids.split()) == found
+        assert read_labels("evaluate", path_of_kept, ids, PUBLISHED_TASKS["mnli"], classes, file_ids.split()) == found
         assert not caplog.messages
     fewer = file(tmp_path, named + "\n".join(every[:2]))
     message = "lacks 3 of 3 rows of data" if named else "expected a prediction for each of the 3 rows of data, or of "
     with pytest.raises(ValueError, match=message):
-        read_labels("evaluate", fewer, ids, TASKS["mnli"], classes, file_ids.split())
+        read_labels("evaluate", fewer, ids, PUBLISHED_TASKS["mnli"], classes, file_ids.split())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distilbert_fast.data.published import TASKS, published, read_published
+from distilbert_fast.data.published import PUBLISHED_TASKS, published, read_published
 from distilbert_fast.data.tasks import load_task, read_split
 
 MNLI = "index\tpromptID\tgenre\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label"
@@ -16,7 +16,7 @@ STSB = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tse
 def read(tmp_path, task, text, name="dev.tsv"):
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_published("evaluate", "data", path, TASKS[task])
+    return read_published("evaluate", "data", path, PUBLISHED_TASKS[task])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def read(tmp_path, task, text, name="dev.tsv"):
 def test_what_is_published_is_read_as_it_is(tmp_path, task, name, text, rows):
     split = read(tmp_path, task, text, name)
     assert [(*texts, label) for texts, label in split.rows] == rows
-    assert split.class_names == (TASKS[task].class_names or None)
+    assert split.class_names == (PUBLISHED_TASKS[task].class_names or None)
 
 
 def test_rows_without_label_and_broken_ones_are_counted(tmp_path, caplog):
@@ -184,8 +184,8 @@ def test_damaged_jsonl_is_refused_by_line(tmp_path, line, message):
 
 
 def test_names_of_tasks():
-    assert published("glue/stsb") is published("STS-B") is TASKS["stsb"]
-    assert published("super_glue/cb") is TASKS["cb"] and published("mine") is None and published(None) is None
+    assert published("glue/stsb") is published("STS-B") is PUBLISHED_TASKS["stsb"]
+    assert published("super_glue/cb") is PUBLISHED_TASKS["cb"] and published("mine") is None and published(None) is None
 
 
 def test_a_published_file_can_be_trained_on(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 datasets = pytest.importorskip("datasets")
 
 from distilbert_fast.data.corpus import load_corpus  # noqa: E402
-from distilbert_fast.data.masking import MaskedDataset, Masking, pad  # noqa: E402
+from distilbert_fast.data.masking import MaskedDataset, Masking, pad_rows  # noqa: E402
 from distilbert_fast.distillation.teachers import build_cache as building  # noqa: E402
 from distilbert_fast.distillation.teachers.build_cache import build_cache  # noqa: E402
 from distilbert_fast.distillation.teachers.cache import INDEX, SHARD, CachedTeacher  # noqa: E402
@@ -176,7 +176,7 @@ def model():
 @pytest.mark.parametrize("name", [INDEX, SHARD.format(0), manifest.MANIFEST])
 def test_a_damaged_teacher_cache(name, model, dataset, tmp_path):
     path = build_cache(model, dataset, tmp_path / "cache", k=3)
-    batch = pad(dataset.__getitems__(list(range(7))), 0)
+    batch = pad_rows(dataset.__getitems__(list(range(7))), 0)
     places = batch["attention_mask"].flatten().nonzero().flatten()
 
     def answers():

@@ -16,7 +16,7 @@ from distillation import runs, tiny
 
 datasets = pytest.importorskip("datasets")
 
-from distilbert_fast.data.masking import MaskedDataset, Masking, pad, pad_collator  # noqa: E402
+from distilbert_fast.data.masking import MaskedDataset, Masking, pad_collator, pad_rows  # noqa: E402
 from distilbert_fast.distillation.objectives.mlm import MlmObjective  # noqa: E402
 from distilbert_fast.distillation.objectives.task import TaskObjective  # noqa: E402
 from distilbert_fast.distillation.teachers import build_cache as building  # noqa: E402
@@ -57,7 +57,7 @@ def mlm(**settings):
 
 
 def batch_of(dataset, examples=None):
-    return pad(dataset.__getitems__(list(range(len(dataset)) if examples is None else examples)), 0)
+    return pad_rows(dataset.__getitems__(list(range(len(dataset)) if examples is None else examples)), 0)
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ def test_buckets():
     for n in (1, 16, 17, 128, 129, 1000, 16_384):
         assert token_bucket(n) >= n and token_bucket(token_bucket(n)) == token_bucket(n)
         assert token_bucket(n) <= max(1.25 * n, n + 15)
-    assert token_bucket(cuda_graphs.LARGEST) == cuda_graphs.LARGEST
+    assert token_bucket(cuda_graphs.MOST_TOKENS) == cuda_graphs.MOST_TOKENS
     assert [sequence_bucket(1, p) for p in (0, 1, 128, 129, 256, 257)] == [1, 2, 2, 3, 3, 4]
     assert sequence_bucket(64, 0) == 64 and sequence_bucket(64, 1) == 80 and sequence_bucket(0, 16) == 1
 
@@ -187,7 +187,7 @@ def test_what_goes_round_the_graphs(ids, monkeypatch):
     engine.encode(ids, hidden_states=True)
     engine(ids, head_mask=torch.tensor([1.0, 0.0, 1.0]))
     assert engine(ids[:0]).shape == (0, 6, 30) and engine(ids, torch.zeros_like(ids)).eq(0).all()
-    monkeypatch.setattr(cuda_graphs, "LARGEST", 23)
+    monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 23)
     engine(ids)
     assert engine.graphs._device.replayed == 0
     engine(ids[:3])

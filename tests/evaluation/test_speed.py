@@ -35,7 +35,7 @@ def test_latency_and_throughput_are_medians_over_turns(monkeypatch):
 
 def test_steps_are_timed_in_training_and_leave_generators_and_mode_as_they_were(tmp_path):
     model, tokenizer = load_classifier(bert(tmp_path / "bert"), ["a", "b"], new_head=True)
-    (batch,) = speed.batches(tokenizer, [text for text, _ in sentences(4, seed=0)], 4, 8, "cpu")
+    (batch,) = speed.batches_of_texts(tokenizer, [text for text, _ in sentences(4, seed=0)], 4, 8, "cpu")
     modes, state, weight = [], torch.get_rng_state(), model.classifier.weight.detach().clone()
     model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     seconds = speed.step_seconds(model, {**batch, "labels": torch.tensor([0, 1, 0, 1])})
@@ -54,12 +54,12 @@ def test_nothing_to_time_is_refused():
 def test_batches_hold_every_sentence_padded_to_the_longest_of_its_batch(tmp_path):
     _, tokenizer = load_classifier(bert(tmp_path / "bert"), ["a", "b"], new_head=True)
     texts = [text for text, _ in sentences(10, seed=0)]
-    made = speed.batches(tokenizer, texts, 4, 8, "cpu")
+    made = speed.batches_of_texts(tokenizer, texts, 4, 8, "cpu")
     assert [len(batch["input_ids"]) for batch in made] == [4, 4, 2]
     lengths = [min(8, len(text.split()) + 2) for text in texts]
     assert [batch["attention_mask"].sum(1).tolist() for batch in made] == [lengths[:4], lengths[4:8], lengths[8:]]
     assert [batch["input_ids"].shape[1] for batch in made] == [max(lengths[i : i + 4]) for i in (0, 4, 8)]
-    paired = speed.batches(tokenizer, list(zip(texts, reversed(texts), strict=True)), 8, 64, "cpu")
+    paired = speed.batches_of_texts(tokenizer, list(zip(texts, reversed(texts), strict=True)), 8, 64, "cpu")
     assert [len(batch["input_ids"]) for batch in paired] == [8, 2]
     counts = [len(text.split()) for text in texts]
     assert paired[1]["token_type_ids"].sum(1).tolist() == [counts[1] + 1, counts[0] + 1]

@@ -11,15 +11,15 @@ import torch
 from typer.testing import CliRunner
 
 from distilbert_fast.cli import app
-from distilbert_fast.data.stsb_lengths import Pair, spread_over, stsb_pairs, words
+from distilbert_fast.data.stsb_lengths import PairLengths, spread_over, stsb_pairs, words
 from distilbert_fast.evaluation.comparison_report import FILES, rows
 from distilbert_fast.jobs import compare as job
-from distilbert_fast.jobs.contenders import CONTENDERS, PRUNED, batch_of, load, make, vocabulary
+from distilbert_fast.jobs.contenders import CONTENDERS, PRUNED, batch_of, load_contender, make, vocabulary
 from distilbert_fast.jobs.settings import RecipeError
 from distilbert_fast.runs.run_directory import StageError
 
-TINY = job.Plan(pairs=3, batches=1, turns=2, starts=1, threads=1, size="tiny")
-PAIR = Pair(12, 5, 4)
+TINY = job.Workload(pairs=3, batches=1, turns=2, starts=1, threads=1, size="tiny")
+PAIR = PairLengths(12, 5, 4)
 
 
 def test_the_lengths_are_those_of_the_development_set():
@@ -34,9 +34,9 @@ def test_the_lengths_are_those_of_the_development_set():
 def test_every_contender_is_made_and_read_back(name, tmp_path):
     one = CONTENDERS[name]
     made = make(one, tmp_path, "tiny", None, PAIR)
-    call, ids = load(one, tmp_path), vocabulary(one, tmp_path)
+    call, ids = load_contender(one, tmp_path), vocabulary(one, tmp_path)
     with torch.inference_mode():
-        for pairs in ([PAIR], [PAIR, Pair(7, 1, 3)]):
+        for pairs in ([PAIR], [PAIR, PairLengths(7, 1, 3)]):
             answers = call(batch_of(one, pairs, ids, 0))
             assert answers.shape == (len(pairs), 1) and answers.isfinite().all()
     assert made.parameters < made.with_head and made.flops > 0 and made.file_bytes > 0

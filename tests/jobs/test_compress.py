@@ -21,7 +21,7 @@ from distilbert_fast.files.schema import read_json
 from distilbert_fast.jobs import compress as job
 from distilbert_fast.jobs import gate, stage_results
 from distilbert_fast.jobs.flow import RecipeError
-from distilbert_fast.jobs.planning import Plan, Route, depths, student
+from distilbert_fast.jobs.planning import MeasuredTeacher, Route, depths, student
 from distilbert_fast.jobs.settings import Compression, Goals, Training
 
 TRAINING = Training(max_steps=4, batch_size=16, micro_batch=16, learning_rate=5e-3)
@@ -242,7 +242,7 @@ def test_faults():
 def test_routes():
     """A table of four layers that take 1 each, 0.1 of it without heads and neurons; 0.5 outside; the reference 45."""
     costs = Costs(np.array([0.0, 0.2, 0.4]), np.array([0.0, 0.25, 0.5]), 0.4, 1, 0.1)
-    plan = Plan(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression())
+    plan = MeasuredTeacher(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression())
     assert plan.speedup_of_int8 == pytest.approx(10)
     assert plan.route(10) == Route(4, None)
     assert plan.route(15) == Route(4, pytest.approx(2.5))
@@ -252,10 +252,10 @@ def test_routes():
     plan.check(45 / 0.7)
     with pytest.raises(RecipeError, match=r"^compress: speedup: expected at most 65\.2 on this machine, got 70$"):
         plan.check(70)
-    forced = Plan(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression(layers=2))
+    forced = MeasuredTeacher(costs, 4, 45.0, (0.5, 0.5, 0.5, 0.5), 1, Compression(layers=2))
     assert forced.route(11) == Route(2, None)
     assert not forced.allows(45 / 0.8)
-    slow_heads = Plan(costs, 4, 45.0, (0.75, 0.75, 0.75, 0.5), 1, Compression())
+    slow_heads = MeasuredTeacher(costs, 4, 45.0, (0.75, 0.75, 0.75, 0.5), 1, Compression())
     assert slow_heads.speedup_of_int8 == pytest.approx(10)
     assert slow_heads.route(45 / 2.0) == Route(2, pytest.approx(1.25))
     assert slow_heads.route(45 / 1.5) == Route(1, pytest.approx(0.75))
@@ -266,11 +266,11 @@ def test_what_a_student_takes_is_timed():
     table = {"heads": [0.0, 0.2, 0.4], "widths": [0.0, 0.25, 0.5], "base": 0.4, "layer": 0.1, "layers": 4}
     taken = {"transformers": 45.0, "int8": 4.5, student(1): 1.6, student(3): 4.0}
     latency = {name: {"median": 1e3 * seconds} for name, seconds in taken.items()}
-    plan = Plan.of({"costs": table, "speed": {"latency_ms": latency}}, Compression())
+    plan = MeasuredTeacher.of({"costs": table, "speed": {"latency_ms": latency}}, Compression())
     assert plan.own == pytest.approx((0.6, 0.8, 1.0, 0.5))
     assert (plan.reference, plan.layers) == (45.0, 4)
     latency[student(2)] = {"median": 2.5e3}
-    plan = Plan.of({"costs": table, "speed": {"latency_ms": latency}}, Compression(layers=2))
+    plan = MeasuredTeacher.of({"costs": table, "speed": {"latency_ms": latency}}, Compression(layers=2))
     assert plan.own == pytest.approx((0.6, 0.5, 1.0, 0.5))
     assert plan.route(45 / 2.4) == Route(2, pytest.approx(1.9))
     assert depths(1, None) == [] and depths(2, None) == [1] and depths(12, 4) == [1, 4, 11]

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from typer.testing import CliRunner
 
 from distilbert_fast.cli import app
-from distilbert_fast.data.published import TASKS
+from distilbert_fast.data.published import PUBLISHED_TASKS
 from distilbert_fast.evaluation.metrics import predictions
 from distilbert_fast.jobs.evaluate import Settings, evaluate, file_names
 from distilbert_fast.jobs.judges import judge_of, matched
@@ -227,7 +227,7 @@ def test_what_is_cut_is_said(classifier, directory, caplog):
     ],
 )
 def test_classes_of_model_and_data(names, classes, task, expected):
-    arguments = (names.split(), classes.split(), task and TASKS[task])
+    arguments = (names.split(), classes.split(), task and PUBLISHED_TASKS[task])
     if expected is not None:
         assert matched(*arguments) == expected.split()
         return

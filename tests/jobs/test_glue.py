@@ -13,7 +13,7 @@ from demo_input import bert, sentences
 from typer.testing import CliRunner
 
 from distilbert_fast.cli import app
-from distilbert_fast.data.published import TASKS
+from distilbert_fast.data.published import PUBLISHED_TASKS
 from distilbert_fast.jobs.evaluate import evaluate
 from distilbert_fast.jobs.settings import RecipeError
 
@@ -26,7 +26,7 @@ def glue(tmp_path_factory):
         for name in ("cola", "stsb", "mnli"):
             encoder = bert(path / f"s{seed}" / name)
             torch.manual_seed(seed)
-            classes = len(TASKS[name].classes) or 1
+            classes = len(PUBLISHED_TASKS[name].classes) or 1
             model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=classes)
             torch.nn.init.normal_(model.classifier.weight)
             model.save_pretrained(encoder)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from distilbert_fast.modeling import attention_interface
-from distilbert_fast.modeling.attention_interface import ENCODERS, NAME, number_layers
+from distilbert_fast.modeling.attention_interface import ENCODERS, IMPLEMENTATION, number_layers
 
 LAYERS, HEADS, SIZE = 3, 3, 10
 SIZES = {
@@ -57,7 +57,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("model_type", sorted(ENCODERS))
 def test_encoders_give_the_numbers_of_sdpa(model_type, ragged):
-    ours, sdpa = encoder(model_type, NAME), encoder(model_type, "sdpa")
+    ours, sdpa = encoder(model_type, IMPLEMENTATION), encoder(model_type, "sdpa")
     close(tokens(ours(**ragged), ragged), tokens(sdpa(**ragged), ragged))
     whole = {**ragged, "attention_mask": torch.ones_like(ragged["attention_mask"])}
     close(ours(**whole).last_hidden_state, sdpa(**whole).last_hidden_state)
@@ -69,7 +69,7 @@ def test_encoders_call_the_op(model_type, ragged, monkeypatch):
     calls = []
     real = attention_interface.padded_attention
     monkeypatch.setattr(attention_interface, "padded_attention", lambda *a: calls.append(a) or real(*a))
-    encoder(model_type, NAME)(**ragged)
+    encoder(model_type, IMPLEMENTATION)(**ragged)
     assert len(calls) == LAYERS and all(call[3].shape == (4, 9) for call in calls)
 
 
@@ -78,7 +78,7 @@ def test_encoders_call_the_op(model_type, ragged, monkeypatch):
 )
 def test_padding_anywhere(mask, ragged):
     batch = {"input_ids": ragged["input_ids"][:2, :4].clamp(3), "attention_mask": torch.tensor(mask)}
-    ours = encoder("bert", NAME)(**batch)
+    ours = encoder("bert", IMPLEMENTATION)(**batch)
     assert ours.last_hidden_state.isfinite().all()
     close(tokens(ours, batch), tokens(encoder("bert", "sdpa")(**batch), batch))
 
@@ -87,17 +87,17 @@ def test_padding_anywhere(mask, ragged):
 def test_real_weights_and_real_text(dtype, bert_dir, bert, tokenizer, texts):
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     load = transformers.BertModel.from_pretrained
-    ours, sdpa = (load(bert_dir, attn_implementation=how, dtype=dtype).eval() for how in (NAME, "sdpa"))
+    ours, sdpa = (load(bert_dir, attn_implementation=how, dtype=dtype).eval() for how in (IMPLEMENTATION, "sdpa"))
     with torch.no_grad():
         exact = tokens(copy.deepcopy(bert).double()(**batch), batch)
         a, b = tokens(ours(**batch), batch), tokens(sdpa(**batch), batch)
-    assert ours.config._attn_implementation == NAME and a.dtype == dtype
+    assert ours.config._attn_implementation == IMPLEMENTATION and a.dtype == dtype
     assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert"])
 def test_gradients(model_type, ragged):
-    ours, sdpa = encoder(model_type, NAME), encoder(model_type, "sdpa")
+    ours, sdpa = encoder(model_type, IMPLEMENTATION), encoder(model_type, "sdpa")
     for model in (ours, sdpa):
         tokens(model(**ragged), ragged).square().mean().backward()
     for (key, a), (_, b) in zip(ours.named_parameters(), sdpa.named_parameters(), strict=True):
@@ -106,7 +106,7 @@ def test_gradients(model_type, ragged):
 
 
 def test_attention_dropout_acts_in_training(ragged):
-    model = encoder("bert", NAME, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    model = encoder("bert", IMPLEMENTATION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
     calm = tokens(model(**ragged), ragged)
     assert torch.equal(tokens(model(**ragged), ragged), calm)
     model.train()
@@ -131,7 +131,7 @@ def folded(model, head_mask):
 @pytest.mark.parametrize("shape", [(HEADS,), (LAYERS, HEADS), (LAYERS, 1, HEADS, 1, 1)])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
 def test_head_mask(model_type, shape, ragged):
-    model, sdpa = encoder(model_type, NAME), encoder(model_type, "sdpa")
+    model, sdpa = encoder(model_type, IMPLEMENTATION), encoder(model_type, "sdpa")
     number_layers(model)
     torch.manual_seed(2)
     head_mask = torch.rand(shape)
@@ -145,7 +145,7 @@ def test_head_mask(model_type, shape, ragged):
 
 
 def test_head_mask_per_sequence(ragged):
-    model = encoder("bert", NAME)
+    model = encoder("bert", IMPLEMENTATION)
     head_mask = torch.rand(LAYERS, 4, HEADS, 1, 1)
     result = model(**ragged, head_mask=head_mask).last_hidden_state
     for b in range(4):
@@ -160,13 +160,13 @@ def tokens_of(hidden, batch, b):
 
 def test_head_mask_reaches_task_heads(ragged):
     config = transformers.RobertaConfig(**SIZES)
-    model = build(transformers.RobertaForSequenceClassification, config, NAME)
+    model = build(transformers.RobertaForSequenceClassification, config, IMPLEMENTATION)
     assert not torch.equal(model(**ragged).logits, model(**ragged, head_mask=torch.zeros(HEADS)).logits)
 
 
 def test_layers_without_a_number(ragged):
     """DistilBERT does not number its layers, ALBERT runs one layer many times."""
-    model = encoder("distilbert", NAME)
+    model = encoder("distilbert", IMPLEMENTATION)
     message = (
         r"^distilbert_fast: head_mask must be of shape \[3\], since DistilBertSelfAttention does not know its layer "
         r"\(distilbert_fast\.modeling\.attention_interface\.number_layers\(model\) tells it\), got \[3, 3\]$"
@@ -176,7 +176,7 @@ def test_layers_without_a_number(ragged):
     number_layers(model)
     assert [block.attention.layer_idx for block in model.transformer.layer] == [0, 1, 2]
     close(model(**ragged, head_mask=torch.ones(LAYERS, HEADS))[0], model(**ragged)[0])
-    albert = encoder("albert", NAME)
+    albert = encoder("albert", IMPLEMENTATION)
     with pytest.raises(ValueError, match=r"^number_layers: model must be made of a list of 3 layers, got AlbertModel$"):
         number_layers(albert)
     with pytest.raises(ValueError, match=r"AlbertAttention does not know its layer"):
@@ -194,11 +194,11 @@ def test_layers_without_a_number(ragged):
 )
 def test_bad_head_masks(head_mask, error, given, ragged):
     with pytest.raises(error, match=f"^distilbert_fast: head_mask must be {given}$"):
-        encoder("bert", NAME)(**ragged, head_mask=head_mask)
+        encoder("bert", IMPLEMENTATION)(**ragged, head_mask=head_mask)
 
 
 def test_output_attentions(ragged):
-    ours, eager = encoder("bert", NAME), encoder("bert", "eager")
+    ours, eager = encoder("bert", IMPLEMENTATION), encoder("bert", "eager")
     a, b = ours(**ragged, output_attentions=True), eager(**ragged, output_attentions=True)
     assert len(a.attentions) == LAYERS
     close(a.attentions, b.attentions)
@@ -214,7 +214,7 @@ def test_output_attentions(ragged):
 
 def test_decoder_is_causal(ragged):
     config = transformers.BertConfig(**SIZES, is_decoder=True)
-    ours, sdpa = (build(transformers.BertLMHeadModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.BertLMHeadModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     for given in (ragged, {"input_ids": ragged["input_ids"].clamp(3)}):
         close(ours(**given).logits, sdpa(**given).logits)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_decoder_is_causal(ragged):
 def test_cross_attention_with_padding(length, ragged):
     """As long as the decoder or not: its queries are all real, the padding is that of the encoder."""
     config = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
-    ours, sdpa = (build(transformers.BertModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.BertModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     given = {
         "input_ids": torch.randint(3, 97, (4, length)),
         "encoder_hidden_states": torch.randn(4, 9, 30),
@@ -247,7 +247,7 @@ def test_encoder_decoder(ragged):
         decoder_ffn_dim=37,
         max_position_embeddings=40,
     )
-    ours, sdpa = (build(transformers.BartModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.BartModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     close(ours(**ragged).last_hidden_state, sdpa(**ragged).last_hidden_state)
     module, x = ours.encoder.layers[0].self_attn, torch.randn(1, HEADS, 4, SIZE)
     with pytest.raises(ValueError, match=r"^distilbert_fast: head_mask must be None for an encoder-decoder model, got"):
@@ -267,13 +267,13 @@ def test_sliding_window(ragged):
         cls_token_id=1,
         sep_token_id=2,
     )
-    ours, sdpa = (build(transformers.ModernBertModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.ModernBertModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     close(tokens(ours(**ragged), ragged), tokens(sdpa(**ragged), ragged))
 
 
 def test_grouped_heads(ragged):
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1)
-    ours, sdpa = (build(transformers.LlamaModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.LlamaModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     close(tokens(ours(**ragged), ragged), tokens(sdpa(**ragged), ragged))
     with pytest.raises(ValueError, match="output_attentions must be False for this attention"):
         ours(**ragged, output_attentions=True)
@@ -283,7 +283,7 @@ def test_image_encoder():
     config = transformers.ViTConfig(
         hidden_size=30, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37, image_size=8, patch_size=4
     )
-    ours, sdpa = (build(transformers.ViTModel, config, how) for how in (NAME, "sdpa"))
+    ours, sdpa = (build(transformers.ViTModel, config, how) for how in (IMPLEMENTATION, "sdpa"))
     pixels = torch.randn(2, 3, 8, 8)
     close(ours(pixels).last_hidden_state, sdpa(pixels).last_hidden_state)
 
@@ -291,7 +291,7 @@ def test_image_encoder():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_a_mask_of_ones_own(dtype, ragged):
     """4-D masks pass through transformers untouched."""
-    ours, sdpa = encoder("bert", NAME), encoder("bert", "sdpa")
+    ours, sdpa = encoder("bert", IMPLEMENTATION), encoder("bert", "sdpa")
     allowed = torch.rand(4, 1, 9, 9) < 0.6
     allowed |= torch.eye(9, dtype=torch.bool)
     mask = allowed if dtype == torch.bool else torch.where(allowed, 0.0, torch.finfo(dtype).min)
@@ -302,7 +302,7 @@ def test_a_mask_of_ones_own(dtype, ragged):
 
 
 def test_compiles_once_for_all_lengths(ragged):
-    model, sdpa = encoder("bert", NAME), encoder("bert", "sdpa")
+    model, sdpa = encoder("bert", IMPLEMENTATION), encoder("bert", "sdpa")
     graphs = []
 
     def count(graph, _):
@@ -322,8 +322,8 @@ def test_compiles_once_for_all_lengths(ragged):
 def test_switching_an_existing_model(ragged):
     model = encoder("bert", "sdpa")
     before = tokens(model(**ragged), ragged)
-    model.set_attn_implementation(NAME)
-    assert model.config._attn_implementation == NAME
+    model.set_attn_implementation(IMPLEMENTATION)
+    assert model.config._attn_implementation == IMPLEMENTATION
     close(tokens(model(**ragged), ragged), before)
 
 

@@ -13,7 +13,7 @@ import torch
 from demo_input import bert, load_classifier
 from safetensors.torch import load_file, save_file
 
-from distilbert_fast.modeling.loading import CheckpointError, fingerprint, locate
+from distilbert_fast.modeling.loading import CheckpointError, checkpoint_digest, locate
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +168,12 @@ def test_a_tokenizer_larger_than_the_embeddings(checkpoint, tmp_path):
 
 
 def test_fingerprint_is_of_the_content(checkpoint, original):
-    assert fingerprint(checkpoint) == fingerprint(original)
+    assert checkpoint_digest(checkpoint) == checkpoint_digest(original)
     file = checkpoint / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert fingerprint(checkpoint) != fingerprint(original)
+    assert checkpoint_digest(checkpoint) != checkpoint_digest(original)
 
 
 # Damage -----------------------------------------------------------------------------------------------------------

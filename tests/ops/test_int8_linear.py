@@ -298,7 +298,7 @@ def native_arguments(tensors, result, **changed):
     values = {
         "x": tensors["x_q"].data_ptr(), "x_row_stride": c, "x_column_stride": 1,
         "x_scale": tensors["x_scale"].data_ptr(), "x_scale_stride": 1,
-        "kind": _packed.INT8, "blob": blob.data_ptr(), "blob_bytes": blob.numel(),
+        "kind": _packed.INT8_LAYOUT, "blob": blob.data_ptr(), "blob_bytes": blob.numel(),
         "scale": tensors["w_scale"].data_ptr(), "bias": tensors["bias"].data_ptr(),
         "rows": n, "columns": f, "k": c, "gelu": False,
         "residual": tensors["residual"].data_ptr(), "residual_stride": f, "residual_is_bfloat16": False,

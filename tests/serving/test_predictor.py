@@ -18,7 +18,7 @@ import distilbert_fast
 from distilbert_fast import Predictor, explain
 from distilbert_fast.modeling.loading import CheckpointError
 from distilbert_fast.serving.answers import best_answers
-from distilbert_fast.serving.pool import pool
+from distilbert_fast.serving.pool import worker_threads
 from distilbert_fast.serving.tasks import STRATEGIES
 
 LONG = " ".join(SENTENCES)
@@ -283,7 +283,7 @@ def test_a_pool_gets_what_one_gets(classifier, tokenizer):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with pool(torch.device("cpu")) as threads:
+        with worker_threads(torch.device("cpu")) as threads:
             assert [*threads.map(lambda _: torch.get_num_threads(), range(9))] == [1] * 9
             assert torch.get_num_threads() == 3
             finish = [predictor.start(predictor.encode(texts), threads) for texts in (SENTENCES, [LONG], [])]

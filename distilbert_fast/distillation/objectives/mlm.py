@@ -25,13 +25,13 @@ from torch import Tensor
 
 from distilbert_fast.data import IGNORED
 from distilbert_fast.distillation.objectives.relations import relation_kl
-from distilbert_fast.distillation.objectives.task import OP, VOCABULARY, Step, check_pair, need, tokens
+from distilbert_fast.distillation.objectives.task import OP, VOCABULARY, Step, check_models, need, tokens
 from distilbert_fast.distillation.schedule import Scheduled, at, is_zero
 from distilbert_fast.distillation.teachers.model import (
-    Answer,
     Batch,
     Projection,
     Teacher,
+    TeacherAnswer,
     encode,
     full,
     hidden_rows,
@@ -89,7 +89,7 @@ class MlmObjective:
             refuse(OP, "teacher", f"given for {', '.join(taught)}", "None")
         if (model := model_of(teacher)) is None:
             return
-        check_pair(student, model, VOCABULARY)
+        check_models(student, model, VOCABULARY)
         if {"kl", "mse"} & {*names}:
             vocabulary_head(model, OP)
         widths = student.config.hidden_size, model.config.hidden_size
@@ -138,7 +138,7 @@ class MlmObjective:
         return Step(torch.stack([losses[name] for name in names]), None)
 
     def _vocabulary(
-        self, student: Any, encoded: Any, answer: Answer | None, batch: Batch, progress: float
+        self, student: Any, encoded: Any, answer: TeacherAnswer | None, batch: Batch, progress: float
     ) -> dict[str, Tensor]:
         labels = self._labels(batch).flatten()
         taught = {"kl", "mse"} & {*self.names}
@@ -159,7 +159,7 @@ class MlmObjective:
             losses["mse"] = soft.squared_error(h, head.projection)
         return losses
 
-    def _hidden(self, encoded: Any, answer: Answer, rows: Tensor) -> Tensor:
+    def _hidden(self, encoded: Any, answer: TeacherAnswer, rows: Tensor) -> Tensor:
         total = torch.zeros((), device=rows.device)
         for mine, theirs in self.layer_map:
             s, t = hidden_rows(encoded, rows, mine), answer.hidden(rows, theirs)  # [N, C]

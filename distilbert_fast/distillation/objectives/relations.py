@@ -18,10 +18,10 @@ from distilbert_fast.ops.kl_div import kl_div
 # Far below any logit at any temperature, yet finite: p = 0 on both sides counts 0 in a KL divergence, not NaN.
 EXCLUDED = -1e9
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v [B, T, C]
+Projections = tuple[Tensor, Tensor, Tensor]  # q, k, v [B, T, C]
 
 
-def relation_kl(student: Inputs, teacher: Inputs, real: Tensor, heads: int) -> Tensor:
+def relation_kl(student: Projections, teacher: Projections, real: Tensor, heads: int) -> Tensor:
     """Sum over real tokens of the loss above.
 
     Args:

@@ -92,7 +92,7 @@ class TaskObjective(_TaughtAndLabelled):
         self._need_teacher(teacher)
         if (model := model_of(teacher)) is not None:
             _check_classes(model)
-            check_pair(student, model, _CLASSES)
+            check_models(student, model, _CLASSES)
 
     def counts(self, batch: Batch) -> Tensor:
         return (need(batch, "labels") != IGNORED).sum().expand(len(self.names))
@@ -131,7 +131,7 @@ class MultiLabelObjective(_TaughtAndLabelled):
                 refuse(OP, name, "of problem_type multi_label_classification", either.config.problem_type)
         self._need_teacher(teacher)
         if model is not None:
-            check_pair(student, model, _CLASSES)
+            check_models(student, model, _CLASSES)
 
     def counts(self, batch: Batch) -> Tensor:
         labels = need(batch, "labels")
@@ -172,7 +172,7 @@ class RegressionObjective(_TaughtAndLabelled):
         if (model := model_of(teacher)) is not None:
             if not is_regression(model):
                 refuse(OP, "teacher", "a regression model like the student", "a classifier")
-            check_pair(student, model, _CLASSES[:2])
+            check_models(student, model, _CLASSES[:2])
 
     def counts(self, batch: Batch) -> Tensor:
         labels = need(batch, "labels")
@@ -214,7 +214,7 @@ class QaObjective(_TaughtAndLabelled):
                 refuse(OP, "model and teacher", "for question answering", type(either).__name__, TypeError)
         self._need_teacher(teacher)
         if model is not None:
-            check_pair(student, model, VOCABULARY)
+            check_models(student, model, VOCABULARY)
 
     def counts(self, batch: Batch) -> Tensor:
         allowed = answer_places(batch)
@@ -311,7 +311,7 @@ _CLASSES: tuple[tuple[str, Any], ...] = (
 VOCABULARY = _CLASSES[1:2]
 
 
-def check_pair(student: Any, teacher: Any, same: tuple[tuple[str, Any], ...]) -> None:
+def check_models(student: Any, teacher: Any, same: tuple[tuple[str, Any], ...]) -> None:
     if student is teacher:
         refuse(OP, "teacher", "another model than the student", "the same")
     for what, of in same:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from distilbert_fast.data.masking import MaskedDataset, pad
+from distilbert_fast.data.masking import MaskedDataset, pad_rows
 from distilbert_fast.distillation.objectives.mlm import MlmObjective
 from distilbert_fast.distillation.teachers.cache import (
     FORMAT,
@@ -226,7 +226,7 @@ def _write_shards(key: dict[str, Any], teacher: ModelTeacher, parts: Sequence[_P
             if not part.file.exists():
                 made = _shard(key, teacher, part, batch_size)
                 with durable.replacing(part.file) as new:
-                    save_file(made, str(new), {durable.CHECKSUM: durable.UNSEALED})
+                    save_file(made, str(new), {durable.XXH3_KEY: durable.UNSEALED})
                     durable.seal(new)
             bar.update(len(part.examples))
 
@@ -236,7 +236,7 @@ def _shard(key: dict[str, Any], teacher: ModelTeacher, part: _Part, batch_size: 
     pad_id = teacher.model.config.pad_token_id or 0
     kept: dict[str, list[torch.Tensor]] = {}
     for first in range(0, len(rows), batch_size):
-        batch = pad(rows[first : first + batch_size], pad_id)
+        batch = pad_rows(rows[first : first + batch_size], pad_id)
         counted = torch.from_numpy(counted_places(batch, key["positions"]))  # [B, T]
         answer = teacher.answer({name: x.to(teacher.model.device) for name, x in batch.items()})
         places = counted.flatten().nonzero().flatten().to(teacher.model.device)
@@ -292,7 +292,7 @@ def _read_shard(file: Path) -> tuple[np.ndarray, np.ndarray]:
     durable.regular_size(file)
     try:
         with safe_open(str(file), framework="pt") as shard:
-            durable.check_seal(file, (shard.metadata() or {}).get(durable.CHECKSUM))
+            durable.check_seal(file, (shard.metadata() or {}).get(durable.XXH3_KEY))
             return shard.get_tensor("key").numpy(), shard.get_tensor("rows").numpy()
     except (durable.FileError, SafetensorError) as error:
         reason = error.reason if isinstance(error, durable.FileError) else error

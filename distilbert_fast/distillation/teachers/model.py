@@ -48,7 +48,7 @@ class SoftTargets(Protocol):
         """Sum over all rows of Σ_v (student − teacher logit)². A teacher without all logits raises ValueError."""
 
 
-class Answer(Protocol):
+class TeacherAnswer(Protocol):
     """A teacher's answer to one batch, without gradient. ``rows`` are int64 places in the flattened [B·T]."""
 
     def logits(self) -> Any:
@@ -68,7 +68,7 @@ class Teacher(Protocol):
     def model(self) -> Any:
         """The transformers model, to be checked against the student; None if the teacher is no model."""
 
-    def answer(self, batch: Batch, hidden_states: bool = False) -> Answer:
+    def answer(self, batch: Batch, hidden_states: bool = False) -> TeacherAnswer:
         """``hidden_states``: other layers than the last will be asked for, or the attention's inputs."""
 
     def check(self, objective: Any) -> None:
@@ -141,7 +141,7 @@ class ModelTeacher:
 
     @property
     def columns(self) -> set[str]:
-        return inputs_of(self.model)
+        return accepted_inputs(self.model)
 
     def check(self, objective: Any) -> None:
         """A model has all that an objective may ask for."""
@@ -224,7 +224,7 @@ def own_precision(model: Any, by_engine: bool = False) -> contextlib.AbstractCon
     return torch.autocast(device, enabled=False) if by_engine or other else contextlib.nullcontext()
 
 
-def inputs_of(model: torch.nn.Module) -> set[str]:
+def accepted_inputs(model: torch.nn.Module) -> set[str]:
     """Names that the model's forward spells out; what would vanish in its ``**kwargs`` is not among them."""
     parameters = inspect.signature(model.forward).parameters.values()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - _LABELS
@@ -244,12 +244,12 @@ def full(x: Tensor) -> Tensor:
 
 def head_output(model: Any, batch: Batch) -> Any:
     """A model's output by name, whatever its config says."""
-    return model(**only(batch, inputs_of(model)), return_dict=True)
+    return model(**only(batch, accepted_inputs(model)), return_dict=True)
 
 
 def encode(encoder: Any, batch: Batch, hidden_states: bool = False) -> Any:
     """An encoder's output: ``last_hidden_state`` [B, T, C] and, if asked for, all ``hidden_states``."""
-    return encoder(**only(batch, inputs_of(encoder)), output_hidden_states=hidden_states, return_dict=True)
+    return encoder(**only(batch, accepted_inputs(encoder)), output_hidden_states=hidden_states, return_dict=True)
 
 
 def hidden_rows(encoded: Any, rows: Tensor, layer: int = -1) -> Tensor:

@@ -95,7 +95,7 @@ def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(kinds)})
 
 
-Texts = Annotated[
+TextInputs = Annotated[
     Inputs,
     PlainValidator(_texts),
     _schema(_TEXT, _IDS, {"type": "array", "items": {"anyOf": [_TEXT, _IDS]}}),
@@ -104,7 +104,9 @@ PlainTexts = Annotated[Inputs, PlainValidator(_plain_texts), _schema(_TEXT, _LIS
 TextsOrPairs = Annotated[
     Inputs, PlainValidator(_texts_or_pairs), _schema(_TEXT, _LIST, {"type": "array", "items": _LIST})
 ]
-Questions = Annotated[Inputs, PlainValidator(_questions), _schema(_QUESTION, {"type": "array", "items": _QUESTION})]
+QuestionInputs = Annotated[
+    Inputs, PlainValidator(_questions), _schema(_QUESTION, {"type": "array", "items": _QUESTION})
+]
 
 
 class Strict(BaseModel):
@@ -128,13 +130,13 @@ class _Cut(Strict):
 
 
 class EmbedBody(Body, _Cut):
-    inputs: Texts
+    inputs: TextInputs
     normalize: bool = True
     dimensions: int | None = Field(default=None, ge=1)
 
 
 class EmbedAllBody(Body, _Cut):
-    inputs: Texts
+    inputs: TextInputs
 
 
 class RerankBody(Body, _Cut):
@@ -183,13 +185,13 @@ class AnswerParameters(Strict):
 
 
 class QuestionBody(Body):
-    inputs: Questions
+    inputs: QuestionInputs
     parameters: AnswerParameters | None = None
 
 
 class OpenAIBody(Strict):
     model: str
-    input: Texts
+    input: TextInputs
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
     user: str | None = None

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from distilbert_fast.serving.encoding import Encoded
+from distilbert_fast.serving.encoding import EncodedRow
 from distilbert_fast.serving.http.bodies import OpenAIBody, body_of
 from distilbert_fast.serving.http.served import EMBED, dumped, in_base64
 from distilbert_fast.serving.http.service import Service
@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
         served = service.pick(body.model, EMBED)
         service.check_count(len(body.input.rows), "input")
 
-        def finish(rows: Sequence[Encoded], answers: Sequence[np.ndarray]) -> bytes:
+        def finish(rows: Sequence[EncodedRow], answers: Sequence[np.ndarray]) -> bytes:
             tokens = sum(row.tokens for row in rows)
             found: Sequence[Any] = answers if body.encoding_format == "float" else [*map(in_base64, answers)]
             data = [{"object": "embedding", "index": at, "embedding": one} for at, one in enumerate(found)]

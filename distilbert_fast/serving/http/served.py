@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distilbert_fast.ops import _check
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
-from distilbert_fast.serving.encoding import Encoded, fault
+from distilbert_fast.serving.encoding import EncodedRow, unreadable
 from distilbert_fast.serving.http.errors import Refused
 from distilbert_fast.serving.predictor import Predictor
 from distilbert_fast.serving.tasks import (
@@ -32,7 +32,7 @@ from distilbert_fast.serving.tasks import (
 )
 
 EMBED, CLASSIFY, RERANK, TAG, ANSWER = "embed", "classify", "rerank", "tag", "answer"
-KINDS = {
+ABILITIES = {
     "embedding": EMBED,
     "text-classification": CLASSIFY,
     "regression": CLASSIFY,
@@ -41,7 +41,7 @@ KINDS = {
     "question-answering": ANSWER,
 }
 _DUMP = orjson.OPT_SERIALIZE_NUMPY
-Answer = Callable[[Encoded, Sequence[Any]], Any]  # of a row, from the outputs of its windows
+ToAnswer = Callable[[EncodedRow, Sequence[Any]], Any]  # of a row, from the outputs of its windows
 
 
 class TokenEmbeddings(Embedding):
@@ -84,7 +84,7 @@ class Served:
         self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
         config = self.model.config
         self.labels: dict[int, str] = config.id2label
-        self.kinds = {KINDS[self.task]}
+        self.kinds = {ABILITIES[self.task]}
         if rerank and config.num_labels != 1:
             _check.refuse("serve", "model", f"one with 1 label for reranking {name!r}", f"{config.num_labels} labels")
         if CLASSIFY in self.kinds:
@@ -105,7 +105,7 @@ class Served:
 
     def encode(
         self, predictor: Predictor, rows: Sequence[Any], field: Callable[[int], str], truncate: bool
-    ) -> list[Encoded]:
+    ) -> list[EncodedRow]:
         """Rows as windows.
 
         Args:
@@ -136,7 +136,7 @@ class Served:
 
     def tokenize(self, text: str, special: bool, field: str) -> list[dict[str, Any]]:
         """The tokens of a text, start and stop counting characters, as text-embeddings-inference has them."""
-        if (why := fault(text)) is not None:
+        if (why := unreadable(text)) is not None:
             raise Refused(422, why, field)
         found = self.predictor.whole(text, special)
         parts = zip(found.ids, found.tokens, found.special_tokens_mask, found.offsets, strict=True)
@@ -153,42 +153,42 @@ class Served:
 
     # Outputs → answers --------------------------------------------------------------------------------------------
 
-    def embedding(self, normalize: bool, dimensions: int | None, field: str = "dimensions") -> Answer:
+    def embedding(self, normalize: bool, dimensions: int | None, field: str = "dimensions") -> ToAnswer:
         """The embedding of a text, float32 [D]. Raises Refused for more dimensions than the model has."""
         most = int(self.model.config.hidden_size)
         if dimensions is not None and dimensions > most:
             raise Refused(422, f"expected 1 to {most}, which {self.name!r} has, got {dimensions}", field)
 
-        def answer(row: Encoded, outputs: Sequence[Any]) -> np.ndarray:
+        def answer(row: EncodedRow, outputs: Sequence[Any]) -> np.ndarray:
             kept = outputs[0][:dimensions]
             return kept / max(float(np.linalg.norm(kept)), 1e-12) if normalize else kept
 
         return answer
 
-    def classes(self, raw_scores: bool) -> Answer:
+    def classes(self, raw_scores: bool) -> ToAnswer:
         """All labels of a text with their scores, the best first."""
         function = "none" if raw_scores else function_of(self.model.config)
 
-        def answer(row: Encoded, outputs: Sequence[Any]) -> list[dict[str, Any]]:
+        def answer(row: EncodedRow, outputs: Sequence[Any]) -> list[dict[str, Any]]:
             scores = scores_of(outputs[0][None], function)[0]  # [K]
             order = np.argsort(-scores, kind="stable").tolist()
             return [{"score": float(scores[at]), "label": self.labels[at]} for at in order]
 
         return answer
 
-    def score(self, raw_scores: bool) -> Answer:
+    def score(self, raw_scores: bool) -> ToAnswer:
         """How well a text answers a query."""
         function = "none" if raw_scores else "sigmoid"
         return lambda row, outputs: float(scores_of(outputs[0][None], function)[0, 0])
 
-    def entities(self, aggregation_strategy: str, ignore_labels: Sequence[str]) -> Answer:
+    def entities(self, aggregation_strategy: str, ignore_labels: Sequence[str]) -> ToAnswer:
         task = copy.copy(self._strategies[aggregation_strategy])
         task.ignore_labels = tuple(ignore_labels)
         return lambda row, outputs: [
             {name: _plain(value) for name, value in entity.items()} for entity in task.answer(row, outputs)
         ]
 
-    def answers(self, **options: Any) -> Answer:
+    def answers(self, **options: Any) -> ToAnswer:
         """Answers to a question; see ``QuestionAnswering``."""
         task = copy.copy(self.predictor.task)
         for name, value in options.items():
@@ -219,7 +219,7 @@ def in_base64(embedding: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(embedding, dtype="<f4").tobytes()).decode()
 
 
-def check_finite(answers: Sequence[Any]) -> None:
+def refuse_not_finite(answers: Sequence[Any]) -> None:
     """Raise Refused for an answer that JSON has no form for."""
     for at, one in enumerate(answers):
         if not is_finite(one):

@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from distilbert_fast.serving.batching import Batcher, Closed, DeadlinePassed, Overloaded
-from distilbert_fast.serving.encoding import Encoded
+from distilbert_fast.serving.encoding import EncodedRow
 from distilbert_fast.serving.http.bodies import read_body
 from distilbert_fast.serving.http.errors import Refused
 from distilbert_fast.serving.http.metrics import Metrics
-from distilbert_fast.serving.http.served import Answer, Served, check_finite
+from distilbert_fast.serving.http.served import Served, ToAnswer, refuse_not_finite
 from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
 
 DEADLINE_HEADER = "x-request-timeout"
@@ -184,8 +184,8 @@ class Service:
         request: Request,
         served: Served,
         rows: Sequence[Any],
-        answer: Answer,
-        finish: Callable[[list[Encoded], list[Any]], bytes],
+        answer: ToAnswer,
+        finish: Callable[[list[EncodedRow], list[Any]], bytes],
         *,
         field: Callable[[int], str],
         truncate: bool | None = None,
@@ -222,7 +222,7 @@ class Service:
             for row in encoded:
                 answers.append(answer(row, outputs[at : at + len(row.windows)]))
                 at += len(row.windows)
-            check_finite(answers)
+            refuse_not_finite(answers)
             return finish(encoded, answers)
 
         with _refusals():

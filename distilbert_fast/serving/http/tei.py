@@ -29,7 +29,7 @@ from distilbert_fast.serving.http.bodies import (
     body_of,
 )
 from distilbert_fast.serving.http.errors import Refused
-from distilbert_fast.serving.http.served import ANSWER, CLASSIFY, EMBED, RERANK, TAG, Answer, Served, dumped
+from distilbert_fast.serving.http.served import ANSWER, CLASSIFY, EMBED, RERANK, TAG, Served, ToAnswer, dumped
 from distilbert_fast.serving.http.service import Service
 from distilbert_fast.serving.predictor import Predictor
 
@@ -141,7 +141,7 @@ class Routes:
         request: Request,
         served: Served,
         inputs: Inputs,
-        answer: Answer,
+        answer: ToAnswer,
         truncate: bool | None,
         always_list: bool = False,
         predictor: Predictor | None = None,
