@@ -4,6 +4,7 @@ poisoned before it is written.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -27,10 +28,34 @@ if importlib.util.find_spec("hypothesis"):  # a machine without it runs the test
     settings.load_profile("repeatable")
 
 
+seen = [0]  # how many modules were loaded when the garbage collector was last told to leave them alone
+
+
 def pytest_collection_modifyitems(items):
     """Modules with slow tests come first, so that at the end no worker has a long one left while others have none."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    leave_what_is_loaded()
+
+
+def pytest_runtest_setup(item):
+    if len(sys.modules) > seen[-1] + 100:
+        leave_what_is_loaded()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else extension modules report at the end that their objects were never freed
+
+
+def leave_what_is_loaded():
+    """Hide modules and tests from the garbage collector, which jobs run after each stage: a second each time, with
+    torch, transformers and thousands of tests in memory."""
+    gc.collect()
+    gc.freeze()
+    seen.append(len(sys.modules))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,10 @@ def one_turn(models: Any, inputs: Any, turns: int) -> dict[str, list[list[float]
 
 
 def before_forks(set_attribute: Callable[[Any, str, Any], Any] = setattr) -> None:
-    """Import what a job imports only when it comes to it, seconds for every fork; let clocks and pictures be short."""
+    """Import what a job imports only when it comes to it, seconds for every fork; let clocks and pictures be short.
+
+    What is loaded by now is hidden from the garbage collector, which jobs run after each stage.
+    """
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import scipy.stats  # noqa: F401
@@ -28,5 +32,6 @@ def before_forks(set_attribute: Callable[[Any, str, Any], Any] = setattr) -> Non
     from distilbert_fast.evaluation import distillation_report, report  # noqa: F401
     from distilbert_fast.jobs import demo, distill  # noqa: F401
 
+    gc.freeze()
     set_attribute(speed, "time_calls", one_turn)
     set_attribute(matplotlib.figure.Figure, "savefig", lambda figure, file, **options: file.write(b"no picture"))

@@ -7,6 +7,7 @@ trains in directories under DIR: once to the end, killed and resumed, stopped by
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -72,6 +73,7 @@ def train(output_dir: Path, *callbacks: transformers.TrainerCallback) -> None:
 
 def child(work: Callable[[], Any]) -> int:
     """Fork a process that does ``work``; its id."""
+    gc.freeze()  # else its garbage collector copies every page of this process
     process = os.fork()
     if process:
         return process
