@@ -13,12 +13,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import served
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import attention, padded_attention
 from distilbert_fast.ops import _attention_backends
 from distilbert_fast.ops.attention import attention_reference
 from distilbert_fast.testing import assert_twice_rule
+
+TRACED = {
+    "attention": Traced(
+        lambda q, k, v, c, m: attention(q, k, v, c, m),
+        lambda n: [*torch.randn(3, n, 2, 8), torch.tensor([0, n // 2, n], dtype=torch.int32), torch.rand(2, 2)],
+    ),
+    "padded_attention": Traced(
+        lambda q, k, v, a, m: padded_attention(q, k, v, a, m),
+        lambda n: [
+            *torch.randn(3, 2, n, 2, 8),
+            torch.arange(n).expand(2, n) < torch.tensor([[n], [n - 1]]),
+            torch.rand(2),
+        ],
+    ),
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Empty ones first, last and between; runs of one length; one token; past every power of two up to 129.

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 from distilbert_fast import backends
 from distilbert_fast.ops.codebook_linear import (
@@ -18,6 +19,13 @@ from distilbert_fast.ops.codebook_linear import (
     unpack_codes,
 )
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+TRACED = {
+    "codebook_linear": Traced(
+        lambda x, c, k, b: codebook_linear(x, c, k, b),
+        lambda n: [torch.randn(n, 8), torch.randint(16, (6, 8), dtype=torch.uint8), torch.randn(16), torch.randn(6)],
+    )
+}
 
 pytestmark = pytest.mark.usefixtures("place")
 

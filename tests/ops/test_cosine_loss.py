@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends, cosine_loss
 from distilbert_fast.ops.cosine_loss import cosine_loss_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+TRACED = {"cosine_loss": Traced(lambda s, t: cosine_loss(s, t), lambda n: [*torch.randn(2, n, 8)])}
 
 pytestmark = pytest.mark.usefixtures("place")
 

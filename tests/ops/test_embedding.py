@@ -8,12 +8,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends
 from distilbert_fast.ops.embedding import embedding, embedding_quantize, embedding_reference
 from distilbert_fast.ops.quantize import quantize
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+
+def traced(n: int) -> list[torch.Tensor]:
+    ids = [torch.randint(high, (n,)) for high in (9, 5)]
+    return [*ids, torch.randn(9, 8), torch.randn(5, 8), torch.randn(8), torch.randn(8)]
+
+
+TRACED = {
+    "embedding": Traced(lambda *x: embedding(*x), traced),
+    "embedding_quantize": Traced(lambda *x: embedding_quantize(*x), traced, gradient=False),
+}
 
 pytestmark = pytest.mark.usefixtures("place")
 

@@ -12,12 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 from distilbert_fast import backend, backends
 from distilbert_fast.ops import _packed
 from distilbert_fast.ops.int8_linear import MAX_COLUMNS, accumulate, int8_linear, int8_linear_reference
 from distilbert_fast.ops.quantize import quantize
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+
+def traced(n: int) -> list[torch.Tensor]:
+    x_q, w_q = (torch.randint(-127, 128, (rows, 8), dtype=torch.int8) for rows in (n, 6))
+    return [x_q, torch.rand(n), w_q, torch.rand(6), torch.randn(6), torch.randn(n, 6)]
+
+
+TRACED = {"int8_linear": Traced(lambda x, s, w, f, b, r: int8_linear(x, s, w, f, b, "gelu", r), traced, gradient=False)}
 
 pytestmark = pytest.mark.usefixtures("place")
 

@@ -13,11 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import PLACES, forced, names, serves
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends, kl_div
 from distilbert_fast.ops.kl_div import kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+TRACED = {
+    "kl_div": Traced(
+        lambda s, t, m: kl_div(s, t, 2.0, m), lambda n: [*torch.randn(2, n, 11), torch.arange(n) % 2 == 0]
+    ),
+    "kl_div recomputed": Traced(lambda s, t: kl_div(s, t, 2.0, recompute=True), lambda n: [*torch.randn(2, n, 11)]),
+}
 
 V = 30522  # of BERT
 SHAPES = [

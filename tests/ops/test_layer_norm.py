@@ -8,12 +8,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends
 from distilbert_fast.ops.layer_norm import layer_norm, layer_norm_quantize, layer_norm_reference
 from distilbert_fast.ops.quantize import quantize
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+TRACED = {
+    "layer_norm": Traced(
+        lambda x, w, b, r: layer_norm(x, w, b, r),
+        lambda n: [torch.randn(n, 8), *torch.randn(2, 8), torch.randn(n, 8)],
+    ),
+    "layer_norm_quantize": Traced(
+        lambda x, w, b: layer_norm_quantize(x, w, b, out_scale=0.1)[:2],
+        lambda n: [torch.randn(n, 8), *torch.randn(2, 8)],
+        gradient=False,
+    ),
+}
 
 pytestmark = pytest.mark.usefixtures("place")
 

@@ -8,12 +8,17 @@ import places
 import pytest
 import torch
 import torch.nn.functional as F
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends
 from distilbert_fast.ops import linear as op
 from distilbert_fast.ops.linear import linear
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out, logits
+
+TRACED = {
+    "linear": Traced(lambda x, w, b: linear(x, w, b), lambda n: [torch.randn(n, 8), torch.randn(6, 8), torch.randn(6)])
+}
 
 if not backends.availability("cpu").ok:
     pytest.skip("the native module is not built", allow_module_level=True)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends, linear_kl_div
@@ -24,6 +25,13 @@ from distilbert_fast.ops import _linear_kl_div_backends as op
 from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops.linear_kl_div import linear_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out
+
+TRACED = {
+    "linear_kl_div": Traced(
+        lambda *x: linear_kl_div(*x, temperature=2.0)[0],
+        lambda n: [torch.randn(n, 8), torch.randn(11, 8), torch.randn(11)] * 2,
+    )
+}
 
 IGNORE = -100
 

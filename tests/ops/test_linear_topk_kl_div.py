@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from places import served
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 import distilbert_fast
 from distilbert_fast import backends, linear_kl_div, linear_topk_kl_div
@@ -17,6 +18,15 @@ from distilbert_fast.ops import _vocabulary_losses as shared
 from distilbert_fast.ops import linear_topk_kl_div as op
 from distilbert_fast.ops.linear_topk_kl_div import linear_topk_kl_div_reference
 from distilbert_fast.testing import LAYOUTS, assert_twice_rule, lay_out
+
+
+def traced(n: int) -> list[torch.Tensor]:
+    log_p = torch.randn(n, 4).log_softmax(1)
+    chosen = torch.rand(n, 11).argsort(1)[:, :3]
+    return [torch.randn(n, 8), torch.randn(11, 8), torch.randn(11), chosen, log_p[:, :3], log_p[:, 3]]
+
+
+TRACED = {"linear_topk_kl_div": Traced(lambda *x: linear_topk_kl_div(*x, temperature=2.0)[0], traced)}
 
 IGNORE = -100
 

@@ -9,10 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from traced import Traced
 
 from distilbert_fast import backends
 from distilbert_fast.ops.quantize import quantize, quantize_reference
 from distilbert_fast.testing import LAYOUTS, lay_out, logits
+
+TRACED = {
+    "quantize": Traced(lambda x: quantize(x), lambda n: [torch.randn(n, 8)], gradient=False),
+    "quantize by a scale": Traced(
+        lambda x, s: quantize(x, s), lambda n: [torch.randn(n, 8), torch.rand(n)], gradient=False
+    ),
+}
 
 pytestmark = pytest.mark.usefixtures("place")
 

@@ -6,9 +6,11 @@ The oracle is the plain call. What cannot be right must raise, never give anothe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from traced import Traced
 
 import distilbert_fast as df
 from distilbert_fast.ops.linear import linear
@@ -25,85 +28,24 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Op(NamedTuple):
-    call: Callable[..., Any]
-    tensors: Callable[[int], list[torch.Tensor]]  # for N rows
-    gradient: bool = True
-
-
-def codes(*shape: int) -> torch.Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
-
-
-def ids(n: int, high: int) -> torch.Tensor:
-    return torch.randint(high, (n,))
-
-
-def embedded(n: int) -> list[torch.Tensor]:
-    return [ids(n, 9), ids(n, 5), torch.randn(9, 8), torch.randn(5, 8), torch.randn(8), torch.randn(8)]
-
-
-def attended(n: int) -> list[torch.Tensor]:
-    return [*torch.randn(3, n, 2, 8), torch.tensor([0, n // 2, n], dtype=torch.int32), torch.rand(2, 2)]
-
-
-def topk(n: int) -> list[torch.Tensor]:
-    log_p = torch.randn(n, 4).log_softmax(1)
-    chosen = torch.rand(n, 11).argsort(1)[:, :3]
-    return [torch.randn(n, 8), torch.randn(11, 8), torch.randn(11), chosen, log_p[:, :3], log_p[:, 3]]
-
-
-OPS = {
-    "attention": Op(lambda q, k, v, c, m: df.attention(q, k, v, c, m), attended),
-    "padded_attention": Op(
-        lambda q, k, v, a, m: df.padded_attention(q, k, v, a, m),
-        lambda n: [
-            *torch.randn(3, 2, n, 2, 8),
-            torch.arange(n).expand(2, n) < torch.tensor([[n], [n - 1]]),
-            torch.rand(2),
-        ],
-    ),
-    "kl_div": Op(lambda s, t, m: df.kl_div(s, t, 2.0, m), lambda n: [*torch.randn(2, n, 11), torch.arange(n) % 2 == 0]),
-    "kl_div recomputed": Op(lambda s, t: df.kl_div(s, t, 2.0, recompute=True), lambda n: [*torch.randn(2, n, 11)]),
-    "cosine_loss": Op(lambda s, t: df.cosine_loss(s, t), lambda n: [*torch.randn(2, n, 8)]),
-    "linear_kl_div": Op(
-        lambda *x: df.linear_kl_div(*x, temperature=2.0)[0],
-        lambda n: [torch.randn(n, 8), torch.randn(11, 8), torch.randn(11)] * 2,
-    ),
-    "linear_topk_kl_div": Op(lambda *x: df.linear_topk_kl_div(*x, temperature=2.0)[0], topk),
-    "layer_norm": Op(
-        lambda x, w, b, r: df.layer_norm(x, w, b, r),
-        lambda n: [torch.randn(n, 8), *torch.randn(2, 8), torch.randn(n, 8)],
-    ),
-    "layer_norm_quantize": Op(
-        lambda x, w, b: df.layer_norm_quantize(x, w, b, out_scale=0.1)[:2],
-        lambda n: [torch.randn(n, 8), *torch.randn(2, 8)],
-        False,
-    ),
-    "embedding": Op(lambda *x: df.embedding(*x), embedded),
-    "embedding_quantize": Op(lambda *x: df.embedding_quantize(*x), embedded, False),
-    "quantize": Op(lambda x: df.quantize(x), lambda n: [torch.randn(n, 8)], False),
-    "quantize by a scale": Op(lambda x, s: df.quantize(x, s), lambda n: [torch.randn(n, 8), torch.rand(n)], False),
-    "int8_linear": Op(
-        lambda x, s, w, f, b, r: df.int8_linear(x, s, w, f, b, "gelu", r),
-        lambda n: [codes(n, 8), torch.rand(n), codes(6, 8), torch.rand(6), torch.randn(6), torch.randn(n, 6)],
-        False,
-    ),
-    "codebook_linear": Op(
-        lambda x, c, k, b: df.codebook_linear(x, c, k, b),
-        lambda n: [torch.randn(n, 8), torch.randint(16, (6, 8), dtype=torch.uint8), torch.randn(16), torch.randn(6)],
-    ),
-    "linear": Op(lambda x, w, b: linear(x, w, b), lambda n: [torch.randn(n, 8), torch.randn(6, 8), torch.randn(6)]),
-}
+MODULES = [path.stem for path in sorted(Path(__file__).parent.glob("test_*.py")) if path != Path(__file__)]
+OPS: dict[str, Traced] = {}
+for module in MODULES:
+    OPS |= getattr(importlib.import_module(f"ops.{module}"), "TRACED", {})
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def op(request, name) -> Iterator[Op]:
+def op(request, name) -> Iterator[Traced]:
     """Each op, served by a kernel of the CPU where there is one, and by torch."""
     torch.manual_seed(0)
     with contextlib.nullcontext() if request.param == "kernels" else df.backend("torch"):
         yield OPS[name]
+
+
+def test_every_public_op_is_among_them():
+    public = {name for name, home in df._HOME.items() if home.startswith("ops.")}
+    assert public <= set(OPS)
 
 
 @pytest.fixture(params=OPS)

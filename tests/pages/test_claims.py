@@ -51,6 +51,17 @@ def test_the_reference_has_every_public_name():
     assert {name: module for module, name in listed} == _HOME
 
 
+def test_adding_an_op_names_every_file_that_one_needs():
+    rows = re.findall(r"^\| (\d+) \| `([^`]+)` \|", (ROOT / "docs/adding-an-op.md").read_text(), re.MULTILINE)
+    named = [path for _, path in rows]
+    assert [int(number) for number, _ in rows] == [*range(1, len(named) + 1)] and len(named) <= 9
+    sources = [path for room in ("csrc", "distilbert_fast", "kernels") for path in (ROOT / room).rglob("*.*")]
+    sources += (ROOT / "tests/ops").glob("*.py")
+    read = {path: path.read_text() for path in sources if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}}
+    found = {path.relative_to(ROOT).as_posix() for path, text in read.items() if "codebook_linear" in text}
+    assert found == {*named, "distilbert_fast/layers.py"}  # which calls it
+
+
 def test_ops_are_listed_with_their_maths():
     text = (ROOT / "docs/ops.md").read_text()
     for module in {module for module in _HOME.values() if module.startswith("ops.")}:
