@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from cases import many
 
 import distilbert_fast
 from distilbert_fast import backends
 
 TIERS: list[str] = backends.cpu().available_isas() if backends.availability("cpu").ok else []
 PLACES = ["torch", *TIERS]
+# What torch.compile, fake tensors and opcheck see of an op is the same on every tier.
+on_any_tier = pytest.mark.parametrize("place", many(["torch", *TIERS[:1]], PLACES), indirect=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from cases import many
 from typer.testing import CliRunner
 
 from distilbert_fast.cli import app
@@ -70,29 +71,9 @@ def run(tmp_path, *only, **how):
     return content, [line for line in said if isinstance(line, str)]
 
 
-def test_a_run_is_continued_by_rows(tmp_path):
-    content, _ = run(tmp_path, "elmo-bilstm")
-    assert list(content["rows"]) == ["elmo-bilstm"]
-    content, said = run(tmp_path, "elmo-bilstm", "distilbert-base:int8", command="compare <&>")
-    assert said[0] == "[1/2] elmo-bilstm, torch, fp32: done before"
-    assert list(content["rows"]) == ["elmo-bilstm", "distilbert-base:int8"]
-    out = tmp_path / "out"
-    assert json.loads((out / "compare.json").read_text())["rows"] == content["rows"]
-    page = (out / "compare.html").read_text()
-    assert "data:image/png;base64," in page and "compare &lt;&amp;&gt;" in page and 'src="http' not in page
-    assert all((out / name).stat().st_size for name in FILES)
-    table = rows(content)
-    assert len(table) == 3 and {len(row) for row in table} == {12}
-    for row in content["rows"].values():
-        for name in ("latency_ms", "throughput", "cold_start_s"):
-            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-        assert row["peak_bytes"] > 1e8
-    with pytest.raises(StageError, match="holds a compare with other settings \\(turns: 2 there, 3 given"):
-        job.compare(out, plan=dataclasses.replace(TINY, turns=3), say=lambda *lines: None)
-
-
-@pytest.mark.slow
-def test_checkpoints_are_scored(tmp_path):
+@pytest.fixture
+def rated(tmp_path):
+    """A BERT that gives numbers, and pairs with such."""
     from demo_input import bert
     from transformers import BertForSequenceClassification
 
@@ -102,10 +83,38 @@ def test_checkpoints_are_scored(tmp_path):
     data = tmp_path / "pairs.tsv"
     lines = [f"a b c\td e {'f ' * i}\t{i}.5" for i in range(8)]
     data.write_text("\n".join(["sentence1\tsentence2\tlabel", *lines]) + "\n")
-    content, _ = run(tmp_path, "bert-base", "bert-base:fp32", models=[f"bert-base={source}"], data=data)
+    return {"models": [f"bert-base={source}"], "data": data}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"), [("bert-base", "bert-base:fp32"), *many([], [("elmo-bilstm", "distilbert-base:int8")])]
+)
+def test_a_run_is_continued_by_rows(first, second, rated, tmp_path):
+    given = rated if first == "bert-base" else {}
+    content, _ = run(tmp_path, first, **given)
+    assert list(content["rows"]) == [first]
+    content, said = run(tmp_path, first, second, command="compare <&>", **given)
+    assert said[0] == f"[1/2] {CONTENDERS[first].title}: done before"
     found = content["rows"]
-    assert found["bert-base"]["weights"] == str(source)
-    assert found["bert-base"]["scores"] == pytest.approx(found["bert-base:fp32"]["scores"], abs=1e-4)
+    assert list(found) == [first, second]
+    out = tmp_path / "out"
+    assert json.loads((out / "compare.json").read_text())["rows"] == found
+    page = (out / "compare.html").read_text()
+    assert "data:image/png;base64," in page and "compare &lt;&amp;&gt;" in page and 'src="http' not in page
+    assert all((out / name).stat().st_size for name in FILES)
+    table = rows(content)
+    scores = 3 if given else 0
+    assert len(table) == 3 and {len(row) for row in table} == {12 + scores}
+    for row in found.values():
+        for name in ("latency_ms", "throughput", "cold_start_s"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+        assert row["peak_bytes"] > 1e8
+    with pytest.raises(StageError, match="holds a compare with other settings \\(turns: 2 there, 3 given"):
+        job.compare(out, plan=dataclasses.replace(TINY, turns=3), say=lambda *lines: None, **given)
+    if given:  # checkpoints are scored
+        assert found[first]["weights"] == given["models"][0].partition("=")[2]
+        assert found[first]["scores"] == pytest.approx(found[second]["scores"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

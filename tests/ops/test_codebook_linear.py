@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
@@ -217,6 +218,7 @@ def test_autocast_as_torchs_linear():
         torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.1)
 
 
+@on_any_tier
 def test_registered_ops():
     ops = torch.ops.distilbert_fast
     x, codes, codebook, bias = arguments(5, 7, 3, 9, torch.bfloat16)
@@ -226,6 +228,7 @@ def test_registered_ops():
         torch.library.opcheck(ops.codebook_linear_backward.default, (dy, x, codes, codebook, wanted))
 
 
+@on_any_tier
 def test_compiles_whole_with_gradients():
     compiled = torch.compile(codebook_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 5):
@@ -238,6 +241,7 @@ def test_compiles_whole_with_gradients():
         compiled(tensors[0], tensors[1], tensors[2][:15])
 
 
+@on_any_tier
 def test_compiles_whole_and_once_for_all_lengths():
     counter = CompileCounter()
     compiled = torch.compile(codebook_linear, fullgraph=True, dynamic=True, backend=counter)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
 
@@ -239,6 +240,7 @@ def test_native_bad_input(native_tier):
 # torch's own machinery ---------------------------------------------------------------------------------------
 
 
+@on_any_tier
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked):
     student, teacher = (lay_out(x, "strided_rows") for x in pair(4, 9))
@@ -250,6 +252,7 @@ def test_opcheck(masked):
     torch.library.opcheck(ops.cosine_loss_backward.default, (transposed, teacher, mask, torch.ones(4), stats))
 
 
+@on_any_tier
 def test_compile():
     student, teacher = pair(6, 33)
     mask = torch.arange(6) % 2 == 0
@@ -264,6 +267,7 @@ def test_compile():
     torch.testing.assert_close(compiled(student, teacher, mask), expected[0])
 
 
+@on_any_tier
 def test_compiles_over_fifty_lengths():
     graphs = []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
@@ -235,6 +236,7 @@ def test_it_is_the_embedding_of_a_real_bert(bert, tokenizer):
     torch.testing.assert_close(found.view_as(want), want, rtol=1e-5, atol=1e-6)
 
 
+@on_any_tier
 def test_registered_ops():
     ops = torch.ops.distilbert_fast
     ids, (word, position, weight, bias, token_type) = make_ids(5, 9), make_tables(9, 7, torch.bfloat16)
@@ -248,6 +250,7 @@ def test_registered_ops():
         torch.library.opcheck(ops.embedding_backward.default, (dy, weight, *given[2:], mean, rstd, wanted))
 
 
+@on_any_tier
 def test_compiles_whole_with_gradients():
     compiled = torch.compile(embedding, fullgraph=True, dynamic=True, backend="aot_eager")
     tables = make_tables(9, 33, torch.float32)
@@ -259,6 +262,7 @@ def test_compiles_whole_with_gradients():
         call(compiled, [ids[0] + 2, *ids[1:]], tables)
 
 
+@on_any_tier
 def test_compiles_whole_and_once_for_all_lengths():
     counter = CompileCounter()
     compiled = torch.compile(embedding_quantize, fullgraph=True, dynamic=True, backend=counter)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
@@ -235,6 +236,7 @@ def test_a_real_linear_layer_stays_close(bert):
     assert torch.nn.functional.cosine_similarity(y, want).min() > 0.999
 
 
+@on_any_tier
 def test_registered_op():
     op = torch.ops.distilbert_fast.int8_linear_forward.default
     given = arguments(5, 7, 3)
@@ -246,6 +248,7 @@ def test_registered_op():
     torch.library.opcheck(op, (*given.values(), bias, True, laid, torch.tensor(0.1), torch.float32))
 
 
+@on_any_tier
 def test_compiles_whole_and_once_for_all_lengths():
     def layer(x, w_q, w_scale, bias):
         x_q, x_scale = quantize(x)

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import many
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import PLACES, forced, names, serves
@@ -374,6 +375,9 @@ def test_opcheck(masked):
     )
 
 
+@pytest.mark.parametrize(
+    "device", many([EVERYWHERE[1], *EVERYWHERE[len(PLACES) :]], EVERYWHERE), indirect=True, ids="-".join
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compile(recompute, device):
     check_compiled("aot_eager", recompute, device)

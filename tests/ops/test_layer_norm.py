@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
@@ -371,6 +372,7 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
+@on_any_tier
 def test_registered_ops():
     ops = torch.ops.distilbert_fast
     x, weight, bias, residual = arguments(5, 7, torch.bfloat16)
@@ -382,6 +384,7 @@ def test_registered_ops():
         torch.library.opcheck(ops.layer_norm_backward.default, (dy, x, weight, added, mean, rstd))
 
 
+@on_any_tier
 def test_compiles_whole_with_gradients():
     compiled = torch.compile(layer_norm, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 5):
@@ -390,6 +393,7 @@ def test_compiles_whole_with_gradients():
             assert torch.equal(found, want)
 
 
+@on_any_tier
 def test_compiles_whole_and_once_for_all_lengths():
     counter = CompileCounter()
     compiled = torch.compile(layer_norm_quantize, fullgraph=True, dynamic=True, backend=counter)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import on_any_tier
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced import Traced
@@ -202,12 +203,14 @@ def test_it_is_not_differentiable():
     assert not x_q.requires_grad
 
 
+@on_any_tier
 def test_registered_op():
     x = lay_out(logits(5, 7, torch.bfloat16), "transposed")
     for scale in (None, torch.rand(5)):
         torch.library.opcheck(torch.ops.distilbert_fast.quantize_forward.default, (x, scale))
 
 
+@on_any_tier
 def test_compiles_whole_and_once_for_all_lengths():
     counter = CompileCounter()
     compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend=counter)
