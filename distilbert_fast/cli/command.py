@@ -31,7 +31,7 @@ TaskFile = Annotated[
 ]
 EvalFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The same, to evaluate on; by default a tenth of --data is held out."),
+    typer.Option(metavar="FILE", help="A file like --data to evaluate on; by default a tenth of --data is held out."),
 ]
 
 

@@ -55,10 +55,13 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Its lengths are measured instead of those of STS-B, which are built in, and checkpoints are scored.",
+            help="Rows whose lengths are measured instead of those of STS-B, which are built in; checkpoints are "
+            "scored on them.",
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of each process; by default the cores allowed here.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of each process; by default the cores allowed here.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A quarter of the pairs, two turns, one start.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move what is in the way in the output directory to previous-1/.")

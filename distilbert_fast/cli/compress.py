@@ -70,10 +70,10 @@ class Compress(SentencesCommand):
     clock: Annotated[
         str, in_goals(help="What is to be faster: latency, calls with one row; or throughput, calls with 32.")
     ] = "latency"
-    threads: Annotated[int | None, in_goals(help="Of the models that are timed; by default torch's.")] = None
+    threads: Annotated[int | None, in_goals(help="Threads of the models that are timed; by default torch's.")] = None
     accept: Annotated[bool, in_goals("--accept", help="Keep a model that misses a goal, exit status 0.")] = False
     layers: Annotated[
-        int | None, typer.Option(help="Of students; by default what leaves pruning at most 60% of their time.")
+        int | None, typer.Option(help="Layers of students; by default what leaves pruning at most 60% of their time.")
     ] = None
     codebook: Annotated[
         int | None, typer.Option(metavar="VALUES", help="Weights share 256, 64 or 16 values instead of int8.")

@@ -86,14 +86,16 @@ class DistilMlm(DistillCommand):
             help="How much more often rare tokens are masked (for a stream, rare in its first 50,000 rows); 0: no more."
         ),
     ] = 0.7
-    alpha_ce: Annotated[str, in_losses(help="KL to the teacher's vocabulary.")] = "5.0"
-    alpha_mlm: Annotated[str, in_losses(help="Cross-entropy of masked tokens.")] = "2.0"
-    alpha_cos: Annotated[str, in_losses(help="1 - cosine of hidden states.")] = "1.0"
-    alpha_mse: Annotated[str, in_losses(help="Squared error of logits.")] = "0.0"
-    alpha_hidden: Annotated[str, in_losses(help="Hidden states by layer.")] = "0.0"
-    alpha_relation: Annotated[str, in_losses(help="MiniLMv2's relations.")] = "0.0"
-    kd_positions: Annotated[str, in_losses(help="KL over real tokens, or masked ones.")] = "real"
-    hidden_loss: Annotated[str, in_losses(help="mse or cosine.")] = "mse"
+    alpha_ce: Annotated[str, in_losses(help="Weight of the KL divergence from the teacher's answers.")] = "5.0"
+    alpha_mlm: Annotated[str, in_losses(help="Weight of the cross-entropy of masked tokens.")] = "2.0"
+    alpha_cos: Annotated[str, in_losses(help="Weight of 1 - cosine of hidden states.")] = "1.0"
+    alpha_mse: Annotated[str, in_losses(help="Weight of the squared error of logits.")] = "0.0"
+    alpha_hidden: Annotated[str, in_losses(help="Weight of the distance of hidden states, layer by layer.")] = "0.0"
+    alpha_relation: Annotated[
+        str, in_losses(help="Weight of MiniLMv2's loss on relations of queries, keys and values.")
+    ] = "0.0"
+    kd_positions: Annotated[str, in_losses(help="Where the KL is taken: real tokens, or masked ones.")] = "real"
+    hidden_loss: Annotated[str, in_losses(help="Distance of --alpha-hidden: mse or cosine.")] = "mse"
     layer_map: Annotated[str, in_losses(help="0:1,1:3,… for --alpha-hidden; by default even.")] = ""
     relation_heads: Annotated[int, in_losses(help="Heads of --alpha-relation; 0: as many as the teacher has.")] = 0
     teacher_cache: Annotated[

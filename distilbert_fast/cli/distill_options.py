@@ -39,7 +39,9 @@ class DistillCommand(TrainingOptions, RunCommand):
         ),
     ] = False
     temperature: Annotated[str, in_losses(help="τ of the KL divergence.")] = "2.0"
-    teacher_epochs: Annotated[float | None, in_teaching(help="Passes; by default 0 for one that has its head.")] = None
+    teacher_epochs: Annotated[
+        float | None, in_teaching(help="Passes over the rows; by default 0 for a teacher that has its head.")
+    ] = None
     teacher_steps: Annotated[int, in_teaching(help="Stop after so many steps; 0: after the epochs.")] = 0
     teacher_lr: Annotated[float, in_teaching(help="Peak learning rate.")] = 5e-5
     teacher_batch_size: Annotated[int, in_teaching(help="Rows of an optimizer step.")] = 32
@@ -51,16 +53,19 @@ class DistillCommand(TrainingOptions, RunCommand):
         ),
     ] = "auto"
     layers: Annotated[
-        str, in_shape(metavar="N|I,J,…", help="Depth, or which of the teacher's layers; by default half.")
+        str, in_shape(metavar="N|I,J,…", help="How many layers, or which of the teacher's (0,2,5); by default half.")
     ] = ""
     architecture: Annotated[str, in_shape(help="distilbert or roberta.")] = "distilbert"
-    hidden_size: Annotated[int | None, in_shape(help="Another width; the student then starts at random.")] = None
+    hidden_size: Annotated[
+        int | None, in_shape(help="Another width of hidden states; the student then starts at random.")
+    ] = None
     num_heads: Annotated[int | None, in_shape(help="Attention heads.")] = None
     intermediate_size: Annotated[int | None, in_shape(help="Width of the feed-forward layers.")] = None
     sparsity: Annotated[
         float,
         in_compression(
-            help="Share of the weights of its linear layers that go, little by little; smaller, not faster."
+            help="Share of the weights of its linear layers that training sets to 0, little by little; the file is "
+            "smaller, the model not faster."
         ),
     ] = 0.0
     sparsity_method: Annotated[

@@ -54,10 +54,11 @@ Precision = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="Of transformers (its own forward), auto (optimized as it is), fp32, bf16, fp16, int8; with commas.",
+        help="How to run it: transformers (its own forward), auto (optimized as it is), fp32, bf16, fp16, int8; "
+        "several with commas.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Rows a call.")]
+BatchSize = Annotated[int, typer.Option(help="Rows of a call.")]
 MaxLength = Annotated[
     int | None,
     typer.Option(help="Tokens a row. By default up to 512, as many as the model reads; of questions, 384."),
@@ -84,7 +85,9 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What is true, in a file as the task's are published; by default the hub's."),
+        typer.Option(
+            metavar="FILE", help="The true answers, in a file as the task publishes it; by default the hub's."
+        ),
     ] = None,
     predictions: Annotated[
         Path | None,

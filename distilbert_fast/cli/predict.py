@@ -44,10 +44,21 @@ def predict(
     model: Annotated[str, typer.Option(metavar="DIR_OR_ID", help="A BERT, RoBERTa or DistilBERT.")],
     input: Annotated[
         str,
-        typer.Option("--input", "-i", metavar="FILE", help=".jsonl, .csv, .tsv, .txt, .parquet; - is standard input."),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help="File to read: .jsonl, .csv, .tsv, .txt or .parquet; - is standard input.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help=".jsonl or .parquet; there whole, or not at all.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write, .jsonl or .parquet: it is there whole, or not at all.",
+        ),
     ],
     task: Annotated[
         str | None,
@@ -60,17 +71,22 @@ def predict(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Of the text; twice for pairs. By default text or sentence, question and context, query and text, ….",
+            help="Column of the text; give it twice for pairs. By default text or sentence, question and context, "
+            "query and text, ….",
             rich_help_panel=_FILES,
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Write this column and no other that is not named.", rich_help_panel=_FILES),
+        typer.Option(
+            metavar="NAME",
+            help="Copy this column to the output, and no other that is not named.",
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="Of standard input: jsonl, csv, tsv or txt (a text a line).", rich_help_panel=_FILES),
+        typer.Option(help="Form of standard input: jsonl, csv, tsv or txt (a text a line).", rich_help_panel=_FILES),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -78,26 +94,28 @@ def predict(
     ] = False,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Labels, or answers to a question, of each row; 0 for all labels.", rich_help_panel=_TASK),
+        typer.Option(
+            help="How many labels, or answers to a question, a row gets; 0 for all labels.", rich_help_panel=_TASK
+        ),
     ] = None,
     function_to_apply: Annotated[
         str | None,
-        typer.Option(help="What makes scores of logits: softmax, sigmoid or none.", rich_help_panel=_TASK),
+        typer.Option(help="How logits become scores: softmax, sigmoid or none.", rich_help_panel=_TASK),
     ] = None,
     pooling: Annotated[
         str | None,
-        typer.Option(help="Of embeddings: mean, cls or max.", rich_help_panel=_TASK),
+        typer.Option(help="How the vectors of tokens become an embedding: mean, cls or max.", rich_help_panel=_TASK),
     ] = None,
     normalize: Annotated[
         bool | None,
-        typer.Option("--normalize/--no-normalize", help="Divide embeddings by their length.", rich_help_panel=_TASK),
+        typer.Option("--normalize/--no-normalize", help="Scale embeddings to length 1.", rich_help_panel=_TASK),
     ] = None,
     dimensions: Annotated[
-        int | None, typer.Option(help="Keep the first of an embedding.", rich_help_panel=_TASK)
+        int | None, typer.Option(help="Keep so many of the first numbers of an embedding.", rich_help_panel=_TASK)
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of embeddings: float32, float16, int8, binary or ubinary.", rich_help_panel=_TASK),
+        typer.Option(help="Type of embeddings: float32, float16, int8, binary or ubinary.", rich_help_panel=_TASK),
     ] = None,
     aggregation_strategy: Annotated[
         str | None,
@@ -112,7 +130,7 @@ def predict(
         ),
     ] = None,
     max_answer_len: Annotated[
-        int | None, typer.Option(help="Tokens of an answer at most.", rich_help_panel=_TASK)
+        int | None, typer.Option(help="The most tokens of an answer.", rich_help_panel=_TASK)
     ] = None,
     handle_impossible_answer: Annotated[
         bool,
@@ -120,17 +138,19 @@ def predict(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(help="Of the engine: fp32, bf16, fp16 or int8; by default the model's.", rich_help_panel=_SPEED),
+        typer.Option(
+            help="Precision of the engine: fp32, bf16, fp16 or int8; by default the model's.", rich_help_panel=_SPEED
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a text; longer ones are cut, and counted.", rich_help_panel=_SPEED),
+        typer.Option(help="The most tokens of a text; longer ones are cut, and counted.", rich_help_panel=_SPEED),
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that are computed at once, padding not counted.", rich_help_panel=_SPEED)
+        int | None, typer.Option(help="Tokens of a batch, padding not counted.", rich_help_panel=_SPEED)
     ] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(help="Rows after which what is done is kept.", rich_help_panel=_SPEED)
+        int | None, typer.Option(help="Save progress after so many rows.", rich_help_panel=_SPEED)
     ] = None,
     packed: Annotated[
         Path | None,
@@ -138,13 +158,16 @@ def predict(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option(help="here, or ray: workers of the cluster that RAY_ADDRESS names.", rich_help_panel=_SPEED),
+        typer.Option(
+            help="Where to compute: here, or ray, the workers of the cluster that RAY_ADDRESS names.",
+            rich_help_panel=_SPEED,
+        ),
     ] = "here",
     workers: Annotated[
         int | None,
-        typer.Option(help="Of Ray; by default as many as the cluster has cores for.", rich_help_panel=_SPEED),
+        typer.Option(help="Workers of Ray; by default as many as the cluster has cores for.", rich_help_panel=_SPEED),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of each worker of Ray.", rich_help_panel=_SPEED)] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each worker of Ray.", rich_help_panel=_SPEED)] = 1,
 ) -> None:
     """Write the answers of a model to the rows of a file, in their order, with their other columns.
 

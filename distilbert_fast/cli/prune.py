@@ -40,7 +40,9 @@ def prune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the pruned model and the report.")
     ] = Path("pruned"),
-    amount: Annotated[float | None, typer.Option(help="Share that goes, between 0 and 1; by default 0.5.")] = None,
+    amount: Annotated[
+        float | None, typer.Option(help="Share that is removed, between 0 and 1; by default 0.5.")
+    ] = None,
     speedup: Annotated[
         float | None,
         typer.Option(help="Instead of a share: times as fast as the whole encoder is on this machine's engine."),
@@ -48,15 +50,16 @@ def prune(
     measure: Annotated[
         str | None,
         typer.Option(
-            help="Of what: parameters (the default) or flops of the encoder's layers, or the time that they take on "
-            "this machine."
+            help="What that is a share of: parameters (the default) or flops of the encoder's layers, or the time that "
+            "they take on this machine."
         ),
     ] = None,
     method: Annotated[
         str, typer.Option(help="kprune scores again after each cut; fisher once, by the labels: faster, and worse.")
     ] = "kprune",
     precision: Annotated[
-        str | None, typer.Option(help="Of the engine that is timed: fp32, bf16, fp16 or int8; by default the model's.")
+        str | None,
+        typer.Option(help="Precision of the engine that is timed: fp32, bf16, fp16 or int8; by default the model's."),
     ] = None,
     connections: Annotated[
         bool,
@@ -69,7 +72,7 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help="With --connections: 2:4, two of each four in a row, for sparse tensor cores.")
     ] = None,
-    sentences: Annotated[int, typer.Option(help="Training rows that it is chosen on.")] = 2048,
+    sentences: Annotated[int, typer.Option(help="Training rows by which it is chosen what to remove.")] = 2048,
     max_length: Annotated[int, typer.Option(help="Tokens of a sentence; longer ones are cut.")] = 128,
     regression: Annotated[bool, typer.Option("--regression", help="Labels are numbers, taken as they are.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the answers that scores are drawn from.")] = 0,

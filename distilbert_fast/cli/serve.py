@@ -39,7 +39,7 @@ _WHO, _LIMITS, _SPEED = "Who may ask", "Limits", "Speed"
 def serve(
     model: Annotated[
         list[str],
-        typer.Option(metavar="[NAME=]DIR_OR_ID", help="A BERT, RoBERTa or DistilBERT; again for more of them."),
+        typer.Option(metavar="[NAME=]DIR_OR_ID", help="A BERT, RoBERTa or DistilBERT; give it again for more."),
     ],
     task: Annotated[
         list[str] | None,
@@ -52,38 +52,47 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.", rich_help_panel=_WHO)
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", rich_help_panel=_WHO)] = 8080,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", rich_help_panel=_WHO)] = 8080,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Its first line is the token that clients must send (Authorization: Bearer …); by default that of the "
-            "environment variable DISTILBERT_FAST_API_KEY, or none.",
+            help="File whose first line is the token that clients must send (Authorization: Bearer …); by default that "
+            "of the environment variable DISTILBERT_FAST_API_KEY, or none.",
             rich_help_panel=_WHO,
         ),
     ] = None,
     access_log: Annotated[
         bool,
         typer.Option(
-            "--access-log/--no-access-log", help="A line a request on stderr, without texts.", rich_help_panel=_WHO
+            "--access-log/--no-access-log",
+            help="Write a line for each request to stderr, without texts.",
+            rich_help_panel=_WHO,
         ),
     ] = True,
     deadline: Annotated[
         float | None,
         typer.Option(
-            help="Seconds from a request to its answer; then 504. Clients may ask for fewer by X-Request-Timeout.",
+            help="Seconds from a request to its answer; after them the answer is 504. Clients may ask for fewer by "
+            "X-Request-Timeout.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
     queue_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens that may wait; then 429 with Retry-After.", rich_help_panel=_LIMITS),
+        typer.Option(
+            help="Tokens that may wait; what comes beyond them gets 429 with Retry-After.", rich_help_panel=_LIMITS
+        ),
     ] = None,
-    body_bytes: Annotated[int | None, typer.Option(help="Of a request; then 413.", rich_help_panel=_LIMITS)] = None,
-    inputs: Annotated[int | None, typer.Option(help="Texts of a request; then 413.", rich_help_panel=_LIMITS)] = None,
+    body_bytes: Annotated[
+        int | None, typer.Option(help="The most bytes of a request; larger ones get 413.", rich_help_panel=_LIMITS)
+    ] = None,
+    inputs: Annotated[
+        int | None, typer.Option(help="The most texts of a request; larger ones get 413.", rich_help_panel=_LIMITS)
+    ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a text; by default what the models read.", rich_help_panel=_LIMITS),
+        typer.Option(help="The most tokens of a text; by default what the models read.", rich_help_panel=_LIMITS),
     ] = None,
     auto_truncate: Annotated[
         bool,
@@ -95,12 +104,16 @@ def serve(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(help="Of the engine: fp32, bf16, fp16 or int8; by default the model's.", rich_help_panel=_SPEED),
+        typer.Option(
+            help="Precision of the engine: fp32, bf16, fp16 or int8; by default the model's.", rich_help_panel=_SPEED
+        ),
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that are computed at once, padding not counted.", rich_help_panel=_SPEED)
+        int | None, typer.Option(help="Tokens of a batch, padding not counted.", rich_help_panel=_SPEED)
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="By default one a core.", rich_help_panel=_SPEED)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that compute; by default one for each core.", rich_help_panel=_SPEED)
+    ] = None,
     packed: Annotated[
         Path | None,
         typer.Option(
