@@ -1,8 +1,11 @@
-"""What `distilbert-fast serve` reaches on loopback: python -m bench.serve speed|overload|malformed
+"""What `distilbert-fast serve` reaches on loopback: python -m bench.serve speed|overload|mixed|malformed
 
 speed      requests a second, and milliseconds that half and 99 % of them take, of 1, 8 and 64 clients: the server with
            the engine, and the same server with transformers' own forward (plain)
-overload   what is answered in time at 0.5 to 4 times the rate that the server reaches
+overload   what is answered in time at 0.5 to 4 times the rate that 16 waiting clients get; the clients have a core of
+           their own
+mixed      10,000 requests of all routes and of five models at once: what is lost, and what is not what the engine alone
+           answers
 malformed  1,000 requests that are no such
 
 A request is a passage of the documentation that Python carries, of 5 to 60 words. The classifier is a BERT of that
@@ -22,14 +25,16 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
 from bench.harness.http_load import closed_loop, open_loop, percentile, request
 from bench.harness.machine import machine
+from bench.harness.mixed_requests import MixedRequests, count_told_apart, differs, with_heads
 from bench.predict import model
 from distilbert_fast.data.stdlib_docs import passages
 
@@ -55,13 +60,23 @@ def sentences() -> list[str]:
 
 
 @contextlib.contextmanager
-def server(models: list[str], *options: str, plain: str | None = None, threads: int = 2) -> Iterator[tuple[int, int]]:
-    """The port and the process of a server; ``plain``: "fp32" or "bf16", by transformers' own forward."""
+def server(
+    models: list[str], *options: str, plain: str | None = None, threads: int = 2, cores: Sequence[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """The port and the process of a server.
+
+    Args:
+        plain: "fp32" or "bf16", by transformers' own forward.
+        threads: of torch.
+        cores: where it runs, with a thread each; none: everywhere.
+    """
     program = ["-m", "distilbert_fast"] if plain is None else ["-c", PLAIN, plain]
     given = [part for name in models for part in ("--model", name)]
     command = [sys.executable, *program, "serve", *given, "--port", "0", "--no-access-log", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores) or threads)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    if cores:
+        os.sched_setaffinity(process.pid, cores)  # before it has threads
     assert process.stderr is not None
     try:
         said = []
@@ -101,23 +116,53 @@ def speed(place: Path, given: argparse.Namespace) -> Table:
 
 
 def overload(place: Path, given: argparse.Namespace) -> Table:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("bench.serve overload: expected two cores or more, one of them for the clients, got 1")
     asked = classify(sentences())
-    table = Table("offered/s", "in time/s", "429", "504", "p99 of the answered, ms")
-    with server([f"cls={place}"], "--precision", "int8", "--deadline", str(given.deadline)) as (port, _):
+    table = Table("offered/s", "in time/s", "429", "504", "p50, ms", "p99 of the answered, ms")
+    options = ["--precision", "int8", "--deadline", str(given.deadline)]
+    with server([f"cls={place}"], *options, cores=cores[:-1]) as (port, _):
+        os.sched_setaffinity(0, cores[-1:])
         closed_loop(port, lambda number: asked[number % len(asked)], 8, seconds=1)
-        found, took = closed_loop(port, lambda number: asked[number % len(asked)], 64, 3)
+        found, took = closed_loop(port, lambda number: asked[number % len(asked)], 16, 3)
         peak = sum(one.status == 200 for one in found) / took
-        print(f"64 clients that wait: {peak:.0f} requests/s", flush=True)
-        for times in (0.5, 1.0, 1.5, 2.0, 4.0):
+        print(f"16 clients that wait: {peak:.0f} requests/s", flush=True)
+        for times in map(float, given.times.split(",")):
             found, sent = open_loop(port, lambda number: asked[number % len(asked)], times * peak, given.seconds)
             served = [one for one in found if one.status == 200]
             count = Counter(one.status for one in found)
             good = sum(one.seconds <= given.deadline for one in served)
             assert set(count) <= {200, 429, 504}, count
-            row = (len(found) / sent, good / sent, count[429], count[504], percentile(served, 0.99))
+            middle, most = percentile(served, 0.5), percentile(served, 0.99)
+            row = (len(found) / sent, good / sent, count[429], count[504], middle, most)
             table.add_row(*(f"{value:,.0f}" for value in row))
             print(*(f"{value:.0f}" for value in row), flush=True)
     return table
+
+
+def mixed(place: Path, given: argparse.Namespace) -> str:
+    body = place.with_name("embed")
+    transformers.AutoModel.from_pretrained(place).save_pretrained(body)
+    transformers.AutoTokenizer.from_pretrained(place).save_pretrained(body)
+    places = with_heads(body)
+    requests = MixedRequests(places, random.Random(0).sample(sentences(), 200), given.precision)
+    numbers = range(given.count)
+    asked = [requests(number) for number in numbers]
+    apart, pairs = count_told_apart(requests, numbers)
+    sent = [request(one.path, one.body) for one in asked]
+    models = [f"{name}={directory}" for name, directory in places.items()]
+    options = ["--precision", given.precision, "--deadline", "3600", "--queue-tokens", str(10**9)]
+    with server(models, *options) as (port, _):
+        found, took = closed_loop(port, sent.__getitem__, clients=given.count, count=given.count)
+    count = Counter(one.status for one in found)
+    lost = given.count - len({one.number for one in found})
+    served = [one for one in found if one.status == 200]
+    wrong = sum(differs(json.loads(one.body), asked[one.number].answer) for one in served)
+    return (
+        f"{given.count} requests at once, answered in {took:.1f} s: {dict(count)}; lost: {lost}; "
+        f"not what the engine alone answers: {wrong}; of {pairs} pairs of requests of a route {apart} differ in answers"
+    )
 
 
 def malformed(place: Path, given: argparse.Namespace) -> str:
@@ -154,7 +199,7 @@ def malformed(place: Path, given: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = {"speed": speed, "overload": overload, "malformed": malformed}
+    what = {"speed": speed, "overload": overload, "mixed": mixed, "malformed": malformed}
     parser.add_argument("what", choices=what)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=768)
@@ -164,8 +209,11 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,64", help="of speed")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=0.5, help="of overload, in seconds")
-    parser.add_argument("--count", type=int, default=1000, help="of the requests of malformed")
+    parser.add_argument("--times", default="0.5,0.9,1,1.5,2,3,4", help="the rate, of overload")
+    parser.add_argument("--count", type=int, help="requests of mixed (10,000) and malformed (1,000)")
+    parser.add_argument("--precision", default="int8", help="of mixed")
     given = parser.parse_args()
+    given.count = given.count or {"mixed": 10_000}.get(given.what, 1000)
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         found = what[given.what](model(Path(name), given.layers, given.hidden), given)
     console = Console()

@@ -5,41 +5,25 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
 from demo_input import bert
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is importable from the checkout only
+
+from bench.harness.mixed_requests import with_heads
 from distilbert_fast.jobs.serve import serve
 
 PATIENCE = 60.0
-HEADS = {
-    "labels": (transformers.BertForSequenceClassification, {"num_labels": 4}),
-    "cross": (transformers.BertForSequenceClassification, {"num_labels": 1}),
-    "ner": (transformers.BertForTokenClassification, {"num_labels": 5}),
-    "qa": (transformers.BertForQuestionAnswering, {}),
-}
-TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
 def models(place: Path) -> dict[str, Path]:
     """Directories by name: an encoder that embeds, and one with each head."""
-    made = {"embed": bert(place / "embed")}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(made["embed"])
-    for name, (kind, config) in HEADS.items():
-        torch.manual_seed(1)
-        names = {"id2label": dict(enumerate(TAGS))} if name == "ner" else {}
-        model = kind.from_pretrained(made["embed"], **config, **names)
-        with torch.no_grad():
-            getattr(model, "qa_outputs" if name == "qa" else "classifier").weight.mul_(20)
-        model.save_pretrained(place / name)
-        tokenizer.save_pretrained(place / name)
-        made[name] = place / name
-    return made
+    return with_heads(bert(place / "embed"))
 
 
 class Reply(NamedTuple):

@@ -72,7 +72,8 @@ async def _connect(port: int) -> Connection:
 def closed_loop(
     port: int, requests: Callable[[int], bytes], clients: int, seconds: float | None = None, count: int | None = None
 ) -> tuple[list[Answer], float]:
-    """Clients that each send a request when they have the answer to the last one, for so long or so many in all.
+    """Clients, connected before, that each send a request when they have the answer to the last one, for so long or so
+    many in all; as many clients as requests: all requests at once.
 
     Returns the answers and the seconds that all took.
     """
@@ -80,10 +81,10 @@ def closed_loop(
     async def run() -> tuple[list[Answer], float]:
         answers: list[Answer] = []
         numbers: Iterator[int] = iter(range(count if count is not None else 10**9))
+        connections = [await _connect(port) for _ in range(clients)]
         begin = time.perf_counter()
 
-        async def client() -> None:
-            connection = await _connect(port)
+        async def client(connection: Connection) -> None:
             for number in numbers:
                 start = time.perf_counter()
                 if seconds is not None and start - begin > seconds:
@@ -92,7 +93,7 @@ def closed_loop(
                 answers.append(Answer(number, status, time.perf_counter() - start, body))
             connection.transport.close()
 
-        await asyncio.gather(*(client() for _ in range(clients)))
+        await asyncio.gather(*map(client, connections))
         return answers, time.perf_counter() - begin
 
     return asyncio.run(run())
@@ -107,7 +108,7 @@ def open_loop(port: int, requests: Callable[[int], bytes], rate: float, seconds:
         begin = time.perf_counter()
 
         async def one(number: int) -> None:
-            start = time.perf_counter()
+            start = begin + number / rate  # when it was due
             connection = free.pop() if free else await _connect(port)
             status, body = await connection.ask(requests(number))
             answers.append(Answer(number, status, time.perf_counter() - start, body))

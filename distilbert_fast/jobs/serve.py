@@ -6,6 +6,7 @@ It has its port before the models are loaded, so that one in use is said at once
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -79,6 +80,8 @@ def serve(
         RecipeError: what a user can mend, by name.
         CheckpointError, OSError: a model that cannot be used.
     """
+    # Texts of a request are tokenized by the thread that has them: one of a pool would wait for a core that computes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     limits = limits or Limits()
     check_limits(limits)
     specs = model_specs(models, tasks)
@@ -256,9 +259,12 @@ def _run(service: Service, listener: socket.socket, address: str, ready: Callabl
 
     server = _Server(config, listens, stops)
     before = _set_handlers()
+    gc.collect()
+    gc.freeze()  # to look through all that torch holds takes a quarter of a second, in which nobody is answered
     try:
         server.run(sockets=[listener])
     finally:
+        gc.unfreeze()
         service.close()
         for number, handler in before.items():
             signal.signal(number, handler)

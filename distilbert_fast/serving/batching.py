@@ -21,7 +21,8 @@ import torch
 from distilbert_fast.serving.pool import shares
 
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
-_HASTE = 0.7  # of the deadline: jobs are taken while the queue needs no more, since batches end together
+_HASTE = 0.7  # of a job's time, which the queue may need
+_PART = 0.1  # of the oldest job's time for a batch: longer ones keep who comes meanwhile waiting
 _FADE = 0.8  # of what was known of the speed when a batch is done
 
 
@@ -138,22 +139,31 @@ class Batcher:
         """Tokens a second, all threads busy; 0 before the first batch."""
         return self._whole * self._tokens / self._seconds if self._seconds else 0.0
 
-    def seconds_to_wait(self) -> float:
-        """An estimate of how long a job that comes now would take, of no tokens of its own."""
+    def seconds_to_wait(self, coming: float = 0.0) -> float:
+        """An estimate of how long a job of no tokens would take, after so many tokens that come before it."""
         rate = self._rate
-        return (self._waiting + self._running) / rate if rate and self._waiting else 0.0
+        return (self._waiting + self._running + coming) / rate if rate and self._waiting + coming else 0.0
 
-    def check(self, seconds: float) -> None:
-        """Raise Overloaded if a job that may take so many seconds would be refused now, Closed after ``close``."""
+    def check(self, seconds: float, coming: float = 0.0) -> None:
+        """Refuse a job that may take so many seconds, before its tokens are known.
+
+        Args:
+            coming: tokens of jobs that were not refused here, and are not queued yet.
+
+        Raises:
+            Overloaded: the queue is full, or needs most of those seconds: batches end together, and estimates err.
+            Closed: after ``close``.
+        """
+        self._check(_HASTE * seconds, seconds, coming)
+
+    def _check(self, most: float, seconds: float, coming: float = 0.0) -> None:
         if self._closed:
             raise Closed("the server is shutting down")
-        wait = self.seconds_to_wait()
+        wait = self.seconds_to_wait(coming)
         if self._waiting >= self.queue_tokens:
             raise Overloaded(f"{self._waiting} tokens wait, and {self.queue_tokens} may", wait)
-        if wait > _HASTE * seconds:
-            raise Overloaded(
-                f"the queue takes {wait:.1f} s, and the deadline is {seconds:g} s", wait - _HASTE * seconds
-            )
+        if wait > most:
+            raise Overloaded(f"the queue takes {wait:.1f} s, and the deadline is {seconds:g} s", wait - most)
 
     def submit(
         self, compute: Compute, windows: Sequence[Any], finish: Callable[[list[Any]], Any], seconds: float
@@ -170,13 +180,14 @@ class Batcher:
             nobody waits any more.
 
         Raises:
-            Overloaded, Closed: the job is not taken.
+            Overloaded: the job is not taken, since the queue is full or outlasts those seconds.
+            Closed: after ``close``.
         """
         now = time.perf_counter()
         job = _Job(compute, windows, finish, now + seconds, now, [None] * len(windows))
         tokens = sum(map(len, windows))
         with self._changed:
-            self.check(seconds)
+            self._check(seconds, seconds)
             if self._waiting and self._waiting + tokens > self.queue_tokens:
                 full = f"{self._waiting} tokens wait, {tokens} come, and {self.queue_tokens} may wait"
                 raise Overloaded(full, self.seconds_to_wait())
@@ -238,14 +249,20 @@ class Batcher:
             compute = min(self._queues, key=lambda one: self._queues[one][0].arrived)
             batch = _Batch(compute, [], 0, self._each)
             queue = self._queues[compute]
-            # No more than the oldest has time for: what is computed too late is computed for nobody.
-            in_time = (queue[0].deadline - now) * self._rate * self._each / self._whole
-            budget = min(self.batch_tokens, int(in_time) or self.batch_tokens)
+            budget = self._budget(queue[0], now)
             while queue and self._add(batch, queue[0], now, budget):
                 queue.popleft()
             if batch.parts:
                 self._waiting -= batch.tokens
                 return batch
+
+    def _budget(self, oldest: _Job, now: float) -> int:
+        """The tokens of a batch: what its oldest job has time for, since what is late is computed for nobody."""
+        rate = self._rate * self._each / self._whole
+        if not rate:
+            return self.batch_tokens
+        seconds = min(oldest.deadline - now, _PART * (oldest.deadline - oldest.arrived))
+        return min(self.batch_tokens, max(1, int(rate * seconds)))
 
     def _is_over(self, job: _Job, now: float) -> bool:
         """Whether a job need not be computed any more."""

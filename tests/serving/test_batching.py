@@ -215,8 +215,24 @@ def test_many_threads_lose_and_cross_nothing():
 
 
 def test_a_batch_is_no_larger_than_the_oldest_job_has_time_for(batcher, model):
-    """At a token a second, a job that has four seconds gets batches of three tokens and not of ten."""
+    """At a token a second, batches take a tenth of a job's 40 seconds, and not ten tokens."""
     batcher._tokens, batcher._seconds = 10.0, 10.0
     model.may_go.set()
-    batcher.submit(model.compute, ["aaa", "bbb", "ccc"], list, 4.0).result(PATIENCE)
+    batcher.submit(model.compute, ["aaa", "bbb", "ccc"], list, 40.0).result(PATIENCE)
     assert model.batches == [["aaa"], ["bbb"], ["ccc"]]
+
+
+def test_who_has_hardly_any_time_left_takes_no_large_batch(batcher, model):
+    batcher._tokens, batcher._seconds = 10.0, 10.0
+    model.may_go.set()
+    batcher.submit(model.compute, ["a", "b", "c"], list, 0.9).result(PATIENCE)
+    assert model.batches == [["a"], ["b"], ["c"]]
+
+
+def test_jobs_that_come_count(batcher, model):
+    """At ten tokens a second, a job with ten seconds is refused while more than seven seconds of others come."""
+    batcher._tokens, batcher._seconds = 10.0, 1.0
+    batcher.check(10.0, 69)
+    with pytest.raises(Overloaded, match=r"the queue takes 7\.1 s, and the deadline is 10 s"):
+        batcher.check(10.0, 71)
+    batcher.check(20.0, 71)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import random
 import socket
 import threading
 import time
@@ -17,8 +17,11 @@ import transformers
 from demo_input import sentences
 from http_server import Client, running
 
+from bench.harness import http_load
+from bench.harness.mixed_requests import MixedRequests, count_told_apart, differs
 from distilbert_fast import Predictor
-from distilbert_fast.serving.http.service import Limits
+from distilbert_fast.jobs import serve as job
+from distilbert_fast.serving.http.service import Limits, Service
 
 TEXTS = [text for text, _ in sentences(40, 3)]
 LIMITS = Limits(body_bytes=20_000, inputs=16, batch_tokens=128)
@@ -383,32 +386,54 @@ def test_texts_that_are_too_long_are_cut_where_that_is_asked(client, embedder):
 # Many at once -------------------------------------------------------------------------------------------------------
 
 
-def test_no_answer_is_lost_or_crossed(client, places, embedder):
-    """400 requests of all kinds from 16 clients, each compared with what the engine alone says."""
-    labels = Predictor.load(places["labels"], top_k=None)
-    cross = Predictor.load(places["cross"], "reranking")
+def test_no_answer_is_lost_or_crossed(client, places):
+    """450 requests of all routes and models at once, each compared with what the engine alone says."""
+    mixed = MixedRequests(places, TEXTS)
+    asked = [mixed(number) for number in range(450)]
+    apart, pairs = count_told_apart(mixed, range(450))
+    assert apart == pairs > 430  # an answer to another request would be seen
+    sent = [http_load.request(one.path, one.body) for one in asked]
+    found, _ = http_load.closed_loop(client.port, sent.__getitem__, clients=450, count=450)
+    assert sorted(one.number for one in found) == [*range(450)] and {one.status for one in found} == {200}
+    assert not [one for one in found if differs(json.loads(one.body), asked[one.number].answer)]
 
-    def ask(number):
-        draw = random.Random(number)
-        texts = draw.sample(TEXTS, draw.randint(1, 5))
-        kind = number % 3
-        if kind == 0:
-            near(client.ask("/embed", {"inputs": texts}).json, [vectors[text] for text in texts])
-        elif kind == 1:
-            answers = client.ask("/predict", {"inputs": [[text] for text in texts]}).json
-            for found, text in zip(answers, texts, strict=True):
-                assert [one["label"] for one in found] == [one["label"] for one in named[text]]
-                near([one["score"] for one in found], [one["score"] for one in named[text]])
-        else:
-            found = client.ask("/rerank", {"query": TEXTS[0], "texts": texts}).json
-            near([one["score"] for one in found], [scores[texts[one["index"]]] for one in found])
-        return True
 
-    vectors = dict(zip(TEXTS, embedder(TEXTS), strict=True))
-    named = dict(zip(TEXTS, labels(TEXTS), strict=True))
-    scores = dict(zip(TEXTS, cross([(TEXTS[0], text) for text in TEXTS]), strict=True))
-    with ThreadPoolExecutor(16) as clients:
-        assert all(clients.map(ask, range(400)))
+def test_of_many_that_come_together_those_after_the_first_are_refused(places, monkeypatch):
+    """Forty requests at once while the thread that tokenizes is held up; as far as is known each takes a second, and
+    21 seconds may pass."""
+    made = []
+
+    class Known(Service):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(job, "Service", Known)
+    with running([str(places["embed"])], limits=Limits(deadline=30.0)) as client, ThreadPoolExecutor(1) as pool:
+        (service,) = made
+        opened = threading.Event()
+        service._tokenizing.submit(opened.wait)
+        service._usual, service.batcher._tokens, service.batcher._seconds = 100.0, 100.0, float(torch.get_num_threads())
+        asked = http_load.request("/embed", {"inputs": ["the cat " * 40] * 16, "truncate": True})
+        asking = pool.submit(http_load.closed_loop, client.port, lambda number: asked, clients=40, count=40)
+        end = time.monotonic() + http_server.PATIENCE
+        while service._coming + service.metrics.count < 40 and time.monotonic() < end:
+            time.sleep(0.01)
+        opened.set()
+        found, _ = asking.result()
+        refused = [json.loads(one.body)["error"] for one in found if one.status == 429]
+        assert len(refused) == 19 and all("overloaded: the queue takes 21.0 s" in words for words in refused)
+        assert service._coming == 0
+
+
+def test_no_refusal_needs_a_thread_and_none_waits_for_the_garbage_collector(places):
+    with running([str(places["embed"])]) as client:
+        assert gc.get_freeze_count() > 0
+        for body in (b"{", {"inputs": None}, {"inputs": "a", "model": "x"}):
+            assert client.ask("/embed", body).status in (400, 404, 422)
+        assert client.ask("/nowhere").status == 404
+        assert not [one.name for one in threading.enumerate() if "AnyIO" in one.name]
+    assert gc.get_freeze_count() == 0
 
 
 class Gate:

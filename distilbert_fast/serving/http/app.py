@@ -24,19 +24,20 @@ def application(service: Service) -> ASGIApp:
     for router in routers:
         app.include_router(router)
 
-    def refused(request: Request, error: Any) -> Response:
+    # Coroutines, since functions would be run in threads.
+    async def refused(request: Request, error: Any) -> Response:
         return Response(error.body(request.url.path), error.status, error.headers())
 
-    def unknown(request: Request, error: Any) -> Response:
+    async def unknown(request: Request, error: Any) -> Response:
         words = {404: "no such route; /docs lists them", 405: f"{request.method} is not what this route takes"}
-        return refused(request, Refused(error.status_code, words.get(error.status_code, str(error.detail))))
+        return await refused(request, Refused(error.status_code, words.get(error.status_code, str(error.detail))))
 
-    def left(request: Request, error: Any) -> Response:
+    async def left(request: Request, error: Any) -> Response:
         return Response(status_code=LEFT)
 
-    def failed(request: Request, error: Any) -> Response:
+    async def failed(request: Request, error: Any) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)
-        return refused(request, Refused(500, "the server failed; its log says why"))
+        return await refused(request, Refused(500, "the server failed; its log says why"))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, unknown)

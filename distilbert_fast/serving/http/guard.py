@@ -61,6 +61,7 @@ class Guard:
             if status == 0:
                 await send_refusal(Refused(500, "the server failed; its log says why"), scope["path"], watched)
         finally:
+            self.service.came(scope)
             self._count(scope, status or LEFT)
 
     def _check_token(self, scope: Scope) -> None:

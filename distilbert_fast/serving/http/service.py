@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
 
 from distilbert_fast.serving.batching import Batcher, Closed, DeadlinePassed, Overloaded
 from distilbert_fast.serving.encoding import EncodedRow
@@ -25,6 +26,7 @@ from distilbert_fast.serving.predictor import BATCH_TOKENS, Predictor
 
 DEADLINE_HEADER = "x-request-timeout"
 _INLINE = 4000  # characters that are tokenized without a thread
+_LATE = 0.05  # what a request counts for in the mean of late ones
 _DISCARDED = 16 * 2**20  # bytes of a body that is too large, which are read so that the client hears why
 _Body = TypeVar("_Body", bound=BaseModel)
 _Made = TypeVar("_Made")
@@ -71,6 +73,8 @@ class Service:
         device = models[0].model.device
         self.batcher = Batcher(limits.batch_tokens, limits.queue_tokens, self.metrics, device)
         self.draining = False
+        self._coming = 0  # requests whose body is read and that are not queued yet
+        self._usual = 0.0  # tokens of a late request, in the mean
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
     def warm_up(self) -> None:
@@ -137,7 +141,18 @@ class Service:
             raise Refused(408, f"the body did not come within {seconds:g} s") from None
         except ClientDisconnect:
             raise ClientLeft from None
+        with _refusals():  # again: of many that came together, each sees those before it
+            self.batcher.check(seconds - _age(request), self._coming * self._usual)
+        request.scope["coming"] = True
+        self._coming += 1
         return read_body(kind, content)
+
+    def came(self, scope: Scope, tokens: int | None = None) -> None:
+        """A request is queued with so many tokens, or at its end."""
+        if scope.pop("coming", False):
+            self._coming -= 1
+            if tokens is not None:
+                self._usual += _LATE * (tokens - self._usual)
 
     async def _content(self, request: Request) -> bytes:
         most = self.limits.body_bytes
@@ -207,7 +222,6 @@ class Service:
             Refused: 413, 422, 429, 500, 503, 504.
             ClientLeft: nothing is computed any more.
         """
-        seconds = self._seconds(request) - (time.perf_counter() - request.scope["began"])
         predictor = predictor or served.predictor
         cut = self.limits.truncate if truncate is None else truncate
         encode = partial(served.encode, predictor, rows, field, cut)
@@ -215,7 +229,8 @@ class Service:
         windows = [window for row in encoded for window in row.windows]
         if cut and (count := sum(row.truncated for row in encoded)):
             self.metrics.truncated.inc(count)
-        request.scope["tokens"] = sum(map(len, windows))
+        request.scope["tokens"] = tokens = sum(map(len, windows))
+        self.came(request.scope, tokens)
 
         def finished(outputs: list[Any]) -> bytes:
             answers, at = [], 0
@@ -225,6 +240,7 @@ class Service:
             refuse_not_finite(answers)
             return finish(encoded, answers)
 
+        seconds = self._seconds(request) - _age(request)
         with _refusals():
             future = asyncio.wrap_future(self.batcher.submit(predictor.outputs, windows, finished, seconds))
             return await _first_of(request, future, seconds)
@@ -257,6 +273,11 @@ def _refusals() -> Iterator[None]:
         raise Refused(504, str(error)) from None
     except Closed as error:
         raise Refused(503, str(error), retry_after=5) from None
+
+
+def _age(request: Request) -> float:
+    """Seconds since its head was read."""
+    return float(time.perf_counter() - request.scope["began"])
 
 
 def _characters(rows: Sequence[Any]) -> int:
