@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from demo_input import bert
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is importable from the checkout only
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench is importable from the checkout only
 
-from bench.harness.mixed_requests import with_heads
-from distilbert_fast.jobs.serve import serve
+from bench.harness.mixed_requests import with_heads  # noqa: E402
+from distilbert_fast.jobs.serve import serve  # noqa: E402
 
 PATIENCE = 60.0
 

@@ -150,7 +150,7 @@ def test_no_flag_that_changes_arithmetic_or_needs_this_machine():
 # Rooms that need an extra, by its name in pyproject.toml; fastapi and uvicorn bring starlette and pydantic.
 OF_EXTRAS = {
     "serve": ("distilbert_fast/serving/http/", "distilbert_fast/jobs/serve.py"),
-    "ray": ("distilbert_fast/jobs/predict_engines.py",),
+    "ray": ("distilbert_fast/jobs/ray_cluster.py", "distilbert_fast/jobs/serve_ray.py"),
 }
 BROUGHT = {"serve": {"starlette", "pydantic", "pydantic_core"}, "ray": set()}
 

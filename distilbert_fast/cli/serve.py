@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ For other machines, with a token; several servers of one machine that hold the w
 /docs lists all routes, /metrics is for Prometheus, /health answers 200 once the models are warm. SIGTERM or Ctrl-C \
 stops the server after it has answered what it has taken.
 """
-_WHO, _LIMITS, _SPEED = "Who may ask", "Limits", "Speed"
+_WHO, _LIMITS, _SPEED, _SCALE = "Who may ask", "Limits", "Speed", "Several machines"
 
 
 def serve(
@@ -114,6 +115,21 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="Threads that compute; by default one for each core.", rich_help_panel=_SPEED)
     ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Serve on the Ray cluster of RAY_ADDRESS or of this machine, else on one that is started here.",
+            rich_help_panel=_SCALE,
+        ),
+    ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="The most replicas on Ray, with --threads each (1); by default as many as there are cores for.",
+            rich_help_panel=_SCALE,
+        ),
+    ] = None,
     packed: Annotated[
         Path | None,
         typer.Option(
@@ -133,7 +149,7 @@ def serve(
         from distilbert_fast.jobs.settings import RecipeError
 
         try:
-            from distilbert_fast.jobs.serve import serve as run
+            from distilbert_fast.jobs.serve import serve as serve_here
             from distilbert_fast.serving.http.service import Limits
         except ModuleNotFoundError as error:
             if error.name not in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
@@ -148,6 +164,13 @@ def serve(
             "inputs": inputs,
             "batch_tokens": batch_tokens,
         }
+        run: Any = serve_here
+        if ray:
+            from distilbert_fast.jobs.serve_ray import serve_on_ray
+
+            run = partial(serve_on_ray, replicas=replicas)
+        elif replicas is not None:
+            raise RecipeError("serve: replicas: expected with --ray, got without")
         run(
             model,
             task or (),

@@ -11,6 +11,7 @@ import torch
 
 from distilbert_fast.data.rows import Row
 from distilbert_fast.jobs.predict_output import Answered
+from distilbert_fast.jobs.ray_cluster import connected, last_line
 from distilbert_fast.jobs.settings import RecipeError
 from distilbert_fast.serving.ahead import ahead
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
@@ -114,14 +115,8 @@ class OnRay(AnswerEngine):
     """
 
     def __init__(self, given: Mapping[str, Any], workers: int | None, threads: int) -> None:
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            raise RecipeError("predict: engine: ray is not installed; pip install 'distilbert-fast[ray]'") from error
-        self.ray = ray
+        self.ray = ray = connected("predict: engine")
         self.given, self.threads = dict(given), threads
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         cores = int(ray.cluster_resources().get("CPU", 0))
         most = cores // threads
         if workers is None:
@@ -142,8 +137,7 @@ class OnRay(AnswerEngine):
             try:
                 return _with_rows(window, ray.get(reference))
             except ray.exceptions.RayError as error:
-                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-                raise RecipeError(f"predict: engine: a worker of Ray failed: {why}") from error
+                raise RecipeError(f"predict: engine: a worker of Ray failed: {last_line(error)}") from error
 
         try:
             for number, window in enumerate(windows):

@@ -86,14 +86,14 @@ def serve(
     check_limits(limits)
     specs = model_specs(models, tasks)
     key = read_key(key_file)
-    _log_to_stderr(access_log)
+    log_to_stderr(access_log)
     if threads is not None:
         require(threads >= 1, f"{JOB}: threads", "1 or more", threads)
         torch.set_num_threads(threads)
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         service = load(specs, limits, key, precision, max_length, packed)
-        address = _address(listener)
-        if key is None and not _is_loopback(listener):
+        address = address_of(listener)
+        if key is None and not is_loopback(listener):
             log.warning("%s can be reached from other machines, and asks for no token: see --api-key-file", address)
         return _run(service, listener, address, ready)
 
@@ -188,7 +188,7 @@ def read_key(path: Path | None) -> str | None:
 # Listening ----------------------------------------------------------------------------------------------------------
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """A socket that has its port, and does not accept yet. Raises RecipeError."""
     require(0 <= port < 65536, f"{JOB}: port", "0 to 65535", port)
     try:
@@ -209,12 +209,12 @@ def _listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _address(listener: socket.socket) -> str:
+def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _is_loopback(listener: socket.socket) -> bool:
+def is_loopback(listener: socket.socket) -> bool:
     host = listener.getsockname()[0]
     return host.startswith("127.") or host == "::1"
 
@@ -258,7 +258,7 @@ def _run(service: Service, listener: socket.socket, address: str, ready: Callabl
         log.info("stopping: what was taken is answered first")
 
     server = _Server(config, listens, stops)
-    before = _set_handlers()
+    before = set_handlers()
     gc.collect()
     gc.freeze()  # to look through all that torch holds takes a quarter of a second, in which nobody is answered
     try:
@@ -272,15 +272,18 @@ def _run(service: Service, listener: socket.socket, address: str, ready: Callabl
     return service.metrics.count
 
 
-def _set_handlers() -> dict[signal.Signals, Any]:
-    """uvicorn raises the signal that stopped it again once it has stopped; here that is no failure."""
+def set_handlers(stop: Callable[[], None] = lambda: None) -> dict[signal.Signals, Any]:
+    """Handlers of SIGTERM and Ctrl-C that call ``stop``, and do not end the process; return what was there before.
+
+    uvicorn has handlers of its own while it runs, and raises the signal that stopped it again once it has stopped.
+    """
     try:
-        return {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        return {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not in the main thread, where uvicorn sets no handlers either
         return {}
 
 
-def _log_to_stderr(access_log: bool) -> None:
+def log_to_stderr(access_log: bool) -> None:
     for name in ("distilbert_fast.serve", "distilbert_fast.access", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
