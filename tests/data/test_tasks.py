@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from distilbert_fast.data.tasks import PAIRS, load_task
+from distilbert_fast.data.tasks import PAIR_COLUMNS, load_task
 
 # What readers like to change: quotes, NA words, numbers, dates, commas, spaces, other scripts.
 ROWS = [
@@ -288,7 +288,7 @@ def test_the_fingerprint_of_single_sentences_stays_as_it_was(tmp_path):
     assert load_task(data=path, eval_data=path).fingerprint == digest.hexdigest()
 
 
-def pairs(path: Path, rows: list[tuple[str, str, str]], columns: tuple[str, str] = PAIRS[0]) -> Path:
+def pairs(path: Path, rows: list[tuple[str, str, str]], columns: tuple[str, str] = PAIR_COLUMNS[0]) -> Path:
     lines = [(*columns, "label"), *rows]
     path.write_text("".join("\t".join(line) + "\n" for line in lines))
     return path
@@ -297,7 +297,7 @@ def pairs(path: Path, rows: list[tuple[str, str, str]], columns: tuple[str, str]
 PAIRED = [("a cat", "the cat", "same"), ("a cat", "a dog", "other"), ("a dog", "a cat", "other"), ("b", "b", "same")]
 
 
-@pytest.mark.parametrize("columns", PAIRS)
+@pytest.mark.parametrize("columns", PAIR_COLUMNS)
 def test_pairs_by_the_names_that_their_columns_have(tmp_path, columns):
     path = pairs(tmp_path / "x.tsv", PAIRED, columns)
     task = load_task(data=path, eval_data=path)
@@ -502,7 +502,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write(Path("good.tsv"), [("x", "a"), ("y", "b")])
     write(Path("alien.tsv"), [("x", "a"), ("y", "c")])
-    pairs(Path("pairs.tsv"), [("x", "y", "a")], PAIRS[2])
+    pairs(Path("pairs.tsv"), [("x", "y", "a")], PAIR_COLUMNS[2])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_task(**arguments)
 
