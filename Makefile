@@ -35,7 +35,7 @@ help: ## print this
 demo: $(DEMO) ## distil, quantize and speed up a real BERT; ARGS go to `distilbert-fast demo`
 	$(PY) -m distilbert_fast demo $(ARGS)
 
-test: $(TEST) ## run the tests, of emulators and of kills some cases; ARGS go to pytest
+test: $(TEST) ## run the tests, of emulators, exports, kills and large grids some cases; ARGS go to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: export DISTILBERT_FAST_TESTS = all

@@ -5,6 +5,7 @@ The environment says which, so that the processes that a test starts know it too
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,17 @@ def many(small: T, whole: T) -> T:
     return whole if WHOLE else small
 
 
-def covering(cases: Sequence[Mapping[str, int | str]], seed: int = 0) -> list[int]:
-    """Which of the cases, each a {parameter: value}, have every value of every parameter between them."""
+def covering(cases: Sequence[Mapping[str, int | str]], together: int = 1, seed: int = 0) -> list[int]:
+    """Which of the cases, each a {parameter: value}, have every value of every parameter between them.
+
+    ``together``: so many parameters whose values all meet; 2: every pair of values is in one of the cases.
+    """
     order = random.Random(seed).sample(range(len(cases)), len(cases))
-    unseen = {pair for case in cases for pair in case.items()}
+    held = [set(itertools.combinations(case.items(), min(together, len(case)))) for case in cases]
+    unseen = set().union(*held)
     chosen = []
     while unseen:
-        best = max(order, key=lambda i: len(unseen & cases[i].items()))
-        unseen -= cases[best].items()
+        best = max(order, key=lambda i: len(unseen & held[i]))
+        unseen -= held[best]
         chosen.append(best)
     return sorted(chosen)

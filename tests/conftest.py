@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import cases
 import hurried
 import places
 import pytest
@@ -31,8 +32,24 @@ if importlib.util.find_spec("hypothesis"):  # a machine without it runs the test
 seen = [0]  # how many modules were loaded when the garbage collector was last told to leave them alone
 
 
-def pytest_collection_modifyitems(items):
-    """Modules with slow tests come first, so that at the end no worker has a long one left while others have none."""
+@pytest.hookimpl(trylast=True)  # after -k and -m have chosen
+def pytest_collection_modifyitems(config, items):
+    """Of a test marked ``covering``, ``make test`` leaves out cases.
+
+    Modules with slow tests come first, so that at the end no worker has a long one left while others have none.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in [] if cases.WHOLE else items:
+        if hasattr(item, "callspec") and item.get_closest_marker("covering"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set()
+    for group in groups.values():
+        given = [{name: repr(value) for name, value in item.callspec.params.items()} for item in group]
+        chosen = cases.covering(given, *group[0].get_closest_marker("covering").args)
+        left_out |= {*group} - {group[i] for i in chosen}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

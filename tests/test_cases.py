@@ -23,6 +23,15 @@ def test_covering_has_every_value_of_every_parameter(sizes):
     assert max(sizes) <= len(chosen) <= max(sizes) + len(sizes)
 
 
+def test_covering_has_every_pair_of_values():
+    every = [dict(zip("abc", values, strict=True)) for values in itertools.product(range(7), range(5), range(3))]
+    chosen = cases.covering(every, together=2)
+    assert chosen == cases.covering(every, together=2) and 35 <= len(chosen) < 45
+    pairs = [{*itertools.combinations(case.items(), 2)} for case in every]
+    assert set().union(*(pairs[i] for i in chosen)) == set().union(*pairs)
+    assert cases.covering([{"a": 1}, {"a": 2}], together=2) == [0, 1]
+
+
 def test_covering_keeps_pairs_that_stand_alone():
     """Parameters that are given together, and a test without any."""
     assert cases.covering([{"heads": i, "mask": i, "size": j} for i in range(3) for j in range(1)]) == [0, 1, 2]
@@ -80,7 +89,8 @@ SOME, ALL = "make test ARGS=--durations=25", "make test-all ARGS=--durations=25"
         (["a", "csrc/cpu/gemm/gemm.h"], ALL),
         (["a", "kernels/kl_div.py"], ALL),
         (["a", "distilbert_fast/runs/manifest.py"], ALL),
-        (["csrc/cuda/kl_div.cu", "distilbert_fast/ops/kl_div.py"], SOME),
+        (["a", "distilbert_fast/ops/kl_div.py"], ALL),
+        (["csrc/cuda/kl_div.cu", "distilbert_fast/layers.py"], SOME),
     ],
     ids=str,
 )

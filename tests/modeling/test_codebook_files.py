@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -97,33 +95,6 @@ def test_what_is_written(tmp_path):
     row = int.from_bytes(bytes(codes[20].tolist()), "little")
     read = transformers.AutoModel.from_pretrained(tmp_path).encoder.layer[1].intermediate.dense
     assert read.dequantized()[20].tolist() == [values[1][row >> 4 * c & 15].item() for c in range(30)]
-
-
-FRESH = """
-import sys, torch, transformers
-transformers.logging.set_verbosity_error()
-try:
-    transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-except RuntimeError as error:
-    assert "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error), error
-    print("raised")
-import distilbert_fast
-model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    print(model(torch.arange(2, 11)[None]).logits.flatten().tolist())
-"""
-
-
-def test_a_fresh_process_needs_our_import(tmp_path):
-    model = quantize_model(make("DistilBertForSequenceClassification"), CodebookConfig(16))
-    model.save_pretrained(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
-    raised, logits = ran.stdout.strip().split("\n")
-    assert raised == "raised"
-    with torch.no_grad():
-        expected = model(torch.arange(2, 11)[None]).logits
-    torch.testing.assert_close(torch.tensor([json.loads(logits)]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_quantized_while_loading(batch, tmp_path):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import WHOLE, covering
 from compressed_models import BATCH, FAMILIES, FORMATS, made
 
 from distilbert_fast import optimize
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters, about what transformers does
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the exporters, about what transformers does
+    pytest.mark.covering,  # an export takes seconds
+]
 HEAD = "ForSequenceClassification"
 NAMES = list(BATCH)
 DYNAMIC = {name: {0: "batch", 1: "length"} for name in NAMES}
@@ -92,13 +94,11 @@ def traced(model):
 
 
 HOW = {"export": exported, "compile": compiled, "trace": traced}
-CASES = [{"how": how, "name": name, "family": family} for how in HOW for name in FORMATS for family in FAMILIES]
 
 
-CHOSEN = CASES if WHOLE else [CASES[i] for i in covering(CASES)]
-
-
-@pytest.mark.parametrize(("how", "name", "family"), [tuple(case.values()) for case in CHOSEN])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("how", HOW)
 def test_torchs_own_exporters(how, name, family):
     model = FORMATS[name](made(family, HEAD))
     check(HOW[how](model), model)

@@ -17,7 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import distilbert_fast
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters, about what transformers does
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the exporters, about what transformers does
+    pytest.mark.covering,  # an export takes seconds
+]
 LENGTHS = {"ragged": (9, 4, 1, 6), "longer": (12, 5), "one token each": (1,) * 4, "no padding": (7, 7)}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -84,33 +82,6 @@ def test_what_is_written(tmp_path):
     layers = [key.removesuffix(".values") for key in tensors if key.endswith(".values")]
     stored = sum(tensors[f"{key}.{part}"].nbytes for key in layers for part in ("weight", "values"))
     assert stored / sum(before[f"{key}.weight"].nbytes for key in layers) < 0.24
-
-
-FRESH = """
-import sys, torch, transformers
-transformers.logging.set_verbosity_error()
-try:
-    transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-except RuntimeError as error:
-    assert "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error), error
-    print("raised")
-import distilbert_fast
-model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    print(model(torch.arange(2, 11)[None]).logits.flatten().tolist())
-"""
-
-
-def test_a_fresh_process_needs_our_import(tmp_path):
-    model = made()
-    model.save_pretrained(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
-    raised, logits = ran.stdout.strip().split("\n")
-    assert raised == "raised"
-    with torch.no_grad():
-        expected = model(torch.arange(2, 11)[None]).logits
-    assert json.loads(logits) == expected.flatten().tolist()
 
 
 def test_shards_and_bfloat16(batch, tmp_path):

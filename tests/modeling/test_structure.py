@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from operator import attrgetter
 
@@ -256,36 +254,6 @@ def test_bases_and_heads_of_each_other(batch, tmp_path):
     read.save_pretrained(tmp_path / "base")
     read = transformers.BertForTokenClassification.from_pretrained(tmp_path / "base")
     assert structure_of(read.base_model) == structure_of(model.base_model)
-
-
-FRESH = """
-import sys, torch, transformers
-transformers.logging.set_verbosity_error()
-try:
-    transformers.AutoModel.from_pretrained(sys.argv[1])
-except RuntimeError as error:
-    assert "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error), error
-    print("raised")
-import distilbert_fast
-model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    print(model(torch.arange(2, 11)[None]).last_hidden_state.flatten().tolist())
-"""
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_fresh_process_needs_our_import(int8, tmp_path):
-    model = cut(make("RobertaModel"))
-    if int8:
-        quantize_model(model)
-    model.save_pretrained(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
-    raised, states = ran.stdout.strip().split("\n")
-    with torch.no_grad():
-        want = model(torch.arange(2, 11)[None]).last_hidden_state.flatten()
-    assert raised == "raised"
-    torch.testing.assert_close(torch.tensor(json.loads(states)), want, rtol=1e-5, atol=1e-6)
 
 
 # Damage -------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = [(0, 3, 0), (1,), (7, 7, 7), (16, 15, 17, 17, 0, 0, 1), (129, 64), ()]
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize(("forced", "dtype"), served("attention", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("heads", "size", "mask"), [(1, 1, None), (3, 5, "H"), (2, 64, "BH"), (4, 33, None)])

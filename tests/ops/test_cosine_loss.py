@@ -55,6 +55,7 @@ def results(function, student, teacher, *arguments, dloss=None, **keywords):
     return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_loss_and_gradient(shape, dtypes):

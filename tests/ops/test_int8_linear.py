@@ -130,6 +130,7 @@ def test_accumulators_are_exact_inside_autocast_and_at_low_matmul_precision():
         torch.set_float32_matmul_precision(precision)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("with_residual", [False, True])

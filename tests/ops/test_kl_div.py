@@ -95,6 +95,7 @@ def assert_as_good_as_torch(
 # Accuracy ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize(("device", "dtypes"), SERVED, indirect=["device"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_loss_and_gradient(shape, dtypes, device):
@@ -177,6 +178,7 @@ def test_gradcheck(reduction, masked, recompute):
 # Masks and reductions ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("upstream", ["random", "one", "zero", "stride 0"])

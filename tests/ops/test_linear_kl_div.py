@@ -109,6 +109,7 @@ def assert_as_good_as_torch(n, v, dtype, teacher_dtype, bias=True, context=conte
         assert_twice_rule(*compared, what)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize(("forced", "dtypes"), served("linear_kl_div", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 2), (13, 31), (29, 64)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -499,6 +500,7 @@ def test_autocast(dtype, name, monkeypatch):
         close(found, results(linear_kl_div, [x.to(dtype) for x in tensors], 2.0, kd_mask, labels), rtol=0, atol=0)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("n", "v"), [(0, 7), (1, 1), (13, 31), (29, 640)])
 def test_autocast_is_as_good_as_torchs(n, v, bias, chunk, place):

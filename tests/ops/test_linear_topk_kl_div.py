@@ -95,6 +95,7 @@ def assert_as_good_as_torch(n, v, k, dtype, temperature, bias=True):
         assert_twice_rule(*(torch.cat([three[place][i].flatten() for three in found]) for place in range(3)), what)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize(("forced", "dtype"), served("linear_topk_kl_div", DTYPES), indirect=["forced"])
 @pytest.mark.parametrize(
     ("n", "v", "k"), [(0, 5, 2), (1, 1, 1), (13, 2, 1), (13, 2, 2), (13, 31, 1), (7, 33, 33), (29, 64, 5)]
@@ -104,6 +105,7 @@ def test_losses_and_gradients(n, v, k, dtype, chunk, forced):
     assert_as_good_as_torch(n, v, k, dtype, 1.0, bias=False)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize(("forced", "dtype"), served("linear_topk_kl_div", DTYPES[:2]), indirect=["forced"])
 @pytest.mark.parametrize(("n", "v", "k"), [(40, 3001, 64), (5, 30522, 64), (3, 30522, 30522)])
 def test_many_columns(n, v, k, dtype, monkeypatch, forced):
