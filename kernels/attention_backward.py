@@ -34,7 +34,6 @@ from distilbert_fast.kernels.attention import (
     load_rows,
     longest,
     mean_length,
-    of_sequence,
     place_of,
     random_bits,
     scores,
@@ -86,7 +85,10 @@ def _attention_bwd_short_kernel(
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     first = 0 * b
     row = tl.arange(0, BLOCK)
-    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
+    if mask is not None:
+        mask += b.to(tl.int64) * length
+    if rank is not None:
+        rank += b.to(tl.int64) * length
     counted = counts(mask, row, count)
     dead = count == 0
     if dm is None:
@@ -201,7 +203,10 @@ def _attention_bwd_dq_kernel(
     if (rows <= SHORT) | (first >= rows):
         return
     query = first + tl.arange(0, BLOCK_M)
-    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
+    if mask is not None:
+        mask += b.to(tl.int64) * length
+    if rank is not None:
+        rank += b.to(tl.int64) * length
     counted = counts(mask, query, count)
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     live = (first < count) & (m_h != 0.0)
@@ -276,7 +281,10 @@ def _attention_bwd_dkv_kernel(
     if (rows <= SHORT) | (first >= rows):
         return
     row = first + tl.arange(0, BLOCK_N)
-    mask, rank = of_sequence(mask, b, length), of_sequence(rank, b, length)
+    if mask is not None:
+        mask += b.to(tl.int64) * length
+    if rank is not None:
+        rank += b.to(tl.int64) * length
     counted = counts(mask, row, count)
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     base = head.to(tl.int64) * tokens + b.to(tl.int64) * length + begin

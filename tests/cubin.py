@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 ARCHS = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory that a block may take
+SHARED_TOTAL = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # that a multiprocessor has; each block takes 1 KB more
 
 
 def compiled(
@@ -63,11 +64,36 @@ def _plain(type: Any) -> Any:
 
 def resources(program: Any, folder: Path) -> dict[str, int]:
     """What cuobjdump says one thread needs: {"REG": registers, "STACK": bytes, "LOCAL": bytes, ...}."""
+    said = _tool(program, folder, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+
+
+def instructions(program: Any, folder: Path) -> list[str]:
+    """The machine code, as nvdisasm writes it: an instruction with its operands each."""
+    said = _tool(program, folder, triton.knobs.nvidia.nvdisasm.path)
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z][^;]*?)\s*;", said, re.MULTILINE)
+
+
+def assert_products_overlap(program: Any, folder: Path) -> None:
+    """Hopper's products are asynchronous; where a register of theirs is touched too early, each is waited for alone."""
+    code = instructions(program, folder)
+    products = sum(bool(re.match("[HI]GMMA", each)) for each in code)
+    waits = sum(each.startswith("WARPGROUP.DEPBAR") for each in code)
+    assert products >= 4 * waits > 0, f"{products} products, {waits} waits"
+
+
+def residents(program: Any, folder: Path) -> int:
+    """How many programs a multiprocessor of its architecture holds, by registers, shared memory and warps."""
+    warps = program.metadata.num_warps
+    registers = -(-resources(program, folder)["REG"] // 8) * 8 * 32 * warps  # a warp takes them by 256
+    room = SHARED_TOTAL[program.metadata.target.arch]
+    return min(65536 // registers, room // (program.metadata.shared + 1024), 64 // warps)
+
+
+def _tool(program: Any, folder: Path, *command: str) -> str:
     path = folder / "kernel.cubin"
     path.write_bytes(program.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", said)}
+    return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
 
 
 def loops(ptx: str) -> Iterator[str]:

@@ -95,7 +95,11 @@ KERNELS = ("fwd", "bwd_short", "bwd_dq", "bwd_dkv")
 @pytest.mark.parametrize("arch", cubin.ARCHS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_machine_code(name, arch, tmp_path):
-    ptx = check(compiled(name, arch, "bf16"), arch, "bf16", tmp_path)
+    program = compiled(name, arch, "bf16")
+    ptx = check(program, arch, "bf16", tmp_path)
+    if arch == 90:
+        cubin.assert_products_overlap(program, tmp_path)
+        assert name != "fwd" or cubin.residents(program, tmp_path) == 2
     if name != "bwd_short":  # it reads all it needs at once
         assert "cp.async.cg.shared.global" in ptx, "the next block is not fetched while this one is computed"
     heads = re.findall(r"ld\.global\S*\.(?:b16|v2\.b16|v4\.b16)", ptx)
