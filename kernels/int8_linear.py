@@ -3,8 +3,8 @@
     acc = Σ_c x_q w_q, exact in int32        y = gelu?(acc · x_scale · w_scale + bias) + residual, or its codes
 
 One pass: x_q [N, C] and w_q [F, C] are read tile by tile, y [N, F] is written once. The weights of a layer fit in
-L2; the tiles are ordered so that rows of x_q are reused there too. As many programs are launched as run at one time,
-and each works through its share of the tiles, so that the next tile's loads overlap with an epilogue.
+L2; the tiles are ordered so that rows of x_q are reused there too. A program computes one tile, and a multiprocessor holds
+two or more, so that one's loads and products go on while another's epilogue stores.
 
 With few rows there are fewer tiles than places for programs. Then C is split between several: they store int32 sums
 [SPLITS, N, F], and a second kernel adds these and applies the epilogue. The sums are exact, so no split changes a bit.
@@ -13,13 +13,14 @@ With few rows there are fewer tiles than places for programs. Then C is split be
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from distilbert_fast.kernels import tuning
-from distilbert_fast.kernels.common import gelu, quantize_rows
+from distilbert_fast.kernels.common import gelu, quantize_rows, rounded_gelu
 
 FEW_ROWS = 256  # up to here the tiles of a layer do not fill a large GPU
 
@@ -64,7 +65,9 @@ def _store_epilogue(
     values *= tl.load(w_scale + columns * w_scale_stride, mask=column, other=0.0)[None, :]
     if bias is not None:
         values += tl.load(bias + columns * bias_stride, mask=column, other=0.0).to(tl.float32)[None, :]
-    if GELU:
+    if GELU and (out_scale is not None or y.dtype.element_ty == tl.bfloat16):
+        values = rounded_gelu(values)
+    elif GELU:
         values = gelu(values)
     if residual is not None:
         offsets = (rows * residual_stride)[:, None] + (columns * residual_column_stride)[None, :]
@@ -107,32 +110,31 @@ def _int8_linear_kernel(
     GROUP: tl.constexpr,
 ):
     tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(F, BLOCK_F)
-    splits = tl.maximum(tl.cdiv(C, depth), 1)
     c = tl.arange(0, BLOCK_C)
-    for work in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True):
-        rows, columns = _tile(work % tiles, N, F, BLOCK_N, BLOCK_F, GROUP)
-        begin = work // tiles * depth
-        # Rows past the end read a row that there is: what they sum is not stored.
-        x_tile = x_q + ((rows % N).to(tl.int64) * x_stride)[:, None]  # [BLOCK_N, 1]
-        w_tile = w_q + ((columns if WHOLE else columns % F).to(tl.int64) * w_stride)[None, :]  # [1, BLOCK_F]
-        acc = tl.zeros([BLOCK_N, BLOCK_F], tl.int32)
-        for block in range(begin, tl.minimum(begin + depth, C), BLOCK_C):
-            x_block = x_tile + ((block + c).to(tl.int64) * x_column_stride)[None, :]
-            w_block = w_tile + ((block + c).to(tl.int64) * w_column_stride)[:, None]
-            if WHOLE:
-                x, w = tl.load(x_block), tl.load(w_block)
-            else:
-                x = tl.load(x_block, mask=(block + c < C)[None, :], other=0)
-                w = tl.load(w_block, mask=(block + c < C)[:, None], other=0)
-            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-        if sums is not None:
-            offsets = ((work // tiles * N + rows).to(tl.int64) * F)[:, None] + columns[None, :]
-            tl.store(sums + offsets, acc, mask=(rows < N)[:, None] & (columns < F)[None, :])
+    work = tl.program_id(0)
+    rows, columns = _tile(work % tiles, N, F, BLOCK_N, BLOCK_F, GROUP)
+    begin = work // tiles * depth
+    # Rows past the end read a row that there is: what they sum is not stored.
+    x_tile = x_q + ((rows % N).to(tl.int64) * x_stride)[:, None]  # [BLOCK_N, 1]
+    w_tile = w_q + ((columns if WHOLE else columns % F).to(tl.int64) * w_stride)[None, :]  # [1, BLOCK_F]
+    acc = tl.zeros([BLOCK_N, BLOCK_F], tl.int32)
+    for block in range(begin, tl.minimum(begin + depth, C), BLOCK_C):
+        x_block = x_tile + ((block + c).to(tl.int64) * x_column_stride)[None, :]
+        w_block = w_tile + ((block + c).to(tl.int64) * w_column_stride)[:, None]
+        if WHOLE:
+            x, w = tl.load(x_block), tl.load(w_block)
         else:
-            _store_epilogue(
-                acc, rows, columns, x_scale, w_scale, bias, residual, out_scale, y, N, F, x_scale_stride,
-                w_scale_stride, bias_stride, residual_stride, residual_column_stride, out_scale_stride, GELU, WHOLE,
-            )  # fmt: skip
+            x = tl.load(x_block, mask=(block + c < C)[None, :], other=0)
+            w = tl.load(w_block, mask=(block + c < C)[:, None], other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    if sums is not None:
+        offsets = ((work // tiles * N + rows).to(tl.int64) * F)[:, None] + columns[None, :]
+        tl.store(sums + offsets, acc, mask=(rows < N)[:, None] & (columns < F)[None, :])
+    else:
+        _store_epilogue(
+            acc, rows, columns, x_scale, w_scale, bias, residual, out_scale, y, N, F, x_scale_stride,
+            w_scale_stride, bias_stride, residual_stride, residual_column_stride, out_scale_stride, GELU, WHOLE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -170,13 +172,30 @@ def _int8_linear_sums_kernel(
     )  # fmt: skip
 
 
+class Device(NamedTuple):
+    """A GPU's multiprocessors, bytes of shared memory that a program may take on one, and architecture."""
+
+    places: int
+    shared: int
+    arch: int
+
+
 @functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may take on one."""
+def _device(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 4, 227 << 10  # the interpreter: as an H100, with few programs
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+        return Device(4, 227 << 10, 90)  # the interpreter: as an H100, with few programs
+    it = torch.cuda.get_device_properties(device)
+    return Device(it.multi_processor_count, it.shared_memory_per_block_optin, 10 * it.major + it.minor)
+
+
+def most_registers(arch: int, residual: bool, codes: bool) -> int | None:
+    """That a thread may take; None: the compiler's choice.
+
+    On Hopper as many as let two programs of eight warps share a multiprocessor, at the price of some 40 bytes that a
+    thread parks while it makes codes. Not where a residual is added before that, which would park 280; nor elsewhere:
+    for the products of Ampere a thread needs more, and on Blackwell sums are not in registers.
+    """
+    return 128 if arch == 90 and not (residual and codes) else None
 
 
 def _shared(config: tuning.Config) -> int:
@@ -190,11 +209,12 @@ def configurations(n: int, shared: int) -> list[tuning.Config]:
     Hopper's tensor cores take rows in multiples of 64 and warps in fours. A thread holds at most 64 sums: with 128 the
     epilogue needs more registers than there are.
     """
-    few, many = [(64, 64, 256, 4)], [(128, 128, 128, 8), (64, 256, 128, 8)]
+    few = [(64, 64, 256, 4, 4), (64, 64, 256, 4, 3)]
+    many = [(128, 128, 128, 8, 3), (128, 128, 128, 8, 4), (64, 256, 128, 8, 2)]
+    short = [(64, 64, 128, 4, 4), (64, 64, 128, 4, 3)]
     found = [
         {"BLOCK_N": block_n, "BLOCK_F": block_f, "BLOCK_C": block_c, "GROUP": 8, "num_warps": w, "num_stages": stages}
-        for block_n, block_f, block_c, w in [*(few if n <= FEW_ROWS else many), (64, 64, 128, 4)]
-        for stages in (4, 3)
+        for block_n, block_f, block_c, w, stages in (*(few if n <= FEW_ROWS else many), *short)
     ]
     return [config for config in found if _shared(config) < shared]
 
@@ -226,7 +246,8 @@ def int8_linear(
     (n, c), f = x_q.shape, w_q.shape[0]
     if n == 0 or f == 0:
         return
-    places, shared = _device(x_q.device)
+    places, shared, arch = _device(x_q.device)
+    registers = most_registers(arch, residual is not None, out_scale is not None)
     operands = x_scale, w_scale, bias, residual, out_scale, y
     strides = (
         _stride(x_scale),
@@ -244,10 +265,9 @@ def int8_linear(
         depth = block_c * max(1, triton.cdiv(blocks, splits))
         splits = max(1, triton.cdiv(c, depth))
         sums = y.new_empty((splits, n, f), dtype=torch.int32) if splits > 1 else None
-        resident = max(1, min(shared // _shared(config), 8 // config["num_warps"]))  # on a multiprocessor
-        _int8_linear_kernel[(min(tiles * splits, places * resident),)](
+        _int8_linear_kernel[(tiles * splits,)](
             x_q, w_q, sums, *operands, n, f, c, depth, *x_q.stride(), *w_q.stride(), *strides,
-            GELU=gelu, WHOLE=c % block_c == 0 and f % block_f == 0, **config,
+            GELU=gelu, WHOLE=c % block_c == 0 and f % block_f == 0, maxnreg=registers, **config,
         )  # fmt: skip
         if sums is not None:
             _int8_linear_sums_kernel[(triton.cdiv(n, 16) * triton.cdiv(f, 128),)](

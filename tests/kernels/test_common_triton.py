@@ -16,7 +16,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 
 import triton.language as tl  # noqa: E402
 
-from distilbert_fast.kernels.common import to_int8  # noqa: E402
+from distilbert_fast.kernels.common import rounded_gelu, to_int8  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter: 0 · ∞
 INF, NAN = float("inf"), float("nan")
@@ -26,6 +26,22 @@ INF, NAN = float("inf"), float("nan")
 def _codes_kernel(x, r, codes, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(codes + i, to_int8(tl.load(x + i), tl.load(r)))
+
+
+@triton.jit
+def _gelu_kernel(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, rounded_gelu(tl.load(x + i)))
+
+
+def test_rounded_gelu():
+    x = torch.cat([torch.linspace(-8, 8, 4092), torch.tensor([-3e38, 3e38, INF, NAN])])
+    y = torch.empty_like(x, device=DEVICE)
+    _gelu_kernel[(1,)](x.to(DEVICE), y, BLOCK=x.numel())
+    y, want = y.cpu(), torch.nn.functional.gelu(x.double())
+    assert (y[:-4] - want[:-4]).abs().max() < 6e-5
+    assert (y[:-4] - want[:-4])[x[:-4].abs() < 1].abs().max() < 4e-5
+    assert y[-4:-1].tolist() == [0, x[-3].item(), INF] and y[-1].isnan()
 
 
 def codes(x: torch.Tensor, r: float) -> torch.Tensor:

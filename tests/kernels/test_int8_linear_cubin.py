@@ -56,12 +56,16 @@ def compiled(kernel, arch, config, y="bf16", sums=False, whole=True, misaligned=
         constants["sums"] = None
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names and value != "absent"}
+    if kernel is kernels._int8_linear_kernel:
+        names = ("residual", "out_scale")
+        options["maxnreg"] = kernels.most_registers(arch, *(constants.get(name, 0) is not None for name in names))
     return cubin.compiled(kernel, arch, types, constants, misaligned, **options)
 
 
-def assert_nothing_spilled(program, folder):
+def assert_nothing_spilled(program, folder, parked=8):
+    """``parked``: bytes that a thread may keep outside of its registers, in the epilogue."""
     need = cubin.resources(program, folder)
-    assert need["LOCAL"] == 0 and need["STACK"] <= 8 and ".local" not in program.asm["ptx"], need
+    assert need["LOCAL"] == 0 and need["STACK"] <= parked and ".local" not in program.asm["ptx"], need
 
 
 @pytest.mark.parametrize("arch", cubin.ARCHS)
@@ -80,11 +84,33 @@ def test_machine_code(n, candidate, arch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [ABSENT, {**ABSENT, "GELU": True}, {"GELU": False}], ids=["bias", "gelu", "residual"]
+    ("y", "changed", "parked"),
+    [
+        ("bf16", ABSENT, 0),
+        ("bf16", {**ABSENT, "GELU": True}, 0),
+        ("bf16", {"GELU": False, "out_scale": None}, 32),
+        ("i8", {"residual": None}, 48),
+    ],
+    ids=["bias", "gelu", "residual", "codes"],
 )
-def test_shorter_epilogues(changed, tmp_path):
+def test_two_programs_share_a_multiprocessor(y, changed, parked, tmp_path):
+    """The epilogues that encoders have, on Hopper; all products of a step are in flight before one is waited for."""
     config = kernels.configurations(4096, cubin.SHARED_LIMIT[90])[0]
-    assert_nothing_spilled(compiled(kernels._int8_linear_kernel, 90, config, **changed), tmp_path)
+    program = compiled(kernels._int8_linear_kernel, 90, config, y, **changed)
+    assert_nothing_spilled(program, tmp_path, parked)
+    assert cubin.residents(program, tmp_path) == 2
+    cubin.assert_products_overlap(program, tmp_path)
+
+
+def test_the_gelu_of_codes_is_a_polynomial(tmp_path):
+    """Half of erf's instructions, and no exponential."""
+    config = kernels.configurations(4096, cubin.SHARED_LIMIT[90])[0]
+    count = {}
+    for y, exact in (("bf16", False), ("fp32", True)):
+        program = compiled(kernels._int8_linear_kernel, 90, config, y, residual=None, out_scale=None)
+        assert ("ex2" in program.asm["ptx"]) == exact
+        count[y] = len(cubin.instructions(program, tmp_path))
+    assert count["bf16"] < count["fp32"] - 64 * 16
 
 
 @pytest.mark.parametrize("arch", cubin.ARCHS)

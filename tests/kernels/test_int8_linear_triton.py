@@ -95,7 +95,7 @@ def test_deep_products_of_few_rows_are_split(monkeypatch):
     monkeypatch.setattr(kernels, "_int8_linear_sums_kernel", Launches(original, launched))
     split = triton(**given, activation="gelu")
     assert len(launched) == 1
-    monkeypatch.setattr(kernels, "_device", lambda device: (1, 227 << 10))
+    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(1, 227 << 10, 90))
     torch.testing.assert_close(triton(**given, activation="gelu"), split, rtol=1e-6, atol=1e-6)
     assert len(launched) == 1
 
@@ -109,9 +109,9 @@ class Launches:
         return self.kernel[grid]
 
 
-def test_more_tiles_than_programs(monkeypatch):
-    """Each program works through several, in an order that reaches every tile."""
-    monkeypatch.setattr(kernels, "_device", lambda device: (1, 200 << 10))
+def test_more_tiles_than_places(monkeypatch):
+    """They are computed in an order that reaches every tile."""
+    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(1, 200 << 10, 80))
     x_q, w_q = codes(1300, 32), codes(300, 32, seed=1)
     assert torch.equal(accumulated(x_q, w_q), exact(x_q, w_q))
 
