@@ -211,7 +211,7 @@ def _fold(
         z = total
     else:
         shrink = tl.exp2(m - new_m)
-        # Not as the product's third operand: what is scaled between two products on Hopper waits for each of their parts.
+        # Not as the product's third operand: on Hopper each part of such a product is waited for alone.
         o = tl.fma(o, tl.broadcast_to(shrink[:, None], o.shape), tl.dot(p, values, input_precision="ieee"))
         z = z * shrink + total
     return o, new_m, z

@@ -77,6 +77,7 @@ def _attention_bwd_short_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,  # all four matrices are loaded before the first product; on Ampere that would spill
 ):
     head, b = tl.program_id(0) % H, tl.program_id(0) // H
     begin, rows, count = find_sequence(b, cu_seqlens, mask, length, tokens)
@@ -104,11 +105,15 @@ def _attention_bwd_short_kernel(
 
     queries = load_rows(head_of(q, b, begin, head), q.token, first, counted, BLOCK, D, BLOCK_D)
     keys = load_rows(head_of(k, b, begin, head), k.token, first, counted, BLOCK, D, BLOCK_D)
+    if EARLY:
+        g = load_rows(head_of(do, b, begin, head), do.token, first, counted, BLOCK, D, BLOCK_D)
+        values = load_rows(head_of(v, b, begin, head), v.token, first, counted, BLOCK, D, BLOCK_D)
     s = scores(queries, keys, counted)  # [BLOCK, BLOCK]
     e = tl.exp2(s * c - (tl.max(s, axis=1) * c)[:, None])
     p = e * (1 / tl.sum(e, axis=1))[:, None]
-    g = load_rows(head_of(do, b, begin, head), do.token, first, counted, BLOCK, D, BLOCK_D)
-    values = load_rows(head_of(v, b, begin, head), v.token, first, counted, BLOCK, D, BLOCK_D)
+    if not EARLY:
+        g = load_rows(head_of(do, b, begin, head), do.token, first, counted, BLOCK, D, BLOCK_D)
+        values = load_rows(head_of(v, b, begin, head), v.token, first, counted, BLOCK, D, BLOCK_D)
     dp = scores(g, values, None)
     dropped = p
     if seed is not None:
@@ -400,12 +405,13 @@ def attention_bwd(
     inputs = [heads(x) for x in (q, k, v, do)]
     count = q.shape[-2]
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    early = not q.is_cuda or tuning.architecture(q.device.index) >= 90
 
     def short(config: tuning.Config) -> None:
         with torch.cuda.device_of(q):
             _attention_bwd_short_kernel[(batch * count,)](
                 *inputs, *(heads(x) for x in (dq, dk, dv)), dm, *arguments,
-                **constants, enable_fp_fusion=True, **config,
+                **constants, EARLY=early, enable_fp_fusion=True, **config,
             )  # fmt: skip
 
     one_tile = tuning.pick("attention_bwd_short", key(q, cu_seqlens), _short_candidates(q, cu_seqlens), q.device, short)

@@ -41,7 +41,7 @@ def compiled(name, arch, dtype, absent=PACKED, size=64, length=512):
         "bwd_short": (
             attention_backward._attention_bwd_short_kernel,
             attention_backward._short_candidates(q, None),
-            {},
+            {"EARLY": arch >= 90},
         ),
         "bwd_dq": (
             attention_backward._attention_bwd_dq_kernel,
