@@ -140,9 +140,13 @@ class ChunkPlan(NamedTuple):
 LossesOfChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Losses]
 
 
+TILE = 128  # rows that a GPU's products compute together: what is left over of a chunk would take as long
+
+
 def chunk_rows(v: int, device: torch.device) -> int:
     """Rows projected at a time: enough for efficient products, few enough to be no burden (32 MB on a CPU)."""
-    return max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+    rows = max(1, (2**23 if device.type == "cpu" else 2**27) // v)
+    return rows if device.type == "cpu" or rows < TILE else rows // TILE * TILE
 
 
 def _counted(call: Call) -> Counted:

@@ -118,6 +118,10 @@ def product_into(
     """out [M, F] = a [M, K] bᵀ + bias, or += with ``add``; contiguous; in the dtypes of ``product``. For other ops."""
     if _is_ours(out.dtype, a, b, bias):
         return _native(a, b, bias, out, add)
+    if out.dtype != a.dtype == b.dtype and a.is_cuda and bias is None:  # as in ``product``, and without a copy
+        if add:
+            return torch.addmm(out, a, b.t(), out_dtype=out.dtype, out=out)
+        return torch.mm(a, b.t(), out_dtype=out.dtype, out=out)
     if not out.dtype == a.dtype == b.dtype or _is_widened(out.dtype, a, b, bias):
         y = product(a, b, bias, out.dtype)
         return out.add_(y) if add else out.copy_(y)

@@ -325,6 +325,15 @@ def test_the_native_entry_refuses_bfloat16_where_the_tier_has_none(name, tier):
         backends.cpu().linear_product(*(NATIVE | {name: 1}).values())
 
 
+def test_torch_sums_into_float32_on_a_gpu_as_we_call_it():
+    """Nothing else has these; so a CPU refuses by their names."""
+    out, a, b = torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(4, 3, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"'aten::addmm\.dtype_out'"):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    with pytest.raises(NotImplementedError, match=r"'aten::mm\.dtype_out'"):
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "k"), [(torch.float32, 900), (torch.bfloat16, 900), (torch.bfloat16, 4100), (torch.bfloat16, 9000)]
