@@ -4,7 +4,7 @@ A graph has fixed shapes. So N tokens in B sequences are computed as the next of
 sequences: what is added are sequences of old tokens, PADDING long, which nobody reads, and empty ones. No token sees
 another sequence, so the real ones come out as if they were alone among N' tokens.
 
-    N'   16, 32 … 128, 160, 192, 224, 256, 320 …   four sizes an octave, up to LARGEST: at most a quarter more
+    N'   16, 32 … 128, 160, 192, 224, 256, 320 …   four sizes an octave, up to MOST_TOKENS: at most a quarter more
     S    1, 2 … 8, 10, 12, 14, 16, 20 …            likewise, so that their mean length stays near the real one
 
 Graphs share one pool for what they compute in between, and so run one after another, in whatever streams they are
@@ -26,7 +26,7 @@ import torch
 from distilbert_fast import backends
 from distilbert_fast.engine.op_encoder import OpEncoder, TokenLayout
 
-MOST_TOKENS = 16_384  # tokens; beyond that a GPU computes for longer than the host takes to launch
+MOST_TOKENS = 65_536  # beyond that even a layer's shortest kernels run for longer than their launches take the host
 PADDING = 128  # tokens of an added sequence: short, since attention grows with the square
 GRAPHS = 64  # kept by default
 MAX_BYTES = 512 << 20  # of the kept graphs' inputs and outputs, what they share aside

@@ -55,7 +55,7 @@ def optimize(
             instead of one a token: one pass over it less. A few hundred typical sentences are enough.
             LayerNorm's output keeps a scale for each token, which costs nothing. Lost when weights change.
         tokenizer: for ``calibration`` by texts; None takes the one beside the model's checkpoint.
-        cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 16,384 tokens, one for each size they
+        cuda_graphs: on a GPU, how many CUDA graphs are kept for batches of up to 65,536 tokens, one for each size they
             are rounded up to (see cuda_graphs.py); their inputs and outputs take 512 MiB at most. 0 = none.
         keep_padding: compute what transformers does at padded positions, instead of 0. None: where something may read
             it, see below. A call may say otherwise: ``model(**batch, keep_padding=False)``.
