@@ -213,6 +213,10 @@ def launch_rows(
 
 
 def logits_configuration(columns: int, element_size: int) -> dict[str, int]:
-    """Tile and warps for rows of logits: loads of 16 bytes, 16 logits of each side a thread, at most 8 warps a row."""
+    """Tile and warps for rows of logits: loads of 16 bytes, 16 logits of each side a thread, at most 8 warps a row.
+
+    STAGES tiles are in flight, as many as leave room for two rows or more on a multiprocessor: without that, half of
+    the loads would wait for the other half to be used.
+    """
     group, tile = 16 // element_size, min(4096, max(512, triton.next_power_of_2(columns)))
-    return {"LANES": tile // group, "GROUP": group, "num_warps": tile // 512}
+    return {"LANES": tile // group, "GROUP": group, "STAGES": 3 if element_size < 4 else 2, "num_warps": tile // 512}

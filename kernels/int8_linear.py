@@ -3,8 +3,8 @@
     acc = Σ_c x_q w_q, exact in int32        y = gelu?(acc · x_scale · w_scale + bias) + residual, or its codes
 
 One pass: x_q [N, C] and w_q [F, C] are read tile by tile, y [N, F] is written once. The weights of a layer fit in
-L2; the tiles are ordered so that rows of x_q are reused there too. A program computes one tile, and a multiprocessor holds
-two or more, so that one's loads and products go on while another's epilogue stores.
+L2; the tiles are ordered so that rows of x_q are reused there too. A program computes one tile, and a multiprocessor
+holds two or more, so that one's loads and products go on while another's epilogue stores.
 
 With few rows there are fewer tiles than places for programs. Then C is split between several: they store int32 sums
 [SPLITS, N, F], and a second kernel adds these and applies the epilogue. The sums are exact, so no split changes a bit.

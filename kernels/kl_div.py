@@ -8,7 +8,8 @@ With s, t = student, teacher logits, c = log2(e) / τ, and of each side the maxi
 
 Forward: pass 1 reads both rows for m, Z and W. Pass 2, if the gradient is wanted, reads them again from their end,
 which the caches still hold, and writes it. So each of the three [N, V] matrices crosses memory once.
-Backward, where forward kept only m and Z, is pass 2 alone.
+Backward, where forward kept only m and Z, is pass 2 alone. Where it kept the gradient, that is multiplied by the
+upstream gradient, which only the device knows: ``scale_gradient`` looks at it, and where it is 1 reads nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from distilbert_fast.kernels.common import (
     merge_lanes,
     split_row,
 )
+
+SCALED = 8192  # numbers of a gradient that a program multiplies at a time
+SCALING_PROGRAMS = 1024  # enough for any GPU, few enough to be gone at once where the factor is 1
 
 
 @triton.jit
@@ -88,6 +92,7 @@ def _kl_div_fwd_kernel(
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head, body = split_row(row * student_stride, V, GROUP)
@@ -108,7 +113,7 @@ def _kl_div_fwd_kernel(
     edges, valid = edge_tile(head, body, V, LANES, GROUP)
     m_s, z_s, m_t, z_t, w = _fold(student, teacher, edges, valid, c, low, zero, low, zero, zero)
     blocks = tl.cdiv(body, LANES * GROUP)
-    for block in range(blocks):
+    for block in tl.range(blocks, num_stages=STAGES):
         columns, valid = body_tile(block, body, LANES, GROUP)
         m_s, z_s, m_t, z_t, w = _fold(student, teacher, columns, valid, c, m_s, z_s, m_t, z_t, w)
 
@@ -118,7 +123,7 @@ def _kl_div_fwd_kernel(
         _store_stats(stats + 4 * row, m_s, z_s, m_t, z_t)
     if gradient is not None:
         k_s, k_t = temperature * tl.load(scale) / z_s, temperature * tl.load(scale) / z_t
-        for done in range(blocks):
+        for done in tl.range(blocks, num_stages=STAGES):
             columns, valid = body_tile(blocks - 1 - done, body, LANES, GROUP)
             _store_gradient(student, teacher, gradient, columns, valid, c, m_s, k_s, m_t, k_t)
         edges, valid = edge_tile(head, body, V, LANES, GROUP)
@@ -143,6 +148,7 @@ def _kl_div_bwd_kernel(
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head, body = split_row(row * student_stride, V, GROUP)
@@ -160,9 +166,26 @@ def _kl_div_bwd_kernel(
     m_t, k_t = tl.load(stats + 2), k / tl.load(stats + 3)
     edges, valid = edge_tile(head, body, V, LANES, GROUP)
     _store_gradient(student, teacher, dstudent, edges, valid, c, m_s, k_s, m_t, k_t)
-    for block in range(tl.cdiv(body, LANES * GROUP)):
+    for block in tl.range(tl.cdiv(body, LANES * GROUP), num_stages=STAGES):
         columns, valid = body_tile(block, body, LANES, GROUP)
         _store_gradient(student, teacher, dstudent, columns, valid, c, m_s, k_s, m_t, k_t)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _scale_gradient_kernel(
+    gradient,  # [size]
+    factor,  # fp32 [1]
+    size,
+    BLOCK: tl.constexpr,
+):
+    by = tl.load(factor)
+    if by == 1.0:
+        return
+    for block in tl.range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        place = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        x = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gradient + place, (x * by).to(gradient.dtype.element_ty), mask=inside)
 
 
 def configuration(student: torch.Tensor, teacher: torch.Tensor, dstudent: torch.Tensor | None) -> dict[str, int]:
@@ -214,6 +237,22 @@ def kl_div_bwd(
         dstudent: [N, V], any row stride, last stride 1; gets drows · d rows / d student.
     """
     _launch(_kl_div_bwd_kernel, student, teacher, mask, temperature, dstudent, drows, stats)
+
+
+def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """gradient *= factor, in float32; nothing is read or written where the factor is 1.
+
+    Args:
+        gradient: contiguous, float32, bfloat16 or float16.
+        factor: float32 [] or [1].
+    """
+    if gradient.numel() == 0:
+        return
+    with torch.cuda.device_of(gradient):
+        blocks = triton.cdiv(gradient.numel(), SCALED)
+        _scale_gradient_kernel[(min(blocks, SCALING_PROGRAMS),)](
+            gradient, factor, gradient.numel(), BLOCK=SCALED, num_warps=8
+        )
 
 
 def _launch(

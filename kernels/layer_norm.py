@@ -123,13 +123,14 @@ def _layer_norm_bwd_kernel(
     dy_stride,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr = 1,  # tiles in flight
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_C)
     n = tl.cast(C, tl.float32)
     w = tl.load(weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     dweight, dbias = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    for block in range(program, tl.cdiv(N, ROWS), programs):
+    for block in tl.range(program, tl.cdiv(N, ROWS), programs, num_stages=STAGES):
         rows, columns, counted, inside = row_tile(block, N, C, ROWS, BLOCK_C)
         h = _load_term(a, a_ids, a_height, a_stride, rows, columns, counted, inside)
         if b is not None:
@@ -243,7 +244,9 @@ def normalize_bwd(
         torch.sum(parts[1], dim=0, out=dbias)
 
     # Four warps for 1024 columns: dw and db stay in registers for the whole run, eight columns of each a thread.
-    configs = row_configs(c, 256, ((2, 1), (1, 1), (4, 2), (2, 2), (1, 2)))
+    # The next tile is fetched meanwhile, but not where ids name the rows: their addresses would take the registers.
+    stages = 1 if any(named is not None for named in ids) else 2
+    configs = [config | {"STAGES": stages} for config in row_configs(c, 256, ((2, 1), (1, 1), (4, 2), (2, 2), (1, 2)))]
     launch(tuning.pick("layer_norm_bwd", rows_key(terms, c), configs, dy.device, launch))
 
 

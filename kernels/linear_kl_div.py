@@ -69,6 +69,7 @@ def _linear_kl_div_fwd_kernel(
     POWER: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -84,7 +85,7 @@ def _linear_kl_div_fwd_kernel(
     low, zero = tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32)
     m_s, z_s, m_t, z_t, w, z_one = low, zero, low, zero, zero, zero
     blocks = tl.cdiv(width, LANES * GROUP)
-    for block in range(blocks):
+    for block in tl.range(blocks, num_stages=STAGES):
         columns, valid = body_tile(block, width, LANES, GROUP)
         s = _logits(student, student_bias, columns, valid)
         if teacher is None:
@@ -107,7 +108,7 @@ def _linear_kl_div_fwd_kernel(
         m_s = row_m_s
 
     if kl_gradient is not None or ce_gradient is not None:
-        for done in range(blocks):
+        for done in tl.range(blocks, num_stages=STAGES):
             columns, valid = body_tile(blocks - 1 - done, width, LANES, GROUP)
             s = _logits(student, student_bias, columns, valid) - m_s
             e = tl.exp2(s * c)

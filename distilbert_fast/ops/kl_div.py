@@ -84,7 +84,7 @@ class _KLDiv(torch.autograd.Function):
         ctx: Any, student: Any, teacher: Any, mask: Any, temperature: float, reduction: str, keep: str
     ) -> torch.Tensor:
         losses, kept = forward(Call(student, teacher, mask, temperature, reduction == "mean", keep))
-        ctx.temperature, ctx.reduction, ctx.keep = temperature, reduction, keep
+        ctx.temperature, ctx.reduction, ctx.keep, ctx.applied = temperature, reduction, keep, None
         if keep == "gradient":
             ctx.save_for_backward(kept)
         else:
@@ -98,6 +98,8 @@ class _KLDiv(torch.autograd.Function):
             (gradient,) = ctx.saved_tensors
             if ctx.reduction == "none":
                 dstudent = gradient * dloss[:, None].to(gradient.dtype)
+            elif is_eager((gradient, dloss)) and _scales(gradient):
+                dstudent = _scaled(ctx, gradient, dloss)
             elif _is_one(dloss):
                 dstudent = gradient  # autograd copies it if anybody else still holds it
             else:
@@ -112,6 +114,24 @@ class _KLDiv(torch.autograd.Function):
 def _is_one(dloss: torch.Tensor) -> bool:
     """True only where the value can be read for free: a real CPU scalar."""
     return is_eager((dloss,)) and dloss.device.type == "cpu" and bool(dloss == 1)
+
+
+def _scales(gradient: torch.Tensor) -> bool:
+    """Whether a kernel can multiply the kept gradient where it is."""
+    return gradient.is_contiguous() and backends.select(OP, gradient.device, gradient.dtype) == "triton"
+
+
+def _scaled(ctx: Any, gradient: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+    """dloss · gradient. The first backward of a graph multiplies it where it is, by a kernel that leaves at once if
+    dloss is 1. A later one (retain_graph) makes another, since the first may still be somebody's; NaN after a dloss
+    of 0.
+    """
+    factor = dloss.detach().float()
+    if ctx.applied is None:
+        ctx.applied = factor.clone()
+        triton_kernels("kl_div").scale_gradient(gradient, ctx.applied)
+        return gradient
+    return (gradient * (factor / ctx.applied)).to(gradient.dtype)
 
 
 # The record of a call, its fakes and registered ops ------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The machine code of kernels/kl_div.py, compiled for three generations of GPU on a machine that has none.
 
-It is what the kernels were designed to become: loads and stores of 16 bytes, loops in which no thread waits for
-another, nothing spilled.
+It is what the kernels were designed to become: loads and stores of 16 bytes, the next tiles copied into shared memory
+while one is computed, loops in which threads wait for these copies alone, nothing spilled.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ def test_machine_code(name, student, teacher, absent, arch, tmp_path):
     need = cubin.resources(program, tmp_path)
     assert need["LOCAL"] == 0 and ".local" not in ptx
     assert need["STACK"] <= 8, "more than one pointer is parked outside the loops"
-    assert need["REG"] * 256 * 2 <= 65536, "less than two rows fit on a multiprocessor"
-    assert program.metadata.shared <= 8192
+    assert cubin.residents(program, tmp_path) >= 2, "less than two rows fit on a multiprocessor"
+    assert arch != 90 or name == "bwd" or student == "fp32" or cubin.residents(program, tmp_path) >= 3
+    assert program.metadata.shared <= 65536
     assert not re.search(r"\b(atom|red)\.", ptx), "an order of additions that changes from run to run"
 
     row_loops = list(cubin.loops(ptx))
     passes = {"fwd": 1 if "gradient" in absent else 2, "bwd": 1}[name]
-    assert sum("ld.global" in loop for loop in row_loops) == passes
+    assert sum("cp.async" in loop for loop in row_loops) == passes, "the next tiles are not fetched meanwhile"
     for loop in row_loops:
-        assert "bar.sync" not in loop
+        assert loop.count("bar.sync") <= 2, "threads wait for each other, and not for copies alone"
         loads = re.findall(r"ld\.global\S*", loop)
         stores = re.findall(r"st\.global\S*", loop)
         narrow = "v2.b32" if student != teacher else "v4.b32"  # of two widths the narrower moves 8 bytes

@@ -206,6 +206,25 @@ def test_backward_twice(recompute):
     assert torch.equal(student.grad, 2 * once)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factors", [(3.0, 1.0), (1.0, 0.25), (0.0,), (float("nan"), 2.0)], ids=str)
+def test_other_upstream_gradients(factors, dtype):
+    """The kept gradient is multiplied where it is; what a backward gave stays as it was when another follows."""
+    student, teacher = pair(3, 515, dtype)
+    student.requires_grad_()
+    one = triton(student, teacher, 2.0)[1].double()
+    with distilbert_fast.backend("triton"):
+        loss = distilbert_fast.kl_div(student, teacher, 2.0)
+    found = []
+    for factor in factors:
+        upstream = torch.tensor(factor, device=DEVICE)
+        with distilbert_fast.backend("triton"):
+            found.append(torch.autograd.grad(loss, student, upstream, retain_graph=True)[0])
+    for factor, x in zip(factors, found, strict=True):
+        want = factor * one if all(factor == factor for factor in factors) else torch.full_like(one, float("nan"))
+        torch.testing.assert_close(x.double(), want, rtol=torch.finfo(dtype).eps * 2, atol=1e-12, equal_nan=True)
+
+
 @both_modes
 def test_upstream_gradient_of_stride_zero(recompute):
     student, teacher = pair(3, 100)

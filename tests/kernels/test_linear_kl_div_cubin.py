@@ -1,7 +1,8 @@
 """The machine code of kernels/linear_kl_div.py, compiled for three generations of GPU on a machine that has none.
 
-It is what the kernel was designed to become: loads and stores of 16 bytes, loops in which no thread waits for another
-(so a gradient may overwrite the logits it is made of), nothing spilled, no atomic sums.
+It is what the kernel was designed to become: loads and stores of 16 bytes, the next tiles copied into shared memory
+while one is computed (whole before any thread goes on, so a gradient may overwrite the logits it is made of), nothing
+spilled, no atomic sums.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ def test_machine_code(case, arch, tmp_path):
     program = compiled(arch, student, teacher, changed)
     ptx = program.asm["ptx"]
     need = cubin.resources(program, tmp_path)
-    assert need["LOCAL"] == 0 and need["STACK"] <= 8 and ".local" not in ptx, need
+    assert need["LOCAL"] == 0 and need["STACK"] <= (16 if "3" in case else 8) and ".local" not in ptx, need
     assert not re.search(r"\b(atom|red)\.global", ptx)
-    loops = [loop for loop in cubin.loops(ptx) if "ld.global" in loop]
+    least = {"mixed": 1, "both fp32": 2, "both at tau 3": 2}.get(case, 3)
+    assert arch != 90 or cubin.residents(program, tmp_path) >= least
+    loops = [loop for loop in cubin.loops(ptx) if "cp.async" in loop]
     assert len(loops) == (1 if "alone" in case else 2)
     for loop in loops:
-        assert "bar.sync" not in loop
+        assert loop.count("bar.sync") <= 2, "threads wait for each other, and not for copies alone"
         accesses = re.findall(r"(?:ld|st)\.global\S*", loop)
         narrow = "v2.b32" if student != teacher else "v4.b32"  # of two widths the narrower moves 8 bytes
         assert all(access.endswith(("v4.b32", narrow)) for access in accesses), accesses

@@ -54,7 +54,7 @@ def compiled(kernel, arch, dtype, config, absent, special=None):
     return cubin.compiled(kernel, arch, types, constants, num_warps=warps)
 
 
-def backward_config(columns):
+def backward_config(columns, gathered=False):
     """The configuration that the launcher of the LayerNorm backward takes first: asked for without a launch."""
 
     class Enough(Exception):
@@ -65,7 +65,7 @@ def backward_config(columns):
 
     x = torch.zeros(2, columns)
     with tuning.choosing(stop), pytest.raises(Enough) as stopped:
-        layer_norm.normalize_bwd(x, [x], [None], x[0], x[:, 0], x[:, 0], x, x[0], x[0])
+        layer_norm.normalize_bwd(x, [x], [x if gathered else None], x[0], x[:, 0], x[:, 0], x, x[0], x[0])
     return stopped.value.args[0]
 
 
@@ -90,19 +90,26 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(case, dtype, arch, tmp_path):
     kernel, absent, read, written = CASES[case]
-    config = backward_config(C) if kernel is BACKWARD else row_configs(C)[0]
+    config = backward_config(C, "b_ids" not in absent) if kernel is BACKWARD else row_configs(C)[0]
     program = compiled(kernel, arch, dtype, config, absent)
     ptx = program.asm["ptx"]
     need = cubin.resources(program, tmp_path)
     assert need["LOCAL"] == 0 and ".local" not in ptx
     assert need["STACK"] <= 16, "more than two pointers are parked"
     assert need["REG"] * 32 * (16 if kernel is BACKWARD else 14) <= 65536, "too few warps fit on a multiprocessor"
-    assert program.metadata.shared <= 4096
+    pipelined = config.get("STAGES") == 2
+    assert program.metadata.shared <= (25 << 10 if pipelined else 4096)
+    assert cubin.residents(program, tmp_path) >= 4
     assert not re.search(r"\b(atom|red)\.", ptx), "an order of additions that changes from run to run"
 
     columns, size = config["BLOCK_C"], 2 if dtype == "bf16" else 4
     tile = config["ROWS"] * columns
     bytes_of = {"m": tile * size, "f": tile * 4, "q": tile, "p": columns * 4}
+    if pipelined:  # matrices are copied ahead, 16 bytes at a time; once before the loop, once in it
+        copies = re.findall(r"cp\.async\.c[ga]\.shared\.global [^;]*, (?:0x)?(\d+), %r\d+;", ptx)
+        sixteen = sum(size in ("10", "16") for size in copies)
+        assert sixteen * 16 * 32 * config["num_warps"] == 2 * sum(bytes_of[each] for each in read if each == "m")
+        read = read.replace("m", "")
     for instruction, what in (("ld", read), ("st", written)):
         accesses = re.findall(rf"{instruction}\.global\S*\.(v\d\.\S+)", ptx)
         assert set(accesses) <= {"v4.b32"}, accesses
@@ -120,7 +127,7 @@ def test_machine_code(case, dtype, arch, tmp_path):
 def test_other_widths_compile(case, columns, tmp_path):
     """One column, where Triton makes constants of C and the strides; and the widest model. Any N is one program."""
     kernel, absent, _, _ = CASES[case]
-    config = backward_config(columns) if kernel is BACKWARD else row_configs(columns)[0]
+    config = backward_config(columns, "b_ids" not in absent) if kernel is BACKWARD else row_configs(columns)[0]
     sizes = {"C", *(f"{name}_stride" for name in (*MATRICES, "mask"))} & set(kernel.arg_names)
     special = dict.fromkeys(sizes, 1) if columns == 1 else {}
     assert [param.name for param in kernel.params if param.do_not_specialize] == ["N"]
