@@ -293,4 +293,5 @@ def log_to_stderr(access_log: bool) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("distilbert_fast.access").setLevel(logging.INFO if access_log else logging.WARNING)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says else is said here
+    # What it says else is said here, or is what any client can make it say.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
+import re
 import socket
 import threading
 import time
@@ -377,6 +379,61 @@ def test_what_is_no_http_crashes_nothing(client):
     assert client.ask("/health").status == 200
 
 
+def raw(client, sent: bytes) -> bytes:
+    """All that comes back until the server closes the connection."""
+    with socket.create_connection((client.host, client.port)) as connection:
+        connection.settimeout(http_server.PATIENCE)
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_what_checks_a_server_asks(client):
+    """HEAD where GET is answered; 405 with Allow; no redirect to a host that the client names."""
+    reply = client.ask("/health", method="HEAD")
+    assert (reply.status, reply.body) == (200, b"")
+    assert client.ask("/metrics", method="HEAD").status == 200 and client.ask("/v1/models", method="HEAD").status == 200
+    reply = client.ask("/embed", method="HEAD")
+    assert (reply.status, reply.headers["allow"], reply.body) == (405, "POST", b"")
+    assert client.ask("/embed", method="OPTIONS").headers["allow"] == "POST"
+    reply = client.ask("/embed/", {"inputs": "a"})
+    assert (reply.status, reply.json["error"]) == (404, "no such route; /docs lists them")
+
+
+def test_old_and_hasty_clients(client):
+    """HTTP/1.0, requests in chunks, and several requests before the first answer, of which one is malformed."""
+    body = b'{"inputs": "the cat"}'
+    head = b"POST /tokenize HTTP/1.%d\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n"
+    wanted = client.ask("/tokenize", body).body
+    assert raw(client, head % (0, b"", len(body)) + body).endswith(wanted)
+    last = head % (1, b"connection: close\r\n", len(body)) + body
+    found = raw(client, (head % (1, b"", len(body)) + body) * 2 + head % (1, b"", 1) + b"{" + last)
+    assert found.count(wanted) == 3 and re.findall(rb"HTTP/1.1 (\d+)", found) == [b"200", b"200", b"400", b"200"]
+    chunks = b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    parts = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert raw(client, chunks + parts + b"0\r\n\r\n").endswith(wanted)
+
+
+def test_clients_that_leave_with_requests_unanswered_are_no_fault(client):
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append
+    loggers = [logging.getLogger(name) for name in ("distilbert_fast.serve", "uvicorn.error")]
+    for logger in loggers:
+        logger.addHandler(listener)
+    body = json.dumps({"inputs": TEXTS[:16]}).encode()
+    asked = b"POST /embed_all HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    for _ in range(30):
+        with socket.create_connection((client.host, client.port)) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leaves by a reset
+            gone.sendall(asked * 20)
+            gone.recv(1)
+    wait_for(client, lambda waiting: waiting == 0)
+    assert client.ask("/embed", {"inputs": TEXTS[0]}).status == 200
+    for logger in loggers:
+        logger.removeHandler(listener)
+    assert not [record.getMessage() for record in said]
+
+
 def test_texts_that_are_too_long_are_cut_where_that_is_asked(client, embedder):
     found = client.ask("/embed", {"inputs": "the cat " * 60, "truncate": True})
     near(found.json, [embedder(" ".join(["the cat"] * 31))])
@@ -517,8 +574,9 @@ def test_a_body_that_does_not_come(places):
         socket.create_connection((client.host, client.port)) as slow,
     ):
         slow.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
-        slow.settimeout(20)
-        assert slow.recv(200).startswith(b"HTTP/1.1 408")
+        slow.settimeout(http_server.PATIENCE)
+        told = b"".join(iter(lambda: slow.recv(200), b""))  # and the connection is closed
+        assert told.startswith(b"HTTP/1.1 408") and b"connection: close" in told
 
 
 def test_stopping_answers_what_was_taken(places, gate, one_thread, embedder):

@@ -20,6 +20,7 @@ def application(service: Service) -> ASGIApp:
     Its end is the caller's: ``service.close()`` after the last request.
     """
     app = FastAPI(title="distilbert-fast", description="Embeddings, labels, entities, answers and rankings of texts.")
+    app.router.redirect_slashes = False  # to whatever host the client names
     routers = tei.router(service), openai.router(service)
     for router in routers:
         app.include_router(router)
@@ -30,7 +31,8 @@ def application(service: Service) -> ASGIApp:
 
     async def unknown(request: Request, error: Any) -> Response:
         words = {404: "no such route; /docs lists them", 405: f"{request.method} is not what this route takes"}
-        return await refused(request, Refused(error.status_code, words.get(error.status_code, str(error.detail))))
+        told = words.get(error.status_code, str(error.detail))
+        return await refused(request, Refused(error.status_code, told, allow=(error.headers or {}).get("Allow")))
 
     async def left(request: Request, error: Any) -> Response:
         return Response(status_code=LEFT)

@@ -29,16 +29,28 @@ class Refused(Exception):
         message: one line.
         field: of the body, as a path: "inputs[3]"; None where no field is at fault.
         retry_after: seconds; None: trying again changes nothing.
+        allow: the methods that the route takes; None: the method is not at fault.
     """
 
-    def __init__(self, status: int, message: str, field: str | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        retry_after: float | None = None,
+        allow: str | None = None,
+    ) -> None:
         super().__init__(message if field is None else f"{field}: {message}")
-        self.status, self.field, self.retry_after = status, field, retry_after
+        self.status, self.field, self.retry_after, self.allow = status, field, retry_after, allow
 
     def headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json"}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 408 or (self.status, self.field) == (413, "body"):  # some of it may not have been read
+            headers["connection"] = "close"
+        if self.allow is not None:
+            headers["allow"] = self.allow
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -51,7 +51,8 @@ class Guard:
             self._check_token(scope)
             if scope["method"] == "POST":
                 self.service.check_queue()
-            await self.app(scope, receive, watched)
+            # uvicorn, which has the scope itself, sends no body after HEAD.
+            await self.app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, watched)
         except Refused as refused:
             await send_refusal(refused, scope["path"], watched)
         except ClientLeft:
@@ -92,7 +93,5 @@ async def send_refusal(refused: Refused, path: str, send: Send) -> None:
     body = refused.body(path)
     headers = [(name.encode(), value.encode()) for name, value in refused.headers().items()]
     headers.append((b"content-length", str(len(body)).encode()))
-    if refused.status in (408, 413):  # some of the body may not have been read
-        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
