@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distilbert_fast.data.sentences import by_length
 from distilbert_fast.data.tables import file_name, is_held_out
-from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, refuse_twice, shortened
+from distilbert_fast.files.text import lone_surrogate, read_text, refuse_input, refuse_twice, shortened, visible
 from distilbert_fast.ops._check import refuse
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,12 @@ def load_squad(
         eval_data: another. Without it, the questions of about 10 % of the contexts of ``data`` are held
             out, chosen by the context's hash.
 
+    Ids may be integers, which are read as texts.
+
     Raises:
-        ValueError: a file that is missing or of another form; with the question's id an answer that does not stand
-            where it should or is white space, a question without an answer (SQuAD 2.0 has such), what is no text;
-            nothing to train or evaluate on.
+        ValueError: a file that is missing or of another form; with the question's id (its number if it has none) an
+            answer that does not stand where it should or is white space, a question without an answer (SQuAD 2.0 has
+            such), a question in which nothing is to be seen, what is no text; nothing to train or evaluate on.
     """
     train = read_questions("load_squad", "data", Path(data), unanswerable)
     if eval_data is not None:
@@ -106,7 +108,7 @@ def read_answers(op: str, argument: str, path: Path) -> dict[str, list[str]]:
 
     def answers_of(qa: Any) -> tuple[str, list[str]]:
         found = [_field(answer, "text", str) for answer in _field(qa, "answers", list)]
-        return _field(qa, "id", str), found
+        return _id(qa) or _field(qa, "id", str), found
 
     source = f"{op}: {argument}: {str(path)!r}"
     rows = _read(op, argument, path, lambda qa, *_: answers_of(qa))
@@ -117,8 +119,8 @@ def read_answers(op: str, argument: str, path: Path) -> dict[str, list[str]]:
     return dict(rows)
 
 
-def _read(op: str, argument: str, path: Path, made: Callable[[Any, Any, str], _T]) -> list[_T]:
-    """What `made` makes of each question, its paragraph and its name in messages."""
+def _read(op: str, argument: str, path: Path, made: Callable[[Any, str, str], _T]) -> list[_T]:
+    """What `made` makes of each question, its context and the words with which messages of it begin."""
     source = f"{op}: {argument}: {str(path)!r}"
     text = read_text(op, argument, path)
     try:
@@ -126,19 +128,18 @@ def _read(op: str, argument: str, path: Path, made: Callable[[Any, Any, str], _T
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not of SQuAD's form: {type(error).__name__}: {error}") from error
     rows: list[_T] = []
+    where = source
     try:
-        for article in _field(content, "data", list):
-            for paragraph in _field(article, "paragraphs", list):
-                _field(paragraph, "context", str)
+        for article_number, article in enumerate(_field(content, "data", list), start=1):
+            where = f"{source}: article {article_number}"
+            for number, paragraph in enumerate(_field(article, "paragraphs", list), start=1):
+                where = f"{source}: article {article_number}: paragraph {number}"
+                context = _field(paragraph, "context", str)
                 for qa in _field(paragraph, "qas", list):
-                    named = isinstance(qa, dict) and qa.get("id")
-                    name = f"question {qa['id']!r}" if named else f"question {len(rows) + 1}"
-                    try:
-                        rows.append(made(qa, paragraph, name))
-                    except TypeError as error:
-                        raise TypeError(f"{name}: {error}") from error
+                    where = f"{source}: {_name(qa, len(rows) + 1)}"
+                    rows.append(made(qa, context, where))
     except TypeError as error:
-        raise ValueError(f"{source} is not of SQuAD's form: TypeError: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     if not rows:
         raise ValueError(f"{source} holds no questions")
     return rows
@@ -146,24 +147,44 @@ def _read(op: str, argument: str, path: Path, made: Callable[[Any, Any, str], _T
 
 def read_questions(op: str, argument: str, path: Path, unanswerable: bool) -> Questions:
     """The questions of a file; ``unanswerable``: some may have no answer. Raises ValueError as `load_squad` does."""
-    source = f"{op}: {argument}: {str(path)!r}"
 
-    def made(qa: Any, paragraph: Any, name: str) -> Question:
-        return _question(source, qa, paragraph["context"], name, unanswerable)
+    def made(qa: Any, context: str, where: str) -> Question:
+        return _question(where, qa, context, unanswerable)
 
     return Questions(file_name(path), tuple(_read(op, argument, path, made)))
 
 
 def read_asked(op: str, argument: str, path: Path) -> Questions:
     """The questions of a file with their contexts and without their answers. Raises ValueError as `load_squad` does."""
-    source = f"{op}: {argument}: {str(path)!r}"
+    return Questions(file_name(path), tuple(_read(op, argument, path, _asked)))
 
-    def made(qa: Any, paragraph: Any, name: str) -> Question:
-        asked, context = _field(qa, "question", str), paragraph["context"]
-        _refuse_halves(f"{source}: {name}", ("question", asked), ("context", context))
-        return Question(asked, context, (), str(qa.get("id") or ""))
 
-    return Questions(file_name(path), tuple(_read(op, argument, path, made)))
+def _name(qa: Any, number: int) -> str:
+    """What messages call a question: its id, or its number where it has none."""
+    given = qa.get("id") if isinstance(qa, dict) else None
+    named = isinstance(given, (str, int)) and not isinstance(given, bool) and given != ""
+    return f"question {given!r}" if named else f"question {number}"
+
+
+def _id(qa: Any) -> str:
+    """The id of a question as text, "" if it has none. Raises TypeError for what is no id."""
+    given = qa.get("id")
+    if given is None:
+        return ""
+    if not isinstance(given, (str, int)) or isinstance(given, bool):
+        raise TypeError(f"expected a text or an integer as id, got {shortened(given)}")
+    if (half := lone_surrogate(str(given))) is not None:
+        raise TypeError(f"expected a text as id, got {half}")
+    return str(given)
+
+
+def _asked(qa: Any, context: str, where: str) -> Question:
+    """A question without answers."""
+    text = _field(qa, "question", str)
+    _refuse_halves(where, ("question", text), ("context", context))
+    if not visible(text):
+        refuse_input(where, "a question of visible characters", ascii(text))
+    return Question(text, context, (), _id(qa))
 
 
 def _refuse_halves(where: str, *texts: tuple[str, str]) -> None:
@@ -172,29 +193,28 @@ def _refuse_halves(where: str, *texts: tuple[str, str]) -> None:
             refuse_input(where, f"a text as {what}", half)
 
 
-def _question(source: str, qa: Any, context: str, name: str, unanswerable: bool) -> Question:
-    asked = _field(qa, "question", str)
+def _question(where: str, qa: Any, context: str, unanswerable: bool) -> Question:
+    asked = _asked(qa, context, where)
     impossible = _field({"is_impossible": False, **qa}, "is_impossible", bool)
     if impossible and not unanswerable:
         raise ValueError(
-            f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}, which "
+            f"{where}: each question must have an answer (SQuAD 1.1), got none for {asked.text!r}, which "
             "is_impossible (SQuAD 2.0)"
         )
     answers = tuple(
         (_field(answer, "text", str), _field(answer, "answer_start", int)) for answer in _field(qa, "answers", list)
     )
     if impossible and answers:
-        refuse_input(f"{source}: {name}", "no answer to a question that is_impossible", repr(answers[0][0]))
+        refuse_input(where, "no answer to a question that is_impossible", repr(answers[0][0]))
     if not answers and not unanswerable:
-        raise ValueError(f"{source}: {name}: each question must have an answer (SQuAD 1.1), got none for {asked!r}")
-    texts = (("question", asked), ("context", context), *(("answer", text) for text, _ in answers))
-    _refuse_halves(f"{source}: {name}", *texts)
+        raise ValueError(f"{where}: each question must have an answer (SQuAD 1.1), got none for {asked.text!r}")
+    _refuse_halves(where, *(("answer", text) for text, _ in answers))
     for text, start in answers:
         if start < 0 or context[start : start + len(text)] != text:
-            raise ValueError(f"{source}: {name}: no answer {text!r} stands at {start} of its context")
+            raise ValueError(f"{where}: no answer {text!r} stands at {start} of its context")
         if not text.strip():
-            refuse_input(f"{source}: {name}", "an answer with more than white space", repr(text))
-    return Question(asked, context, answers, str(qa.get("id") or ""))
+            refuse_input(where, "an answer with more than white space", repr(text))
+    return asked._replace(answers=answers)
 
 
 def _field(of: Any, name: str, kind: type[_T]) -> _T:

@@ -24,6 +24,12 @@ _MARKS = (
 )
 _LINE_END = re.compile("\r\n|\r|\n")
 _ODD_LINE_END = re.compile("\r\r\n|\n\r(?!\n)")
+# controls, and Unicode's Default_Ignorable_Code_Point (zero-width marks, fillers, variation selectors); no white space
+_INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str the two of a pair are one character
 
 
@@ -138,6 +144,11 @@ def refuse_twice(names: Sequence[str], what: str = "column") -> None:
 def shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def visible(text: str) -> str:
+    """What a reader sees of a text: no invisible characters, a space for white space between others."""
+    return " ".join(_INVISIBLE.sub("", text).split())
 
 
 def lone_surrogate(text: str) -> str | None:

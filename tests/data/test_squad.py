@@ -12,7 +12,17 @@ from demo_input import bert
 
 pytest.importorskip("datasets")
 
-from distilbert_fast.data.squad import LONGEST, N_BEST, Question, Questions, Windows, _best_span, load_squad
+from distilbert_fast.data.squad import (
+    LONGEST,
+    N_BEST,
+    Question,
+    Questions,
+    Windows,
+    _best_span,
+    load_squad,
+    read_answers,
+    read_asked,
+)
 from distilbert_fast.evaluation.squad_scores import squad_scores
 
 CONTEXT = "the old cat near a small dog with one saw on my drill and a hammer under your file"
@@ -197,23 +207,25 @@ def asked(answers, context=CONTEXT, **more):
 
 
 CAT = {"text": "cat", "answer_start": 8}
-FORM = "is not of SQuAD's form: TypeError: "
 NOT_1_1 = "question 'q7': each question must have an answer (SQuAD 1.1), got none for 'one dog'"
 BAD = [
-    (asked([CAT | {"answer_start": "8"}]), FORM + "question 'q7': expected an integer as answer_start, got '8'"),
-    (asked([CAT | {"answer_start": 8.0}]), FORM + "question 'q7': expected an integer as answer_start, got 8.0"),
-    (asked([CAT | {"answer_start": None}]), FORM + "question 'q7': expected an integer as answer_start, got None"),
-    (asked([CAT | {"answer_start": True}]), FORM + "question 'q7': expected an integer as answer_start, got True"),
-    (asked([CAT | {"text": ["cat"]}]), FORM + "question 'q7': expected a text as text, got ['cat']"),
-    (asked([{"text": "cat"}]), FORM + "question 'q7': expected an object with answer_start, got {'text': 'cat'}"),
-    (asked({"text": ["cat"], "answer_start": [8]}), FORM + "question 'q7': expected a list as answers, got {'text'"),
-    (asked(["cat"]), FORM + "question 'q7': expected an object with text, got 'cat'"),
-    (asked([CAT], question=7), FORM + "question 'q7': expected a text as question, got 7"),
-    (asked([CAT], context=None), FORM + "expected a text as context, got None"),
-    (asked([CAT], is_impossible="no"), FORM + "question 'q7': expected true or false as is_impossible, got 'no'"),
-    (["data"], FORM + "expected an object with data, got ['data']"),
-    ({"q7": "cat"}, FORM + "expected an object with data, got {'q7': 'cat'}"),
-    ({"data": [{"title": "x"}]}, FORM + "expected an object with paragraphs, got {'title': 'x'}"),
+    (asked([CAT | {"answer_start": "8"}]), "question 'q7': expected an integer as answer_start, got '8'"),
+    (asked([CAT | {"answer_start": 8.0}]), "question 'q7': expected an integer as answer_start, got 8.0"),
+    (asked([CAT | {"answer_start": None}]), "question 'q7': expected an integer as answer_start, got None"),
+    (asked([CAT | {"answer_start": True}]), "question 'q7': expected an integer as answer_start, got True"),
+    (asked([CAT | {"text": ["cat"]}]), "question 'q7': expected a text as text, got ['cat']"),
+    (asked([{"text": "cat"}]), "question 'q7': expected an object with answer_start, got {'text': 'cat'}"),
+    (asked({"text": ["cat"], "answer_start": [8]}), "question 'q7': expected a list as answers, got {'text'"),
+    (asked(["cat"]), "question 'q7': expected an object with text, got 'cat'"),
+    (asked([CAT], question=7), "question 'q7': expected a text as question, got 7"),
+    (asked([CAT], context=None), "article 1: paragraph 1: expected a text as context, got None"),
+    (asked([CAT], is_impossible="no"), "question 'q7': expected true or false as is_impossible, got 'no'"),
+    (["data"], "expected an object with data, got ['data']"),
+    ({"q7": "cat"}, "expected an object with data, got {'q7': 'cat'}"),
+    (
+        {"data": [{"paragraphs": []}, {"title": "x"}]},
+        "article 2: expected an object with paragraphs, got {'title'",
+    ),
     (asked([{"text": "", "answer_start": -1}]), "question 'q7': no answer '' stands at -1 of its context"),
     (asked([{"text": "file", "answer_start": -4}]), "question 'q7': no answer 'file' stands at -4 of its context"),
     (asked([{"text": "cat", "answer_start": 10**30}]), "question 'q7': no answer 'cat' stands at 10000000000000000"),
@@ -232,6 +244,12 @@ BAD = [
         asked([CAT], context=f"{CONTEXT} \udc00"),
         "question 'q7': expected a text as context, got the lone surrogate '\\udc00'",
     ),
+    (asked([CAT], id="\ud83d"), "question '\\ud83d': expected a text as id, got the lone surrogate '\\ud83d' at char"),
+    (asked([CAT], id=[7]), "question 1: expected a text or an integer as id, got [7]"),
+    (asked([CAT], id=False), "question 1: expected a text or an integer as id, got False"),
+    (asked([CAT], question=" \n"), "question 'q7': expected a question of visible characters, got ' \\n'"),
+    (asked([CAT], id=0, question="\u200b"), "question 0: expected a question of visible characters, got '\\u200b'"),
+    ({"data": [{"paragraphs": [{"context": "a", "qas": ["q"]}]}]}, "question 1: expected an object with question, got"),
     ({"data": []}, "holds no questions"),
 ]
 
@@ -246,6 +264,23 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, monkeypatch, content, messag
             load_squad(*arguments)
         between = " " if message.startswith(("is", "holds")) else ": "
         assert str(caught.value).startswith(f"load_squad: {argument}: 'x.json'{between}{message}")
+
+
+def test_ids_that_are_integers(tmp_path):
+    """As GermanQuAD has them; 0 is one."""
+    for given, text in ((0, "0"), (7, "7"), (None, ""), ("", "")):
+        path = write(tmp_path / "x.json", [CAT], id=given)
+        assert load_squad(path, path)[0].rows[0].id == read_asked("op", "data", path).rows[0].id == text
+        if text:
+            assert read_answers("op", "data", path) == {text: ["cat"]}
+    write(path, [CAT], id=None)
+    with pytest.raises(ValueError, match=r"^op: data: '.*x\.json': question 1: expected a text as id, got None$"):
+        read_answers("op", "data", path)
+    content = asked([CAT], id=7)
+    content["data"] += asked([CAT], id="7")["data"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^op: data: '.*x\.json': the question '7' is there more than once$"):
+        read_answers("op", "data", path)
 
 
 def test_files_of_other_bytes(tmp_path, monkeypatch):
@@ -284,7 +319,7 @@ def test_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     for path, message in (
         (tmp_path / "nowhere.json", "no such file"),
-        (tmp_path / "list.json", "is not of SQuAD's form: TypeError"),
+        (tmp_path / "list.json", ": expected an object with data"),
         (write(tmp_path / "none.json", []), r"each question must have an answer \(SQuAD 1.1\), got none for 'one dog'"),
         (write(tmp_path / "moved.json", [{"text": "cat", "answer_start": 9}]), "no answer 'cat' stands at 9"),
     ):
