@@ -8,12 +8,19 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from distilbert_fast.data.labels import (
+    NO_LABEL,
+    label_order,
+    refuse_lookalikes,
+    refuse_no_label,
+    refuse_numbers,
+    refuse_vectors,
+)
 from distilbert_fast.data.published import (
     PAIR_COLUMNS,
     LabelledRow,
@@ -48,7 +55,6 @@ logger = logging.getLogger(__name__)
 OP = "load_task"
 BUILT_IN = "stdlib-docs"
 SENTENCE = ("sentence",)
-NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
 
 # a list, a tuple or a set as Python writes it
 _LISTED = re.compile(r"""\[\s*(["'\d-].*)?\]|\[.*,.*\]|[({]\s*(["'].*|[\d-].*,.*)[)}]""", re.DOTALL)
@@ -147,7 +153,7 @@ def load_task(
         regression: labels are numbers to predict, as those of a hub data set of floats are anyhow.
 
     Where the labels of all rows are lists, in JSONL, Parquet or on the hub, each row has any number of labels; the
-    column may be called `labels` too.
+    column may be called `labels` too. A 1 or 0 for each label is refused.
 
     Raises:
         ValueError: a file that is missing, empty, unreadable, of an unknown kind or without the columns; files of
@@ -268,6 +274,8 @@ def _rows(
     texts = [table.columns[column] for column in columns]
     labels = table.columns[label_column]
     several = all(isinstance(given, list) for given in labels) and not regression
+    if several:
+        refuse_vectors(source, labels, names)
     for at, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
         if names and given == NO_LABEL:
             continue
@@ -284,28 +292,26 @@ def _rows(
             rows.append((found, value))
             continue
         if names:
-            if not isinstance(given, int):
-                refuse_input(row, f"a label of 0 to {len(names) - 1}", label)
             label = _class_name(row, given, names)
-        elif value == NO_LABEL:
-            raise ValueError(
-                f"{row} has the label {label}, which stands for no label in data sets of the hub; leave the row out, "
-                "or give its class another name"
-            )
+        else:
+            refuse_no_label(row, label)
         rows.append((found, label))
     return rows
 
 
 def _label_list(row: str, given: list[Any], names: Sequence[str] | None) -> tuple[str, ...]:
     """The labels of a row that may have any number of them."""
-    labels = tuple(_class_name(row, int(one), names) if names else _label(row, one) for one in given)
-    if len(set(labels)) < len(labels):  # a 1 or 0 for each label, perhaps
+    labels = tuple(_class_name(row, one, names) if names else _label(row, one) for one in given)
+    if len(set(labels)) < len(labels):
         refuse_input(row, "a list of the labels that the row has, each once", shortened(given))
+    if not names:
+        for label in labels:
+            refuse_no_label(row, label)
     return labels
 
 
-def _class_name(row: str, number: int, names: Sequence[str]) -> str:
-    if not 0 <= number < len(names):
+def _class_name(row: str, number: object, names: Sequence[str]) -> str:
+    if not isinstance(number, int) or not 0 <= number < len(names):
         refuse_input(row, f"a label of 0 to {len(names) - 1}", number)
     return names[number]
 
@@ -363,7 +369,8 @@ def _task(
         only = f"only {labels.pop()!r}" if labels else "none"
         refuse_input(f"{OP}: data", f"at least 2 {what} in the column label", only)
     if not regression and not class_names:
-        _refuse_numbers(labels)
+        refuse_numbers(OP, labels)
+        refuse_lookalikes(OP, labels)
     if held_out is None:
         train, held_out = hold_out(OP, train, "sentences" if len(columns) == 1 else "pairs")
     if regression:
@@ -388,32 +395,6 @@ def _task(
 def _used(rows: Sequence[LabelledRow]) -> set[Any]:
     """All labels of rows, which may have one each or several."""
     return {one for _, label in rows for one in (label if isinstance(label, tuple) else (label,))}
-
-
-def _refuse_numbers(labels: set[str]) -> None:
-    """Refuse numbers with fractions as classes: somebody forgot to ask for a regression.
-
-    Nor are two classes of one number: 1 and 1.0, which JSONL may mix. Codes such as 007 and 7 are two.
-    """
-    written: dict[float, str] = {}
-    for label in sorted(labels):
-        number = as_number(label)
-        other = label if number is None else written.setdefault(number, label)
-        if other != label and not (label.isdecimal() and other.isdecimal()):
-            refuse_input(f"{OP}: data", "one way to write a class", f"{other!r} and {label!r}")
-    numbers = [as_number(label) for label in labels]
-    if None not in numbers and (fractions := sorted(number for number in numbers if number and number % 1)):
-        raise ValueError(
-            f"{OP}: data: expected names of classes as labels, got numbers such as {fractions[0]:g}; ask for "
-            "a regression, or give the classes other names"
-        )
-
-
-def label_order(labels: set[str]) -> tuple[str, ...]:
-    """Numbers by value (2 before 10, 2.0 before 10.0), anything else by its text."""
-    if all(as_number(label) is not None for label in labels):
-        return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
-    return tuple(sorted(labels))
 
 
 def _dataset(rows: Sequence[LabelledRow], columns: Sequence[str]) -> Dataset:

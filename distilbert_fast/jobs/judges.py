@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from distilbert_fast.data.conll import Tagged
+from distilbert_fast.data.labels import label_order
 from distilbert_fast.data.predictions import Chosen
 from distilbert_fast.data.published import Published, Split
 from distilbert_fast.data.sentences import Text, tokenized
 from distilbert_fast.data.squad import Answer, Questions, Windows, read_answers, read_asked
 from distilbert_fast.data.tags import is_outside
-from distilbert_fast.data.tasks import label_order, read_hub_split, read_split
+from distilbert_fast.data.tasks import read_hub_split, read_split
 from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, read_tagged_file
 from distilbert_fast.evaluation import metrics
 from distilbert_fast.evaluation.metrics import Watch

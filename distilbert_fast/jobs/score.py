@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distilbert_fast.data.labels import label_order
 from distilbert_fast.data.predictions import (
     Chosen,
     read_label_lists,
@@ -21,7 +22,7 @@ from distilbert_fast.data.predictions import (
 )
 from distilbert_fast.data.published import PUBLISHED_TASKS, Split, published
 from distilbert_fast.data.squad import read_answers
-from distilbert_fast.data.tasks import label_order, read_split
+from distilbert_fast.data.tasks import read_split
 from distilbert_fast.evaluation.entity_scores import entity_errors, entity_scores
 from distilbert_fast.evaluation.label_scores import (
     Scores,

@@ -152,11 +152,18 @@ def test_parquet_of_datasets_has_names_and_rows_without_label(tmp_path, monkeypa
 
 
 SECRET = "which stands for no label in data sets of the hub; leave the row out, or give its class another name"
+VECTORS = "row 1: expected the names of the labels that the row has, got {}, perhaps a 1 or 0 for each label"
 ODD_ROWS = {
     "list": ([["x", "y"], "x"], "row 1: expected one label, a text or a number, got ['x', 'y']"),
     "one": (["x", ["y"]], "row 2: expected one label, a text or a number, got ['y']"),
     "none": (["x", []], "row 2: expected one label, a text or a number, got []"),
     "hot": ([[1, 0, 1], [0]], "row 1: expected a list of the labels that the row has, each once, got ['1', '0', '1']"),
+    "vectors": ([[0, 1], [1, 0]], VECTORS.format("['0', '1']")),
+    "floats": ([[0.0, 1.0, 0.0], [1, 0, 1]], VECTORS.format("['0.0', '1.0', '0.0']")),
+    "truths": ([[True, False], [False, True]], VECTORS.format("[True, False]")),
+    "texts of them": ([["0", "1"], ["1", "0"]], VECTORS.format("['0', '1']")),
+    "one of them": ([["1"], ["0"]], VECTORS.format("['1']")),
+    "signs": ([["1", "x"], ["x", "-1"]], f"row 2 has the label -1, {SECRET}"),
     "object": ([{"x": 1}, "y"], "row 1: expected one label, a text or a number, got {'x': '1'}"),
     "dumped": (["x", '["x", "y"]'], 'row 2: expected one label, a text or a number, got \'["x", "y"]\''),
     "printed": (["['x']", "y"], "row 1: expected one label, a text or a number, got \"['x']\""),
@@ -184,6 +191,49 @@ def test_labels_that_are_not_one_class(tmp_path, monkeypatch, name):
         with pytest.raises(ValueError) as caught:
             load_task(**arguments)
         assert str(caught.value) == f"load_task: {argument}: 'x.jsonl': {message}"
+
+
+@pytest.mark.parametrize("number", [int, float, bool])
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_vectors_of_parquet_are_no_lists_of_labels(tmp_path, monkeypatch, width, number):
+    monkeypatch.chdir(tmp_path)
+    rows = [[number(at == hot) for at in range(width)] for hot in range(3)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "labels": rows}), "x.parquet")
+    with pytest.raises(ValueError) as caught:
+        load_task(data="x.parquet", eval_data="x.parquet")
+    assert str(caught.value) == f"load_task: data: 'x.parquet': {VECTORS.format(rows[0])}"
+
+
+def test_zeros_and_ones_that_are_labels(tmp_path):
+    """Lists of several lengths, and numbers of classes with names, cannot be vectors."""
+    from datasets import ClassLabel, Features, Value
+
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": [0, 1]}\n{"text": "b", "label": [1]}\n{"text": "c", "label": []}\n')
+    task = load_task(data=path, eval_data=path)
+    assert task.label_names == ("0", "1") and task.train["label"] == [[1, 1], [0, 1], [0, 0]]
+    path = tmp_path / "x.parquet"
+    columns = {"text": ["a", "b", "c"], "label": [[0, 1], [1, 0], [0, 1]]}
+    for names in (["old", "new", "tool"], ["old", "new"]):
+        features = Features({"text": Value("string"), "label": [ClassLabel(names=names)]})
+        Dataset.from_dict(columns, features=features).to_parquet(path)
+        if len(names) == 3:
+            assert load_task(data=path, eval_data=path).train["label"] == [[1, 1]] * 3
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"x.parquet': {VECTORS.format('[0, 1]')}")):
+                load_task(data=path, eval_data=path)
+    columns["label"][1] = [None]
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    with pytest.raises(ValueError, match=r"x\.parquet': row 2: expected a label of 0 to 1, got None$"):
+        load_task(data=path, eval_data=path)
+
+
+@pytest.mark.parametrize(("one", "other"), [("pos", "pos\u200b"), ("so so", "so\u00a0so"), ("\u2764", "\u2764\ufe0f")])
+def test_classes_that_look_the_same(tmp_path, one, other):
+    path = write(tmp_path / "x.tsv", [("a", one), ("b", other), ("c", "neg")])
+    with pytest.raises(ValueError) as caught:
+        load_task(data=path, eval_data=path)
+    assert str(caught.value) == f"load_task: data: expected one way to write a class, got {one!a} and {other!a}"
 
 
 @pytest.mark.parametrize("cell", [["a", "b"], {"a": 1}, "half \ud800", None, " "])
