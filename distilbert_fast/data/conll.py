@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from distilbert_fast.data.tags import refuse_odd_tag
 from distilbert_fast.files.text import lines, refuse_input, refuse_odd_line_ends
 
 _KEY_AND_VALUE = re.compile(r"# +[\w.:-]+ *=|#[\w.:-]+ += ")  # `# sent_id = 1`
@@ -17,8 +19,11 @@ _TAG = re.compile(r"[BIES][-_]..*|\W+", re.IGNORECASE)
 class Tagged:
     """Words and tags of sentences, and the place where each tag occurs first: "line 7", "row 3".
 
-    Also the line (or row) where each sentence begins, and all its columns.
+    Also the line (or row) where each sentence begins, and all its columns. ``unit``: "line", one for each word, or
+    "row", one for each sentence.
     """
+
+    unit: str = "line"
 
     rows: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
@@ -32,14 +37,21 @@ class Tagged:
         self.lines.append(line)
         self.columns.append(sentence)
 
+    def met(self, source: str, tag: str, number: int) -> None:
+        """A tag in that line or row. Raises ValueError if it is odd; see `refuse_odd_tag`."""
+        if tag not in self.places:
+            place = f"{self.unit} {number}"
+            refuse_odd_tag(f"{source}: {place}", tag)
+            self.places[tag] = place
+
 
 def read_conll(source: str, text: str) -> Tagged:
     """The sentences of a file, without those that have no words.
 
     Columns are separated by a tab if there is one in the line, else by spaces; where most lines have tabs, all must. A
-    line of white space alone ends a sentence; so does one that begins with -DOCSTART-, which is skipped. Comments
-    before a sentence are skipped: lines that begin with # and are no row of the file. Raises ValueError, which begins
-    with `source`, with the line's number.
+    line of spaces and tabs alone ends a sentence; so does one that begins with -DOCSTART-, in any case, which is
+    skipped. Comments before a sentence are skipped: lines that begin with # and are no row of the file. Raises
+    ValueError, which begins with `source`, with the line's number.
     """
     refuse_odd_line_ends(source, text)
     if (at := re.search("[\r\n]\ufeff", text)) is not None:
@@ -48,7 +60,8 @@ def read_conll(source: str, text: str) -> Tagged:
     given = [line.strip(" \t") for line in lines(text)]
     rows = [_columns(line) for line in given]
     plain = [row for row in rows if row and not row[0].startswith("#")]  # comments have no columns
-    width = len(plain[0]) if plain else 0
+    widths = Counter(len(row) for row in plain if len(row) > 1)
+    width = widths.most_common(1)[0][0] if widths else 0
     known = {row[-1] for row in plain if len(row) == width}
     tabbed = [("\t" in line) for line, row in zip(given, rows, strict=True) if row and not row[0].startswith("#")]
     tabs = sum(tabbed) * 2 >= max(1, len(tabbed))
@@ -78,10 +91,11 @@ def read_conll(source: str, text: str) -> Tagged:
         ):
             refuse_input(place, "a word and its tag, or a comment such as '# text = a'", repr(line))
         if len(row) < 2 or len(row) != width or not (row[0] and row[-1]):
-            expected = "a word and its tag" if width < 2 else f"{width} columns as in the lines before"
+            others = "the lines before" if sentence or tagged.rows else "other lines"
+            expected = "a word and its tag" if width < 2 else f"{width} columns as in {others}"
             refuse_input(place, expected, repr(line))
         sentence.append(row)
-        tagged.places.setdefault(row[-1], f"line {number}")
+        tagged.met(source, row[-1], number)
     if not tagged.rows:
         raise ValueError(f"{source} holds no sentences")
     if _are_numbers([words for words, _ in tagged.rows]):
@@ -95,9 +109,9 @@ def read_tags(source: str, text: str) -> Tagged:
     refuse_odd_line_ends(source, text)
     tagged, sentence = Tagged(), list[tuple[str, ...]]()
     for number, line in enumerate([*lines(text), ""], start=1):
-        if tag := line.strip():
+        if tag := line.strip(" \t"):
             sentence.append((tag,))
-            tagged.places.setdefault(tag, f"line {number}")
+            tagged.met(source, tag, number)
         elif sentence:
             tagged.add(number - len(sentence), sentence)
             sentence = []
@@ -109,7 +123,7 @@ def read_tags(source: str, text: str) -> Tagged:
 def _columns(line: str) -> tuple[str, ...]:
     """The columns of a line; an empty list for a line that ends a sentence."""
     columns = tuple(cell.strip(" ") for cell in re.split("\t" if "\t" in line else " +", line))
-    return () if columns == ("",) or columns[0] == "-DOCSTART-" else columns
+    return () if columns == ("",) or columns[0].upper() == "-DOCSTART-" else columns
 
 
 def _is_comment(line: str, row: Sequence[str], width: int, known: Collection[str]) -> bool:

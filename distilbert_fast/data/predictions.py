@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from distilbert_fast.data.conll import Tagged, read_conll, read_tags
 from distilbert_fast.data.published import Published, as_number
 from distilbert_fast.data.tables import as_written, cells_by_line
-from distilbert_fast.data.tags import scheme_of
+from distilbert_fast.data.tags import refuse_odd_tag, scheme_of
 from distilbert_fast.data.tokens import read_tagged_file
 from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
 
@@ -243,8 +243,13 @@ def read_tagged(op: str, gold: Path | None, predictions: Path) -> tuple[list[tup
     if gold is None:
         found = _tagged(op, "predictions", predictions)
         source = f"{op}: predictions: {str(predictions)!r}"
-        if any(len(row) < 2 for columns in found.columns for row in columns):
-            refuse_input(source, "the true and the predicted tag in the last two columns, or --data", "one column")
+        alone = any(len(row) < 2 for columns in found.columns for row in columns)
+        if alone or found.unit == "row":
+            given = "one column" if alone else "tokens and one tag of each"
+            refuse_input(source, "the true and the predicted tag in the last two columns, or --data", given)
+        for first, columns in zip(found.lines, found.columns, strict=True):
+            for at, row in enumerate(columns):
+                refuse_odd_tag(f"{source}: line {first + at}", row[-2])
         gold_tags = [tuple(row[-2] for row in columns) for columns in found.columns]
         _refuse_other_case(source, {tag for tags in gold_tags for tag in tags}, found.places)
         return gold_tags, [tags for _, tags in found.rows]

@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from distilbert_fast.files.text import refuse_input, visible
+
 OUTSIDE = "O"
 _MARK_SETS = ("BIES", "BILU", "BMES", "BMEW")
 _SAME = str.maketrans("LUMW", "ESIS")
@@ -24,6 +26,8 @@ _FORMS = tuple(
     )
 )
 _WITHOUT_MARKS = re.compile(r"(?P<kind>(?P<mark>)\w{2}.*)", re.DOTALL)
+
+_NO_TYPE = re.compile(r"[BIESLUMW][-_]|[-_][BIESLUMW]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ def scheme_of(tags: Iterable[str]) -> Scheme | None:
     if len(inside) < len(names) and not _marked(inside) and all(map(_WITHOUT_MARKS.fullmatch, inside)):
         return Scheme(_WITHOUT_MARKS)
     return None
+
+
+def refuse_odd_tag(place: str, tag: str) -> None:
+    """Raise ValueError, which begins with `place`, for a tag that looks like another one, or has a mark and no type."""
+    if visible(tag) != tag:
+        refuse_input(place, "a tag of visible characters", ascii(tag))
+    if _NO_TYPE.fullmatch(tag):
+        refuse_input(place, "a tag with a type, such as B-PER", repr(tag))
 
 
 def odd_one(tags: Collection[str]) -> str | None:

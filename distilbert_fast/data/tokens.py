@@ -39,7 +39,7 @@ from distilbert_fast.data.tables import (
     text_of,
 )
 from distilbert_fast.data.tags import Scheme, is_outside, odd_one, scheme_of
-from distilbert_fast.files.text import read_text, refuse_input, shortened
+from distilbert_fast.files.text import read_text, refuse_input, shortened, visible
 
 OP = "load_tokens"
 TAG_COLUMNS = ("tags", "ner_tags")
@@ -110,14 +110,15 @@ def load_tokens(
             in a Parquet file that `datasets` wrote, which has their names), tags without the spaces around them; or any
             other file of CoNLL's form in UTF-8: a word a line in the first column, its tag in the last one, columns
             separated by a tab if there is one in the line, else by spaces; a blank line ends a sentence, and comments
-            before one (`# sent_id = 1`) and lines that begin with -DOCSTART- are skipped.
+            before one (`# sent_id = 1`) and lines that begin with -DOCSTART-, in any case, are skipped.
         eval_data: the same for the evaluation split. Without it, about 10 % of the distinct sentences of `data` are
             held out, chosen by their hash, so that the same one never stands on both sides.
         max_train_rows: keep only this many training sentences, chosen by hash; all when None.
 
     Raises:
         ValueError: a file that is missing, empty or of another form, with the number of the line or row; a single tag;
-            tags that are numbers without names; tags of which only some mark entities, or types that differ in case
+            tags that are numbers without names, have an invisible character or a mark without a type (B-); a word of
+            invisible characters whose tag is not O; tags of which only some mark entities, or types that differ in case
             alone; an evaluation tag of a kind that the training split has not; a name that is not on the hub.
     """
     check_sources(OP, data, eval_data, max_train_rows)
@@ -133,6 +134,8 @@ def load_tokens(
     else:
         found, names = _from_hub(name)
         sources = [f"name: {name!r}"] * len(found)
+    for source, tagged in zip(sources, found, strict=True):
+        refuse_unseen_words(f"{OP}: {source}", tagged)
     used = {tag for tagged in found for tag in tagged.places}
     odd = odd_one(used)
     for source, tagged in zip(sources, found, strict=True):
@@ -177,7 +180,7 @@ def _tag_column(source: str, names: Sequence[str]) -> str:
 
 def _sentences(source: str, table: Table, column: str) -> Tagged:
     """Make sentences of lists of words and of tags, texts or numbers that have names."""
-    tagged = Tagged()
+    tagged = Tagged("row")
     names = table.class_names.get(column)
     for number, row in enumerate(zip(table.columns["tokens"], table.columns[column], strict=True), start=1):
         place = f"{source}: row {number}"
@@ -189,7 +192,7 @@ def _sentences(source: str, table: Table, column: str) -> Tagged:
         if found_words:
             tagged.add(number, list(zip(found_words, found_tags, strict=True)))
         for tag in found_tags:
-            tagged.places.setdefault(tag, f"row {number}")
+            tagged.met(source, tag, number)
     if not tagged.rows:
         raise ValueError(f"{source} holds no sentences")
     return tagged
@@ -209,6 +212,16 @@ def _refuse_numbers(source: str, tagged: Tagged) -> None:
         if _NO_NAME.fullmatch(tag):
             what = "" if tag.isalpha() else "the number "
             refuse_input(f"{source}: {place}", "the names of tags, such as B-PER", f"{what}{tag}")
+
+
+def refuse_unseen_words(source: str, tagged: Tagged) -> None:
+    """Refuse a word without a visible character unless its tag is O: tokenizers drop it, and it would cost F1."""
+    for first, (words, tags) in zip(tagged.lines, tagged.rows, strict=True):
+        for at, (word, tag) in enumerate(zip(words, tags, strict=True)):
+            if not visible(word) and not is_outside(tag):
+                number = first + at if tagged.unit == "line" else first
+                expected = f"a word of visible characters, as its tag is {tag}"
+                refuse_input(f"{source}: {tagged.unit} {number}", expected, ascii(word))
 
 
 def _from_hub(name: str) -> tuple[list[Tagged], Sequence[str] | None]:

@@ -25,7 +25,7 @@ from distilbert_fast.data.sentences import Text, tokenized
 from distilbert_fast.data.squad import Answer, Questions, Windows, read_answers, read_asked
 from distilbert_fast.data.tags import is_outside
 from distilbert_fast.data.tasks import read_hub_split, read_split
-from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, read_tagged_file
+from distilbert_fast.data.tokens import Pieces, Sentence, TagTask, read_tagged_file, refuse_unseen_words
 from distilbert_fast.evaluation import metrics
 from distilbert_fast.evaluation.metrics import Watch
 from distilbert_fast.evaluation.squad_scores import squad_errors, squad_scores, squad_v2_errors, squad_v2_scores
@@ -323,7 +323,9 @@ def judge_of(task: str | None, data: Path | None, regression: bool, stride: int 
     if data is None:
         raise RecipeError(f"{JOB}: data: expected a file, got none")
     if task in (ENTITIES, TAGS):
-        return Tags(read_tagged_file(JOB, "data", data), entities=task == ENTITIES)
+        tagged = read_tagged_file(JOB, "data", data)
+        refuse_unseen_words(f"{JOB}: data: {str(data)!r}", tagged)
+        return Tags(tagged, entities=task == ENTITIES)
     if task in (SQUAD, SQUAD_V2):
         second = task == SQUAD_V2
         gold = read_answers(JOB, "data", data)

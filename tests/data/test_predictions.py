@@ -193,6 +193,37 @@ def test_tags_of_another_case_are_refused(tmp_path, gold, found, message):
         read_tagged("evaluate", true, file(tmp_path, found))
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "message"),
+    [
+        ("Rome B-LOC\n", "B-LOC\u00a0\n", "line 1: expected a tag of visible characters, got 'B-LOC\\xa0'"),
+        ("Rome B-LOC\nis O\n", "Rome B-LOC\u200b\nis O\n", "line 1: expected a tag of visible characters, got 'B-"),
+        ("Rome B-LOC\nis O\n", "B-LOC\nI-\n", "line 2: expected a tag with a type, such as B-PER, got 'I-'"),
+        (
+            None,
+            "is O O\n\nRome B-LOC\u200b B-LOC\n",
+            "line 3: expected a tag of visible characters, got 'B-",
+        ),
+    ],
+)
+def test_tags_that_look_like_others_are_refused(tmp_path, gold, text, message):
+    true = None if gold is None else file(tmp_path, gold, "gold.conll")
+    with pytest.raises(ValueError, match=rf"^evaluate: predictions: '.*pred.tsv': {re.escape(message)}"):
+        read_tagged("evaluate", true, file(tmp_path, text))
+
+
+def test_words_that_nobody_sees_are_scored(tmp_path):
+    """No tokenizer stands between two files."""
+    path = file(tmp_path, "\u200b B-LOC\nis O\n")
+    assert read_tagged("evaluate", path, path) == ([("B-LOC", "O")], [("B-LOC", "O")])
+
+
+def test_tables_hold_one_tag_of_each_word(tmp_path):
+    path = file(tmp_path, '{"tokens": ["Rome"], "tags": ["O"]}\n', "pred.jsonl")
+    with pytest.raises(ValueError, match=r"in the last two columns, or --data, got tokens and one tag of each$"):
+        read_tagged("evaluate", None, path)
+
+
 def test_tags_of_two_cases_in_data_are_told_apart(tmp_path):
     both = file(tmp_path, "x B-PER B-per\ny B-per B-per\n")
     assert read_tagged("evaluate", None, both) == ([("B-PER", "B-per")], [("B-per", "B-per")])

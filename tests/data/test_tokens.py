@@ -32,6 +32,8 @@ def named(task: TagTask, rows) -> list[tuple[list[str], list[str]]]:
 CONLL = {
     "eng.train": "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\nGerman JJ B-NP B-MISC\n"
     "call NN I-NP O\n\nPeter NNP B-NP B-PER\nBlackburn NNP I-NP I-PER\n\n",
+    "uncased": "-docstart- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\nGerman JJ B-MISC\ncall NN O\n-Docstart- -X- O\n"
+    "Peter NNP B-PER\nBlackburn NNP I-PER\n",
     "tabs.tsv": "\ufeffEU\tB-ORG\nrejects\tO\nGerman\tB-MISC\ncall\tO\n\n\n\nPeter\tB-PER\nBlackburn\tI-PER",
     "windows.conll": "EU  B-ORG\r\nrejects  O \r\nGerman  B-MISC\r\ncall\tO\r\n\r\n-DOCSTART- O\r\nPeter B-PER\r\n"
     "Blackburn I-PER\r\n \r\n",
@@ -158,7 +160,7 @@ def test_tables(tmp_path, name):
 
 def test_words_as_they_stand_in_a_file(tmp_path):
     """Separators of lines and words other than the ASCII ones are parts of words, as are # and quotes."""
-    words = ["\u2028", "a\u00a0b", "#", '"', "NA", "x\x85"]
+    words = ["a\u00a0b", "\u2028", "\u200b", "#", '"', "NA", "x\x85"]
     path = tmp_path / "x"
     path.write_text("".join(f"{word} {'O' if i else 'B-X'}\n" for i, word in enumerate(words)))
     assert load_tokens(data=path, eval_data=path).train[0].words == tuple(words)
@@ -510,6 +512,20 @@ NER = "EU B-ORG\nrejects O\n\nPeter B-PER\nB I-PER\n"
             for mark in (":", "\u2013", "/", "|", ".", "\u2212", "=", "+")
         ),
         (NER + "\n\ufeffc O\n", "line 7: expected a mark (BOM) at the file's beginning alone, got one here"),
+        *(
+            (f"{NER}c B-ORG{mark}\n", f"line 6: expected a tag of visible characters, got {f'B-ORG{mark}'!a}")
+            for mark in ("\u00a0", "\u200b", "\u3000", "\u2028", "\x85", "\ufe0f", "\u3164", "\xad", "\x07")
+        ),
+        ("a\tB-X  Y\nb\tO\n", "line 1: expected a tag of visible characters, got 'B-X  Y'"),
+        (NER + "\u200b I-ORG\n", "line 6: expected a word of visible characters, as its tag is I-ORG, got '\\u200b'"),
+        (POS + "\u2060\tNN\n", "line 6: expected a word of visible characters, as its tag is NN, got '\\u2060'"),
+        ("% a comment\n" + NER, "line 1: expected 2 columns as in other lines, got '% a comment'"),
+        ("John\n" + NER, "line 1: expected 2 columns as in other lines, got 'John'"),
+        (NER + "c\n\nd\n\ne\n\nf\n\ng\n", "line 6: expected 2 columns as in the lines before, got 'c'"),
+        *(
+            (f"{NER}c {tag}\n", f"line 6: expected a tag with a type, such as B-PER, got {tag!r}")
+            for tag in ("B-", "I-", "i_", "S-", "-B")
+        ),
         ("a PER:B\nb PER:I\nc O\n", "line 1: expected tags such as B-PER, I-PER and O, got 'PER:B'"),
         ("a 1.0\nb 0.0\n", "line 1: expected the names of tags, such as B-PER, got the number 1.0"),
         ("a True\nb False\n", "line 1: expected the names of tags, such as B-PER, got True"),
@@ -543,3 +559,21 @@ def test_spaces_around_tags_are_no_part_of_them(tmp_path):
     path.write_text('{"tokens": ["a", " b", "c"], "ner_tags": ["O ", " B-X", "O"]}\n')
     task = load_tokens(data=path, eval_data=path)
     assert task.tag_names == ("O", "B-X") and task.train == (Sentence(("a", " b", "c"), (0, 1, 0)),)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('["a", "b"], "tags": ["O", "B-X\\u200b"]', "a tag of visible characters, got 'B-X\\u200b'"),
+        ('["a", "b"], "tags": ["O", "B-"]', "a tag with a type, such as B-PER, got 'B-'"),
+        ('["\\u200b", "b"], "tags": ["B-X", "O"]', "a word of visible characters, as its tag is B-X, got '\\u200b'"),
+    ],
+)
+def test_rows_with_what_nobody_sees(tmp_path, row, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tokens": ["a", "\\u200b"], "tags": ["B-X", "O"]}\n')
+    assert load_tokens(data=path, eval_data=path).train[0].words == ("a", "\u200b")
+    path.write_text(path.read_text() + '{"tokens": ' + row + "}\n")
+    with pytest.raises(ValueError) as caught:
+        load_tokens(data=path, eval_data=path)
+    assert str(caught.value) == f"load_tokens: data: {str(path)!r}: row 2: expected {message}"

@@ -128,6 +128,14 @@ def test_entities(directory, caplog):
     ):
         (directory / "pos.conll").write_text("cat NOUN\nsat VERB\n")
         evaluate("entities", directory / "pos.conll", [str(path)])
+    unseen = directory / "unseen.conll"
+    unseen.write_text("a O\n\ncat B-animal\n\u200b I-animal\n")
+    with pytest.raises(ValueError) as caught:
+        evaluate("entities", unseen, [str(path)])
+    assert str(caught.value) == (
+        f"evaluate: data: {str(unseen)!r}: line 4: expected a word of visible characters, as its tag is I-animal, "
+        "got '\\u200b'"
+    )
 
 
 @pytest.mark.parametrize("task", ["squad", "squad_v2"])
