@@ -23,6 +23,7 @@ from bench.harness import http_load
 from bench.harness.mixed_requests import MixedRequests, count_told_apart, differs
 from distilbert_fast import Predictor
 from distilbert_fast.jobs import serve as job
+from distilbert_fast.serving.http import connection as protocol
 from distilbert_fast.serving.http.service import Limits, Service
 
 TEXTS = [text for text, _ in sentences(40, 3)]
@@ -432,6 +433,28 @@ def test_clients_that_leave_with_requests_unanswered_are_no_fault(client):
     for logger in loggers:
         logger.removeHandler(listener)
     assert not [record.getMessage() for record in said]
+
+
+def test_clients_that_do_not_read_are_cut_off(client, monkeypatch):
+    """The answers to 100 requests are more than the buffers of a connection hold, and the client takes none."""
+    cut = threading.Event()
+    look = protocol.Connection._look
+
+    def looking(self, before):
+        look(self, before)
+        if self.transport.is_closing():
+            cut.set()
+
+    monkeypatch.setattr(protocol, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(protocol.Connection, "_look", looking)
+    body = json.dumps({"inputs": ["the cat " * 31] * 16}).encode()
+    asked = b"POST /embed_all HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect((client.host, client.port))
+        lazy.sendall(asked * 100)
+        assert cut.wait(http_server.PATIENCE)
+    assert client.ask("/embed", {"inputs": TEXTS[0]}).status == 200
 
 
 def test_texts_that_are_too_long_are_cut_where_that_is_asked(client, embedder):

@@ -1,4 +1,4 @@
-"""A connection as uvicorn reads it, with bounds on what comes before a body: so many bytes, in so many seconds.
+"""A connection as uvicorn has it, with bounds: on what comes before a body, and on who does not read an answer.
 
 uvicorn bounds neither where it parses by httptools: one client could fill the memory with a head that never ends. Nor
 does it tell the request that is being answered that its client left, where that one has sent others ahead.
@@ -7,27 +7,53 @@ does it tell the request that is being answered that its client left, where that
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_BYTES = 65536
 HEAD_SECONDS = 30.0
+READ_SECONDS = 30.0  # without a byte of an answer being read
 
 
 class Connection(HttpToolsProtocol):
-    """One client's. Told 400 for a head that is too large, closed where a head does not come."""
+    """One client's. Told 400 for a head that is too large, closed where a head does not come or nobody reads."""
 
     _head: int | None = 0  # bytes of the head that is being read; None: a body, or nothing
     _running: RequestResponseCycle | None = None  # the request that is being answered
     _timer: asyncio.TimerHandle | None = None
+    _watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._begin()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look(math.inf)
+
+    def resume_writing(self) -> None:
+        self._watched()
+        super().resume_writing()
+
+    def _look(self, before: float) -> None:
+        """Look at how much is not read of an answer, now and again, until it is no less than before."""
+        self._watched()
+        left = self.transport.get_write_buffer_size()
+        if left < before:
+            self._watch = self.loop.call_later(READ_SECONDS, self._look, left)
+        else:
+            self.transport.abort()
+
+    def _watched(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
+        self._watched()
         self.pipeline.clear()
         super().connection_lost(exc)  # which tells the last request alone, where several were sent ahead
         if self._running is not None and not self._running.response_complete:
