@@ -38,7 +38,8 @@ def model(path: Path, layers: int, hidden: int) -> Path:
     """A classifier of that shape, with the vocabulary of a real model."""
     body = minilm(path / "bodies")
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 4 * hidden}
-    config = transformers.BertConfig(num_attention_heads=max(1, hidden // 32), num_labels=2, **sizes)
+    labels = {0: "negative", 1: "positive"}  # Infinity takes a model whose labels have no names for a reranker
+    config = transformers.BertConfig(num_attention_heads=max(1, hidden // 32), id2label=labels, **sizes)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(path / "model")
     transformers.AutoTokenizer.from_pretrained(body).save_pretrained(path / "model")

@@ -1,7 +1,7 @@
 """What `distilbert-fast serve` reaches on loopback: python -m bench.serve speed|overload|mixed|malformed
 
 speed      requests a second, and milliseconds that half and 99 % of them take, of 1, 8 and 64 clients: the server with
-           the engine, and the same server with transformers' own forward (plain)
+           the engine, the same server with transformers' own forward (plain), and Infinity, if it is asked for
 overload   what is answered in time at 0.5 to 4 times the rate that 16 waiting clients get; the clients have a core of
            their own
 mixed      10,000 requests of all routes and of five models at once: what is lost, and what is not what the engine alone
@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,6 +54,13 @@ if sys.argv.pop(1) == "bf16":
     predictor.load_with_head = in_bfloat16
 from distilbert_fast.cli import main
 main()
+"""
+# Infinity 0.0.78 asks tokenizers for a method that transformers 5 has not; its command line is otherwise as it is.
+INFINITY = """
+from transformers import PreTrainedTokenizerBase
+PreTrainedTokenizerBase.batch_encode_plus = PreTrainedTokenizerBase.__call__
+from infinity_emb.cli import cli
+cli()
 """
 READY = re.compile(r"ready at http://127\.0\.0\.1:(\d+)")
 
@@ -92,26 +103,59 @@ def server(
         process.communicate(timeout=60)
 
 
+@contextlib.contextmanager
+def infinity(place: Path) -> Iterator[int]:
+    """The port of a server of infinity-emb, with its engine "torch"."""
+    if importlib.util.find_spec("infinity_emb") is None:
+        raise SystemExit("bench.serve: infinity_emb is not installed; docs/log.md says how it can be")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", INFINITY, "v2", "--model-id", place, "--engine", "torch", "--device", "cpu"]
+    quiet = {"INFINITY_MODEL_WARMUP": "false", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    given = {"env": {**os.environ, **quiet}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*map(str, command), "--port", str(port), "--log-level", "error"], **given)
+    try:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(0.5)
+        else:
+            raise RuntimeError("infinity did not start")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def classify(texts: list[str]) -> list[bytes]:
     return [request("/predict", {"inputs": text, "truncate": True}) for text in texts]
 
 
 def speed(place: Path, given: argparse.Namespace) -> Table:
-    asked = classify(sentences())
     table = Table("server", "clients", "requests/s", "p50, ms", "p99, ms")
+
+    def measure(name: str, port: int, asked: list[bytes]) -> None:
+        closed_loop(port, lambda number: asked[number % len(asked)], 8, seconds=1)
+        for clients in map(int, given.clients.split(",")):
+            found, took = closed_loop(port, lambda number: asked[number % len(asked)], clients, given.seconds)
+            if wrong := [one for one in found if one.status != 200]:
+                raise RuntimeError(f"{len(wrong)} of {len(found)} failed: {wrong[0]}")
+            rate = len(found) / took
+            row = (name, clients, f"{rate:,.0f}", f"{percentile(found, 0.5):.1f}", f"{percentile(found, 0.99):.1f}")
+            table.add_row(*map(str, row))
+            print(*row, flush=True)
+
     for name in given.servers.split(","):
         who, _, precision = name.partition("-")
+        if who == "infinity":
+            with infinity(place) as port:
+                asked = [request("/classify", {"model": place.name, "input": [text]}) for text in sentences()]
+                measure(name, port, asked)
+            continue
         options = ["--precision", precision] if who == "engine" else []
         with server([f"cls={place}"], *options, plain=precision if who == "plain" else None) as (port, _):
-            closed_loop(port, lambda number: asked[number % len(asked)], 8, seconds=1)
-            for clients in map(int, given.clients.split(",")):
-                found, took = closed_loop(port, lambda number: asked[number % len(asked)], clients, given.seconds)
-                if wrong := [one for one in found if one.status != 200]:
-                    raise RuntimeError(f"{len(wrong)} of {len(found)} failed: {wrong[0]}")
-                rate = len(found) / took
-                row = (name, clients, f"{rate:,.0f}", f"{percentile(found, 0.5):.1f}", f"{percentile(found, 0.99):.1f}")
-                table.add_row(*map(str, row))
-                print(*row, flush=True)
+            measure(name, port, classify(sentences()))
     return table
 
 
@@ -204,7 +248,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument(
-        "--servers", default="engine-int8,engine-bf16,engine-fp32,plain-fp32,plain-bf16", help="of speed"
+        "--servers", default="engine-int8,engine-bf16,engine-fp32,plain-fp32,plain-bf16", help="of speed; also infinity"
     )
     parser.add_argument("--clients", default="1,8,64", help="of speed")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")

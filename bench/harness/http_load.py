@@ -56,7 +56,7 @@ class Connection(asyncio.Protocol):
 
 def request(path: str, body: Mapping[str, Any] | bytes, host: str = "x") -> bytes:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return b"POST %s HTTP/1.1\r\nhost: %s\r\ncontent-length: %d\r\n\r\n%s" % (
+    return b"POST %s HTTP/1.1\r\nhost: %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
         path.encode(),
         host.encode(),
         len(content),
