@@ -6,7 +6,6 @@ SuperGLUE's JSONL with idx and label, or one prediction a line. Tags: CoNLL's co
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from distilbert_fast.data.conll import Tagged, read_conll, read_tags
 from distilbert_fast.data.published import Published, as_number
-from distilbert_fast.data.tables import as_written, cells_by_line
+from distilbert_fast.data.tables import as_written, cells_of
 from distilbert_fast.data.tags import refuse_odd_tag, scheme_of
 from distilbert_fast.data.tokens import read_tagged_file
 from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
@@ -176,10 +175,7 @@ def _labels(op: str, source: str, path: Path) -> list[tuple[int, str | None, str
                 rows.append(_object(f"{source}: line {number}", number, line))
         return rows
     kind = "CSV" if path.suffix.lower() == ".csv" else "TSV"
-    try:
-        given = cells_by_line(kind, text)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{source}: cannot be read as {kind}: {error}") from error
+    given = cells_of(source, kind, text)
     if not given:
         raise ValueError(f"{source} holds no predictions")
     head = [name.strip().casefold() for name in given[0][1]]

@@ -7,7 +7,6 @@ published without a line of names, by their number.
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distilbert_fast.data.tables import as_written, cells_by_line, text_of
+from distilbert_fast.data.tables import as_written, cells_of, text_of
 from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
 
 logger = logging.getLogger(__name__)
@@ -315,10 +314,7 @@ def _read(
         yield from _objects(source, text, task)
         return
     kind = "TSV" if "\t" in lines(text)[0] else "CSV"
-    try:
-        given = cells_by_line(kind, text)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{source}: cannot be read as {kind}: {error}") from error
+    given = cells_of(source, kind, text)
     if not given:
         raise ValueError(f"{source} holds no rows")
     texts: tuple[int, ...]

@@ -118,6 +118,14 @@ def cells_by_line(kind: str, text: str) -> list[tuple[int, list[str]]]:
     return [(line, row) for line, row in rows if row and not (len(row) == 1 and row[0] and not row[0].strip(" \t"))]
 
 
+def cells_of(source: str, kind: str, text: str) -> list[tuple[int, list[str]]]:
+    """``cells_by_line``, whose ValueError names the source."""
+    try:
+        return cells_by_line(kind, text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{source}: cannot be read as {kind}: {error}") from error
+
+
 def _separated(kind: str, text: str) -> Table:
     """A shorter row has empty cells at its end."""
     rows = cells_by_line(kind, text)

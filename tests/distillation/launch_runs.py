@@ -8,7 +8,6 @@ process of a job said that failed in the first.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -145,7 +144,6 @@ def full(*arguments: Any) -> None:
 def main(directory: Path) -> dict[str, Any]:
     logging.getLogger("distilbert_fast").setLevel(logging.ERROR)
     before_forks()
-    gc.freeze()  # or every run would collect again and again what was imported
     torch.set_num_threads(1)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     assert wait(child(lambda: [bert(directory / "bert", **still), bert(directory / "dropping")]))
