@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -38,3 +38,17 @@ def covering(cases: Sequence[Mapping[str, int | str]], together: int = 1, seed: 
         unseen -= held[best]
         chosen.append(best)
     return sorted(chosen)
+
+
+def left_out(items: Iterable[Any]) -> set[Any]:
+    """Which of pytest's items ``make test`` does not run: of tests marked ``covering``, what ``covering`` leaves."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.get_closest_marker("covering"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = set()
+    for group in groups.values():
+        given = [{name: repr(value) for name, value in item.callspec.params.items()} for item in group]
+        chosen = covering(given, **group[0].get_closest_marker("covering").kwargs)
+        left |= {*group} - {group[i] for i in chosen}
+    return left

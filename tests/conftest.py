@@ -38,15 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
     Modules with slow tests come first, so that at the end no worker has a long one left while others have none.
     """
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in [] if cases.WHOLE else items:
-        if hasattr(item, "callspec") and item.get_closest_marker("covering"):
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = set()
-    for group in groups.values():
-        given = [{name: repr(value) for name, value in item.callspec.params.items()} for item in group]
-        chosen = cases.covering(given, *group[0].get_closest_marker("covering").args)
-        left_out |= {*group} - {group[i] for i in chosen}
+    left_out = set() if cases.WHOLE else cases.left_out(items)
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from distilbert_fast.cli import app
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # bench is importable from the checkout only
 pytest.importorskip("pytest_benchmark")
 
 from bench import revisions, suites  # noqa: E402
+from bench.__main__ import main  # noqa: E402
 from bench.harness.contest import OURS, TRIAD  # noqa: E402
 
 CASE = "test_quantize.py::test_rows[fp32]"
@@ -59,14 +61,21 @@ def test_what_is_missing_is_named(monkeypatch):
     [
         (["ops"], "bench: expected op, model, step, all, got 'ops'"),
         (["--base", "no-such-rev"], f"--base: expected a revision of {ROOT}, got 'no-such-rev'"),
-        (["-k", "no_such_case"], "-k: no contest of op is selected by 'no_such_case'"),
     ],
 )
 def test_bad_input(arguments, message):
     if "--base" in arguments and not (ROOT / ".git").exists():
         pytest.skip("not in a repository")
-    made = bench(*arguments, "--threads", "1")
-    assert made.returncode == 2 and made.stderr.splitlines()[-1] == f"error: {message}"
+    bench_app = typer.Typer()
+    bench_app.command()(main)
+    made = CliRunner().invoke(bench_app, [*arguments, "--threads", "1"])
+    assert made.exit_code == 2 and made.stderr.splitlines()[-1] == f"error: {message}"
+
+
+def test_a_selection_of_nothing():
+    made = bench("-k", "no_such_case", "--threads", "1")
+    assert made.returncode == 2
+    assert made.stderr.splitlines()[-1] == "error: -k: no contest of op is selected by 'no_such_case'"
 
 
 def test_every_op_has_a_suite():

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cases
 import pytest
@@ -36,6 +38,23 @@ def test_covering_keeps_pairs_that_stand_alone():
     """Parameters that are given together, and a test without any."""
     assert cases.covering([{"heads": i, "mask": i, "size": j} for i in range(3) for j in range(1)]) == [0, 1, 2]
     assert cases.covering([]) == []
+
+
+class Item:
+    """What of pytest's items is looked at."""
+
+    def __init__(self, nodeid: str, marker: Any, **params: int) -> None:
+        self.nodeid, self.get_closest_marker = nodeid, lambda name: marker
+        if params:
+            self.callspec = SimpleNamespace(params=params)
+
+
+@pytest.mark.parametrize(("marker", "left"), [(pytest.mark.covering, 4), (pytest.mark.covering(together=2), 16)])
+def test_a_marked_test_runs_with_every_value_or_pair(marker, left):
+    marked = [Item(f"a.py::test[{i}-{j}]", marker, i=i, j=j) for i in range(4) for j in range(4)]
+    others = [Item("a.py::other", marker), Item("a.py::other[1]", None, i=1), Item("a.py::one[1]", marker, i=1)]
+    assert len({*marked} - cases.left_out([*others, *marked])) == left
+    assert not {*others} & cases.left_out([*others, *marked])
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_calls_at_the_same_time_as_the_first_have_its_bits(tier, ids):
         assert all(torch.equal(y, found[0]) for y in found)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sequences", [1, 2, 40])  # by all threads together, and dealt out to them
 @pytest.mark.parametrize("by", ["the C++ encoder", "ops"])
 def test_memory_that_is_watched_meanwhile(tier, sequences, by, threads, monkeypatch):

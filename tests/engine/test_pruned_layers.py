@@ -34,6 +34,7 @@ def ids():
     return torch.randint(0, V, MASK.shape)
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("structure", [ODD, NONE, NARROW_FIRST], ids=["odd", "none", "narrow first"])
 def test_every_tier_against_plain_modules(structure, tier, precision, ids, threads):
@@ -55,6 +56,7 @@ def test_every_tier_against_plain_modules(structure, tier, precision, ids, threa
         torch.testing.assert_close(engine.encode(rows, mask, padding=True).last, padded, rtol=0, atol=CLOSE[precision])
 
 
+@pytest.mark.covering(together=2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("structure", [ODD, NARROW_FIRST], ids=["odd", "narrow first"])
 def test_head_masks_name_heads_by_their_first_numbers(structure, tier, precision, ids):
