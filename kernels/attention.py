@@ -13,153 +13,38 @@ Sums and softmax are float32; products multiply the dtype of q, float32 exactly 
 would take the tensor cores, but with 10 bits of each factor it misses the rule of twice torch's error by far).
 
 Where a sequence lies is read on the device. A packed batch gets N // BLOCK + B blocks, a bound that needs no lengths:
-those of sequence b begin at block cu_seqlens[b] // BLOCK + b. A padded row ends at its last token that counts.
+those of sequence b begin at block cu_seqlens[b] // BLOCK + b, and which sequence a block belongs to is searched. Where
+the host promises a longest length, every sequence gets as many blocks as that takes, and nothing is searched; what a
+longer one has beyond them is NaN. A padded row ends at its last token that counts.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from distilbert_fast.kernels import tuning
+from distilbert_fast.kernels.attention_tiles import (
+    counts,
+    find_block,
+    find_sequence,
+    head_mask_of,
+    head_of,
+    heads,
+    is_kept,
+    load_rows,
+    place_of,
+    random_bits,
+    spoil,
+    store_rows,
+)
 from distilbert_fast.kernels.common import LOG2E, LOWEST
 
 # No kernel is compiled again because of the value of one of these.
-PLAIN = ["head_mask_stride", "threshold", "batch", "length", "tokens", "H"]
-
-
-class Heads(NamedTuple):
-    """[N, H, D] or [B, T, H, D] as the kernels take it: an address and strides; those of D are 1."""
-
-    data: Any
-    sequence: Any  # 0 in the packed form
-    token: Any
-    head: Any
-
-
-def heads(x: torch.Tensor) -> Heads:
-    return Heads(x, *((0,) if x.dim() == 3 else ()), *x.stride()[:-1])
-
-
-# Where -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def find_sequence(b, cu_seqlens, mask, length, tokens):
-    """Sequence ``b``: its first row in the packed form (else 0), its row count, and that up to the last counted row."""
-    if cu_seqlens is not None:  # clamped: wrong offsets make wrong results, but reach nothing out of bounds
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), tokens)
-        rows = tl.minimum(tl.load(cu_seqlens + b + 1), tokens) - begin
-        count = rows
-    else:
-        begin = b * 0
-        rows = begin + length
-        count = rows
-        if mask is not None:
-            count = begin
-            for start in range(0, length, 512):
-                row = start + tl.arange(0, 512)
-                counted = tl.load(mask + b.to(tl.int64) * length + row, mask=row < length, other=0)
-                count = tl.maximum(count, tl.max(tl.where(counted != 0, row + 1, 0), axis=0))
-    return begin, rows, count
-
-
-@triton.jit
-def find_block(block, cu_seqlens, batch, length, BLOCK: tl.constexpr):
-    """The sequence that block number ``block`` belongs to, and the block's first row in it, maybe after its end."""
-    if cu_seqlens is None:
-        blocks = tl.cdiv(length, BLOCK)
-        b = block // blocks
-        first = (block - b * blocks) * BLOCK
-    else:
-        b = block * 0  # the last sequence whose blocks begin at or before this one
-        end = b + batch
-        while end - b > 1:
-            middle = (b + end) // 2
-            before = tl.load(cu_seqlens + middle) // BLOCK + middle <= block
-            b = tl.where(before, middle, b)
-            end = tl.where(before, end, middle)
-        first = tl.maximum(block - tl.load(cu_seqlens + b) // BLOCK - b, 0) * BLOCK
-    return b, first
-
-
-@triton.jit
-def head_of(x, b, begin, head):
-    """Address of a head's first row."""
-    return x.data + b.to(tl.int64) * x.sequence + begin.to(tl.int64) * x.token + head.to(tl.int64) * x.head
-
-
-@triton.jit
-def head_mask_of(head_mask, head_mask_stride, b, head):
-    return 1.0 if head_mask is None else tl.load(head_mask + b.to(tl.int64) * head_mask_stride + head)
-
-
-@triton.jit
-def counts(mask, row, count):
-    """Which rows of a sequence hold a token that counts."""
-    inside = row < count
-    if mask is not None:
-        inside &= tl.load(mask + row, mask=inside, other=0) != 0
-    return inside
-
-
-@triton.jit
-def load_rows(at, stride, first, inside, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [R, BLOCK_D] from ``first`` on; 0 from column D on and where not ``inside`` (None: all are)."""
-    column = tl.arange(0, BLOCK_D)[None, :]
-    places = at + tl.cast(first, tl.int64) * stride + tl.arange(0, R).to(tl.int64)[:, None] * stride + column
-    if inside is None and D == BLOCK_D:
-        x = tl.load(places)
-    elif inside is None:
-        x = tl.load(places, mask=column < D, other=0.0)
-    elif D == BLOCK_D:
-        x = tl.load(places, mask=inside[:, None], other=0.0)
-    else:
-        x = tl.load(places, mask=inside[:, None] & (column < D), other=0.0)
-    return x
-
-
-@triton.jit
-def store_rows(at, stride, first, value, inside, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write value [R, BLOCK_D] to the rows that are ``inside``."""
-    column = tl.arange(0, BLOCK_D)[None, :]
-    places = at + tl.cast(first, tl.int64) * stride + tl.arange(0, R).to(tl.int64)[:, None] * stride + column
-    tl.store(places, value.to(at.dtype.element_ty), mask=inside[:, None] & (column < D))
-
-
-# Dropout: csrc/cpu/attention/attention_heads.h bit for bit, so that a seed drops the same on every backend ----------
-
-
-@triton.jit
-def _mix(x):
-    x += 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def place_of(rank, row, inside):
-    """Places among the tokens that count."""
-    return row if rank is None else tl.load(rank + row, mask=inside, other=0)
-
-
-@triton.jit
-def random_bits(seed, pair, query):
-    """64 bits for each query of pair number sequence · H + head."""
-    return _mix(_mix(tl.load(seed).to(tl.uint64) + pair.to(tl.uint64)) + query.to(tl.uint64))
-
-
-@triton.jit
-def is_kept(bits, key, threshold):
-    """Which probabilities stay, of queries with these bits and keys at these places, broadcast."""
-    x = key.to(tl.uint32) + bits.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D ^ (bits >> 32).to(tl.uint32)
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold
+PLAIN = ["head_mask_stride", "threshold", "batch", "length", "longest", "tokens", "H"]
 
 
 # Forward -----------------------------------------------------------------------------------------------------
@@ -248,9 +133,11 @@ def _attention_fwd_kernel(
     keep,  # 1 / (1 - p)
     batch,  # B
     length,  # T; 0: packed
+    longest,  # T, or what the host promises of packed sequences; 0: nothing
     tokens,  # N or B T
     H,
     c,  # scale · log2(e)
+    KNOWN: tl.constexpr,  # longest is
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -258,10 +145,18 @@ def _attention_fwd_kernel(
     ONE_TILE: tl.constexpr,  # no sequence has more than BLOCK_N rows
 ):
     head = tl.program_id(0) % H
-    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, length, BLOCK_M)
+    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, longest, BLOCK_M, KNOWN)
     begin, rows, count = find_sequence(b, cu_seqlens, mask, length, tokens)
     if first >= rows:
         return
+    if KNOWN and cu_seqlens is not None:
+        if ONE_TILE:  # noqa: SIM102
+            if rows > BLOCK_N:
+                if first == 0:
+                    spoil(o, b, begin, head, 0, rows, BLOCK_M, D, BLOCK_D)
+                return
+        if first == 0:
+            spoil(o, b, begin, head, tl.cdiv(longest, BLOCK_M) * BLOCK_M, rows, BLOCK_M, D, BLOCK_D)
     query = first + tl.arange(0, BLOCK_M)
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -321,16 +216,18 @@ def _attention_fwd_kernel(
 # Launch ------------------------------------------------------------------------------------------------------
 
 
-def blocks(q: torch.Tensor, cu_seqlens: torch.Tensor | None, block: int) -> int:
+def blocks(q: torch.Tensor, cu_seqlens: torch.Tensor | None, block: int, max_length: int) -> int:
     """Enough blocks of ``block`` rows for every sequence, whatever the lengths."""
     if cu_seqlens is None:
         return q.shape[0] * triton.cdiv(q.shape[1], block)
+    if max_length > 0:
+        return (cu_seqlens.shape[0] - 1) * triton.cdiv(max_length, block)
     return q.shape[0] // block + cu_seqlens.shape[0] - 1
 
 
-def longest(q: torch.Tensor) -> int:
-    """A bound for the length of a sequence: T, or N."""
-    return q.shape[-3]
+def longest(q: torch.Tensor, max_length: int) -> int:
+    """A bound for the length of a sequence: T, what is promised, or N."""
+    return min(q.shape[-3], max_length or q.shape[-3])
 
 
 def call_arguments(
@@ -341,6 +238,7 @@ def call_arguments(
     seed: torch.Tensor | None,
     dropout_p: float,
     scale: float,
+    max_length: int,
 ) -> tuple[tuple[Any, ...], dict[str, int]]:
     """The arguments that all kernels take after their tensors of heads, and their constants."""
     padded = cu_seqlens is None
@@ -358,12 +256,13 @@ def call_arguments(
         1 / (1 - dropout_p),
         q.shape[0] if padded else cu_seqlens.shape[0] - 1,
         q.shape[1] if padded else 0,
+        q.shape[1] if padded else max_length,
         q.shape[0] * q.shape[1] if padded else q.shape[0],
         q.shape[-2],
         scale * LOG2E,
     )
     size = q.shape[-1]
-    return arguments, {"D": size, "BLOCK_D": max(16, triton.next_power_of_2(size))}
+    return arguments, {"KNOWN": padded or max_length > 0, "D": size, "BLOCK_D": max(16, triton.next_power_of_2(size))}
 
 
 def mean_length(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
@@ -411,6 +310,7 @@ def attention_fwd(
     o: torch.Tensor,
     unmasked: torch.Tensor | None = None,
     stats: torch.Tensor | None = None,
+    max_length: int = 0,
 ) -> None:
     """Write the output, and what backward needs where a tensor is given for it.
 
@@ -424,20 +324,21 @@ def attention_fwd(
         o: shape and dtype of q, last stride 1; gets the output, 0 at padding and where the head mask is 0.
         unmasked: as o; gets the output before the head mask. A head of mask 0 is computed only if this is given.
         stats: float32 [2, H, N] or [2, H, B T], contiguous; gets m and 1 / Z of each query.
+        max_length: that no packed sequence exceeds; 0: nothing is known.
     """
     if q.numel() == 0:
         return
-    arguments, constants = call_arguments(q, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale)
+    arguments, constants = call_arguments(q, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, max_length)
 
     def launch(config: tuning.Config) -> None:
         with torch.cuda.device_of(q):
-            _attention_fwd_kernel[(blocks(q, cu_seqlens, config["BLOCK_M"]) * q.shape[-2],)](
+            _attention_fwd_kernel[(blocks(q, cu_seqlens, config["BLOCK_M"], max_length) * q.shape[-2],)](
                 *(heads(x) for x in (q, k, v, o)),
                 None if unmasked is None else heads(unmasked),
                 stats,
                 *arguments,
                 **constants,
-                ONE_TILE=longest(q) <= config["BLOCK_N"],
+                ONE_TILE=longest(q, max_length) <= config["BLOCK_N"],
                 enable_fp_fusion=True,
                 **config,
             )

@@ -8,8 +8,8 @@ takes two kernels, which make p again from the kept m and 1 / Z: the first, a pr
 the keys and leaves r; the second, a program a block of keys, sums dk and dv over the queries, and dm in the program of
 the first block. Seven products where five would do with atomics, but the same bits every run.
 
-The host does not know which sequences of a packed batch are longer: it launches all three, and each program returns
-at once where another kernel serves.
+Where the host does not know which sequences of a packed batch are longer, it launches all three, and each program
+returns at once where another kernel serves. What a sequence has beyond the length that it promises is NaN.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 
 from distilbert_fast.kernels import tuning
-from distilbert_fast.kernels.attention import (
-    PLAIN,
-    blocks,
-    call_arguments,
+from distilbert_fast.kernels.attention import PLAIN, blocks, call_arguments, key, longest, mean_length, scores, tile
+from distilbert_fast.kernels.attention_tiles import (
     counts,
     find_block,
     find_sequence,
@@ -30,24 +28,12 @@ from distilbert_fast.kernels.attention import (
     head_of,
     heads,
     is_kept,
-    key,
     load_rows,
-    longest,
-    mean_length,
     place_of,
     random_bits,
-    scores,
-    store_rows,
-    tile,
+    spoil,
+    store_gradient,
 )
-
-
-@triton.jit
-def _store_gradient(x, b, begin, head, first, value, factor, counted, rows, R: tl.constexpr, D: tl.constexpr,
-                    BLOCK_D: tl.constexpr):  # fmt: skip
-    """factor · value [R, BLOCK_D], 0 where nothing counts or the factor is 0."""
-    value = tl.where(counted[:, None], tl.where(factor == 0.0, 0.0, value * factor), 0.0)
-    store_rows(head_of(x, b, begin, head), x.token, first, value, first + tl.arange(0, R) < rows, R, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -70,10 +56,12 @@ def _attention_bwd_short_kernel(
     keep,
     batch,
     length,
+    longest,
     tokens,
     H,
     c,
     scale,
+    KNOWN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -82,6 +70,11 @@ def _attention_bwd_short_kernel(
     head, b = tl.program_id(0) % H, tl.program_id(0) // H
     begin, rows, count = find_sequence(b, cu_seqlens, mask, length, tokens)
     if rows > BLOCK:
+        if KNOWN and cu_seqlens is not None:  # noqa: SIM102  (nobody else computes it where it was to be short)
+            if longest <= BLOCK:
+                spoil(dq, b, begin, head, 0, rows, BLOCK, D, BLOCK_D)
+                spoil(dk, b, begin, head, 0, rows, BLOCK, D, BLOCK_D)
+                spoil(dv, b, begin, head, 0, rows, BLOCK, D, BLOCK_D)
         return
     m_h = head_mask_of(head_mask, head_mask_stride, b, head)
     first = 0 * b
@@ -98,9 +91,9 @@ def _attention_bwd_short_kernel(
         tl.store(dm + b.to(tl.int64) * H + head, 0.0, mask=dead)
     if dead:
         zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-        _store_gradient(dq, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
-        _store_gradient(dk, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
-        _store_gradient(dv, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
+        store_gradient(dq, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
+        store_gradient(dk, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
+        store_gradient(dv, b, begin, head, first, zeros, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
         return
 
     queries = load_rows(head_of(q, b, begin, head), q.token, first, counted, BLOCK, D, BLOCK_D)
@@ -127,11 +120,11 @@ def _attention_bwd_short_kernel(
         tl.store(dm + b.to(tl.int64) * H + head, tl.sum(r, axis=0))
     ds = (p * (dp - r[:, None])).to(queries.dtype)
     x = tl.dot(tl.trans(dropped.to(g.dtype)), g, input_precision="ieee")
-    _store_gradient(dv, b, begin, head, first, x, m_h * keep, counted, rows, BLOCK, D, BLOCK_D)
+    store_gradient(dv, b, begin, head, first, x, m_h * keep, counted, rows, BLOCK, D, BLOCK_D)
     x = tl.dot(ds, keys, input_precision="ieee")
-    _store_gradient(dq, b, begin, head, first, x, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
+    store_gradient(dq, b, begin, head, first, x, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
     x = tl.dot(tl.trans(ds), queries, input_precision="ieee")
-    _store_gradient(dk, b, begin, head, first, x, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
+    store_gradient(dk, b, begin, head, first, x, m_h * scale, counted, rows, BLOCK, D, BLOCK_D)
 
 
 @triton.jit
@@ -191,22 +184,27 @@ def _attention_bwd_dq_kernel(
     keep,
     batch,
     length,
+    longest,
     tokens,
     H,
     c,
     scale,
     SHORT: tl.constexpr,  # sequences of up to so many rows are served by the short kernel
     DM: tl.constexpr,
+    KNOWN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     head = tl.program_id(0) % H
-    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, length, BLOCK_M)
+    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, longest, BLOCK_M, KNOWN)
     begin, rows, count = find_sequence(b, cu_seqlens, mask, length, tokens)
     if (rows <= SHORT) | (first >= rows):
         return
+    if KNOWN and cu_seqlens is not None:  # noqa: SIM102
+        if first == 0:
+            spoil(dq, b, begin, head, tl.cdiv(longest, BLOCK_M) * BLOCK_M, rows, BLOCK_M, D, BLOCK_D)
     query = first + tl.arange(0, BLOCK_M)
     if mask is not None:
         mask += b.to(tl.int64) * length
@@ -246,7 +244,7 @@ def _attention_bwd_dq_kernel(
                     acc, queries, g, m, one_over_z, r, k_head, v_head, k.token, v.token, start, count, mask, rank,
                     bits, threshold, keep, c, False, D, BLOCK_D, BLOCK_N,
                 )  # fmt: skip
-    _store_gradient(dq, b, begin, head, first, acc, m_h * scale, counted, rows, BLOCK_M, D, BLOCK_D)
+    store_gradient(dq, b, begin, head, first, acc, m_h * scale, counted, rows, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -270,21 +268,27 @@ def _attention_bwd_dkv_kernel(
     keep,
     batch,
     length,
+    longest,
     tokens,
     H,
     c,
     scale,
     SHORT: tl.constexpr,
+    KNOWN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     head = tl.program_id(0) % H
-    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, length, BLOCK_N)
+    b, first = find_block(tl.program_id(0) // H, cu_seqlens, batch, longest, BLOCK_N, KNOWN)
     begin, rows, count = find_sequence(b, cu_seqlens, mask, length, tokens)
     if (rows <= SHORT) | (first >= rows):
         return
+    if KNOWN and cu_seqlens is not None:  # noqa: SIM102
+        if first == 0:
+            spoil(dk, b, begin, head, tl.cdiv(longest, BLOCK_N) * BLOCK_N, rows, BLOCK_N, D, BLOCK_D)
+            spoil(dv, b, begin, head, tl.cdiv(longest, BLOCK_N) * BLOCK_N, rows, BLOCK_N, D, BLOCK_D)
     row = first + tl.arange(0, BLOCK_N)
     if mask is not None:
         mask += b.to(tl.int64) * length
@@ -330,8 +334,8 @@ def _attention_bwd_dkv_kernel(
             r = tl.load(delta + query, mask=asked, other=0.0)
             ds = (p * (dp - r[None, :])).to(queries.dtype)
             dk_acc = tl.dot(ds, queries, dk_acc, input_precision="ieee")
-    _store_gradient(dk, b, begin, head, first, dk_acc, m_h * scale, counted, rows, BLOCK_N, D, BLOCK_D)
-    _store_gradient(dv, b, begin, head, first, dv_acc, m_h * keep, counted, rows, BLOCK_N, D, BLOCK_D)
+    store_gradient(dk, b, begin, head, first, dk_acc, m_h * scale, counted, rows, BLOCK_N, D, BLOCK_D)
+    store_gradient(dv, b, begin, head, first, dv_acc, m_h * keep, counted, rows, BLOCK_N, D, BLOCK_D)
 
 
 # Launch ------------------------------------------------------------------------------------------------------
@@ -341,7 +345,7 @@ def _row_bytes(q: torch.Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1])) * q.element_size()
 
 
-def _short_candidates(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuning.Config]:
+def _short_candidates(q: torch.Tensor, cu_seqlens: torch.Tensor | None, max_length: int = 0) -> list[tuning.Config]:
     """One BLOCK for all of them, since it says which sequences the kernel serves."""
     row = _row_bytes(q)
     most = 128 if row <= 128 else 64 if row <= 256 else 32 if row <= 512 else 16
@@ -349,7 +353,7 @@ def _short_candidates(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[
         most = min(most, 32)
     if mean_length(q, cu_seqlens) <= 64:
         most = min(most, 64)
-    block = min(most, triton.next_power_of_2(max(longest(q), 16)))
+    block = min(most, triton.next_power_of_2(max(longest(q, max_length), 16)))
     return [{"BLOCK": block, "num_warps": warps} for warps in ((8,) if block == 128 else (4, 8))]  # 4 would spill
 
 
@@ -384,6 +388,7 @@ def attention_bwd(
     dv: torch.Tensor,
     dm: torch.Tensor | None,
     delta: torch.Tensor,
+    max_length: int = 0,
 ) -> None:
     """Write the gradients from what ``attention_fwd`` kept.
 
@@ -395,12 +400,13 @@ def attention_bwd(
         dq, dk, dv: shape and dtype of q, last stride 1; 0 at padding and where the head mask is 0.
         dm: float32 [B, H], contiguous, gets the gradient of the head mask; or None.
         delta: float32 [H, N] or [H, B T], contiguous; working memory.
+        max_length: as given to ``attention_fwd``.
     """
     if q.numel() == 0:
         if dm is not None:
             dm.zero_()
         return
-    arguments, constants = call_arguments(q, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale)
+    arguments, constants = call_arguments(q, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, max_length)
     arguments = (*arguments, float(scale))
     inputs = [heads(x) for x in (q, k, v, do)]
     count = q.shape[-2]
@@ -414,23 +420,25 @@ def attention_bwd(
                 **constants, EARLY=early, enable_fp_fusion=True, **config,
             )  # fmt: skip
 
-    one_tile = tuning.pick("attention_bwd_short", key(q, cu_seqlens), _short_candidates(q, cu_seqlens), q.device, short)
+    one_tile = tuning.pick(
+        "attention_bwd_short", key(q, cu_seqlens), _short_candidates(q, cu_seqlens, max_length), q.device, short
+    )
     bound = one_tile["BLOCK"]
-    if cu_seqlens is not None or longest(q) <= bound:
+    if cu_seqlens is not None or longest(q, max_length) <= bound:
         short(one_tile)
-    if longest(q) <= bound:
+    if longest(q, max_length) <= bound:
         return
 
     def queries(config: tuning.Config) -> None:
         with torch.cuda.device_of(q):
-            _attention_bwd_dq_kernel[(blocks(q, cu_seqlens, config["BLOCK_M"]) * count,)](
+            _attention_bwd_dq_kernel[(blocks(q, cu_seqlens, config["BLOCK_M"], max_length) * count,)](
                 *inputs, heads(o), stats, heads(dq), delta, *arguments,
                 **constants, SHORT=bound, DM=dm is not None, enable_fp_fusion=True, **config,
             )  # fmt: skip
 
     def keys(config: tuning.Config) -> None:
         with torch.cuda.device_of(q):
-            _attention_bwd_dkv_kernel[(blocks(q, cu_seqlens, config["BLOCK_N"]) * count,)](
+            _attention_bwd_dkv_kernel[(blocks(q, cu_seqlens, config["BLOCK_N"], max_length) * count,)](
                 *inputs, stats, delta, heads(dk), heads(dv), dm, *arguments,
                 **constants, SHORT=bound, enable_fp_fusion=True, **config,
             )  # fmt: skip

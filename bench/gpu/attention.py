@@ -38,7 +38,7 @@ def _forward_and_backward(
     matrix = n * computed * size * qkv.element_size()  # bytes of q
 
     def ours(q, k, v):
-        return distilbert_fast.attention(q, k, v, cu_seqlens, mask)
+        return distilbert_fast.attention(q, k, v, cu_seqlens, mask, max_length=length)
 
     def by_sequences(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """For those that take [B, H, T, D]; the views cost nothing."""

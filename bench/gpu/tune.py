@@ -56,7 +56,7 @@ def _attention(where: Where, batch: int, length: int) -> Callable[[], object]:
     def call():
         qkv = torch.randn(batch * length, 3, heads, size, dtype=torch.bfloat16, device=where.device, requires_grad=True)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=where.device) * length
-        distilbert_fast.attention(*qkv.unbind(1), cu_seqlens).sum().backward()
+        distilbert_fast.attention(*qkv.unbind(1), cu_seqlens, max_length=length).sum().backward()
 
     return call
 

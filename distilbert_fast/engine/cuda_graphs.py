@@ -6,6 +6,7 @@ another sequence, so the real ones come out as if they were alone among N' token
 
     N'   16, 32 … 128, 160, 192, 224, 256, 320 …   four sizes an octave, up to MOST_TOKENS: at most a quarter more
     S    1, 2 … 8, 10, 12, 14, 16, 20 …            likewise, so that their mean length stays near the real one
+    and whether no sequence exceeds 128 tokens, or 512
 
 Graphs share one pool for what they compute in between, and so run one after another, in whatever streams they are
 asked for; what comes out is copied before the next one runs. The least recently used go first.
@@ -31,6 +32,8 @@ PADDING = 128  # tokens of an added sequence: short, since attention grows with 
 GRAPHS = 64  # kept by default
 MAX_BYTES = 512 << 20  # of the kept graphs' inputs and outputs, what they share aside
 
+LENGTHS = (PADDING, 512)  # beyond, attention searches where each sequence lies
+
 _STEP = 16
 
 
@@ -42,6 +45,11 @@ def token_bucket(tokens: int) -> int:
 def sequence_bucket(batch: int, padding: int) -> int:
     """The size S for B sequences and N' − N tokens of padding."""
     return _round_up(batch + -(-padding // PADDING), 1)
+
+
+def length_bucket(max_length: int | None) -> int | None:
+    """The longest length for which attention is captured: of added sequences, too."""
+    return next((bound for bound in LENGTHS if max_length is not None and max_length <= bound), None)
 
 
 def _round_up(count: int, step: int) -> int:
@@ -151,7 +159,7 @@ class Graphs:
     def __init__(self, encoder: OpEncoder, count: int = GRAPHS, device: CudaDevice | None = None) -> None:
         self._encoder, self._count = encoder, count
         self._device = device or CudaDevice(encoder.word.device)
-        self._kept: OrderedDict[tuple[int, int, bool, str | None], _Graph] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int | None, bool, str | None], _Graph] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -168,6 +176,7 @@ class Graphs:
         layout: Callable[[], TokenLayout],
         first: bool = False,
         regular: tuple[int, int] | None = None,
+        max_length: int | None = None,
     ) -> torch.Tensor:
         """The last state that ``OpEncoder.run`` finds, [N, C] or, with ``first``, [B, C].
 
@@ -176,20 +185,22 @@ class Graphs:
             batch: B.
             layout: makes the rest.
             regular: what the layout depends on, where that is only the batch's shape: it then is not made again.
+            max_length: that none of the sequences exceeds.
         """
         size = token_bucket(ids.shape[0])
-        key = size, sequence_bucket(batch, size - ids.shape[0]), first, backends.forced()
+        sequences, bound = sequence_bucket(batch, size - ids.shape[0]), length_bucket(max_length)
+        key = size, sequences, bound, first, backends.forced()
         with torch.inference_mode(False), torch.no_grad(), self._lock, self._device.in_turn():
             graph = self._kept.get(key)
             if graph is None:
-                graph = self._kept[key] = _Graph(self._capture(size, key[1], first))
+                graph = self._kept[key] = _Graph(self._capture(size, sequences, bound, first))
                 self._evict()
             self._kept.move_to_end(key)
             graph.fill(ids, layout, regular)
             graph.replay()
             return graph.output[: batch if first else ids.shape[0]].clone()
 
-    def _capture(self, tokens: int, sequences: int, first: bool) -> Captured:
+    def _capture(self, tokens: int, sequences: int, bound: int | None, first: bool) -> Captured:
         encoder = self._encoder
 
         def make() -> GraphInputs:
@@ -198,7 +209,7 @@ class Graphs:
             cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=ids.device)
             return GraphInputs(ids, positions, None if encoder.token_type is None else types, cu_seqlens)
 
-        return self._device.capture(make, lambda inputs: encoder.run(*inputs, first=first)[-1])
+        return self._device.capture(make, lambda inputs: encoder.run(*inputs, first=first, max_length=bound)[-1])
 
     def _evict(self) -> None:
         """Drop old graphs, always after a capture: torch frees the pool once no graph is left in it."""

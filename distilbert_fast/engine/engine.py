@@ -322,9 +322,9 @@ class Engine:
         if plain and self.graphs is not None and self.graphs.take(ids.shape[0]):
             by_shape = attention_mask is None and token_type_ids is None and position_ids is None
             by_shape = by_shape and self.padding_idx is None
-            states = [self.graphs.run(ids, batch, layout, first, (batch, length) if by_shape else None)]
+            states = [self.graphs.run(ids, batch, layout, first, (batch, length) if by_shape else None, length)]
         else:
-            states = ops.run(ids, *layout(), masks, hidden_states, first, largest, keys)
+            states = ops.run(ids, *layout(), masks, hidden_states, first, largest, keys, length or None)
         return [state[:, None] if first else tokens.padded(state) for state in states]
 
 

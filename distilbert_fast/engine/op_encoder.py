@@ -96,6 +96,7 @@ class OpEncoder:
         first: bool = False,
         largest: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
+        max_length: int | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states [N, C] of unpadded tokens in the dtype of the word table: the last, or the embeddings and the
         output of each layer.
@@ -108,6 +109,7 @@ class OpEncoder:
                 nothing after the attention is computed for the others. Not with ``hidden_states``.
             largest: float32 [L, 2], raised to the largest magnitudes of what each layer's out and ffn_out read.
             keys: bool [B, T], where the rows are those of a padded batch, N = B·T: which of them are anybody's keys.
+            max_length: that no sequence exceeds, see ``attention``.
         """
         rows = None
         if first:
@@ -121,7 +123,9 @@ class OpEncoder:
             mask = None if head_masks is None else head_masks[i]
             seen = None if largest is None else largest[i]
             wanted = rows if following is None else None
-            x, codes = self._layer(layer, x, codes, cu_seqlens, mask, following and following.qkv, wanted, seen, keys)
+            x, codes = self._layer(
+                layer, x, codes, cu_seqlens, mask, following and following.qkv, wanted, seen, keys, max_length
+            )
             states = [*states, x] if hidden_states else [x]
         if rows is not None:
             x = states[-1] if self.layers else states[-1].index_select(0, rows)
@@ -164,6 +168,7 @@ class OpEncoder:
         rows: torch.Tensor | None = None,  # of x, [M]; None = all
         largest: torch.Tensor | None = None,  # float32 [2]
         keys: torch.Tensor | None = None,  # bool [B, T]
+        max_length: int | None = None,
     ) -> tuple[torch.Tensor, Codes | None]:
         """x [N or M, C] after one layer, and its codes if ``reader``, the linear layer after it, wants them."""
         if layer.heads:
@@ -172,7 +177,7 @@ class OpEncoder:
                 mask = layer.mask if mask is None else mask * layer.mask
             q, k, v = qkv.unbind(1)
             if keys is None:
-                context = attention(q, k, v, cu_seqlens, mask)
+                context = attention(q, k, v, cu_seqlens, mask, max_length=max_length)
             else:
                 q, k, v = (part.unflatten(0, keys.shape).transpose(1, 2) for part in (q, k, v))  # [B, H, T, D]
                 context = F.scaled_dot_product_attention(q, k, v, keys[:, None, None, :])

@@ -93,7 +93,8 @@ class DistilBertSelfAttention(hf.DistilBertSelfAttention):
         dropout_p = self.dropout.p if self.training else 0.0
         if isinstance(attention_mask, Tokens):
             q, k, v = q[0], k[0], v[0]  # [N, H, D]
-            context = attention(q, k, v, attention_mask.cu_seqlens, head_mask, dropout_p, self.scaling)[None]
+            where = attention_mask.cu_seqlens, head_mask, dropout_p, self.scaling, attention_mask.length or None
+            context = attention(q, k, v, *where)[None]
             probabilities = None
         else:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]

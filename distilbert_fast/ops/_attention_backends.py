@@ -32,6 +32,7 @@ class Call(NamedTuple):
     dropout_p: float
     scale: float
     dm: bool  # the gradient of the head mask is wanted, even where the mask is 0
+    max_length: int  # that no packed sequence exceeds; 0: nothing is known
 
 
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -295,7 +296,7 @@ def _forward_triton(
     call: Call, unmasked: torch.Tensor | None = None, stats: torch.Tensor | None = None
 ) -> torch.Tensor:
     o = call.q.new_empty(call.q.shape)
-    triton_kernels("attention").attention_fwd(*_ready(call)[:9], o, unmasked, stats)
+    triton_kernels("attention").attention_fwd(*_ready(call)[:9], o, unmasked, stats, call.max_length)
     return o
 
 
@@ -319,7 +320,7 @@ def _backward_triton(call: Call, do: torch.Tensor, o: torch.Tensor, stats: torch
     dq, dk, dv, dm = gradients_like(call)
     delta = stats.new_empty(stats.shape[1:])
     triton_kernels("attention_backward").attention_bwd(
-        do, *call[:3], o, stats, *_ready(call)[3:9], dq, dk, dv, dm if call.dm else None, delta
+        do, *call[:3], o, stats, *_ready(call)[3:9], dq, dk, dv, dm if call.dm else None, delta, call.max_length
     )
     return dq, dk, dv, dm
 

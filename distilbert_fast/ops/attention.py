@@ -24,7 +24,7 @@ from distilbert_fast.ops import _attention_backends as served
 from distilbert_fast.ops import _check
 from distilbert_fast.ops._attention_backends import OP, Call, Forward, Gradients
 from distilbert_fast.ops._autocast import autocast, without_autocast
-from distilbert_fast.ops._operator import function, operator
+from distilbert_fast.ops._operator import function, is_eager, operator
 from distilbert_fast.ops._rows import accumulation_dtype, whole_rows
 
 PADDED = "padded_attention"
@@ -39,6 +39,7 @@ def attention(
     head_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    max_length: int | None = None,
 ) -> torch.Tensor:
     """m_h · softmax(q kᵀ · scale) · v within each of the sequences that lie one after another in N tokens.
 
@@ -53,6 +54,8 @@ def attention(
         dropout_p: chance in [0, 1) that a probability is dropped, drawn from torch's generator; the others
             are divided by 1 - dropout_p. There is no training flag: pass 0 to infer.
         scale: finite and above 0; None = 1 / sqrt(D).
+        max_length: a promise, at least 1: no sequence is longer. On a GPU short ones then take one tile, and nothing is
+            searched. Checked where the values of cu_seqlens are; elsewhere a longer sequence gets NaN.
 
     Returns:
         [N, H, D], contiguous, in the dtype of q. The softmax is float32 for every dtype but float64. Under
@@ -65,7 +68,14 @@ def attention(
     if cu_seqlens.shape[0] == 0:
         _check.refuse(OP, "cu_seqlens", "of shape [B + 1], B ≥ 0", list(cu_seqlens.shape))
     batch = cu_seqlens.shape[0] - 1
-    return _attention(OP, ("N", "H", "D"), batch, q, k, v, cu_seqlens, None, head_mask, dropout_p, scale)
+    if max_length is not None:
+        _check.positive(OP, "max_length", max_length)
+        if batch > 0 and is_eager((cu_seqlens,)) and cu_seqlens.device.type == "cpu":
+            longest = int(cu_seqlens.diff().max())
+            if longest > max_length:
+                _check.refuse(OP, "cu_seqlens", f"sequences of at most max_length = {max_length} tokens", longest)
+    others = cu_seqlens, None, head_mask, dropout_p, scale, max_length or 0
+    return _attention(OP, ("N", "H", "D"), batch, q, k, v, *others)
 
 
 @function(casts=True)
@@ -96,7 +106,8 @@ def padded_attention(
     if attention_mask is not None:
         _check.tensor(PADDED, "attention_mask", attention_mask, tuple(q.shape[:2]), (torch.bool,), q.device)
     batch = q.shape[0]
-    return _attention(PADDED, ("B", "T", "H", "D"), batch, q, k, v, None, attention_mask, head_mask, dropout_p, scale)
+    others = None, attention_mask, head_mask, dropout_p, scale, 0
+    return _attention(PADDED, ("B", "T", "H", "D"), batch, q, k, v, *others)
 
 
 def attention_reference(
@@ -121,7 +132,7 @@ def attention_reference(
 
 def _attention(op: str, shape: tuple[str, ...], batch: int, q: Any, k: Any, v: Any, *others: Any) -> torch.Tensor:
     """Both forms: [N, H, D] with cu_seqlens, or [B, T, H, D] with or without an attention mask."""
-    cu_seqlens, attention_mask, head_mask, dropout_p, scale = others
+    cu_seqlens, attention_mask, head_mask, dropout_p, scale, max_length = others
     _check.tensor(op, "q", q, shape)
     q, k, v = autocast(q.device, q, k, v)
     for name, x in (("k", k), ("v", v)):
@@ -145,7 +156,7 @@ def _attention(op: str, shape: tuple[str, ...], batch: int, q: Any, k: Any, v: A
     # The seed stays on the device: the kernels read it there, and a captured graph draws a new one each time.
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
     differentiable = [x for x in (q, k, v, head_mask) if x is not None and x.requires_grad]
-    call = Call(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, False)
+    call = Call(q, k, v, cu_seqlens, attention_mask, head_mask, seed, dropout_p, scale, False, max_length)
     if not (torch.is_grad_enabled() and differentiable):
         return _forward(call)
     return _Attention.apply(*call)
@@ -156,7 +167,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         """Arguments: those of ``Call``."""
         dm = arguments[5] is not None and ctx.needs_input_grad[5]
-        call = Call(*(*arguments[:-1], dm))
+        call = Call(*arguments)._replace(dm=dm)
         ctx.numbers = call[7:]
         o, unmasked, stats = _forward_keeping(call)
         nothing_kept = stats.shape[0] == 0
@@ -169,7 +180,7 @@ class _Attention(torch.autograd.Function):
         *tensors, o, stats = ctx.saved_tensors
         call = Call(*(*tensors, *ctx.numbers))
         dq, dk, dv, dm = _backward(call, do, o, stats)
-        return dq, dk, dv, None, None, dm if call.dm else None, None, None, None, None
+        return dq, dk, dv, None, None, dm if call.dm else None, *(None,) * 5
 
 
 def _whole(call: Call) -> Call:

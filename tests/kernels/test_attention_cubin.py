@@ -19,7 +19,7 @@ if backends.interpreted():
 
 import cubin  # noqa: E402
 
-from distilbert_fast.kernels import attention, attention_backward  # noqa: E402
+from distilbert_fast.kernels import attention, attention_backward, attention_tiles  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*", 100: r"tcgen05\.mma\S*"}
@@ -58,17 +58,18 @@ def compiled(name, arch, dtype, absent=PACKED, size=64, length=512):
     options = {option: tile.pop(option) for option in ("num_warps", "num_stages") if option in tile}
     if name == "fwd":
         constants = {"ONE_TILE": length <= tile["BLOCK_N"]}
+    constants["KNOWN"] = absent == PADDED or length <= 128
     types = {
         **dict.fromkeys(
             ["q", "k", "v", "o", "unmasked", "do", "dq", "dk", "dv"],
-            attention.Heads(f"*{dtype}", "i64:16", "i32:16", "i32:16"),
+            attention_tiles.Heads(f"*{dtype}", "i64:16", "i32:16", "i32:16"),
         ),
         **dict.fromkeys(["stats", "delta", "dm", "head_mask"], "*fp32"),
         **dict.fromkeys(["cu_seqlens", "rank"], "*i32"),
         "mask": "*i1",
         "seed": "*i64",
         "threshold": "u32",
-        **dict.fromkeys(["head_mask_stride", "batch", "length", "tokens", "H"], "i32"),
+        **dict.fromkeys(["head_mask_stride", "batch", "length", "longest", "tokens", "H"], "i32"),
         **dict.fromkeys(["keep", "c", "scale"], "fp32"),
     }
     return cubin.compiled(
@@ -118,6 +119,7 @@ def test_float16(name, tmp_path):
 
 @pytest.mark.parametrize("arch", cubin.ARCHS)
 def test_forward_whose_keys_fit_one_tile_has_no_loop(arch, tmp_path):
+    """Of packed sequences, too, where the host promises that they are so short."""
     ptx = check(compiled("fwd", arch, "bf16", length=128), arch, "bf16", tmp_path)
     assert not any(re.search(PRODUCT[arch], loop) for loop in cubin.loops(ptx))
 

@@ -165,7 +165,7 @@ def test_nothing_to_attend_to(shape, tokens):
 def launch(module, x, cu_seqlens, head_mask=None, dm=None):
     """Both passes past the checks of the op; x: q, k, v, do, o, unmasked, dq, dk, dv of [N, H, D]."""
     n, heads = x["q"].shape[:2]
-    call = op.Call(x["q"], x["k"], x["v"], cu_seqlens, None, head_mask, None, 0.0, 0.5, dm is not None)
+    call = op.Call(x["q"], x["k"], x["v"], cu_seqlens, None, head_mask, None, 0.0, 0.5, dm is not None, 0)
     arguments = op._cuda_arguments(call)
     at = {name: op._heads_argument(tensor) for name, tensor in x.items()}
     stats, r = torch.full((4, heads, n), 77.0), torch.empty(heads, n)
@@ -210,7 +210,7 @@ def test_no_byte_behind_a_tensor_is_touched(form, size, fenced, monkeypatch):
         q, k, v, do = (x.unflatten(0, (2, 70)) for x in (q, k, v, do))
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *x, **rest: fenced(new_empty(*x, **rest)))
-    call = op.Call(q, k, v, *where, head_mask, seed, 0.1, 0.5, True)
+    call = op.Call(q, k, v, *where, head_mask, seed, 0.1, 0.5, True, 0)
     _, *kept = op._forward_keeping_cuda(call)
     for gradient in op._backward_cuda(call, do, *kept):
         assert gradient.isfinite().all()
@@ -340,7 +340,7 @@ def test_a_seed_drops_the_same_as_on_the_cpu(form, p):
         q, k, v, do = (x.unflatten(0, (2, t)) for x in (q, k, v, do))
     head_mask = torch.tensor([0.5, 2.0]).expand(2, 2)
     for seed in (2**63 - 2, 0):
-        call = op.Call(q, k, v, *where, head_mask, torch.tensor([seed]), p, 0.1, True)
+        call = op.Call(q, k, v, *where, head_mask, torch.tensor([seed]), p, 0.1, True, 0)
         o, *kept = op._forward_keeping_cuda(call)
         cpus = op._forward_cpu(call)
         assert torch.equal(o == 0, cpus == 0) and (o == 0).any()
@@ -357,7 +357,7 @@ def test_a_seed_drops_the_same_as_on_the_cpu(form, p):
 def test_forward_on_another_backend(dm):
     cu_seqlens, do = cumulated((20, 70)), projection(90, 2, 8, FP16, 1)[:, 0]
     (q, k, v), head_mask = projection(90, 2, 8, FP16).unbind(1), torch.tensor([[0.0, 2.0], [1.0, 0.5]])
-    call = op.Call(q, k, v, cu_seqlens, None, head_mask, None, 0.0, 0.5, dm)
+    call = op.Call(q, k, v, cu_seqlens, None, head_mask, None, 0.0, 0.5, dm, 0)
     o, *kept = op._forward_keeping_cuda(call)
     expected = op._backward_cuda(call, do, *(kept if dm else (o, kept[1])))
     for x, y in zip(op._backward_cuda(call, do, *op.nothing_like(q)), expected, strict=True):

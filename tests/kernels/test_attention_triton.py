@@ -65,7 +65,7 @@ def masked(shape):
     return None if shape is None else torch.linspace(-1, 2, math.prod(shape), device=DEVICE).view(shape).round()
 
 
-def check(lengths, heads, size, dtype, mask=None, seeds=2):
+def check(lengths, heads, size, dtype, mask=None, seeds=2, max_length=None):
     """Output and all gradients follow the rule of twice torch's error, pooled over some seeds."""
     cu_seqlens, n = cumulated(lengths, DEVICE), sum(lengths)
     head_mask = masked({None: None, "H": (heads,), "BH": (len(lengths), heads)}[mask])
@@ -74,7 +74,7 @@ def check(lengths, heads, size, dtype, mask=None, seeds=2):
     for seed in range(seeds):
         qkv, do = packed(n, heads, size, dtype, seed), packed(n, heads, size, dtype, seed + 100)[:, 0]
         before = qkv.clone()
-        ours = results(attention, qkv, do, cu_seqlens, head_mask=head_mask)
+        ours = results(attention, qkv, do, cu_seqlens, head_mask=head_mask, max_length=max_length)
         assert torch.equal(qkv, before)
         torchs = results(sdpa, qkv, do, cu_seqlens, head_mask=head_mask)
         found.append((ours, torchs, results(sdpa, qkv.double(), do.double(), cu_seqlens, head_mask=double)))
@@ -89,6 +89,40 @@ def check(lengths, heads, size, dtype, mask=None, seeds=2):
 @pytest.mark.parametrize(("heads", "size", "mask"), [(3, 5, "H"), (2, 32, "BH")])
 def test_output_and_gradients(lengths, heads, size, mask, dtype):
     check(lengths, heads, size, dtype, mask)
+
+
+@both_tiles
+@pytest.mark.parametrize("max_length", [16, 32, 50])
+def test_promised_lengths(max_length):
+    """One tile, several, and more than there are."""
+    check((16, 0, 15, 1, 3), 2, 32, torch.float16, "BH", max_length=max_length)
+    if max_length >= 32:
+        check((0, 17, 32), 3, 5, torch.float32, "H", max_length=max_length)
+
+
+@pytest.mark.parametrize("max_length", [16, 32])
+def test_a_broken_promise_gives_nan(max_length):
+    """On a device the host never reads the offsets; here the launchers are called past the check of the op."""
+    lengths, n = (7, 70, 5), 82
+    cu_seqlens = cumulated(lengths, DEVICE)
+    q, k, v, do = (packed(n, 2, 8, seed=seed)[:, 0] for seed in range(4))
+    found = {}
+    for promised in (0, max_length):
+        o, dq, dk, dv = torch.full((4, n, 2, 8), 77.0, device=DEVICE)
+        stats, delta = torch.zeros(2, 2, n, device=DEVICE), torch.zeros(2, n, device=DEVICE)
+        call = (cu_seqlens, None, None, None, 0.0, 0.5)
+        kernels.attention_fwd(q, k, v, *call, o, None, stats, promised)
+        attention_backward.attention_bwd(do, q, k, v, o, stats, *call, dq, dk, dv, None, delta, promised)
+        found[promised] = torch.stack([o, dq, dk, dv])
+    kept, broken = found[0], found[max_length]
+    for short in (slice(0, 7), slice(77, n)):
+        torch.testing.assert_close(broken[:, short], kept[:, short], **CLOSE)
+    assert not (broken == 77).any(), "memory that nobody wrote"
+    assert broken[:, 7 + max_length : 77].isnan().all()
+    if DEVICE == "cpu":
+        said = f"attention: cu_seqlens must be sequences of at most max_length = {max_length} tokens, got 70"
+        with pytest.raises(ValueError, match=said):
+            attention(q, k, v, cu_seqlens, max_length=max_length)
 
 
 @pytest.mark.parametrize("size", [1, 16, 33, 100, 256])
@@ -343,7 +377,7 @@ def dropped_everything(backend, x, where, p, seed, device):
     head_mask = torch.linspace(-1, 2, heads, device=device).expand(batch, heads)
     where = [None if w is None else w.to(device) for w in where]
     q, k, v, do = (y.to(device) for y in x)
-    call = (*where, head_mask, torch.tensor([seed], device=device), p, 0.5, True)
+    call = (*where, head_mask, torch.tensor([seed], device=device), p, 0.5, True, 0)
     with distilbert_fast.backend(backend):
         call = op.Call(q, k, v, *call)
         o, unmasked, stats = op._forward_keeping(call)
@@ -406,7 +440,7 @@ def test_opcheck(form):
         q, k, v = (x.view(2, 4, 2, 4) for x in (q, k, v))
         where = (None, torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool, device=DEVICE))
     head_mask, dm = (torch.rand(2, 2, device=DEVICE), True) if form == "padded" else (None, False)
-    call = (*where, head_mask, torch.tensor([7], device=DEVICE), 0.1, 0.5, dm)
+    call = (*where, head_mask, torch.tensor([7], device=DEVICE), 0.1, 0.5, dm, 0)
     ops = torch.ops.distilbert_fast
     torch.library.opcheck(ops.attention_forward_keeping.default, (q, k, v, *call))
     o, unmasked, stats = ops.attention_forward_keeping.default(q, k, v, *call)

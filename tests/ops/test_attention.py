@@ -475,7 +475,7 @@ def test_opcheck(form):
         where = (cumulated((5, 0, 3)), None)
     batch = 2 if form == "padded" else 3
     for head_mask, dm in ((None, False), (torch.rand(batch, 2), False), (torch.rand(batch, 2), True)):
-        call = (*where, head_mask, torch.tensor([7]), 0.1, 0.5, dm)
+        call = (*where, head_mask, torch.tensor([7]), 0.1, 0.5, dm, 0)
         ops = torch.ops.distilbert_fast
         torch.library.opcheck(ops.attention_forward.default, (q, k, v, *call))
         torch.library.opcheck(ops.attention_forward_keeping.default, (q, k, v, *call))
