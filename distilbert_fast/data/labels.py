@@ -13,17 +13,17 @@ from distilbert_fast.files.text import refuse_input, shortened, visible
 NO_LABEL = -1  # where labels have names: in data sets of the hub, and in Parquet files written of them
 
 
-def refuse_vectors(source: str, lists: Sequence[list[Any]], names: Sequence[str] | None) -> None:
+def refuse_vectors(place: str, lists: Sequence[list[Any]], names: Sequence[str] | None) -> None:
     """Refuse lists of one length in which every label may be a 1 or 0 that says whether a row has the label.
 
-    Where numbers have names they are labels, but for lists with a number for each name.
+    Where numbers have names they are labels, but for lists with a number for each name. `place`: of the first list.
     """
     lengths = {len(given) for given in lists}
     if len(lengths) != 1 or lengths == {0} or (names and lengths != {len(names)}):
         return
     if all(map(_is_flag, (one for given in lists for one in given))):
         expected = "the names of the labels that the row has"
-        refuse_input(f"{source}: row 1", expected, f"{shortened(lists[0])}, perhaps a 1 or 0 for each label")
+        refuse_input(place, expected, f"{shortened(lists[0])}, perhaps a 1 or 0 for each label")
 
 
 def refuse_no_label(row: str, label: str) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from distilbert_fast.data.conll import Tagged, read_conll, read_tags
+from distilbert_fast.data.labels import refuse_vectors
 from distilbert_fast.data.published import Published, as_number
 from distilbert_fast.data.tables import as_written, cells_of
 from distilbert_fast.data.tags import refuse_odd_tag, scheme_of
 from distilbert_fast.data.tokens import read_tagged_file
-from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened
+from distilbert_fast.files.text import json_object, lines, read_text, refuse_input, refuse_twice, shortened, visible
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +134,14 @@ class Chosen(NamedTuple):
     scores: Mapping[str, float] | None
 
 
-def read_label_lists(op: str, path: Path, ids: Sequence[str], file_ids: Sequence[str] | None = None) -> list[Chosen]:
+def read_label_lists(
+    op: str, path: Path, ids: Sequence[str], file_ids: Sequence[str] | None = None, known: Set[str] = frozenset()
+) -> list[Chosen]:
     """The labels of each row of `ids`: JSONL with "labels", and perhaps "idx" and "scores", an object of probabilities.
 
     Rows are named as in `read_labels`, which raises the same errors; rows must have scores of the same labels or none.
+    Of `known` labels, those of data, others are counted in a warning, and refused if they differ in case or in what
+    nobody sees, or if lists hold a 1 or 0 for each label.
     """
     source = f"{op}: predictions: {str(path)!r}"
     found: list[tuple[int, str | None, Chosen]] = []
@@ -158,7 +164,25 @@ def read_label_lists(op: str, path: Path, ids: Sequence[str], file_ids: Sequence
             refuse_input(place, "scores of the same labels as in the line before", shortened(scores))
         index = as_written(row["idx"]) if "idx" in row else None
         found.append((number, index, Chosen(tuple(str(one) for one in named), scores)))
+    if known:
+        _check_known(source, found, known)
     return _by_index(source, found, ids, file_ids or ids)
+
+
+def _check_known(source: str, found: Sequence[tuple[int, str | None, Chosen]], known: Set[str]) -> None:
+    seen = {visible(label).casefold(): label for label in sorted(known)}
+    others: Counter[str] = Counter()
+    for number, _, row in found:
+        for label in row.labels:
+            if label in known:
+                continue
+            if (same := seen.get(visible(label).casefold())) is not None:
+                refuse_input(f"{source}: line {number}", f"the label {same!r} as in data", ascii(label))
+            others[label] += 1
+    if others:
+        refuse_vectors(f"{source}: line {found[0][0]}", [[*row.labels] for _, _, row in found], None)
+        names = ", ".join(map(repr, [*others][:3])) + ", …" * (len(others) > 3)
+        logger.warning("%s: %d labels are none of data's and count as wrong: %s", source, others.total(), names)
 
 
 def _is_number(value: object) -> bool:

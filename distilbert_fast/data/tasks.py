@@ -275,7 +275,7 @@ def _rows(
     labels = table.columns[label_column]
     several = all(isinstance(given, list) for given in labels) and not regression
     if several:
-        refuse_vectors(source, labels, names)
+        refuse_vectors(f"{source}: row 1", labels, names)
     for at, (*cells, given) in enumerate(zip(*texts, labels, strict=True), start=1):
         if names and given == NO_LABEL:
             continue

@@ -98,7 +98,8 @@ def score(
             return _squad(task, Path(data or ""), predictions, na_prob, threshold)
         split = read_split(JOB, "data", Path(data or ""), task, regression)
         if has_lists(split):
-            return label_list_scores(split, read_label_lists(JOB, predictions, split.ids, split.file_ids))
+            known_labels = {one for _, labels in split.rows for one in labels}
+            return label_list_scores(split, read_label_lists(JOB, predictions, split.ids, split.file_ids, known_labels))
         classes = classes_of(split, known.class_names if known else None)
         found = read_labels(JOB, predictions, split.ids, known, classes, split.file_ids)
         return label_scores(split, found, classes, known.metrics if known else None)

@@ -153,6 +153,38 @@ def test_lists_of_labels_that_are_refused(tmp_path, text, message):
         read_label_lists("evaluate", path, ["0", "1"])
 
 
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (
+            "[0, 1] [1, 0]",
+            "line 1: expected the names of the labels that the row has, got ['0', '1'], perhaps a 1 or 0",
+        ),
+        ('[] ["old\u200b"]', "line 2: expected the label 'old' as in data, got 'old\\u200b'"),
+        ('["tool", "Old"] []', "line 1: expected the label 'old' as in data, got 'Old'"),
+    ],
+)
+def test_lists_of_labels_that_data_has_otherwise(tmp_path, lists, message):
+    path = file(tmp_path, "".join(f'{{"labels": {one}}}\n' for one in re.findall(r"\[.*?\]", lists)), "pred.jsonl")
+    with pytest.raises(
+        ValueError, match=rf"^evaluate: predictions: {re.escape(repr(str(path)))}: {re.escape(message)}"
+    ):
+        read_label_lists("evaluate", path, ["0", "1"], known={"old", "tool"})
+
+
+def test_lists_of_labels_that_data_lacks_are_counted(tmp_path, caplog):
+    path = file(tmp_path, '{"labels": ["old", "new"]}\n{"labels": ["new", "x"]}\n', "pred.jsonl")
+    found = read_label_lists("evaluate", path, ["0", "1"], known={"old", "tool"})
+    assert [row.labels for row in found] == [("old", "new"), ("new", "x")]
+    assert caplog.messages == [
+        f"evaluate: predictions: {str(path)!r}: 3 labels are none of data's and count as wrong: 'new', 'x'"
+    ]
+    caplog.clear()
+    (tmp_path / "pred.jsonl").write_text('{"labels": [0, 1]}\n{"labels": [1, 0]}\n')
+    assert read_label_lists("evaluate", path, ["0", "1"], known={"0", "1"})[0].labels == ("0", "1")
+    assert not caplog.messages
+
+
 LEFT_OUT = "evaluate: predictions: {!r}: {} of {} predictions are of rows without a label and are left out"
 
 
