@@ -1,8 +1,8 @@
 """Weights that all processes of a machine share: mapped from files, so that the page cache holds them once.
 
-transformers copies what it reads, and an engine packs what it copies. `map_parameters` puts the checkpoint's own file
-in the place of the first, `map_engine` a file of packed weights in that of the second. Both compare every byte with
-what is replaced.
+transformers copies what it reads, or maps it, by its version and the dtype; an engine packs that. `map_parameters` puts
+the checkpoint's own file in the place of the first, `map_engine` a file of packed weights in that of the second. Both
+compare every byte with what is replaced. `own_parameters` is for processes that share nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def map_parameters(model: nn.Module, directory: Path) -> int:
     mapped = run_aside(lambda: _map_parameters(model, directory))
     _give_back()
     return mapped
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Copy parameters and buffers on the CPU, which may be a mapped checkpoint: a file that is written over meanwhile
+    would change them, and one that is cut end the process. Call it before ``optimize``."""
+    with torch.no_grad():
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_cpu:
+                tensor.data = tensor.data.clone()
 
 
 def _map_parameters(model: nn.Module, directory: Path) -> int:

@@ -18,7 +18,7 @@ from distilbert_fast.data.sentences import Text, by_tokens
 from distilbert_fast.modeling.accelerator import explain
 from distilbert_fast.modeling.architectures import longest_sequence
 from distilbert_fast.modeling.loading import load_tokenizer, load_with_head, locate
-from distilbert_fast.modeling.mapped import map_engine, map_parameters
+from distilbert_fast.modeling.mapped import map_engine, map_parameters, own_parameters
 from distilbert_fast.modeling.optimize import optimize
 from distilbert_fast.ops import _check
 from distilbert_fast.serving.answers import NOT_FINITE, is_finite
@@ -138,7 +138,9 @@ class Predictor:
         tokenizer = load_tokenizer(directory, "")
         if most is not None and options.get("max_length") is None:
             options["max_length"] = min(most, _longest(model, tokenizer))
-        if packed is not None:
+        if packed is None:
+            own_parameters(model)
+        else:
             map_parameters(model, directory)
         made = cls(model, task, tokenizer, precision, **options)
         if packed is not None:

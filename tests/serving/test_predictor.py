@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,3 +382,14 @@ def test_what_is_given_stays(classifier, tokenizer):
     assert explain(predictor.model).engine.startswith("int8") and predictor.model is model
     assert tokenizer.backend_tokenizer.to_str() == before
     assert Predictor(model, None, tokenizer, "fp32") and explain(model).engine.startswith("fp32")
+
+
+def test_a_checkpoint_that_is_written_over_changes_nothing(classifier, tokenizer, tmp_path):
+    """As `cp` does it, which cuts the file first; what is mapped would end the process."""
+    for part in (classifier, tokenizer):
+        part.save_pretrained(tmp_path)
+    predictor = Predictor.load(tmp_path)
+    wanted = predictor("a charming journey")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert predictor("a charming journey") == wanted
