@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from distilbert_fast.kernels import tuning
 from distilbert_fast.kernels.common import (
     LOG2E,
     LOWEST,
@@ -30,6 +31,7 @@ from distilbert_fast.kernels.common import (
     fold_divergence,
     logits_configuration,
     merge_lanes,
+    rows_key,
     split_row,
 )
 
@@ -188,11 +190,20 @@ def _scale_gradient_kernel(
         tl.store(gradient + place, (x * by).to(gradient.dtype.element_ty), mask=inside)
 
 
-def configuration(student: torch.Tensor, teacher: torch.Tensor, dstudent: torch.Tensor | None) -> dict[str, int]:
-    """Tile and warps, and whether all rows start at the same place between multiples of 16 bytes."""
+def configurations(student: torch.Tensor, teacher: torch.Tensor, dstudent: torch.Tensor | None) -> list[tuning.Config]:
+    """Tile, stages and warps, the default first, and whether all rows start at one place between multiples of 16 bytes.
+
+    More warps a row leave fewer rows on a multiprocessor, and so more of each in the L2 cache for pass 2.
+    """
     tile = logits_configuration(student.shape[1], max(student.element_size(), teacher.element_size()))
     others = [teacher] if dstudent is None else [teacher, dstudent]
-    return {"ALIGNED": all((x.stride(0) - student.stride(0)) % tile["GROUP"] == 0 for x in others), **tile}
+    tile["ALIGNED"] = all((x.stride(0) - student.stride(0)) % tile["GROUP"] == 0 for x in others)
+    found = [tile, tile | {"STAGES": 2}]
+    for times, stages in ((2, 3), (2, 2), (4, 2)):
+        lanes, warps = times * tile["LANES"], times * tile["num_warps"]
+        if lanes * tile["GROUP"] <= student.shape[1] and warps <= 32:
+            found.append(tile | {"LANES": lanes, "num_warps": warps, "STAGES": stages})
+    return found
 
 
 def kl_div_fwd(
@@ -216,7 +227,7 @@ def kl_div_fwd(
         stats: float32 [N, 4], contiguous; gets m_s, Z_s, m_t, Z_t.
         gradient: [N, V], any row stride, last stride 1; gets scale · d rows / d student.
     """
-    _launch(_kl_div_fwd_kernel, student, teacher, mask, temperature, gradient, scale, rows, stats)
+    _launch("kl_div_fwd", _kl_div_fwd_kernel, student, teacher, mask, temperature, gradient, scale, rows, stats)
 
 
 def kl_div_bwd(
@@ -236,7 +247,7 @@ def kl_div_bwd(
         stats: float32 [N, 4], contiguous.
         dstudent: [N, V], any row stride, last stride 1; gets drows · d rows / d student.
     """
-    _launch(_kl_div_bwd_kernel, student, teacher, mask, temperature, dstudent, drows, stats)
+    _launch("kl_div_bwd", _kl_div_bwd_kernel, student, teacher, mask, temperature, dstudent, drows, stats)
 
 
 def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> None:
@@ -256,6 +267,7 @@ def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def _launch(
+    name: str,
     kernel: Any,
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -264,23 +276,35 @@ def _launch(
     gradient: torch.Tensor | None,
     *others: torch.Tensor | None,
 ) -> None:
-    """Launch a program a row; ``others``: what the kernel takes between the mask and the gradient."""
+    """Launch a program a row.
+
+    Args:
+        name: of the kernel in the tables of configurations.
+        others: what the kernel takes between the mask and the gradient.
+    """
     if student.shape[0] == 0:
         return
-    with torch.cuda.device_of(student):
-        kernel[(student.shape[0],)](
-            student,
-            teacher,
-            mask,
-            *others,
-            gradient,
-            student.stride(0),
-            teacher.stride(0),
-            0 if gradient is None else gradient.stride(0),
-            0 if mask is None else mask.stride(0),
-            student.shape[1],
-            float(temperature),  # Triton would compile again for an int
-            LOG2E / temperature,
-            enable_fp_fusion=True,
-            **configuration(student, teacher, gradient),
-        )
+
+    def launch(config: tuning.Config) -> None:
+        with torch.cuda.device_of(student):
+            kernel[(student.shape[0],)](
+                student,
+                teacher,
+                mask,
+                *others,
+                gradient,
+                student.stride(0),
+                teacher.stride(0),
+                0 if gradient is None else gradient.stride(0),
+                0 if mask is None else mask.stride(0),
+                student.shape[1],
+                float(temperature),  # Triton would compile again for an int
+                LOG2E / temperature,
+                enable_fp_fusion=True,
+                **config,
+            )
+
+    candidates = configurations(student, teacher, gradient)
+    key = f"{rows_key((student, teacher), student.shape[1])},aligned={candidates[0]['ALIGNED']}"
+    key += "" if gradient is not None else ",loss alone"
+    launch(tuning.pick(name, key, candidates, student.device, launch))

@@ -43,7 +43,7 @@ def compiled(kernel, arch, student, teacher, aligned=True, absent=()):
         **dict.fromkeys(["temperature", "c"], "fp32"),
     }
     logits = {name: torch.empty((1, 30522), dtype=dtype, device="meta") for name, dtype in DTYPES.items()}
-    constants = kernels.configuration(logits[student], logits[teacher], logits[student])
+    constants = kernels.configurations(logits[student], logits[teacher], logits[student])[0]
     warps = constants.pop("num_warps")
     constants |= {"ALIGNED": aligned, **dict.fromkeys(absent)}
     return cubin.compiled(kernel, arch, types, constants, num_warps=warps)

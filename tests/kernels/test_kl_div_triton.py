@@ -22,6 +22,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no CUDA device here; test_interpreter.py runs this module", allow_module_level=True)
 
 from distilbert_fast.kernels import kl_div as kernels  # noqa: E402  (needs Triton)
+from distilbert_fast.kernels import tuning  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter: −inf − −inf
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -70,6 +71,16 @@ def test_shapes(n, v, recompute):
 @both_modes
 def test_dtypes(dtype, teacher_dtype, recompute):
     check(*pair(3, 1003, dtype, teacher_dtype), 2.0, recompute=recompute)
+
+
+def test_every_configuration():
+    student, teacher = pair(1, V, torch.bfloat16)
+    candidates = kernels.configurations(student, teacher, student)
+    assert sorted({config["num_warps"] for config in candidates}) == [8, 16, 32]
+    for config in candidates:
+        with tuning.choosing(lambda kernel, key, candidates, config=config: config):
+            check(student, teacher, 2.0)
+            check(student, teacher, 2.0, recompute=True)
 
 
 def test_every_width_at_every_alignment():
