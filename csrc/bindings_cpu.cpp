@@ -71,6 +71,8 @@ struct type_caster<Address<const LayerMatches>> : FromObject<const LayerMatches>
 template <>
 struct type_caster<Address<Fingerprint>> : FromObject<Fingerprint> {};
 template <>
+struct type_caster<Address<const TreeWatch>> : FromObject<const TreeWatch> {};
+template <>
 struct type_caster<Codes> : FromTuple<Codes, uint8_t*, int64_t, uint8_t, float*, const float*, int64_t> {};
 template <>
 struct type_caster<Normalized> : FromTuple<Normalized, int64_t, const float*, const float*, double, void*, int64_t,
@@ -278,12 +280,13 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Encoder>(m, "Encoder", "A whole encoder; what its addresses name must outlive it")
       .def(py::init(&make_encoder))
       .def("run",
-           entry([](Encoder& encoder, const EncoderCall& call, int threads, Fingerprint* memory, int64_t samples) {
+           entry([](Encoder& encoder, const EncoderCall& call, int threads, Fingerprint* memory, int64_t samples,
+                    const TreeWatch* tree) {
              std::optional<Look> look;
-             if (memory != nullptr) look.emplace(*memory, samples, threads);
+             if (memory != nullptr) look.emplace(*memory, samples, tree, threads);
              encoder.run(call, threads, look ? &*look : nullptr);
              return !look || look->holds();
            }),
            "Hidden states [batch, length, C] of ids, 0 at padding that is not computed; whether the next samples of a"
-           " Fingerprint's memory are what they were (None: no memory)");
+           " Fingerprint's memory are what they were (None: no memory). The next call is going to ask a TreeWatch, or None");
 }

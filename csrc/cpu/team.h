@@ -26,6 +26,8 @@ class SideWork {
   virtual ~SideWork() = default;
   // Goes on with it; false once nothing is left for this member.
   virtual bool step(int rank) = 0;
+  // The last steps begin: what the caller is going to read next may come into its core's caches.
+  virtual void near_end() {}
   // Does what is left, with the other members.
   void finish(int rank) {
     while (step(rank)) continue;

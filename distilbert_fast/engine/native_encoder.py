@@ -27,6 +27,7 @@ class Watched(NamedTuple):
 
     fingerprint: Any
     samples: int
+    tree: Any = None  # what the next call looks at before it runs (tree_watch.h), or None
 
     def holds(self) -> bool:
         """Whether they are what they were."""
@@ -189,7 +190,7 @@ class PackedEncoder:
             [output.data_ptr() for output in outputs] if hidden_states else [],
             address(largest),
             torch.get_num_threads(),
-            *(watched or (None, 0)),
+            *(watched or (None, 0, None)),
         )
         if not unchanged:
             raise MemoryChanged

@@ -94,7 +94,9 @@ class Snapshot:
 
     def sampled(self, tokens: int) -> Watched | None:
         """What a call of so many tokens is to compare of the bytes: others with every call, more for more tokens."""
-        return None if self.fingerprint is None else Watched(self.fingerprint, max(tokens // _TOKENS, 1))
+        if self.fingerprint is None:
+            return None
+        return Watched(self.fingerprint, max(tokens // _TOKENS, 1), self._seen.watch if self._seen else None)
 
     def _sight(self, root: nn.Module) -> _Sight | None:
         """None where the native module is not built, and for what is no tree of dictionaries and plain tensors."""

@@ -86,11 +86,12 @@ def test_memory_that_is_watched_meanwhile(tier, sequences, by, threads, monkeypa
     want = engine(ids, mask)
     tensors = [torch.zeros(7 + 13 * i) for i in range(30)] + [torch.zeros(30_000 * (1 + i)) for i in range(7)]
     fingerprint = backends.fingerprint(tensors, 40)
+    tree = backends.cpu().TreeWatch([], [], [], tensors)
     assert fingerprint.samples() > 7
     for count in (1, 2, 5):
         threads(count)
         for samples in (1, 3, 1000):
-            assert torch.equal(engine.encode(ids, mask, watched=Watched(fingerprint, samples)).last, want)
+            assert torch.equal(engine.encode(ids, mask, watched=Watched(fingerprint, samples, tree)).last, want)
         for tensor in tensors:  # of the large ones all of it, else a sample may have another part
             tensor += 1
             with pytest.raises(MemoryChanged):
@@ -255,7 +256,7 @@ def test_refuses_another_number_of_hidden_states(count):
     ids = torch.ones(1, 2, dtype=torch.int64)
     call = [ids.data_ptr(), True, 1, 2, 0, 0, 0, 0, 0, 0, False, 0, 0, states[-1].data_ptr(), 0]
     with pytest.raises(ValueError) as error:
-        packed._encoder.run(*call, [state.data_ptr() for state in states], 0, 1, None, 0)
+        packed._encoder.run(*call, [state.data_ptr() for state in states], 0, 1, None, 0, None)
     assert str(error.value) == f"engine: hidden_states must be 3, got {count}"
 
 

@@ -33,8 +33,10 @@ class Walk {
         chunk_(chunk) {}
 
   void go() {
+    constexpr size_t kLastLayers = 3;  // what comes before them leaves nothing else in the caches
     embed();
     for (size_t i = 0; i < model_.layers.size(); ++i) {
+      if (team_.aside != nullptr && i + kLastLayers >= model_.layers.size()) team_.aside->near_end();
       emit(i);
       layer(i);
       if (call_.largest != nullptr) note_largest(i);

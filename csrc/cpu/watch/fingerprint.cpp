@@ -201,13 +201,18 @@ bool Look::step(int rank) {
   const bool left = holds() && next_.load(std::memory_order_relaxed) < memory_.parts();
   part = left ? next_.fetch_add(1, std::memory_order_relaxed) : -1;
   if (part >= memory_.parts()) part = -1;  // another member has just taken the last
-  if (part >= 0) memory_.ask(part, samples_);
+  if (part >= 0) {
+    memory_.ask(part, samples_);
+  } else if (rank == 0 && tree_ != nullptr && near_end_.load(std::memory_order_relaxed) &&
+             prefetched_ < TreeWatch::kParts) {
+    tree_->prefetch(prefetched_++);
+  }
   return part >= 0;
 }
 
 bool Fingerprint::matches_samples(int64_t count, int threads) {
   threads = std::max(usable_threads(threads), 1);
-  Look look(*this, count, threads);
+  Look look(*this, count, nullptr, threads);
   run_team(threads, [&](int rank, int) { look.finish(rank); });
   return look.holds();
 }

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/team.h"
+#include "cpu/watch/tree_watch.h"
 
 namespace distilbert_fast {
 
@@ -76,14 +77,19 @@ class Fingerprint {
 };
 
 // Whether the next samples of a fingerprint's memory are what they were, told by members of a team while they wait:
-// each asks for what its next part reads, and reads it when it waits again.
+// each asks for what its next part reads, and reads it when it waits again. In the last waits the calling thread asks
+// for what its next call looks at.
 class Look final : public SideWork {
  public:
-  // The fingerprint must outlive it.
-  Look(Fingerprint& memory, int64_t samples, int members)
-      : memory_(memory), samples_(memory.begin_samples(samples)), asked_(static_cast<std::size_t>(members)) {}
+  // The fingerprint, and the tree, which may be null, must outlive it.
+  Look(Fingerprint& memory, int64_t samples, const TreeWatch* tree, int members)
+      : memory_(memory),
+        samples_(memory.begin_samples(samples)),
+        tree_(tree),
+        asked_(static_cast<std::size_t>(members)) {}
 
   bool step(int rank) override;
+  void near_end() override { near_end_.store(true, std::memory_order_relaxed); }
   // So far; of all once every member has finished.
   bool holds() const { return holds_.load(std::memory_order_relaxed); }
 
@@ -94,6 +100,9 @@ class Look final : public SideWork {
 
   Fingerprint& memory_;
   const Fingerprint::Samples samples_;
+  const TreeWatch* tree_;
+  std::size_t prefetched_ = 0;  // parts of it, by the calling thread
+  std::atomic<bool> near_end_{false};
   std::vector<Part> asked_;  // by each member
   std::atomic<int64_t> next_{0};
   std::atomic<bool> holds_{true};

@@ -69,11 +69,7 @@ TreeWatch::TreeWatch(const std::vector<Dictionary>& dictionaries, const std::vec
 
 bool TreeWatch::objects_hold() {
   return all_hold(
-      objects_,
-      [](const Object& x) {
-        __builtin_prefetch(x.object);
-        __builtin_prefetch(x.place);
-      },
+      objects_, [](const Object& x) { x.prefetch(); },
       [](const Object& x) { return Py_TYPE(x.object) == x.kind && (x.place == nullptr || *x.place == x.attributes); });
 }
 
@@ -101,7 +97,7 @@ bool TreeWatch::tensors_hold() {
 
 bool TreeWatch::dictionaries_hold() {
   return all_hold(
-      dictionaries_, [](const Watched& x) { __builtin_prefetch(x.dictionary.live); },
+      dictionaries_, [](const Watched& x) { x.prefetch(); },
       [](Watched& x) {
         const uint64_t now = tag_of(x.dictionary.live);
         if (now != 0 && now == x.tag) return true;
@@ -109,6 +105,16 @@ bool TreeWatch::dictionaries_hold() {
         x.tag = now;
         return true;
       });
+}
+
+void TreeWatch::prefetch(size_t part) const {
+  const auto ask = [part](const auto& watched) {
+    const size_t n = watched.size();
+    for (size_t i = part * n / kParts; i < (part + 1) * n / kParts; ++i) watched[i].prefetch();
+  };
+  ask(objects_);
+  ask(tensors_);
+  ask(dictionaries_);
 }
 
 bool TreeWatch::holds() { return objects_hold() && attributes_hold() && tensors_hold() && dictionaries_hold(); }

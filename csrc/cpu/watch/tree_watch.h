@@ -2,7 +2,8 @@
 // entries of dictionaries (a module's children, parameters, hooks and attributes), classes, and what torch counts of
 // tensors.
 //
-// After a call none of this is in the caches, so memory is asked for before it is read.
+// After a call none of this is in the caches, so memory is asked for before it is read: here, and at the end of a call,
+// for the next one, by who waits there anyway (fingerprint.h).
 #pragma once
 
 #include <Python.h>
@@ -33,10 +34,16 @@ class TreeWatch {
   // attribute its value, and every tensor the memory and the version that it had. Needs the GIL, and keeps it.
   bool holds();
 
+  // Asks for a part of the memory that it reads; needs no GIL, since what is no more is not read.
+  static constexpr size_t kParts = 16;
+  void prefetch(size_t part) const;
+
  private:
   struct Watched {
     Dictionary dictionary;
     uint64_t tag;  // CPython's, which each change of the dictionary changes; 0 where it has none
+
+    void prefetch() const { __builtin_prefetch(dictionary.live); }
   };
 
   struct WatchedAttribute {
@@ -49,6 +56,11 @@ class TreeWatch {
     PyTypeObject* kind;
     PyObject** place;  // where it keeps its __dict__; null if it has none
     PyObject* attributes;
+
+    void prefetch() const {
+      __builtin_prefetch(object);
+      __builtin_prefetch(place);
+    }
   };
 
   bool objects_hold();
