@@ -21,18 +21,22 @@ constexpr double kGolden = 0.6180339887;  // of all sets from one sample to the 
 constexpr int64_t kRegionsOfPart = 4;
 constexpr int64_t kAhead = 24;  // blocks that are on their way from memory
 
-// A change of one word always changes the sum: its factor is odd.
+// Both halves of a product, one over the other. The lower half alone carries no bit downwards: of two words whose
+// highest bits, the signs of floats, change, the changes would cancel.
+inline uint64_t folded_product(uint64_t a, uint64_t b) {
+  __extension__ using Wide = unsigned __int128;
+  const Wide product = static_cast<Wide>(a) * b;
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+}
+
+// As wyhash mixes: two words in a product, each with a key that makes it hardly ever 0.
 inline uint64_t sum_of_line(const uint8_t* line) {
-  constexpr uint64_t kFactors[8] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
-                                    0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
-  uint64_t sum = 0;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    uint64_t word;
-    std::memcpy(&word, line + 8 * i, sizeof word);
-    __asm__("" : "+r"(word));  // else vectorized by SSE2, which has no product of 64 bits: a third slower
-    sum += word * kFactors[i];
-  }
+  constexpr uint64_t kKeys[8] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
+                                 0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
+  uint64_t words[8], sum = 0;
+  std::memcpy(words, line, sizeof words);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) sum += folded_product(words[i] ^ kKeys[i], words[i + 1] ^ kKeys[i + 1]);
   return sum;
 }
 int64_t blocks_of(const Region& region) { return (region.bytes + kBlock - 1) / kBlock; }
@@ -40,7 +44,7 @@ int64_t blocks_of(const Region& region) { return (region.bytes + kBlock - 1) / k
 // Of bytes in order, zeros after the end.
 uint64_t hash_of(const uint8_t* data, int64_t bytes) {
   uint64_t hash = 0;
-  const auto add = [&](const uint8_t* line) { hash = (hash ^ sum_of_line(line)) * 0x9fb21c651e98df25; };
+  const auto add = [&](const uint8_t* line) { hash = folded_product(hash ^ sum_of_line(line), 0x9fb21c651e98df25); };
   int64_t i = 0;
   for (; i + kLine <= bytes; i += kLine) add(data + i);
   if (i < bytes) {
@@ -48,7 +52,7 @@ uint64_t hash_of(const uint8_t* data, int64_t bytes) {
     std::memcpy(last, data + i, static_cast<size_t>(bytes - i));
     add(last);
   }
-  return hash ^ hash >> 32;
+  return hash;
 }
 
 uint64_t hash_of(const Region& region) { return hash_of(region.data, region.bytes); }

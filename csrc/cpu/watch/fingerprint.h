@@ -4,10 +4,11 @@
 // A region of up to kWhole bytes is in every sample. Of a larger one a sample has every stride-th block, another set of
 // them each time, so that `stride` samples have every block, and each shows a change of stride blocks on end. All
 // larger regions have one stride, the largest that gives some `blocks` blocks in all, at most kLargestStride, but for
-// those of which it would give less than kBlocksOfRegion: a change of a quarter of a region shows at once, however
-// small it is. What a sample costs is the pages that it touches, none of them in the caches or the TLB: some 140 ns
-// each, which is why a Look at one asks for them early, and is work that threads do while they wait. The hashes of a
-// sample are one sum for several regions: a table of one for each line would be as cold as the memory.
+// those of which it would give less than kBlocksOfRegion: a change of a quarter of a region on end, some of its
+// rows, shows at once, however small the region is. What a sample costs is the pages that it touches, none of them in
+// the caches or the TLB: some 140 ns each, which is why a Look at one asks for them early, and is work that threads do
+// while they wait. The hashes of a sample are one sum for several regions: a table of one for each line would be as
+// cold as the memory.
 #pragma once
 
 #include <atomic>
