@@ -15,6 +15,8 @@ import logging
 import os
 import platform
 import posix
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -176,6 +178,24 @@ def fingerprint(tensors: Sequence[torch.Tensor], blocks: int) -> Any:
         return (steps + 1) * tensor.element_size() if tensor.numel() > 0 else 0
 
     return cpu().Fingerprint([(tensor.data_ptr(), span(tensor)) for tensor in tensors], blocks)
+
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def fork_safe_lock() -> Any:
+    """A ``threading.Lock`` that is open in a child process, whoever held it in the parent when that forked."""
+    lock = threading.Lock()
+    _locks.add(lock)
+    return lock
+
+
+def _open_locks() -> None:
+    for lock in list(_locks):
+        lock._at_fork_reinit()
+
+
+os.register_at_fork(after_in_child=_open_locks)
 
 
 def run_aside(work: Callable[[], T]) -> T:

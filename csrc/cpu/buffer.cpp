@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -11,6 +10,8 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+
+#include "cpu/threads.h"
 
 namespace distilbert_fast {
 namespace {
@@ -22,7 +23,6 @@ struct Block {
 
 // The blocks that are kept, the newest last.
 struct Spares {
-  std::mutex mutex;
   std::vector<Block> blocks;
   int64_t bytes = 0;
 
@@ -77,7 +77,7 @@ Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
   const bool large = bytes >= kLargeBytes;
   if (large) {
     Spares& kept = spares();
-    const std::lock_guard<std::mutex> lock(kept.mutex);
+    const std::lock_guard<std::mutex> lock(mutex_of(Guarded::buffers));
     const Block found = kept.take(bytes);
     if (found.data) {
       data_ = found.data;
@@ -96,14 +96,14 @@ Buffer::~Buffer() {
     return;
   }
   Spares& kept = spares();
-  const std::lock_guard<std::mutex> lock(kept.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_of(Guarded::buffers));
   kept.keep({data_, capacity_});
   kept.shrink(kSpareBytes);
 }
 
 int64_t release_spares() {
   Spares& kept = spares();
-  const std::lock_guard<std::mutex> lock(kept.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_of(Guarded::buffers));
   const int64_t released = kept.bytes;
   kept.shrink(0);
   return released;

@@ -17,7 +17,6 @@ Shapes: B batch, N tokens, C hidden.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -160,7 +159,7 @@ class Graphs:
         self._encoder, self._count = encoder, count
         self._device = device or CudaDevice(encoder.word.device)
         self._kept: OrderedDict[tuple[int, int, int | None, bool, str | None], _Graph] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = backends.fork_safe_lock()
 
     def __len__(self) -> int:
         return len(self._kept)

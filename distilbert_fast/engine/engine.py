@@ -11,7 +11,6 @@ Shapes: B batch, T sequence, N tokens, L layers, C hidden, H heads, D head size,
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ class Engine:
         self._ops: OpEncoder | None = None
         self._graph_count = graphs
         self.graphs: Graphs | None = None  # where it runs on a GPU
-        self._lock = threading.Lock()
+        self._lock = backends.fork_safe_lock()
         encoder = packed or self._op_encoder()
         self.num_heads, self.heads, self.padding_idx = encoder.num_heads, encoder.heads, encoder.padding_idx
         self.word, self.position, self.token_type = encoder.word, encoder.position, encoder.token_type

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ class _Pack(NamedTuple):
 
 # Tensor that owns the memory -> the view of it and its version -> pack. An entry dies with its tensor.
 _packs: MutableMapping[torch.Tensor, dict[tuple[Any, ...], _Pack]] = WeakIdKeyDictionary()
-_lock = threading.Lock()
+_lock = backends.fork_safe_lock()
 
 
 def packed_int8(w_q: torch.Tensor) -> Packed:

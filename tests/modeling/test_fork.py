@@ -117,3 +117,46 @@ def ended(directories):
 def test_a_forked_child_predicts(ended, kind):
     assert kind in ended.stdout.split(), ended.stderr[-3000:]
     assert ended.returncode == 0 or kind != list(CASES)[-1], ended.stderr[-3000:]
+
+
+def test_a_child_forked_while_another_thread_packs():
+    script = """
+import os, signal, threading
+import torch, transformers
+torch.set_num_threads(1)
+from distilbert_fast import optimize
+from distilbert_fast.modeling import accelerator
+
+model = optimize(transformers.BertModel(transformers.BertConfig(hidden_size=64, intermediate_size=64,
+    num_hidden_layers=1, num_attention_heads=2, vocab_size=90)).eval())
+ids = torch.arange(2, 12).view(2, 5)
+packs, forked = threading.Event(), threading.Event()
+pack = accelerator.Accelerator.pack
+
+def slowly(self, encoder):
+    packs.set()
+    forked.wait()
+    return pack(self, encoder)
+
+def change():
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+        model(ids)
+
+accelerator.Accelerator.pack = slowly
+thread = threading.Thread(target=change)
+thread.start()
+packs.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    forked.set()
+    with torch.no_grad():
+        model(ids)
+    os._exit(7)
+forked.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr

@@ -90,16 +90,18 @@ const EncoderModel& Encoder::model_for(int64_t tokens, const Kernels& tier, int 
   constexpr int64_t kTokensWorthMatching = 128;  // those before them are answered sooner without
   if (tier.match_groups == nullptr || !Flow(model_, tier).codes) return model_;
   if (tokens_.fetch_add(tokens, std::memory_order_relaxed) + tokens < kTokensWorthMatching) return model_;
-  std::call_once(matched_, [&] {
-    matched_model_ = model_;
-    std::vector<PackedLinear*> linears;
-    for (EncoderLayer& layer : matched_model_.layers) {
-      for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) {
-        if (reads_codes(linear->kind)) linears.push_back(linear);
-      }
+  if (matched_.load(std::memory_order_acquire)) return matched_model_;
+  const std::lock_guard<std::mutex> lock(mutex_of(Guarded::matches));
+  if (matched_.load(std::memory_order_relaxed)) return matched_model_;
+  matched_model_ = model_;
+  std::vector<PackedLinear*> linears;
+  for (EncoderLayer& layer : matched_model_.layers) {
+    for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.ffn_in, &layer.ffn_out}) {
+      if (reads_codes(linear->kind)) linears.push_back(linear);
     }
-    matches_ = match_groups(linears, tier, threads);
-  });
+  }
+  matches_ = match_groups(linears, tier, threads);
+  matched_.store(true, std::memory_order_release);
   return matched_model_;
 }
 
@@ -169,7 +171,7 @@ void Encoder::run(const EncoderCall& call, int threads, SideWork* aside) {
 
 std::unique_ptr<Arena> Encoder::take(const Flow& flow, int64_t rows, int64_t sets, int64_t scratch, int64_t threads) {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex_of(Guarded::arenas));
     for (auto& arena : spare_) {
       if (!arena->serves(flow, rows, sets, scratch, threads)) continue;
       std::unique_ptr<Arena> taken = std::move(arena);
@@ -184,7 +186,7 @@ std::unique_ptr<Arena> Encoder::take(const Flow& flow, int64_t rows, int64_t set
 
 void Encoder::give(std::unique_ptr<Arena> arena) {
   constexpr size_t kSpare = 4;
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(mutex_of(Guarded::arenas));
   if (spare_.size() < kSpare) spare_.push_back(std::move(arena));
 }
 

@@ -13,7 +13,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cpu/gemm/gemm.h"
@@ -106,10 +105,9 @@ class Encoder {
 
   const EncoderModel model_;
   std::atomic<int64_t> tokens_{0};  // of all calls
-  std::once_flag matched_;          // of a tier that reads matches, once they pay
+  std::atomic<bool> matched_{false};  // of a tier that reads matches, once they pay
   EncoderModel matched_model_;
   std::vector<uint32_t> matches_;
-  std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> spare_;
 };
 

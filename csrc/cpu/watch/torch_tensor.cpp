@@ -77,7 +77,8 @@ void prefetch_lines(uint64_t first, int lines) {
 
 }  // namespace
 
-TorchTensor::TorchTensor(PyObject* tensor) : object_(tensor), implementation_(cdata(tensor)) {
+TorchTensor::TorchTensor(PyObject* tensor)
+    : object_(tensor), kind_(Py_TYPE(tensor)), implementation_(cdata(tensor)) {
   State state;
   if (!read(tensor, &state))
     refuse("TorchTensor", "tensor must have a version, memory and a layout", Py_TYPE(tensor)->tp_name);
@@ -127,6 +128,7 @@ void TorchTensor::prefetch() const {
 }
 
 bool TorchTensor::version_holds() const {
+  if (Py_TYPE(object_) != kind_) return false;
   if (state_ != nullptr) return true;  // memory_holds() asks for both
   // torch.utils.swap_tensors puts another C++ tensor behind the same object; the one that was there may be gone.
   return std::memcmp(own_bytes(), own_bytes_.data(), kOwnBytes) == 0 &&

@@ -22,7 +22,7 @@ class TorchTensor {
 
   // All need the GIL. Ask for the memory that the others read.
   void prefetch() const;
-  // Whether the object is the same tensor, not written through torch since. So little that a processor waits for the
+  // Whether the object is the same tensor, of the same class, not written through torch since. So little that a processor waits for the
   // counters of several at a time: they are where only torch can find them.
   bool version_holds() const;
   // If so, whether its memory is where it was, laid out as it was.
@@ -45,6 +45,7 @@ class TorchTensor {
 
   // All of it in two lines: as cold as torch's memory, and in order with that of the next tensor.
   PyObject* object_;
+  PyTypeObject* kind_;
   uint64_t implementation_ = 0, storage_ = 0;  // addresses of torch's C++ objects
   uint64_t version_ = 0, address_ = 0;
   int64_t dimensions_ = 0;
