@@ -53,6 +53,11 @@ def hook_all(model):
     model.handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
 
 
+def attention_of_a_layer(model):
+    layer(model).attention.config = copy.deepcopy(model.config)
+    layer(model).attention.config._attn_implementation = "eager"
+
+
 # What is another tree, and what is the same one that must not be computed as a whole.
 OTHERS = {
     "in place": lambda m: layer(m).ffn.lin1.weight.detach().mul_(2),
@@ -80,6 +85,7 @@ OTHERS = {
     "all attributes": lambda m: vars(layer(m).ffn.lin1).update(vars(nn.Linear(8, 16))),
     "swap in inference mode": lambda m: torch.inference_mode()(lambda: swap(m))(),
     "class": lambda m: setattr(layer(m).ffn.lin1, "__class__", type("Mine", (nn.Linear,), {})),
+    "class of a tensor": lambda m: setattr(layer(m).ffn.lin1.weight, "__class__", type("Mine", (nn.Parameter,), {})),
 }
 OBSTACLES = {
     "hook": lambda m: layer(m).register_forward_hook(lambda *_: None),
@@ -88,6 +94,12 @@ OBSTACLES = {
     "dropout": lambda m: m.embeddings.dropout.train(),
     "forward": lambda m: setattr(layer(m).ffn.lin1, "forward", lambda x: x),
     "method": lambda m: setattr(layer(m).ffn, "ff_chunk", lambda x: x),
+    "call": lambda m: setattr(layer(m).ffn, "_call_impl", lambda x: x),
+    "compiled call": lambda m: setattr(layer(m).ffn, "_compiled_call_impl", lambda x: x),
+    "forward of another": lambda m: setattr(layer(m).ffn.lin1, "forward", nn.Linear(8, 16).forward),
+    "built-in hook": lambda m: layer(m).register_forward_pre_hook({}.setdefault),
+    "masks": lambda m: setattr(m, "_create_attention_masks", lambda **_: (None, None)),
+    "attention of a layer": attention_of_a_layer,
     "dictionary of hooks": lambda m: setattr(layer(m), "_forward_hooks", {1: lambda *_: None}),
     "dictionary of attributes": lambda m: setattr(layer(m), "__dict__", {**vars(layer(m)), "forward": lambda x: x}),
 }
@@ -131,11 +143,17 @@ def test_an_obstacle_that_goes():
     assert snapshot.look(model) == (True, None)
 
 
-@pytest.mark.parametrize("name", ["forward", "ff_chunk", "__call__"])
-def test_a_class_whose_method_is_replaced(name, monkeypatch):
-    model = make()
+@pytest.mark.parametrize("name", ["forward", "ff_chunk", "__call__", "_call_impl"])
+@pytest.mark.parametrize("of", ["part", "model", "torch"])
+def test_a_class_whose_method_is_replaced(name, of, monkeypatch):
+    model = optimize(make())
     snapshot = seen(model)
-    monkeypatch.setattr(nn.Module if name == "__call__" else type(layer(model).ffn), name, lambda self, x: x)
+    kind = {"part": type(layer(model).ffn), "model": transformers.DistilBertModel, "torch": nn.Module}[of]
+    if not hasattr(kind, name):
+        pytest.skip("no such method")
+    monkeypatch.setattr(kind, name, lambda self, x: x)
+    if name == "forward" and of == "torch":
+        return  # each module has its own
     assert snapshot.look(model) == (True, "another forward inside the encoder")
 
 
@@ -177,9 +195,9 @@ def test_a_write_while_it_is_judged():
     layer(model).note = "so that the whole tree is looked at"
     obstacle = snapshot._obstacle
 
-    def meanwhile():
+    def meanwhile(root):
         layer(model).ffn.lin1.weight.detach().mul_(2)
-        return obstacle()
+        return obstacle(root)
 
     snapshot._obstacle = meanwhile
     assert snapshot.look(model) == (True, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from distilbert_fast import backends
@@ -31,6 +32,24 @@ class _Packed(NamedTuple):
     engine: Engine
 
 
+_accelerators: weakref.WeakSet[Accelerator] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Have every optimizer of torch tell when it has stepped: fused ones write in a way that torch does not count."""
+
+    @torch.compiler.disable
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        written = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        for accelerator in list(_accelerators):
+            packed = accelerator._packed
+            if packed is not None and packed.snapshot.has_any(written):
+                accelerator.suspect()
+
+    register_optimizer_step_post_hook(stepped)
+
+
 class Accelerator:
     """Packs an encoder when its weights are not those that were packed last.
 
@@ -45,9 +64,13 @@ class Accelerator:
         self.served, self.fallbacks = 0, Counter[str]()
         self._packed: _Packed | None = None
         self._calibrated = False
-        self._suspect = False  # weights may have changed in a way that torch does not count
+        # Reasons to think that weights may have changed in a way that torch does not count, and how many of them have
+        # been answered by a comparison of all bytes: a call in another thread must not pass before it ends.
+        self._suspicions = self._answered = 0
         self._wary = 0  # how many more calls compare all bytes
-        self._lock, self._counting = threading.Lock(), threading.Lock()
+        _accelerators.add(self)
+        _watch_optimizers()
+        self._lock, self._counting = backends.fork_safe_lock(), backends.fork_safe_lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Accelerator, (self.precision, self.keep_padding, self.graphs)
@@ -64,7 +87,8 @@ class Accelerator:
 
     def suspect(self) -> None:
         """Say that the weights may change now: the encoder trains, or its gradients are wanted."""
-        self._suspect = True
+        with self._counting:
+            self._suspicions += 1
 
     def count(self, fallback: str | None) -> None:
         """Count a call that the engine served, or did not serve for the reason ``fallback``."""
@@ -84,7 +108,6 @@ class Accelerator:
         if any(tensor.is_inference() for tensor in (*weights, *encoder.buffers())):
             _check.refuse(OP, "model weights", "made outside torch.inference_mode()", "inference tensors")
         with torch.inference_mode(False):
-            self._suspect = False
             # Before anything is read, so that a change meanwhile shows at the next call. None: in a tracer's hands, or
             # torch.func's.
             snapshot = Snapshot(encoder) if is_eager(weights, default_device=True) else None
@@ -105,24 +128,25 @@ class Accelerator:
         self._packed = self._packed._replace(engine=self._packed.engine.calibrated(calibration))
         self._calibrated = True
 
-    def doubt(self) -> None:
-        """Say that a call has met bytes that were written: the next compares all."""
-        self._wary = max(self._wary, 1)
-
-    def current(self, encoder: PreTrainedModel) -> _Packed | str:
+    def current(self, encoder: PreTrainedModel, doubtful: bool = False) -> _Packed | str:
         """The weights that it has now, packed, if nobody wrote some of their bytes in a way that torch does not count:
         that the call itself has to see, see ``Snapshot.sampled``; or why its own forward must run.
+
+        Args:
+            doubtful: a call has met bytes that were written, so all are compared.
         """
         packed = self._packed
-        if packed is not None and not self._suspect and self._wary == 0:  # nearly always: some of the bytes will do
-            holds, why = packed.snapshot.look(encoder)
+        if packed is not None and self._suspicions == self._answered and self._wary == 0 and not doubtful:
+            holds, why = packed.snapshot.look(encoder)  # nearly always: some of the bytes will do
             if holds:
                 return why or packed
         with self._lock:
-            packed = self._packed
-            if packed is None or not (packed.snapshot.look(encoder)[0] and self._all_bytes_hold(packed.snapshot)):
-                why = obstacle(m for m in encoder.modules() if m is not encoder)
+            packed, suspicions = self._packed, self._suspicions
+            holds = packed is not None and packed.snapshot.look(encoder)[0]
+            if packed is None or not (holds and self._all_bytes_hold(packed.snapshot, doubtful)):
+                why = obstacle((m for m in encoder.modules() if m is not encoder), encoder)
                 if why is not None:  # such as a hook that makes the weights again in each call
+                    self.suspect()  # what was packed is of other weights
                     return why
                 try:
                     if self._calibrated:
@@ -130,23 +154,26 @@ class Accelerator:
                         self._calibrated = False
                     packed = self.pack(encoder)
                 except (TypeError, ValueError) as error:
-                    self._suspect = True  # of what was packed before not all bytes have been compared
+                    self.suspect()  # of what was packed before not all bytes have been compared
                     warn_once(f"the model has changed, transformers' own forward runs: {error}")
                     return str(error)
+            self._answered = suspicions
             return packed.snapshot.look(encoder)[1] or packed  # what changes from here on shows at the next call
 
-    def _all_bytes_hold(self, snapshot: Snapshot) -> bool:
+    def _all_bytes_hold(self, snapshot: Snapshot, doubtful: bool) -> bool:
         """Whether no byte has changed; False also where that cannot be seen and the weights are suspect."""
-        suspect, self._suspect = self._suspect, False
-        self._wary = max(self._wary - 1, 0)
+        suspect = self._suspicions != self._answered
         fingerprint = snapshot.fingerprint
         if fingerprint is None:
             return not suspect
-        if fingerprint.matches():
+        holds = bool(fingerprint.matches())
+        self._wary = max(self._wary - 1, 0)
+        if holds:
             return True
         if not suspect and fingerprint.samples() > 1:
             self._wary = _WARY
-            warn_once(
+        if doubtful and fingerprint.samples() > 1:
+            log.warning(
                 "optimize: weights were written in a way that torch does not count (through parameter.data, NumPy or"
                 " another process) and are packed again. Each call compares some of the bytes,"
                 f" {fingerprint.samples()} calls or fewer compare all, so a write of few numbers may have been noticed"

@@ -45,9 +45,11 @@ EMBEDDINGS = {
     "token_type": "embeddings.token_type_embeddings",
     "norm": "embeddings.LayerNorm",
 }
-# The methods by which modules inside an encoder compute. Somebody may put others in their places.
+CALLS = ("__call__", "_call_impl", "forward")  # by which every module is called
+# The methods by which an encoder and the modules inside compute. Somebody may put others in their places.
 COMPUTING_METHODS = (
-    "forward",
+    *CALLS,
+    "_create_attention_masks",
     "feed_forward_chunk",
     "ff_chunk",
     "create_position_ids_from_input_ids",

@@ -24,7 +24,15 @@ from torch import nn
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from distilbert_fast.backends import without_vectors
@@ -44,7 +52,10 @@ _VARIANTS = ("position_bias", "cache", "softcap", "s_aux")
 
 
 def is_known(implementation: str) -> bool:
-    """Whether the attention that models find under this name is transformers' own or ours, and nobody else's."""
+    """Whether the attention that models find under this name, and its mask, are transformers' own or ours, and nobody
+    else's."""
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) not in _MASKS:
+        return False
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     return implementation == "eager" if function is None else function in FUSED
 
@@ -201,5 +212,6 @@ def _row(mask: torch.Tensor, module: nn.Module, heads: int, head_mask: torch.Ten
 
 # Known, and none returns probabilities.
 FUSED = (attention_forward, flash_attention_forward, flex_attention_forward, sdpa_attention_forward)
+_MASKS = (None, attention_mask, eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask)
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

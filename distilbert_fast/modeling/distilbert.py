@@ -39,6 +39,7 @@ from distilbert_fast.layers import NO_PADDING, Padding, Tokens, labels_padding, 
 from distilbert_fast.modeling import distilbert_modules as modules
 from distilbert_fast.modeling.encoder import heads_left
 from distilbert_fast.modeling.quantizer import record_structure
+from distilbert_fast.modeling.readers import is_own_head
 from distilbert_fast.modeling.structure import MODEL_NAME, LayerStructure, prune_heads, restructure, whole_class
 from distilbert_fast.ops import _check
 
@@ -255,8 +256,10 @@ class _LabelPerToken(_Task):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         asked: dict[str, Any] = dict(kwargs)
-        if labels is not None and attention_mask is not None and not traced(labels):
-            asked["keep_padding"] = asked.get("keep_padding", False) or labels_padding(labels, attention_mask)
+        if attention_mask is not None and not traced(attention_mask, labels) and not asked.get("keep_padding", False):
+            counted = labels is not None and labels_padding(labels, attention_mask)
+            model: Any = self
+            asked["keep_padding"] = counted or not is_own_head(model, model.base_model)
         return super().forward(input_ids, attention_mask, inputs_embeds, labels, position_ids, **asked)
 
 

@@ -24,7 +24,7 @@ from distilbert_fast.modeling.architectures import (
     architecture_of,
     head_of,
 )
-from distilbert_fast.modeling.snapshot import loose_tensors
+from distilbert_fast.modeling.snapshot import loose_tensors, own_class
 from distilbert_fast.ops import _check
 from distilbert_fast.sparse import LINEARS
 
@@ -75,6 +75,7 @@ def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
     found: list[tuple[Callable[[Any], Any], nn.Module]] = [(_decoding, encoder)]
     for layer in encoder_layers(encoder):
         found += [(_attention, attention_of(encoder, layer)), (_activation, part(encoder, layer, "activation"))]
+        found += [(_crosses, module) for module in (layer, *layer.children())]
     for module in encoder.modules():
         if isinstance(module, (nn.LayerNorm, nn.Embedding)):
             found.append((attrgetter("eps" if isinstance(module, nn.LayerNorm) else "max_norm"), module))
@@ -86,6 +87,11 @@ def settings(encoder: Any) -> list[tuple[Callable[[Any], Any], nn.Module]]:
 def _decoding(encoder: Any) -> list[Any]:
     """Settings of its config that would make it another kind of model."""
     return [getattr(encoder.config, name, None) for name in (*_DECODES, "position_embedding_type")]
+
+
+def _crosses(module: Any) -> bool:
+    """Whether it attends to other sequences than its own."""
+    return bool(getattr(module, "is_cross_attention", False) or getattr(module, "add_cross_attention", False))
 
 
 def attention_of(encoder: Any, layer: Any) -> Any:
@@ -162,7 +168,7 @@ def _check_modules(encoder: Any, caller: str) -> None:
     for name, module in encoder.named_modules():
         if name.split(".")[0] == "pooler":
             continue
-        kind, is_dropout = type(module), "dropout" in name.rpartition(".")[2]
+        kind, is_dropout = own_class(module), "dropout" in name.rpartition(".")[2]
         allowed = _DROPOUTS if is_dropout else (*LINEARS, *_NORMS, *_OTHERS)
         if kind not in allowed and (is_dropout or kind.__module__ not in homes):
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
@@ -216,6 +222,8 @@ def _heads(encoder: Any, caller: str) -> tuple[int, int]:
             _check.refuse(caller, f"heads of layer {i}", expected, f"{heads} of {own_size}")
         if not math.isclose(scaling, size**-0.5):
             _check.refuse(caller, f"scaling of layer {i}", f"{size**-0.5:g}, 1 / √{size}", scaling)
+        if any(map(_crosses, (layer, *layer.children()))):
+            _check.refuse(caller, f"is_cross_attention of layer {i}", "False", True)
         if causal:
             _check.refuse(caller, f"is_causal of layer {i}", "False", True)
     return hidden // size, size

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
 from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
+from distilbert_fast.modeling.readers import is_observed, is_own_head, is_unknown
 from distilbert_fast.modeling.served_calls import FLAGS, why_not
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check
@@ -184,12 +184,14 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     """A task head: padded positions are wanted where a label counts one, and by some only the first."""
     given = dict(zip(names, args, strict=False)) | kwargs
     labels, mask = given.get("labels"), given.get("attention_mask")
-    accelerator: Accelerator | None = vars(self.base_model).get("_accelerator")
-    if accelerator is not None and _passes_on(kind):
-        kwargs.setdefault("keep_padding", bool(accelerator.keep_padding))
+    encoder = self.base_model
+    accelerator: Accelerator | None = vars(encoder).get("_accelerator")
+    if accelerator is not None and _passes_on(kind) and not is_observed(encoder):
+        kept = accelerator.keep_padding
+        kwargs.setdefault("keep_padding", not is_own_head(self, encoder) if kept is None else kept)
         if labels is not None and mask is not None and labels.shape == mask.shape and not kwargs["keep_padding"]:
             kwargs["keep_padding"] = traced(labels, mask) or labels_padding(labels, mask)
-        if reads_first_token(self, kind) and not self.base_model._forward_hooks:
+        if reads_first_token(self, kind):
             kwargs["first_rows"] = True
     return kind.forward(self, *args, **kwargs)
 
@@ -258,8 +260,10 @@ def _encode(
     refused = why_not(given, names, self.config._attn_implementation, attentions, hidden_states, honoured)
     if refused is None and given["input_ids"].is_cpu and ("head_mask" not in given or honoured):
         refused = without_vectors()
-    current = refused or accelerator.current(self)
+    current = refused or accelerator.current(self, doubtful=again)
     if isinstance(current, str):
+        if torch.is_grad_enabled():  # its own forward runs, and an optimizer may step
+            accelerator.suspect()
         return current
     snapshot, engine = current
     mask, head_mask = given.get("attention_mask"), given.get("head_mask")
@@ -286,7 +290,6 @@ def _encode(
             None if again else snapshot.sampled(given["input_ids"].numel()),  # all bytes have just been compared
         )
     except MemoryChanged:
-        accelerator.doubt()
         return _encode(self, accelerator, given, names, honoured, again=True)
     output = encoder_output(self, encoded.last)  # [B, T, C] or, the first rows, [B, 1, C]
     if hidden_states:
@@ -295,27 +298,10 @@ def _encode(
     return output.to_tuple() if return_dict is False else output
 
 
-_CALL = nn.Module._call_impl.__code__  # by which every module is called, whatever its forward is named
-
-
 def _is_read(encoder: nn.Module, accelerator: Accelerator, asked: bool | None) -> bool:
     """Whether what an encoder puts out at padding is wanted: by its caller, who knows, by its user, or perhaps."""
     if asked is not None:
         return asked
-    return _unknown_reader(encoder) if accelerator.keep_padding is None else accelerator.keep_padding
-
-
-def _unknown_reader(encoder: nn.Module) -> bool:
-    """Whether a module that may read padded positions calls the encoder: a module around it that was not given to
-    ``optimize``, such as a head for question answering, or a class of the user's.
-
-    Pooling of sentence-transformers does not: it reads the mask.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is _CALL or frame.f_code.co_name == "forward":
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, nn.Module) and encoder not in (caller, getattr(caller, "_orig_mod", None)):
-                return not type(caller).__module__.startswith("sentence_transformers.")
-    return False
+    if accelerator.keep_padding is not None:
+        return accelerator.keep_padding
+    return is_observed(encoder) or is_unknown(encoder)

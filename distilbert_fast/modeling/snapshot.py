@@ -11,7 +11,7 @@ from torch import nn
 
 from distilbert_fast import backends
 from distilbert_fast.engine.native_encoder import Watched
-from distilbert_fast.modeling.architectures import COMPUTING_METHODS, TENSORS
+from distilbert_fast.modeling.architectures import CALLS, COMPUTING_METHODS, TENSORS
 
 _BLOCKS = 120  # of 128 bytes, which a sample of a small model compares: some 5 µs
 _TOKENS = 16  # of a call, for each of which that is a small part of its time
@@ -52,8 +52,9 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._inner = [m for m in root.modules() if m is not root]
         self._types: list[Any] = list(map(type, self._inner))
-        methods = [(kind, name) for kind in set(self._types) for name in COMPUTING_METHODS if hasattr(kind, name)]
-        self._methods = [(kind, name, getattr(kind, name)) for kind, name in (*methods, (nn.Module, "__call__"))]
+        kinds = {*self._types, own_class(root), nn.Module}
+        methods = [(kind, name) for kind in kinds for name in COMPUTING_METHODS if hasattr(kind, name)]
+        self._methods = [(kind, name, getattr(kind, name)) for kind, name in methods]
         self._entries = _entries([root, *self._inner])
         self._tensors = [entry for entry in self._entries if isinstance(entry, torch.Tensor)]
         self._states = list(map(_state, self._tensors))
@@ -87,7 +88,7 @@ class Snapshot:
         sight = self._sight(root)  # before it is judged: what another thread changes meanwhile is seen the next time
         if not self._holds(root):
             return False, None
-        obstacle = self._obstacle()
+        obstacle = self._obstacle(root)
         if sight is not None:
             self._seen = sight._replace(obstacle=obstacle)
         return True, obstacle
@@ -105,7 +106,8 @@ class Snapshot:
         modules = (root, *self._inner)
         homes = (home for m in modules for home in _homes(m) if home or type(m) not in _LEAVES)
         dictionaries: list[Any] = [*map(vars, modules), *homes, *_hooks(self._inner), *_GLOBAL_HOOKS]
-        dictionaries += [vars(root.config)] if "config" in vars(root) else []
+        configs = {id(vars(m)["config"]): vars(m)["config"] for m in modules if "config" in vars(m)}
+        dictionaries += [vars(config) for config in configs.values()]
         attributes = [(kind, name, getattr(kind, name, None)) for kind, name, _ in self._methods]
         try:
             watched = ([(live, dict(live)) for live in dictionaries], self._inner, attributes, self._tensors)
@@ -123,21 +125,28 @@ class Snapshot:
             and [get(module) for get, module in self._settings] == self._set
         )
 
-    def _obstacle(self) -> str | None:
+    def _obstacle(self, root: nn.Module) -> str | None:
         """Why the modules below the root must be called."""
         replaced = any(getattr(kind, name, None) is not method for kind, name, method in self._methods)
-        return obstacle(self._inner) or (_PATCHED if replaced else None)
+        replaced = replaced or any(name in vars(root) for name in COMPUTING_METHODS if name not in CALLS)
+        return obstacle(self._inner, root) or (_PATCHED if replaced else None)
+
+    def has_any(self, identities: set[int]) -> bool:
+        """Whether one of its tensors is among those with these ``id``s."""
+        return any(id(tensor) in identities for tensor in self._tensors)
 
     def requires_grad(self) -> bool:
         return any(tensor.requires_grad for tensor in self._tensors)
 
 
 _PATCHED = "another forward inside the encoder"
+_CAPTURING = "transformers.utils.output_capturing"  # of its hooks
+_FUNCTIONS = ("act", "_gradient_checkpointing_func")  # of GELUActivation, which settings watch; in training
 
 
-def obstacle(inner: Iterable[nn.Module]) -> str | None:
-    """Why the modules inside an encoder must be called: a hook, a replaced forward, or training (an active dropout).
-    transformers' own hooks, which collect requested outputs, do not count.
+def obstacle(inner: Iterable[nn.Module], root: nn.Module) -> str | None:
+    """Why the modules inside an encoder must be called: a hook, a replaced forward, training (an active dropout), or an
+    attention of its own. transformers' own hooks, which collect requested outputs, do not count.
     """
     inner = list(inner)
     dropouts = ((m, x) for m in inner for x in (m, *m.children()) if isinstance(x, nn.Dropout))
@@ -146,9 +155,16 @@ def obstacle(inner: Iterable[nn.Module]) -> str | None:
     if any(_GLOBAL_HOOKS):
         return "a hook on all modules"
     hooks = (hook for found in _hooks(inner) for hook in found.values())
-    if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+    if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
         return "a hook inside the encoder"
-    return _PATCHED if any(map(is_patched, inner)) else None
+    if any(_attention(m) not in (None, _attention(root)) for m in inner):
+        return "another attention implementation inside the encoder"
+    return _PATCHED if any(map(_has_function, inner)) else None
+
+
+def _attention(module: nn.Module) -> str | None:
+    """The attention implementation that its config names, if it has one."""
+    return getattr(vars(module).get("config"), "_attn_implementation", None)
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
@@ -156,10 +172,34 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a module has a forward, or a method that this calls, of its own, which is not that of its class."""
-    own, kind = vars(module), type(module)
-    found = (name for name in COMPUTING_METHODS if name in own)
-    return any(getattr(own[name], "__func__", None) is not getattr(kind, name, None) for name in found)
+    """Whether a module has a method of its own by which it computes, which is not that of its class."""
+    own = vars(module)
+    return any(name in own and not _is_own_method(module, name, own[name]) for name in COMPUTING_METHODS)
+
+
+def _has_function(module: nn.Module) -> bool:
+    """Whether a module has a function of its own where its forward may find it: in the place of a method, of a module
+    that was deleted, or of a compiled call."""
+    found = ((x, value) for x, value in vars(module).items() if callable(value) and x not in _FUNCTIONS)
+    return any(not isinstance(x[1], (torch.Tensor, nn.Module)) and not _is_own_method(module, *x) for x in found)
+
+
+def _is_own_method(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute is the method that a module's class has under this name; any, if it has none."""
+    if name == "_compiled_call_impl":  # what Module.compile() made
+        value, name = getattr(value, "_torchdynamo_orig_callable", None), "_call_impl"
+    function = getattr(value, "__func__", None)
+    own = getattr(value, "__self__", None) is module
+    return own and function is getattr(type(module), name, function)
+
+
+def own_class(model: nn.Module) -> type:
+    """Its class before ``optimize`` exchanged it."""
+    for kind in type(model).__mro__:
+        exchanged: type | None = vars(kind).get("_exchanged")
+        if exchanged is not None:
+            return exchanged
+    return type(model)
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -189,6 +229,6 @@ def _entries(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What torch tells of its memory."""
+    """Its class, and what torch tells of its memory."""
     version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride()
+    return type(tensor), tensor.data_ptr(), version, tensor.shape, tensor.stride()

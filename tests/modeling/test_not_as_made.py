@@ -82,6 +82,12 @@ class Wrapped(nn.Module):
         return self.module(*args, **kwargs)
 
 
+def eager_in_a_layer(m):
+    attention = m.encoder.layer[0].attention.self
+    attention.config = copy.deepcopy(m.config)
+    attention.config._attn_implementation = "eager"
+
+
 class LeftOut(nn.Module):
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
@@ -112,6 +118,16 @@ EDITS = {
     "positions": lambda m: m.embeddings.position_ids.add_(3),
     "positions, uncounted": lambda m: m.embeddings.position_ids.numpy().__iadd__(3),
     "token types": lambda m: m.embeddings.token_type_ids.fill_(1),
+    "cross attention": lambda m: setattr(m.encoder.layer[0].attention, "is_cross_attention", True),
+    "forward of another layer": lambda m: setattr(m.encoder.layer[0], "forward", m.encoder.layer[1].forward),
+    "method of another layer": lambda m: setattr(
+        m.encoder.layer[0], "feed_forward_chunk", m.encoder.layer[1].feed_forward_chunk
+    ),
+    "function for a module": lambda m: [
+        delattr(m.encoder.layer[0].output, "dropout"),
+        setattr(m.encoder.layer[0].output, "dropout", lambda x: 2 * x),
+    ],
+    "eager attention in a layer": eager_in_a_layer,
 }
 
 
@@ -205,6 +221,111 @@ def test_a_head_of_ones_own_reads_all_tokens(kind, when):
         torch.manual_seed(3)
         model.classifier = Mean()
     same(optimize(ours) if when == "before" else ours, theirs, IDS)
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv1d(32, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.c(x.transpose(1, 2)).transpose(1, 2)
+
+
+class MeanPooler(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def less_mean(module, args):
+    return (args[0] - args[0].mean(1, keepdim=True),)
+
+
+# What reads padded positions, where transformers' own head or pooler does not.
+READERS = {
+    "mean": ("RobertaForSequenceClassification", lambda m: setattr(m, "classifier", Mean())),
+    "convolution": ("BertForTokenClassification", lambda m: setattr(m, "classifier", Convolution())),
+    "forward": (
+        "BertForTokenClassification",
+        lambda m: setattr(m.classifier, "forward", lambda x: x[..., :2] - x[..., :2].mean(1, keepdim=True)),
+    ),
+    "pre-hook on the head": (
+        "BertForTokenClassification",
+        lambda m: m.classifier.register_forward_pre_hook(less_mean),
+    ),
+    "hook on a dropout": (
+        "BertForTokenClassification",
+        lambda m: m.dropout.register_forward_hook(lambda module, args, output: less_mean(module, [output])[0]),
+    ),
+    "hook on the encoder": (
+        "BertForTokenClassification",
+        lambda m: m.bert.register_forward_hook(
+            lambda module, args, output: setattr(output, "last_hidden_state", less_mean(module, output)[0])
+        ),
+    ),
+    "pooler": ("BertModel", lambda m: setattr(m, "pooler", MeanPooler())),
+    "pooler under a head": ("BertForSequenceClassification", lambda m: setattr(m.bert, "pooler", MeanPooler())),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_of_padding(reader, when):
+    kind, edit = READERS[reader]
+    ours, theirs = make(kind), make(kind)
+    if when == "after":
+        same(optimize(ours), theirs, IDS)
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        edit(model)
+    if when == "before":
+        optimize(ours)
+    with torch.no_grad():
+        found, want = (m(IDS, MASK)[-1 if reader == "pooler" else 0] for m in (ours, theirs))
+    rows = MASK.bool() if found.dim() == 3 else slice(None)
+    torch.testing.assert_close(found[rows], want[rows], **CLOSE)
+    assert explain(ours).served == (1 if when == "before" else 2)
+
+
+def test_a_drop_in_whose_head_reads_padding():
+    config = transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=100)
+    torch.manual_seed(0)
+    theirs = hf.DistilBertForTokenClassification(config).eval()
+    ours = distilbert_fast.DistilBertForTokenClassification(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours.classifier = theirs.classifier = Convolution()
+    same(ours, theirs, IDS, MASK, rows=MASK.bool())
+
+
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
+def test_a_function_around_an_encoder_gets_what_transformers_gives_it(kind):
+    theirs, ours = make(kind), optimize(make(kind))
+    seen = []
+    for model in (theirs, ours):
+        encoder = model.base_model
+
+        def recorded(input_ids=None, attention_mask=None, forward=encoder.forward, **given):
+            output = forward(input_ids, attention_mask, **given)
+            seen.append((output.last_hidden_state.shape, sorted(given)))
+            return output
+
+        encoder.forward = recorded
+    same(ours, theirs, IDS, MASK)
+    assert seen[0] == seen[1]
+    assert explain(ours).served == 1
+
+
+def test_masks_that_somebody_registered():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    theirs, ours = make(), optimize(make())
+    own = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", lambda *args, **kwargs: None)
+        same(ours, theirs, IDS, MASK)
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", own)
+    assert explain(ours).fallbacks == {"attention 'sdpa'": 1}
 
 
 def test_a_pooler_of_ones_own_and_hooks_on_heads():

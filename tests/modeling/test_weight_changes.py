@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import ctypes
 import inspect
@@ -624,3 +625,100 @@ def test_tables_that_count_in_another_way():
             optimize(plain)
         if "max_norm" not in message:
             assert not ask_both(ours, plain)
+
+
+# Signs and threads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signs_that_change(dtype):
+    """The signs of every other float are the highest bits of the words that a hash reads."""
+    rows = torch.randn(64, 64).to(dtype)
+    fingerprint = backends.fingerprint([rows], 10)
+    for part in (rows, rows[:, 1], rows[:, 1::2], rows[:, 3::4], rows[5, 1:4:2], rows[7:9, 3]):
+        part.neg_()
+        assert not fingerprint.matches() and not fingerprint.matches_samples(1, 1)
+        part.neg_()
+        assert fingerprint.matches() and fingerprint.matches_samples(1, 1)
+
+
+def test_a_step_after_modules_were_called_one_by_one():
+    model = optimize(make())
+    ask(model)
+    encoder = model.bert
+    encoder.encoder(encoder.embeddings(IDS)).last_hidden_state.sum().backward()
+    weight = encoder.encoder.layer[1].intermediate.dense.weight
+    weight.grad[1:] = 0
+    torch.optim.SGD([weight], lr=0.1, fused=True).step()
+    assert_current(model)
+
+
+@pytest.mark.parametrize("call", ["autocast", "inputs_embeds", "hook"])
+def test_a_step_after_a_call_that_the_engine_refused(call):
+    model = optimize(make())
+    ask(model)
+    hook = model.bert.encoder.layer[0].register_forward_hook(lambda *_: None) if call == "hook" else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=call == "autocast"):
+        given = (
+            {"inputs_embeds": model.bert.embeddings.word_embeddings(IDS)}
+            if call == "inputs_embeds"
+            else {"input_ids": IDS}
+        )
+        model(**given, labels=LABELS).loss.backward()
+    if hook is not None:
+        hook.remove()
+    weight = model.bert.encoder.layer[1].intermediate.dense.weight
+    with torch.no_grad():
+        weight.data[200, 77] += 50
+    assert_current(model)
+
+
+def test_a_suspicion_outlives_a_call_that_packs_nothing():
+    model = optimize(make())
+    ask(model)
+    model.train()(IDS, labels=LABELS).loss.backward()
+    model.eval()
+    model.bert.encoder.layer[1].intermediate.dense.weight.data[200, 77] += 50
+    hook = model.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    ask(model)
+    hook.remove()
+    assert_current(model)
+
+
+def test_no_thread_passes_while_another_compares(monkeypatch):
+    """After training, all calls wait for the comparison of all bytes, not the first alone."""
+    model = optimize(make())
+    ask(model)
+    model.train()(IDS, labels=LABELS).loss.backward()
+    model.eval()
+    model.bert.encoder.layer[1].intermediate.dense.weight.data[200, 77] += 50
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    want, compare = ask(plain), accelerator.Accelerator._all_bytes_hold
+
+    def slowly(self, *given):
+        monkeypatch.undo()
+        others = [threads.submit(ask, model) for _ in range(3)]
+        assert not concurrent.futures.wait(others, 0.2).done
+        held.extend(others)
+        return compare(self, *given)
+
+    held = []
+    monkeypatch.setattr(accelerator.Accelerator, "_all_bytes_hold", slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(ask, model).result(), *(other.result() for other in held)]
+    assert len(answers) == 4
+    for answer in answers:
+        torch.testing.assert_close(answer, want, rtol=1e-4, atol=1e-5)
+
+
+def test_each_late_discovery_is_said(caplog):
+    model = optimize(make())
+    weight = model.bert.encoder.layer[1].intermediate.dense.weight
+    for times in (1, 2):
+        ask(model)
+        weight.data.mul_(1.5)
+        ask(model)
+        assert len([r for r in caplog.records if "are packed again" in r.getMessage()]) == times
+        for _ in range(accelerator._WARY + 1):
+            ask(model)
