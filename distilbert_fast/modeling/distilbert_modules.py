@@ -250,20 +250,21 @@ _BLIND = {
 }
 
 
-def _is_blind(thing: Any) -> bool:
+def is_blind(thing: Any) -> bool:
+    """Whether a class or hook is one of others that computes each row on its own too, or looks at none."""
     return (getattr(thing, "__module__", None), getattr(thing, "__name__", None)) in _BLIND
 
 
 def _unobserved(module: nn.Module) -> bool:
     """Whether calling it computes rows as its class does, known here, and shows them to nobody."""
     kind = type(module)
-    known = _is_blind(kind) if kind not in _FORWARDS else _FORWARDS[kind] is kind.forward
+    known = is_blind(kind) if kind not in _FORWARDS else _FORWARDS[kind] is kind.forward
     return (
         known
         and module._compiled_call_impl is None
         and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-        and all(map(_is_blind, module._forward_hooks.values()))
-        and (not is_patched(module) or _is_blind(type(getattr(module, "_hf_hook", None))))
+        and all(map(is_blind, module._forward_hooks.values()))
+        and (not is_patched(module) or is_blind(type(getattr(module, "_hf_hook", None))))
         and all(parameter is None or type(parameter) is nn.Parameter for parameter in module._parameters.values())
     )
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 
 from distilbert_fast.modeling.architectures import Architecture, architecture_of
+from distilbert_fast.modeling.distilbert_modules import is_blind
 from distilbert_fast.sparse import LINEARS
 
 # What they put out at a position depends on what they read there alone; losses, which read labels too, see to padding.
@@ -17,6 +18,7 @@ _BY_POSITION = frozenset(
     {*LINEARS, nn.Dropout, nn.Identity, nn.LayerNorm, nn.GELU, nn.ReLU, nn.Tanh, nn.Sigmoid, GELUActivation}
     | {nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss}
 )
+_AROUND = frozenset({nn.ModuleDict, nn.ModuleList, nn.Sequential})
 _CALL = nn.Module._call_impl.__code__  # by which every module is called, whatever its forward is named
 
 
@@ -42,11 +44,13 @@ def _has_own_pooler(encoder: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module, known: Architecture) -> bool:
     own, kind = vars(module), type(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    replaced = "forward" in own and not is_blind(type(own.get("_hf_hook")))
+    if replaced or not all(map(is_blind, hooks)):
         return False
-    if kind in _BY_POSITION:
+    if kind in _BY_POSITION or is_blind(kind):
         return True
-    return known.defines(kind) and all(_is_plain(child, known) for child in own["_modules"].values() if child)
+    return (known.defines(kind) or kind in _AROUND) and all(_is_plain(x, known) for x in own["_modules"].values() if x)
 
 
 def is_unknown(encoder: nn.Module) -> bool:
