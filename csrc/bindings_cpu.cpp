@@ -288,5 +288,6 @@ PYBIND11_MODULE(_cpu, m) {
              return !look || look->holds();
            }),
            "Hidden states [batch, length, C] of ids, 0 at padding that is not computed; whether the next samples of a"
-           " Fingerprint's memory are what they were (None: no memory). The next call is going to ask a TreeWatch, or None");
+           " Fingerprint's memory are what they were (None: no memory). The next call is going to ask a TreeWatch, or "
+           "None");
 }

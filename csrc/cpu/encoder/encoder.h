@@ -104,7 +104,7 @@ class Encoder {
   const EncoderModel& model_for(int64_t tokens, const Kernels& tier, int threads);
 
   const EncoderModel model_;
-  std::atomic<int64_t> tokens_{0};  // of all calls
+  std::atomic<int64_t> tokens_{0};    // of all calls
   std::atomic<bool> matched_{false};  // of a tier that reads matches, once they pay
   EncoderModel matched_model_;
   std::vector<uint32_t> matches_;

@@ -77,8 +77,7 @@ void prefetch_lines(uint64_t first, int lines) {
 
 }  // namespace
 
-TorchTensor::TorchTensor(PyObject* tensor)
-    : object_(tensor), kind_(Py_TYPE(tensor)), implementation_(cdata(tensor)) {
+TorchTensor::TorchTensor(PyObject* tensor) : object_(tensor), kind_(Py_TYPE(tensor)), implementation_(cdata(tensor)) {
   State state;
   if (!read(tensor, &state))
     refuse("TorchTensor", "tensor must have a version, memory and a layout", Py_TYPE(tensor)->tp_name);

@@ -22,8 +22,8 @@ class TorchTensor {
 
   // All need the GIL. Ask for the memory that the others read.
   void prefetch() const;
-  // Whether the object is the same tensor, of the same class, not written through torch since. So little that a processor waits for the
-  // counters of several at a time: they are where only torch can find them.
+  // Whether the object is the same tensor, of the same class, not written through torch since. So little that a
+  // processor waits for the counters of several at a time: they are where only torch can find them.
   bool version_holds() const;
   // If so, whether its memory is where it was, laid out as it was.
   bool memory_holds() const;
