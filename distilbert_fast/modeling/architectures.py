@@ -45,6 +45,7 @@ EMBEDDINGS = {
     "token_type": "embeddings.token_type_embeddings",
     "norm": "embeddings.LayerNorm",
 }
+_LIBRARIES = ("torch", "transformers", "distilbert_fast")
 CALLS = ("__call__", "_call_impl", "forward")  # by which every module is called
 # The methods by which an encoder and the modules inside compute. Somebody may put others in their places.
 COMPUTING_METHODS = (
@@ -227,6 +228,13 @@ def head_of(kind: type) -> tuple[Architecture, str] | None:
     return None
 
 
+def is_of_library(function: Any) -> bool:
+    """Whether a function is one of torch, transformers or this package, by the module whose globals it uses: what
+    ``functools.wraps`` says of one is only what it stands for."""
+    home: str = getattr(function, "__globals__", {}).get("__name__", function.__module__)
+    return home.split(".")[0] in _LIBRARIES
+
+
 def reads_first_token(model: Any, kind: type) -> bool:
     """Whether a model reads the encoder's output at position 0 alone.
 
@@ -241,9 +249,9 @@ def reads_first_token(model: Any, kind: type) -> bool:
     hooks = reader._forward_hooks or reader._forward_pre_hooks
     return (
         known.defines(type(reader))
-        and forward.__module__ == known.module
+        and is_of_library(forward)
         and not hooks
-        and "forward" not in vars(reader)
+        and not any(name in vars(reader) for name in COMPUTING_METHODS)
     )
 
 

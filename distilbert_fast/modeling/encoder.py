@@ -23,12 +23,12 @@ from distilbert_fast.modeling.architectures import (
     Architecture,
     architecture_of,
     head_of,
+    is_of_library,
 )
 from distilbert_fast.modeling.snapshot import loose_tensors, own_class
 from distilbert_fast.ops import _check
 from distilbert_fast.sparse import LINEARS
 
-_OWNERS = ("torch", "transformers", "distilbert_fast")
 _NORMS, _DROPOUTS = (nn.LayerNorm,), (nn.Dropout, nn.Identity)
 _OTHERS = (nn.Embedding, Int8Embedding, nn.ModuleList, nn.GELU, GELUActivation)
 _DECODES = ("is_decoder", "add_cross_attention", "is_causal")  # settings of a config
@@ -174,7 +174,7 @@ def _check_modules(encoder: Any, caller: str) -> None:
             _check.refuse(caller, name or "model", "a module of transformers", _class(module), TypeError)
         for method in COMPUTING_METHODS:
             found: Any = getattr(kind, method, None)
-            if found is not None and found.__module__.split(".")[0] not in _OWNERS:
+            if found is not None and not is_of_library(found):
                 patch = f"{found.__module__}.{found.__qualname__}"
                 owner = f"{method} of {_class(module)}"
                 _check.refuse(caller, owner, "the one that its library gave it", patch, TypeError)

@@ -22,7 +22,7 @@ from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.engine.native_encoder import MemoryChanged
 from distilbert_fast.layers import NO_PADDING, Padding, exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
-from distilbert_fast.modeling.architectures import reads_first_token, reads_padding
+from distilbert_fast.modeling.architectures import is_of_library, reads_first_token, reads_padding
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
 from distilbert_fast.modeling.readers import is_observed, is_own_head, is_unknown
@@ -186,7 +186,7 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
     labels, mask = given.get("labels"), given.get("attention_mask")
     encoder = self.base_model
     accelerator: Accelerator | None = vars(encoder).get("_accelerator")
-    if accelerator is not None and _passes_on(kind) and not is_observed(encoder):
+    if accelerator is not None and _passes_on(kind.forward) and not is_observed(encoder):
         kept = accelerator.keep_padding
         kwargs.setdefault("keep_padding", not is_own_head(self, encoder) if kept is None else kept)
         if labels is not None and mask is not None and labels.shape == mask.shape and not kwargs["keep_padding"]:
@@ -197,9 +197,10 @@ def _head_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *arg
 
 
 @functools.cache
-def _passes_on(kind: Any) -> bool:
-    """Whether the forward of a head takes keywords that it does not know, for the encoder."""
-    return any(given.kind is given.VAR_KEYWORD for given in inspect.signature(kind.forward).parameters.values())
+def _passes_on(forward: Any) -> bool:
+    """Whether the forward of a head, its library's, takes keywords that it does not know, for the encoder."""
+    keywords = any(given.kind is given.VAR_KEYWORD for given in inspect.signature(forward).parameters.values())
+    return keywords and is_of_library(forward)
 
 
 def _encoder_forward(kind: Any, names: tuple[str, ...], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -170,6 +170,23 @@ def test_sentence_transformers(bert_dir, texts):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sentence_transformers_with_a_pooling_of_ones_own(bert_dir, texts):
+    """One that reads every position, padding too."""
+    library = pytest.importorskip("sentence_transformers")
+
+    class Mean(torch.nn.Module):
+        def forward(self, features):
+            return {**features, "sentence_embedding": features["token_embeddings"].mean(1)}
+
+    plain, fast = (library.SentenceTransformer(str(bert_dir), device="cpu") for _ in range(2))
+    for model in (plain, fast):
+        model[1] = Mean()
+    model = optimize(fast[0].auto_model)
+    np.testing.assert_allclose(fast.encode(texts), plain.encode(texts), **CLOSE)
+    assert served(model, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_cross_encoder(bert_dir, tmp_path, tokenizer, texts):
     library = pytest.importorskip("sentence_transformers")
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 from transformers.models.bert import modeling_bert
 from transformers.models.distilbert import modeling_distilbert as hf
+from transformers.models.roberta import modeling_roberta
 
 import distilbert_fast
 from distilbert_fast import explain, optimize
@@ -263,6 +265,15 @@ READERS = {
             lambda module, args, output: setattr(output, "last_hidden_state", less_mean(module, output)[0])
         ),
     ),
+    "layer for a dropout": (
+        "BertForTokenClassification",
+        lambda m: setattr(m, "dropout", modeling_bert.BertLayer(transformers.BertConfig(**S)).eval()),
+    ),
+    "norm over positions": ("BertForTokenClassification", lambda m: setattr(m, "dropout", nn.LayerNorm((12, 32)))),
+    "call": (
+        "BertForTokenClassification",
+        lambda m: setattr(m.dropout, "_call_impl", lambda x: x - x.mean(1, keepdim=True)),
+    ),
     "pooler": ("BertModel", lambda m: setattr(m, "pooler", MeanPooler())),
     "pooler under a head": ("BertForSequenceClassification", lambda m: setattr(m.bert, "pooler", MeanPooler())),
 }
@@ -285,6 +296,31 @@ def test_readers_of_padding(reader, when):
     rows = MASK.bool() if found.dim() == 3 else slice(None)
     torch.testing.assert_close(found[rows], want[rows], **CLOSE)
     assert explain(ours).served == (1 if when == "before" else 2)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("part", ["BertLayer", "BertPooler", "BertForSequenceClassification", "RobertaLMHead"])
+def test_classes_that_were_patched_before(part, wrapped, monkeypatch):
+    """Also by a function that says with functools.wraps that it is the one whose place it takes."""
+    module = modeling_roberta if part.startswith("Roberta") else modeling_bert
+    forward = getattr(module, part).forward
+
+    def patched(self, *args, **given):
+        if part == "BertLayer":
+            return 2 * forward(self, *args, **given)
+        if part == "BertForSequenceClassification":
+            return (self.classifier(self.bert(*args, **given).last_hidden_state.mean(1)),)
+        return forward(self, args[0] - args[0].mean(1, keepdim=True))
+
+    monkeypatch.setattr(getattr(module, part), "forward", functools.wraps(forward)(patched) if wrapped else patched)
+    kind = {"RobertaLMHead": "RobertaForMaskedLM"}.get(part, "BertForSequenceClassification")
+    theirs = make(kind)
+    if part == "BertLayer":
+        with pytest.raises(TypeError, match=r"forward of .*BertLayer must be the one that its library gave it"):
+            optimize(make(kind))
+    else:
+        rows = None if kind.endswith("SequenceClassification") else MASK.bool()
+        same(optimize(make(kind)), theirs, IDS, MASK, rows=rows)
 
 
 def test_a_drop_in_whose_head_reads_padding():
@@ -389,7 +425,20 @@ class Lambda(Around):
         self.forward = lambda *given: (encoder(*given).last_hidden_state.mean(1),)
 
 
-@pytest.mark.parametrize("kind", [Predict, Lambda])
+class Step(Around):
+    def embed(module, *given):
+        return (module.encoder(*given).last_hidden_state.mean(1),)
+
+    def __call__(module, *given):
+        return module.embed(*given)
+
+
+class Arguments(Around):
+    def __call__(*given):
+        return (given[0].encoder(*given[1:]).last_hidden_state.mean(1),)
+
+
+@pytest.mark.parametrize("kind", [Predict, Lambda, Step, Arguments])
 def test_whatever_the_forward_around_an_encoder_is_named(kind):
     theirs = make()
     same(kind(optimize(copy.deepcopy(theirs))), kind(theirs), IDS, MASK)
