@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import os
 from collections.abc import Mapping, Sequence
@@ -218,6 +219,9 @@ class TextSource:
             return datasets.load_dataset(*args, **options)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # of the copy that it writes
+                place = options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
+                raise OSError(cause.errno, f"load_corpus: {os.strerror(cause.errno)}", str(place)) from error
             reason = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise ValueError(f"load_corpus: cannot read {self.name!r}: {reason}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 from pathlib import Path
 
+import datasets as data_sets
 import numpy as np
 import pytest
 import torch
@@ -402,6 +404,17 @@ def test_a_failed_build_leaves_nothing(tokenizer, text, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         load_corpus(text, tokenizer, cache_dir=tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_not_the_fault_of_the_source(tokenizer, text, tmp_path, monkeypatch):
+    def full(*args, **options):
+        no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise data_sets.exceptions.DatasetGenerationError("An error occurred") from no_space
+
+    monkeypatch.setattr(data_sets, "load_dataset", full)
+    with pytest.raises(OSError, match="load_corpus: No space left on device") as error:
+        load_corpus(text, tokenizer, max_length=32, cache_dir=tmp_path / "cache")
+    assert error.value.errno == errno.ENOSPC and error.value.filename.startswith(str(tmp_path / "cache"))
 
 
 def test_of_two_processes_one_builds(tokenizer, text, tmp_path):
