@@ -136,7 +136,9 @@ class Snapshot:
         return any(id(tensor) in identities for tensor in self._tensors)
 
     def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor in self._tensors)
+        """Whether a parameter does, or a hook of transformers' makes an output require them."""
+        hooks = (hook for found in _hooks(self._inner) for hook in found.values())
+        return any(tensor.requires_grad for tensor in self._tensors) or any(map(_is_for_gradients, hooks))
 
 
 _PATCHED = "another forward inside the encoder"
@@ -146,7 +148,7 @@ _FUNCTIONS = ("act", "_gradient_checkpointing_func")  # of GELUActivation, which
 
 def obstacle(inner: Iterable[nn.Module], root: nn.Module) -> str | None:
     """Why the modules inside an encoder must be called: a hook, a replaced forward, training (an active dropout), or an
-    attention of its own. transformers' own hooks, which collect requested outputs, do not count.
+    attention of its own. transformers' own hooks, which collect requested outputs or ask for gradients, do not count.
     """
     inner = list(inner)
     dropouts = ((m, x) for m in inner for x in (m, *m.children()) if isinstance(x, nn.Dropout))
@@ -155,11 +157,17 @@ def obstacle(inner: Iterable[nn.Module], root: nn.Module) -> str | None:
     if any(_GLOBAL_HOOKS):
         return "a hook on all modules"
     hooks = (hook for found in _hooks(inner) for hook in found.values())
-    if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+    if not all(getattr(hook, "__module__", None) == _CAPTURING or _is_for_gradients(hook) for hook in hooks):
         return "a hook inside the encoder"
     if any(_attention(m) not in (None, _attention(root)) for m in inner):
         return "another attention implementation inside the encoder"
     return _PATCHED if any(map(_has_function, inner)) else None
+
+
+def _is_for_gradients(hook: Any) -> bool:
+    """Whether it is the hook of ``enable_input_require_grads``, which gradient checkpointing leaves on embeddings."""
+    names = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
+    return names == ("transformers.modeling_utils", "make_inputs_require_grads")
 
 
 def _attention(module: nn.Module) -> str | None:

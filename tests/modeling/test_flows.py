@@ -95,6 +95,24 @@ def test_trainer_evaluates_and_predicts(name, pair, tokenizer, texts, tmp_path):
                 np.testing.assert_allclose(ours[row, :n], theirs[row, :n], **CLOSE)
 
 
+def test_an_evaluation_after_gradient_checkpointing(pair, tokenizer, texts, tmp_path):
+    """It leaves a hook on the embeddings, which asks for gradients."""
+    losses = []
+    models = pair(next(iter(HEADS)))
+    for model in models:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        losses.append(trainer(model, tokenizer, texts, tmp_path).evaluate()["eval_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-4
+    assert served(models[0], 3)
+    for model in models:
+        model.requires_grad_(False)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    outputs = [model.base_model(ids).last_hidden_state for model in models]
+    assert outputs[0].requires_grad and outputs[1].requires_grad  # the hook's doing
+    assert explain(models[0]).fallbacks == {"gradients are enabled": 1}
+
+
 def test_trainer_with_padding_on_the_left(pair, tokenizer, texts, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
