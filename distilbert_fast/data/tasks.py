@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import logging
 import re
@@ -23,6 +24,7 @@ from distilbert_fast.data.labels import (
 )
 from distilbert_fast.data.published import (
     PAIR_COLUMNS,
+    PUBLISHED_TASKS,
     LabelledRow,
     Published,
     Split,
@@ -165,6 +167,9 @@ def load_task(
     """
     check_sources(OP, data, eval_data, max_train_rows)
     if data is not None:
+        meant = difflib.get_close_matches(name or "", PUBLISHED_TASKS, 1, 0.85)
+        if meant and published(name) is None:  # a published form would be read as a plain file
+            refuse_input(f"{OP}: name", f"a task, such as {meant[0]!r}, or a name that is like none", repr(name))
         train, columns, names, *_ = read_split(OP, "data", Path(data), name, regression)
         held_out = None
         if eval_data is not None:

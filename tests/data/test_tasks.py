@@ -535,6 +535,10 @@ def test_torn_files_are_named_with_the_readers_reason(tmp_path, monkeypatch, nam
         ),
         ({"max_train_rows": 1}, "load_task: max_train_rows: expected at least 2, got 1"),
         (
+            {"data": "good.tsv", "name": "ssst2"},
+            "load_task: name: expected a task, such as 'sst2', or a name that is like none, got 'ssst2'",
+        ),
+        (
             {"name": "good.tsv"},
             "load_task: name: expected 'stdlib-docs' or a hub id, got 'good.tsv'; give a file as data",
         ),
