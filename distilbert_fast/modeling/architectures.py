@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 Heads = Mapping[str, Mapping[str, str]]
@@ -235,28 +234,8 @@ def is_of_library(function: Any) -> bool:
     return home.split(".")[0] in _LIBRARIES
 
 
-def reads_first_token(model: Any, kind: type) -> bool:
-    """Whether a model reads the encoder's output at position 0 alone.
-
-    Args:
-        kind: its class, before ``optimize``.
-    """
-    known, path = _reader(kind)
-    if known is None or path is None:
-        return known is not None
-    reader = attrgetter(path)(model)  # its pooler or head, if that is transformers' own and nobody looks at it
-    forward: Any = type(reader).forward
-    hooks = reader._forward_hooks or reader._forward_pre_hooks
-    return (
-        known.defines(type(reader))
-        and is_of_library(forward)
-        and not hooks
-        and not any(name in vars(reader) for name in COMPUTING_METHODS)
-    )
-
-
 @functools.cache
-def _reader(kind: type) -> tuple[Architecture | None, str | None]:
+def first_token_reader(kind: type) -> tuple[Architecture | None, str | None]:
     """The architecture of a class for sequences, and the module of it that reads the encoder's output, None if it does
     so itself. None twice for other classes: also for someone else's subclass, which may read more."""
     known, head = head_of(kind) or (None, "")

@@ -22,10 +22,10 @@ from distilbert_fast.engine.engine import GRAPHS, PRECISIONS, Engine
 from distilbert_fast.engine.native_encoder import MemoryChanged
 from distilbert_fast.layers import NO_PADDING, Padding, exported, is_token, labels_padding, traced
 from distilbert_fast.modeling.accelerator import OP, Accelerator, log, warn_once
-from distilbert_fast.modeling.architectures import is_of_library, reads_first_token, reads_padding
+from distilbert_fast.modeling.architectures import is_of_library, reads_padding
 from distilbert_fast.modeling.calibration import batches
 from distilbert_fast.modeling.encoder import encoder_modules, encoder_output, find_encoder
-from distilbert_fast.modeling.readers import is_observed, is_own_head, is_unknown
+from distilbert_fast.modeling.readers import is_observed, is_own_head, is_unknown, reads_first_token
 from distilbert_fast.modeling.served_calls import FLAGS, why_not
 from distilbert_fast.modeling.training import Model
 from distilbert_fast.ops import _check

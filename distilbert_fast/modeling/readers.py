@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 
-from distilbert_fast.modeling.architectures import Architecture, architecture_of, is_of_library
+from distilbert_fast.modeling.architectures import Architecture, architecture_of, first_token_reader, is_of_library
 from distilbert_fast.modeling.distilbert_modules import is_blind
 from distilbert_fast.modeling.snapshot import is_patched, own_class
 from distilbert_fast.sparse import LINEARS
@@ -45,6 +46,19 @@ def is_own_head(model: PreTrainedModel, encoder: nn.Module) -> bool:
         return False
     heads = (child for child in model._modules.values() if child is not None and child is not encoder)
     return all(_is_plain(head, known) for head in heads) and _has_own_pooler(encoder)
+
+
+def reads_first_token(model: PreTrainedModel, kind: type) -> bool:
+    """Whether a model reads the encoder's output at position 0 alone.
+
+    Args:
+        kind: its class, before ``optimize``.
+    """
+    known, path = first_token_reader(kind)
+    if known is None or path is None:
+        return known is not None
+    reader = attrgetter(path)(model)  # its pooler or head
+    return known.defines(type(reader)) and _is_plain(reader, known)
 
 
 def _has_own_pooler(encoder: nn.Module) -> bool:

@@ -23,10 +23,10 @@ from distilbert_fast.modeling.architectures import (
     architecture_of,
     first_position,
     longest_sequence,
-    reads_first_token,
 )
 from distilbert_fast.modeling.attention_interface import ENCODERS
 from distilbert_fast.modeling.loading import CheckpointError, load_tokenizer, load_with_head, locate
+from distilbert_fast.modeling.readers import reads_first_token
 from distilbert_fast.modeling.vocabulary import vocabulary_head
 
 SIZES = dict(vocab_size=97, max_position_embeddings=23, num_labels=2, num_hidden_layers=2, num_attention_heads=3)
